@@ -1,0 +1,25 @@
+"""actorserve: an LLM serving engine built from actors.
+
+This file runs in every process of the engine, so it imports nothing heavy: the public names are
+resolved on first use (PEP 562).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EngineConfig as EngineConfig
+    from .engine import Engine as Engine
+    from .sampler.params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "EngineConfig", "SamplingParams", "__version__"]
+
+_HOMES = {"Engine": ".engine", "EngineConfig": ".config", "SamplingParams": ".sampler.params"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

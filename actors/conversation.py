@@ -1,0 +1,100 @@
+"""A conversation as clients write it, checked and packed into the ChatPrompt that the text actor renders.
+
+Used by the OpenAI routes and the embedded API. Invariant: what leaves here has the shape of `models.template`'s
+ChatRequest; what a template makes of it is the text actor's affair.
+"""
+
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from ..errors import RequestError
+from .messages import ChatPrompt
+
+MAX_DEPTH: Final = 32
+"""How deep template arguments and tool calls may be nested."""
+
+
+class ContentPart(Struct, frozen=True):
+    """A piece of a message. Only type "text" can be served so far; others are refused by name."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Struct, frozen=True, omit_defaults=True):
+    """One turn. What a template may look at is passed on; other fields are dropped."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Payload(Struct, frozen=True, omit_defaults=True):
+    """The JSON in a ChatPrompt."""
+
+    messages: list[ChatMessage]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def chat_prompt(
+    messages: list[ChatMessage],
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> ChatPrompt:
+    """Return the prompt of a conversation; raises RequestError with the field as `param`.
+
+    `continue_final_message`: the model goes on with the last message, which must be the assistant's, instead of
+    beginning a new one.
+    """
+    if not messages:
+        raise RequestError("messages is empty", param="messages")
+    if continue_final_message and add_generation_prompt:
+        what = "continue_final_message and add_generation_prompt exclude each other"
+        raise RequestError(what, param="continue_final_message")
+    if continue_final_message and messages[-1].role != "assistant":
+        what = "continue_final_message needs a last message of the assistant"
+        raise RequestError(what, param="continue_final_message")
+    _check_depth(chat_template_kwargs, "chat_template_kwargs")
+    turns = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    payload = Payload(turns, add_generation_prompt, continue_final_message, chat_template_kwargs)
+    try:
+        return ChatPrompt(msgspec.json.encode(payload))
+    except (msgspec.EncodeError, TypeError, UnicodeEncodeError) as error:
+        raise RequestError(f"the conversation is not JSON: {error}", param="messages") from None
+
+
+def _checked(message: ChatMessage, where: str) -> ChatMessage:
+    if isinstance(message.content, list):
+        for j, part in enumerate(message.content):
+            if part.type != "text":
+                what = f"content of type {part.type} is not supported; this model reads text"
+                raise RequestError(what, param=f"{where}.content[{j}]", code="unsupported_value")
+            if part.text is None:
+                raise RequestError("a text part needs text", param=f"{where}.content[{j}].text")
+    elif message.content is None and not message.tool_calls:
+        raise RequestError(f"a {message.role} message needs content", param=f"{where}.content")
+    _check_depth(message.tool_calls, f"{where}.tool_calls")
+    # OpenAI's newer name; templates of open models know the older one.
+    return msgspec.structs.replace(message, role="system") if message.role == "developer" else message
+
+
+def _check_depth(value: Any, param: str) -> None:
+    if _depth(value) > MAX_DEPTH:
+        raise RequestError(f"{param} is nested more than {MAX_DEPTH} deep", param=param)
+
+
+def _depth(value: Any, level: int = 0) -> int:
+    """Return how deep lists and objects are nested in `value`, counting no further than the limit matters."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None or level > MAX_DEPTH:
+        return level
+    return max((_depth(item, level + 1) for item in inner), default=level + 1)

@@ -1,0 +1,332 @@
+"""Every message that crosses a lane, and nothing else: the engine's vocabulary.
+
+One msgspec Struct each: positional (array_like), frozen, not tracked by the garbage collector, with an integer tag
+that is never reused; new fields go last with a default. Token arrays are `memoryview`s of raw little-endian int32,
+request ids of int64. A decoded memoryview aliases the ring: whoever keeps it beyond the handler copies it.
+No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
+
+    front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
+    front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
+                                                            sched  <--ExecutorReady, StepOut--  exec.0
+"""
+
+from enum import IntEnum
+from typing import Final, Literal, NewType, TypeAlias
+
+import msgspec
+
+from ..sampler.params import SamplingParams
+
+RequestId = NewType("RequestId", int)  # front index << 40 | counter; n choices of a request take n ids in a row
+
+
+class Finish(IntEnum):
+    """Why a request's last token is its last. In StepOut and Tokens one byte per row."""
+
+    NONE = 0
+    STOP = 1  # EOS or a stop_token_id, which is the row's token
+    LENGTH = 2  # max_new_tokens, or the end of the context
+    POISON = 3  # NaN or no token allowed: the request fails, its pages are not kept
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
+    """Base of everything that crosses a lane."""
+
+
+# ------------------------------------------------------------------ from the supervisor, to every actor
+
+
+class PeerUp(Message, frozen=True, tag=1):
+    """An actor that the receiver has a lane with is (again) running; its lanes are fresh."""
+
+    name: str
+    epoch: int
+
+
+class PeerDown(Message, frozen=True, tag=2):
+    """An actor that the receiver has a lane with died; what was in its lanes is lost."""
+
+    name: str
+    epoch: int
+    reason: str
+
+
+class Drain(Message, frozen=True, tag=3):
+    """Take no new work; finish what runs until `deadline_ns` (CLOCK_MONOTONIC)."""
+
+    deadline_ns: int
+
+
+# ------------------------------------------------------------------ front -> text
+
+
+class TextPrompt(Message, frozen=True, tag=4):
+    """A prompt as text; special tokens in it are recognised, as SGLang does for /generate."""
+
+    text: str
+
+
+class TokenPrompt(Message, frozen=True, tag=5):
+    """A prompt as token ids, int32."""
+
+    ids: memoryview
+
+
+class ChatPrompt(Message, frozen=True, tag=6):
+    """A conversation for the chat template. `payload` is JSON: messages, tools, and template options."""
+
+    payload: bytes
+
+
+Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
+
+
+class Generate(Message, frozen=True, tag=10):
+    """Front asks for n continuations, with ids `rid` to `rid + n - 1`.
+
+    Owed: for each id Chunks until one with a `finish`, or one Refused for all of them.
+    """
+
+    rid: int
+    n: int
+    prompt: Prompt
+    params: SamplingParams
+    cache_salt: str = ""
+    priority: int = 0
+    arrival_ns: int = 0
+    """CLOCK_MONOTONIC when the front took the request."""
+
+
+class Cancel(Message, frozen=True, tag=11):
+    """The client is gone: stop ids `rid` to `rid + n - 1`. Nothing is owed."""
+
+    rid: int
+    n: int
+
+
+# ------------------------------------------------------------------ text -> sched
+
+
+class Submit(Message, frozen=True, tag=20):
+    """A tokenized request. Owed: Tokens rows until one with a finish, or one Ended."""
+
+    rid: int
+    ids: memoryview
+    """int32, the prompt."""
+    params: SamplingParams
+    """`max_new_tokens` is resolved (not None), `seed` too."""
+    cache_salt: str = ""
+    priority: int = 0
+    arrival_ns: int = 0
+
+
+class Abort(Message, frozen=True, tag=21):
+    """Stop a request: its client left, or the text actor saw a stop string. Owed: one final message."""
+
+    rid: int
+
+
+# ------------------------------------------------------------------ sched -> text
+
+
+class Tokens(Message, frozen=True, tag=30):
+    """One step's new tokens, one row a request. A row with the token -1 brings no token, only its finish.
+
+    rids int64 [rows], ids int32 [rows], finish uint8 [rows] (Finish). With logprobs (else empty arrays):
+    logprobs float32 [rows], NaN where not asked; top_ids int32 and top_logprobs float32 [rows, top_n].
+    """
+
+    rids: memoryview
+    ids: memoryview
+    finish: memoryview
+    logprobs: memoryview
+    top_n: int
+    top_ids: memoryview
+    top_logprobs: memoryview
+
+
+class Started(Message, frozen=True, tag=31):
+    """Sent once a request, before its first token: how many prompt tokens came from the prefix cache."""
+
+    rid: int
+    cached_tokens: int
+    queued_ns: int
+    """From arrival to admission."""
+
+
+class Ended(Message, frozen=True, tag=32):
+    """The final message of a request that ends without a finish row: aborted, refused or failed."""
+
+    rid: int
+    status: int
+    """HTTP status that fits: 0 for an abort that was asked for, 400, 429, 503, 500."""
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Stats(Message, frozen=True, tag=33):
+    """The scheduler's state, a few times a second while something happens. Text passes it on to the fronts."""
+
+    waiting: int
+    running: int
+    pages_total: int
+    pages_free: int
+    pages_tree: int
+    pages_running: int
+    prompt_tokens: int
+    """Counter: prompt tokens of admitted requests."""
+    cached_tokens: int
+    """Counter: of these, taken from the prefix cache."""
+    prefilled_tokens: int
+    """Counter: tokens computed in prefill, recomputation after retraction included."""
+    generated_tokens: int
+    retractions: int
+    windows: int
+    steps: int
+    step_us: float
+    """Smoothed time of a step on the executor."""
+    executor_up: bool
+
+
+NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
+"""What is known of a scheduler that is not there."""
+
+
+# ------------------------------------------------------------------ text -> front
+
+
+class TokenLogprob(Message, frozen=True, tag=34):
+    """A generated token with its logprob, and the most likely ones at its place (id, logprob, text)."""
+
+    token: int
+    logprob: float
+    text: bytes
+    """The token's own bytes: a part of a UTF-8 character at times."""
+    top: list[tuple[int, float, bytes]]
+
+
+class Chunk(Message, frozen=True, tag=35):
+    """New output of one request since its last chunk. `finish` is set on its last one, exactly once."""
+
+    rid: int
+    text: str
+    ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish: Literal["stop", "length", "abort"] | None
+    matched: int | str | None
+    """The stop token id or stop string that ended it."""
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Chunks(Message, frozen=True, tag=40):
+    """All new output for the requests of one front."""
+
+    chunks: list[Chunk]
+
+
+class Refused(Message, frozen=True, tag=41):
+    """The final message of ids `rid` to `rid + n - 1` that fail: HTTP status, OpenAI code and field."""
+
+    rid: int
+    n: int
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+# ------------------------------------------------------------------ sched -> exec.r and sampler.r
+
+
+class Admit(Message, frozen=True, tag=50):
+    """A request takes a slot of the executor's batch. Its KV length starts at `cached`, in the first pages."""
+
+    slot: int
+    rid: int
+    pages: memoryview
+    """int32, pages allocated so far, in order."""
+    cached: int
+    """Tokens whose KV is already in `pages`."""
+    limit: int
+    """Tokens (prompt and output) at which the request ends by length."""
+
+
+class Plan(Message, frozen=True, tag=51):
+    """One window: apply the deltas in the order of the fields, then run k steps.
+
+    Step 0 runs the prefill chunks and all decoding slots in one forward; steps 1 to k-1 the decoding slots that are
+    not done. A slot decodes once its last chunk ran. All arrays int32 unless said.
+    Owed: one StepOut a step, also for steps in which no row was left (empty arrays).
+    """
+
+    window: int
+    k: int
+    release: memoryview
+    """Slots given back."""
+    copies: memoryview
+    """[copies, 3]: source page, destination page, tokens."""
+    admits: list[Admit]
+    grow_slots: memoryview
+    """[n] slots that get one more page each (a slot may come several times)."""
+    grow_pages: memoryview
+    chunk_slots: memoryview
+    """[chunks] slots with prompt tokens to compute."""
+    chunk_lengths: memoryview
+    chunk_last: memoryview
+    """[chunks] 1 where the chunk ends the prompt, so that a token is drawn and the slot decodes from now on."""
+    chunk_ids: memoryview
+    """The chunks' tokens, one after another."""
+
+
+class SlotParams(Message, frozen=True, tag=52):
+    """Scheduler to sampler: how to draw for a slot from window `window` on. Sent before that window's Plan."""
+
+    window: int
+    slot: int
+    params: SamplingParams
+    """`seed` and `max_new_tokens` resolved."""
+    prompt_ids: memoryview
+    """int32, only for parameters that look at tokens (penalties), else empty."""
+    output_ids: memoryview
+    """int32, tokens generated before (after a retraction); same condition."""
+    prompt_length: int
+    output_length: int
+
+
+# ------------------------------------------------------------------ exec.0 -> sched
+
+
+class ExecutorReady(Message, frozen=True, tag=60):
+    """Sent whenever a scheduler comes up: the size of the page pool and of the batch."""
+
+    num_pages: int
+    max_slots: int
+    max_pages_per_slot: int
+    device: Literal["cpu", "cuda"]
+
+
+class StepOut(Message, frozen=True, tag=61):
+    """The tokens of one step of a window; arrays as in Tokens. Step 0 also says that the chunks are computed."""
+
+    window: int
+    step: int
+    rids: memoryview
+    ids: memoryview
+    finish: memoryview
+    logprobs: memoryview
+    top_n: int
+    top_ids: memoryview
+    top_logprobs: memoryview
+    step_ns: int
+    """Time of the step on the executor."""
+
+
+SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
+FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats
+TextInbox: TypeAlias = SystemMessage | Generate | Cancel | Tokens | Started | Ended | Stats
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | ExecutorReady | StepOut
+ExecutorInbox: TypeAlias = SystemMessage | Plan
+SamplerInbox: TypeAlias = SystemMessage | SlotParams

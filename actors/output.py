@@ -1,0 +1,130 @@
+"""Output: one running request as the text actor knows it, from token ids to what the client may see.
+
+Invariant: `chunk` gives out each character, token and logprob once and in order; the text does not depend on how many
+tokens came between two chunks; work per token does not grow with the output.
+"""
+
+from collections import deque
+from typing import Literal
+
+from ..models.detokenize import Detokenizer
+from ..models.stop import StopMatcher
+from ..sampler.params import SamplingParams
+from .messages import Chunk, Finish, TokenLogprob
+
+
+class Output:
+    """The output of one request id."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_fed",
+        "_keep_stop",
+        "_logprobs",
+        "_new_ids",
+        "_new_logprobs",
+        "_new_text",
+        "_shown",
+        "_stop",
+        "cached_tokens",
+        "completion_tokens",
+        "finish",
+        "front",
+        "matched",
+        "prompt_tokens",
+        "rid",
+        "top_logprobs",
+    )
+
+    def __init__(
+        self, rid: int, front: str, prompt_tokens: int, params: SamplingParams, detokenizer: Detokenizer | None
+    ) -> None:
+        """`detokenizer` None: token ids only."""
+        self.rid = rid
+        self.front = front
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
+        self.completion_tokens = 0
+        self.top_logprobs = params.logprobs
+        """SamplingParams.logprobs: None means that no logprobs are wanted."""
+        self.finish: Literal["stop", "length", "abort"] | None = None
+        self.matched: int | str | None = None
+        self._detokenizer = detokenizer
+        self._stop = StopMatcher(params.stop, trim=not params.no_stop_trim) if params.stop else None
+        self._keep_stop = params.no_stop_trim
+        self._new_text = ""
+        self._new_ids: list[int] = []
+        self._new_logprobs: list[TokenLogprob] = []
+        self._logprobs: deque[tuple[int, TokenLogprob]] = deque()
+        """Logprobs that wait for their token's text to be shown, with the place of its first character."""
+        self._fed = 0
+        """Characters that came out of the detokenizer; of these, `_shown` went to the client or wait for `chunk`."""
+        self._shown = 0
+
+    def push(self, token: int, finish: int, logprob: TokenLogprob | None = None) -> None:
+        """Take the next token. `finish` is the row's Finish, not POISON. A token of -1 is none (max_new_tokens 0).
+
+        The token that ended the output counts, and is among the ids; it has no text (unless no_stop_trim).
+        """
+        hidden = token < 0 or (finish == Finish.STOP and not self._keep_stop)
+        if token >= 0:
+            self.completion_tokens += 1
+            self._new_ids.append(token)
+        if logprob is not None and not hidden:
+            self._logprobs.append((self._fed, logprob))
+        if finish == Finish.STOP:
+            self.finish, self.matched = "stop", token
+        elif finish == Finish.LENGTH:
+            self.finish = "length"
+        if self._detokenizer is not None:
+            text = "" if hidden else self._detokenizer.push(token)
+            if finish:
+                text += self._detokenizer.finish()
+            if text or finish:
+                self._show(text)
+        if self._logprobs:
+            self._release_logprobs()
+
+    def abort(self) -> None:
+        """The scheduler gave it up unasked: end with what there is."""
+        self.finish = "abort"
+        if self._stop is not None:
+            self._new_text += self._stop.finish()
+        self._release_logprobs()
+
+    def chunk(self) -> Chunk | None:
+        """What is new since the last call; None if there is nothing to see yet."""
+        if self.finish is None and not self._new_text and (self._detokenizer is not None or not self._new_ids):
+            return None
+        chunk = Chunk(
+            rid=self.rid,
+            text=self._new_text,
+            ids=self._new_ids,
+            logprobs=self._new_logprobs,
+            finish=self.finish,
+            matched=self.matched,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+        )
+        self._new_text, self._new_ids, self._new_logprobs = "", [], []
+        return chunk
+
+    def _show(self, text: str) -> None:
+        """Pass text on, as far as it can be no part of a stop string."""
+        self._fed += len(text)
+        if self._stop is not None:
+            text = self._stop.feed(text)
+            if self._stop.matched is not None:
+                self.finish, self.matched = "stop", self._stop.matched
+            elif self.finish is not None:
+                text += self._stop.finish()
+        self._shown += len(text)
+        self._new_text += text
+
+    def _release_logprobs(self) -> None:
+        """Those whose text is shown; at the end all, except of what a stop string cut off."""
+        cut = self._stop is not None and self._stop.matched is not None
+        everything = self._detokenizer is None or (self.finish is not None and not cut)
+        while self._logprobs and (everything or self._logprobs[0][0] < self._shown):
+            self._new_logprobs.append(self._logprobs.popleft()[1])

@@ -1,0 +1,139 @@
+"""Prompts: what a Generate message asks, made into Submit messages for the scheduler.
+
+The text actor owns one and calls it in its loop or, for long prompts, in a worker thread: nothing here changes after
+the start. Invariant: a Submit's prompt is not empty, its ids are the model's, and prompt and output fit the context.
+"""
+
+import hashlib
+from typing import Final, assert_never
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import EngineConfig, ModelInfo
+from ..errors import RequestError
+from ..models.template import ChatTemplate, decode_chat
+from ..models.tokenizer import Tokenizer
+from ..sampler.params import MAX_SEED, SamplingParams
+from .messages import ChatPrompt, Generate, Prompt, Submit, TextPrompt, TokenPrompt
+
+INLINE_CHARS: Final = 4096
+"""Longer prompts are tokenized in a thread: this many take about a millisecond."""
+
+
+class Prompts:
+    """Tokenizes and checks. Without a tokenizer (skip_tokenizer_init) it takes token ids only."""
+
+    def __init__(
+        self, config: EngineConfig, model: ModelInfo, tokenizer: Tokenizer | None, template: ChatTemplate | None
+    ) -> None:
+        self._seed = config.random_seed
+        self._vocab_size = model.vocab_size
+        self._context_length = model.context_length
+        self._tokenizer = tokenizer
+        self._template = template
+
+    def is_long(self, prompt: Prompt) -> bool:
+        """Whether `encode` would stall the loop."""
+        match prompt:
+            case TextPrompt():
+                return len(prompt.text) > INLINE_CHARS
+            case ChatPrompt():
+                return len(prompt.payload) > INLINE_CHARS
+            case TokenPrompt():
+                return False
+            case _:
+                assert_never(prompt)
+
+    def encode(self, prompt: Prompt) -> NDArray[np.int32]:
+        """The prompt's token ids, int32 [n], a copy. Raises RequestError naming the field."""
+        match prompt:
+            case TokenPrompt():
+                if prompt.ids.nbytes % 4:
+                    raise RequestError("input_ids are not int32", param="input_ids")
+                ids = np.frombuffer(prompt.ids, dtype=np.int32).copy()
+                field = "input_ids"
+            case TextPrompt():
+                ids = np.array(self._text_ids(prompt), dtype=np.int32)
+                field = "prompt"
+            case ChatPrompt():
+                ids = np.array(self._chat_ids(prompt), dtype=np.int32)
+                field = "messages"
+            case _:
+                assert_never(prompt)
+        self._check(ids, field)
+        return ids
+
+    def submits(self, request: Generate, ids: NDArray[np.int32]) -> list[Submit]:
+        """One Submit per choice. Raises RequestError for parameters out of range.
+
+        A max_new_tokens that does not fit is cut to the room in the context, as in SGLang; None takes all of it.
+        A request without a seed gets one from the server's seed and its id; choice i draws with seed + i.
+        """
+        params = request.params
+        params.check(self._vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this server runs without one", param="stop")
+        room = self._context_length - len(ids)
+        most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
+        # The bytes outlive the ring; the scheduler and the codec want them as raw bytes.
+        raw = memoryview(ids.tobytes())
+        return [
+            Submit(
+                rid=request.rid + i,
+                ids=raw,
+                params=_resolved(params, most, (seed + i) & MAX_SEED),
+                cache_salt=request.cache_salt,
+                priority=request.priority,
+                arrival_ns=request.arrival_ns,
+            )
+            for i in range(request.n)
+        ]
+
+    def _text_ids(self, prompt: TextPrompt) -> list[int]:
+        if self._tokenizer is None:
+            raise RequestError("this server runs without a tokenizer: send input_ids", param="prompt")
+        try:
+            return self._tokenizer.encode(prompt.text)
+        except RequestError as error:
+            raise RequestError(error.message, param="prompt") from error
+
+    def _chat_ids(self, prompt: ChatPrompt) -> list[int]:
+        if self._tokenizer is None:
+            raise RequestError("this server runs without a tokenizer: send input_ids", param="messages")
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template; start the server with --chat-template FILE, or send a plain prompt",
+                param="messages",
+            )
+        try:
+            return self._tokenizer.encode_chat(self._template.render(decode_chat(prompt.payload)))
+        except RequestError as error:
+            raise RequestError(error.message, param=error.param or "messages") from error
+
+    def _check(self, ids: NDArray[np.int32], field: str) -> None:
+        if not len(ids):
+            raise RequestError("the prompt has no tokens", param=field)
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
+            raise RequestError(f"{field} has token {wrong}; ids are 0 to {self._vocab_size - 1}", param=field)
+        if len(ids) >= self._context_length:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; with at least one new token the model takes {self._context_length}",
+                param=field,
+                code="context_length_exceeded",
+            )
+
+
+def derived_seed(server_seed: int, rid: int) -> int:
+    """The seed of a request that brings none: 63 bits that differ for each request and are the same in every run."""
+    digest = hashlib.blake2b(f"{server_seed} {rid}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & MAX_SEED
+
+
+def _resolved(params: SamplingParams, max_new_tokens: int, seed: int) -> SamplingParams:
+    """For the scheduler: stop strings stay with the text actor."""
+    least = min(params.min_new_tokens, max_new_tokens)
+    return msgspec.structs.replace(params, max_new_tokens=max_new_tokens, min_new_tokens=least, seed=seed, stop=())

@@ -1,0 +1,84 @@
+"""A request as the scheduler knows it: the one place where its truth lives (tokens, parameters, progress).
+
+Everything else (KV pages, sampler state, text) can be rebuilt from `tokens` and `params`, which is why a request
+survives retraction and the death of its executor: it goes back to the queue and is prefilled again.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from ..kvstore.radix import Node
+from ..sampler.params import SamplingParams
+
+
+class Stage(Enum):
+    """Where a request is. Only PREFILL and DECODE hold a slot and pages."""
+
+    WAITING = 0
+    PREFILL = 1
+    DECODE = 2
+    ENDED = 3
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence. The KV of the newest token is always missing until the next step computes it."""
+
+    rid: int
+    tokens: "array[int]"
+    """int32: the prompt and what was generated."""
+    prompt_length: int
+    params: SamplingParams
+    namespace: str
+    priority: int
+    arrival_ns: int
+    limit: int
+    """Tokens at which it ends by length."""
+    stage: Stage = Stage.WAITING
+    slot: int = -1
+    node: Node | None = None
+    """Deepest radix node that it holds a lock on."""
+    pages: list[int] = field(default_factory=list)
+    owned: list[bool] = field(default_factory=list)
+    """Per page: the request's own (to be freed or given to the tree), else the tree's."""
+    target: int = 0
+    """Tokens to prefill: what was known at admission."""
+    planned: int = 0
+    """Tokens whose prefill is planned."""
+    confirmed: int = 0
+    """Tokens whose prefill the executor has reported."""
+    admissions: int = 0
+    """Lives so far: chunks of an earlier life report nothing any more."""
+    window: int = -1
+    """Window of its last admission."""
+    blocked_until: int = -1
+    """After a retraction: the last window that may still bring tokens; no admission before it is reported."""
+    crashes: int = 0
+    """Executor deaths while it held a slot."""
+    matched: tuple[int, int] = (-1, 0)
+    """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
+    _ids: np.ndarray | None = None
+
+    def ids(self) -> np.ndarray:
+        """Return the tokens as int32 [n]: a copy, remade when tokens were added."""
+        if self._ids is None or len(self._ids) != len(self.tokens):
+            self._ids = np.array(self.tokens, dtype=np.int32)
+        return self._ids
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def computed(self) -> int:
+        """Leading tokens whose KV the executor has reported."""
+        return self.confirmed if self.confirmed < self.target else max(self.target, len(self.tokens) - 1)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """False for a request that only fills the cache (max_new_tokens 0)."""
+        return self.limit > len(self.tokens)

@@ -1,0 +1,497 @@
+"""The scheduler's decisions, without actors, lanes or clocks: requests in, windows out, results in.
+
+Used by the scheduler actor; driven directly by tests. It owns the page pool, the radix tree, the waiting queue and
+the slots. Invariants: every page is free, the tree's or a running request's; windows are executed in order, so a page
+released in window w may be reused by window w itself; pages enter the tree only when the executor reported their
+tokens; a request's tokens are appended only here.
+
+While windows are in flight a request's KV is tracked by an upper bound, its slot's `horizon`: it grows by k a window
+whatever the results say, so a window can be planned before the results of the last one are known.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from ..config import EngineConfig
+from ..errors import RequestError
+from ..kvstore.eviction import make_policy
+from ..kvstore.pages import PagePool
+from ..kvstore.radix import Match, RadixTree
+from .messages import Finish
+from .new_token_ratio import NewTokenRatio
+from .queue_order import make_order
+from .request import Request, Stage
+from .slot_table import SlotTable
+
+IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
+HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
+EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
+MAX_CRASHES: Final = 2
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """Tokens [start, end) of a request, in its `admission`-th life."""
+
+    request: Request
+    admission: int
+    start: int
+    end: int
+    draws: bool
+    """The prompt ends here and a token is wanted: the slot decodes from now on."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """A request's admission: `cached` tokens have KV in the first of `pages`, which cover its prompt."""
+
+    request: Request
+    cached: int
+    pages: list[int]
+
+
+@dataclass(slots=True)
+class Window:
+    """A plan before it becomes a message: what the executor is to do in k steps."""
+
+    number: int
+    k: int = 1
+    release: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(source page, destination page, tokens)"""
+    admits: list[Seat] = field(default_factory=list)
+    grow_slots: list[int] = field(default_factory=list)
+    grow_pages: list[int] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
+    budget: int = 0
+    """Prompt tokens that still fit."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, in tokens unless said."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    retractions: int = 0
+    windows: int = 0
+    steps: int = 0
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many leading tokens two int32 arrays share."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+class Schedule:
+    """Waiting requests, slots and pages of one executor group. See the module's text for the invariants."""
+
+    def __init__(self, config: EngineConfig, num_pages: int, max_slots: int, chunk_tokens: int) -> None:
+        """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole."""
+        self.config = config
+        self.page = config.page_size
+        self.chunk_tokens = chunk_tokens
+        self.pool = PagePool(num_pages)
+        policy = make_policy(config.eviction_policy)
+        self.tree = RadixTree(self.pool, self.page, policy, enabled=not config.disable_radix_cache)
+        self.tree_state = 0
+        self.slots = SlotTable(max_slots)
+        self.requests: dict[int, Request] = {}
+        self.waiting: dict[int, Request] = {}
+        self.prefilling: dict[int, Request] = {}
+        self.order = make_order(
+            config.schedule_policy, config.random_seed, self._matched, lambda r: self._match(r).node
+        )
+        self.ratio = NewTokenRatio(config.schedule_conservativeness)
+        self.counters = Counters()
+        self.in_flight: deque[Window] = deque()
+        self.next_window = 0
+        self.step_us = 0.0
+        self._last_k = 1
+        self._release: list[int] = []
+
+    # ------------------------------------------------------------------ requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            RequestError: its prompt can never fit.
+        """
+        capacity = self.pool.num_pages * self.page
+        if request.prompt_length >= capacity:
+            raise RequestError(
+                f"the prompt has {request.prompt_length} tokens, but the KV pool holds {capacity}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        request.limit = min(request.limit, capacity)
+        self.requests[request.rid] = request
+        self.waiting[request.rid] = request
+
+    def abort(self, rid: int) -> bool:
+        """End a request now, wherever it is. False if it is not known (any more)."""
+        request = self.requests.get(rid)
+        if request is not None:
+            self._end(request, keep=True)
+        return request is not None
+
+    def executor_lost(self) -> list[Request]:
+        """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
+
+        Returns the requests that were running in MAX_CRASHES executor deaths: they are ended, since one of them
+        may be the cause.
+        """
+        guilty = []
+        for request in self.slots.running():
+            self._drop_pages(request)
+            self._unseat(request)
+            request.crashes += 1
+            if request.crashes >= MAX_CRASHES:
+                request.stage = Stage.ENDED
+                del self.requests[request.rid]
+                guilty.append(request)
+            else:
+                self._requeue(request)
+        self.in_flight.clear()
+        self._release.clear()
+        self.tree.clear()
+        self.tree_state += 1
+        return guilty
+
+    # ------------------------------------------------------------------ results
+
+    def report(self, window: int, step: int, rids: list[int], ids: list[int], finish: np.ndarray) -> list[Request]:
+        """Take in one step's results: drawn tokens per request id, and Finish values (uint8).
+
+        Step 0 also means that the window's chunks have their KV: their whole pages enter the tree, so that requests
+        with the same prefix can start. Returns requests that wanted no token and are now complete.
+        """
+        current = self.in_flight[0]
+        assert current.number == window, "windows report in order"
+        chunks = [c for c in current.chunks if c.admission == c.request.admissions] if step == 0 else []
+        for chunk in chunks:
+            if chunk.request.slot >= 0:
+                chunk.request.confirmed = chunk.end
+        requests = self.requests
+        for rid, token in zip(rids, ids, strict=True):
+            request = requests.get(rid)
+            if request is not None:
+                request.tokens.append(token)
+        for row in np.flatnonzero(finish):
+            request = requests.get(rids[row])
+            if request is not None:
+                self._end(request, keep=finish[row] != Finish.POISON)
+        complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
+        self.counters.generated_tokens += len(rids)
+        self.counters.steps += 1
+        self.ratio.decay()
+        if step == current.k - 1:
+            self.in_flight.popleft()
+        return complete
+
+    def step_took(self, step_us: float) -> None:
+        """Learn the time of a decode step, from which k follows."""
+        self.step_us = 0.9 * self.step_us + 0.1 * step_us if self.step_us else step_us
+
+    def _chunk_done(self, chunk: PrefillChunk) -> bool:
+        request = chunk.request
+        whole = chunk.end // self.page
+        if whole and self.tree.enabled:
+            self._insert(request, request.ids()[: whole * self.page])
+        if chunk.end < request.target:
+            return False
+        self.prefilling.pop(request.rid, None)
+        if not chunk.draws:
+            self._end(request, keep=True)
+        return not chunk.draws
+
+    # ------------------------------------------------------------------ plans
+
+    def plan(self) -> Window | None:
+        """Return the next window to send, or None while enough are in flight or nothing is to be done."""
+        if len(self.in_flight) >= self.config.plans_in_flight:
+            return None
+        rows = self._make_room(self.slots.decoding_rows())
+        window = Window(self.next_window, budget=self._chunk_budget(len(rows)))
+        for request in self.prefilling.values():
+            if request.planned < request.target and window.budget > 0:
+                self._add_chunk(window, request)
+        more_waits = self._admit(window, reserved=self._pages_needed(rows, 1))
+        if not len(rows) and not window.chunks:
+            return None
+        joining = np.array([c.request.slot for c in window.chunks if c.draws], dtype=np.int64)
+        window.k = self._choose_k(rows, joining, more_waits)
+        self._grow(window, rows, window.k)
+        self._grow(window, joining, window.k - 1)
+        window.release, self._release = self._release, []
+        self.in_flight.append(window)
+        self.next_window += 1
+        self._last_k = window.k
+        self.counters.windows += 1
+        return window
+
+    def _chunk_budget(self, rows: int) -> int:
+        if self.chunk_tokens <= 0:
+            return self.config.max_prefill_tokens
+        return max(self.chunk_tokens - rows, self.page)
+
+    def _add_chunk(self, window: Window, request: Request) -> None:
+        start = request.planned
+        end = request.target if self.chunk_tokens <= 0 else min(request.target, start + window.budget)
+        window.budget -= end - start
+        request.planned = end
+        draws = end == request.target and request.wants_tokens
+        window.chunks.append(PrefillChunk(request, request.admissions, start, end, draws))
+        self.counters.prefilled_tokens += end - start
+        if draws:
+            request.stage = Stage.DECODE
+            self.slots.decoding[request.slot] = True
+
+    def _choose_k(self, rows: np.ndarray, joining: np.ndarray, more_waits: bool) -> int:
+        """1 while somebody waits for the next window, else growing up to what the time budget allows."""
+        if more_waits or any(r.planned < r.target for r in self.prefilling.values()):
+            return 1
+        k = self.config.num_continuous_decode_steps
+        if self.config.window_ms:
+            affordable = int(self.config.window_ms * 1000 / self.step_us) if self.step_us else 1
+            k = max(1, min(k, 2 * self._last_k, affordable))
+        left = (self.slots.cap - self.slots.horizon)[np.concatenate([rows, joining])]
+        k = max(1, min(k, int(left.max(initial=0)) + (1 if len(joining) else 0)))
+        while k > 1 and self._pages_needed(rows, k) + self._pages_needed(joining, k - 1) > self._obtainable():
+            k //= 2
+        return k
+
+    def _grow(self, window: Window, rows: np.ndarray, steps: int) -> None:
+        """Advance the rows' horizon by some steps and give them the pages that it reaches."""
+        if not len(rows) or not steps:
+            return
+        slots = self.slots
+        short = slots.pages_short(rows, steps, self.page)
+        slots.horizon[rows] = np.minimum(slots.horizon[rows] + steps, slots.cap[rows])
+        slots.pages[rows] += short
+        grown = np.repeat(rows, short).tolist()
+        pages = self._allocate(len(grown))
+        for slot, page in zip(grown, pages, strict=True):
+            request = slots.requests[slot]
+            assert request is not None
+            request.pages.append(page)
+            request.owned.append(True)
+        window.grow_slots += grown
+        window.grow_pages += pages
+
+    # ------------------------------------------------------------------ admission
+
+    def _admit(self, window: Window, reserved: int) -> bool:
+        """Seat waiting requests while budget, slots and pages (but `reserved`) last.
+
+        Returns whether a request waits that the next window could take: then k stays 1.
+        """
+        if not self.waiting or not self.slots.free:
+            return False
+        held_back = 0
+        reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
+        for request in self.order(list(self.waiting.values())):
+            if not self.slots.free:
+                break
+            if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
+                return True
+            if request.blocked_until > reported or self._prefix_is_coming(request):
+                held_back += 1
+                continue
+            match = self._match(request)
+            uncached = len(request.tokens) - match.length
+            if self.chunk_tokens <= 0 and window.chunks and uncached > window.budget:
+                return True
+            if not self._fits(request, match, reserved):
+                break
+            self._seat(window, request, match)
+        return held_back > 0
+
+    def _prefix_is_coming(self, request: Request) -> bool:
+        """Whether a prefilling request is about to provide a much longer prefix than the tree has now."""
+        if not self.tree.enabled:
+            return False
+        ids, reach = request.ids(), 0
+        head = ids[:IN_BATCH_PREFIX].tobytes()
+        for other in self.prefilling.values():
+            provided = other.ids()[: other.target]
+            if other.namespace != request.namespace or provided[:IN_BATCH_PREFIX].tobytes() != head:
+                continue
+            shared = common_prefix(ids[:-1], provided) // self.page * self.page
+            if shared > max(reach, other.confirmed):
+                reach = shared
+        return reach > 0 and reach - self._matched(request) >= IN_BATCH_PREFIX
+
+    def _fits(self, request: Request, match: Match, reserved: int) -> bool:
+        """Whether its prompt fits now, and what everybody is expected to generate fits as well."""
+        need = -(-len(request.tokens) // self.page) - len(match.pages)
+        self.tree.lock(match.node)  # what it reuses cannot be evicted for it
+        room = self._obtainable() - reserved
+        self.tree.unlock(match.node)
+        if need > room or self.slots.empty:
+            return need <= room
+        expected = self.slots.remaining() + min(request.limit - len(request.tokens), EXPECTED_NEW_TOKENS)
+        return need + self.ratio.value * expected / self.page <= room
+
+    def _seat(self, window: Window, request: Request, match: Match) -> None:
+        del self.waiting[request.rid]
+        self.tree.lock(match.node)
+        fresh = self._allocate(-(-len(request.tokens) // self.page) - len(match.pages))
+        source, tokens = self._partial_page(window, request, match)
+        if tokens:
+            window.copies.append((source, fresh[0], tokens))
+        cached = len(match.pages) * self.page + tokens
+        request.node = match.node
+        request.pages = match.pages.tolist() + fresh
+        request.owned = [False] * len(match.pages) + [True] * len(fresh)
+        request.target = len(request.tokens)
+        request.planned = request.confirmed = cached
+        request.stage = Stage.PREFILL
+        if not request.admissions:
+            self.counters.prompt_tokens += request.prompt_length
+            self.counters.cached_tokens += cached
+        request.admissions += 1
+        request.window = window.number
+        self.slots.take(request)
+        self.prefilling[request.rid] = request
+        window.admits.append(Seat(request, cached, list(request.pages)))
+        self._add_chunk(window, request)
+
+    def _partial_page(self, window: Window, request: Request, match: Match) -> tuple[int, int]:
+        """Return (page, tokens) that continue the match inside a page, to be copied: the tree's or a running request's.
+
+        A running request's last page is its own, for it still grows, but what is computed in it never changes. Not
+        of one seated in this very window: its page may wait for a copy of its own.
+        """
+        page, tokens = match.partial_page, match.partial_tokens
+        start = len(match.pages) * self.page
+        wanted = request.ids()[start : min(start + self.page, len(request.tokens) - 1)]
+        for other in self.slots.running():
+            if other.node is match.node and other.window != window.number and other.computed > start + tokens:
+                shared = common_prefix(wanted, other.ids()[start : other.computed])
+                if shared > tokens:
+                    page, tokens = other.pages[len(match.pages)], shared
+        return page, tokens
+
+    def _match(self, request: Request) -> Match:
+        """Return the cached prefix; never the whole request, since a token must be computed to draw the next."""
+        return self.tree.match(request.ids()[:-1], request.namespace)
+
+    def _matched(self, request: Request) -> int:
+        if request.matched[0] != self.tree_state:
+            tokens = self.tree.match_length(request.ids()[:-1], request.namespace)
+            request.matched = (self.tree_state, tokens)
+        return request.matched[1]
+
+    # ------------------------------------------------------------------ retraction
+
+    def _make_room(self, rows: np.ndarray) -> np.ndarray:
+        """Retract requests until every decoding row can have its next page; return the rows that are left."""
+        while self._pages_needed(rows, 1) > self._obtainable():
+            self.retract(self._retraction_victim())
+            rows = self.slots.decoding_rows()
+        return rows
+
+    def _retraction_victim(self) -> Request:
+        """The request with the fewest generated tokens, then the longest prompt: the least work lost."""
+        return min(self.slots.running(), key=lambda r: (r.generated, -r.prompt_length))
+
+    def retract(self, request: Request) -> None:
+        """Take a running request's slot and pages back and queue it again, ahead of the others."""
+        self._keep_pages(request)
+        self._leave_slot(request)
+        running = self.slots.running()
+        allowed = sum(r.limit - r.prompt_length for r in running)
+        self.ratio.retracted(sum(r.generated for r in running), allowed, len(running))
+        self.counters.retractions += 1
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        request.stage = Stage.WAITING
+        request.target = request.planned = request.confirmed = 0
+        request.blocked_until = self.next_window - 1
+        self.waiting = {request.rid: request, **self.waiting}
+
+    # ------------------------------------------------------------------ pages
+
+    def _obtainable(self) -> int:
+        return self.pool.num_free + self.tree.num_evictable
+
+    def _pages_needed(self, rows: np.ndarray, steps: int) -> int:
+        return int(self.slots.pages_short(rows, steps, self.page).sum()) if len(rows) else 0
+
+    def _allocate(self, n: int) -> list[int]:
+        """Return n pages, evicting from the tree if needed; callers made sure that they are obtainable."""
+        short = n - self.pool.num_free
+        if short > 0:
+            self.tree.evict(short)
+            self.tree_state += 1
+        pages: list[int] = self.pool.allocate(n).tolist()
+        return pages
+
+    def _insert(self, request: Request, ids: np.ndarray) -> None:
+        """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there."""
+        count = -(-len(ids) // self.page)
+        done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
+        request.owned[done.taken_from : count] = [False] * max(count - done.taken_from, 0)
+        self.tree.lock(done.node)
+        if request.node is not None:
+            self.tree.unlock(request.node)
+        request.node = done.node
+        self.tree_state += 1
+
+    def _keep_pages(self, request: Request) -> None:
+        """Give what is computed to the tree, free the rest, drop the lock."""
+        if request.computed and self.tree.enabled:
+            self._insert(request, request.ids()[: request.computed])
+        self._drop_pages(request)
+
+    def _drop_pages(self, request: Request) -> None:
+        self.pool.free([p for p, own in zip(request.pages, request.owned, strict=True) if own])
+        if request.node is not None:
+            self.tree.unlock(request.node)
+        request.pages, request.owned, request.node = [], [], None
+
+    def _leave_slot(self, request: Request) -> None:
+        self._release.append(request.slot)
+        self._unseat(request)
+
+    def _unseat(self, request: Request) -> None:
+        self.slots.give_back(request.slot)
+        request.slot = -1
+        self.prefilling.pop(request.rid, None)
+
+    def _end(self, request: Request, keep: bool) -> None:
+        if request.stage is Stage.WAITING:
+            del self.waiting[request.rid]
+        else:
+            if keep:
+                self._keep_pages(request)
+            else:
+                self._drop_pages(request)
+            self._leave_slot(request)
+        request.stage = Stage.ENDED
+        del self.requests[request.rid]
+
+    # ------------------------------------------------------------------ accounting
+
+    @property
+    def pages_running(self) -> int:
+        """Pages that running requests own."""
+        return sum(sum(r.owned) for r in self.slots.running())
+
+    def check(self) -> None:
+        """Assert the page invariant and the tree's own."""
+        owned = [p for r in self.slots.running() for p, own in zip(r.pages, r.owned, strict=True) if own]
+        assert len(owned) == len(set(owned)), "a page has two owners"
+        total = self.pool.num_free + self.tree.num_pages + len(owned)
+        assert total == self.pool.num_pages, (self.pool.num_free, self.tree.num_pages, len(owned), self.pool.num_pages)
+        self.tree.check()

@@ -1,0 +1,294 @@
+"""The text actor: text in, token ids to the scheduler; token ids back, text out to the fronts.
+
+It owns the tokenizer, the chat template, and for each running request a detokenizer and its stop strings (Output).
+Invariant: every request id that a front sent gets exactly one final message (a Chunk with `finish`, or Refused),
+unless the front cancelled it or died; and after its final message an id is unknown here, so late rows are ignored.
+"""
+
+import os
+from pathlib import Path
+from typing import ClassVar, Final, assert_never
+
+import numpy as np
+import trio
+
+from ..errors import ActorserveError, EngineDown, RequestError, StartupError
+from ..models.detokenize import Detokenizer, Detokenizers
+from ..models.template import ChatTemplate
+from ..models.tokenizer import Tokenizer, load_tokenizer
+from . import messages
+from .actor import Actor, Context
+from .messages import (
+    NO_STATS,
+    Abort,
+    Cancel,
+    Chunk,
+    Chunks,
+    Drain,
+    Ended,
+    Finish,
+    Generate,
+    PeerDown,
+    PeerUp,
+    Refused,
+    Started,
+    Stats,
+    TextInbox,
+    TokenLogprob,
+    Tokens,
+)
+from .output import Output
+from .prompts import Prompts
+from .ref import Gone
+
+SCHEDULER: Final = "sched"
+SCHEDULER_DOWN: Final = "the scheduler is not running at the moment; send the request again"
+SCHEDULER_DIED: Final = "the scheduler restarted; send the request again"
+POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
+
+
+class Text(Actor):
+    """State: the requests being tokenized, the running ones, and those with something new for their front."""
+
+    inbox_type: ClassVar[object] = TextInbox
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.outputs: dict[int, Output] = {}
+        """Running requests by id."""
+        self.tokenizing: dict[int, str] = {}
+        """First id of each request that a thread tokenizes: its front."""
+        self.stats = NO_STATS
+        """The last ones, for fronts that come up."""
+        self.prompts = Prompts(context.config, context.model, None, None)
+        self._changed: dict[str, dict[int, Output]] = {}
+        """By front: outputs with something new."""
+        self._detokenizers: Detokenizers | None = None
+        self._threads = trio.CapacityLimiter(max(1, (os.cpu_count() or 2) // 2))
+
+    async def start(self) -> None:
+        """Load tokenizer and template. Raises StartupError."""
+        context = self.context
+        if context.config.skip_tokenizer_init:
+            return
+        await context.progress("tokenizer", 0.0)
+        path = context.config.tokenizer_path or context.model.path
+        tokenizer = await trio.to_thread.run_sync(load_tokenizer, path)
+        await context.progress("tokenizer", 0.5)
+        template = load_template(tokenizer, context.config.chat_template)
+        if template is not None:
+            await trio.to_thread.run_sync(tokenizer.prepare)
+        self._detokenizers = Detokenizers(tokenizer)
+        self.prompts = Prompts(context.config, context.model, tokenizer, template)
+        await context.progress("tokenizer", 1.0)
+
+    def receive(self, message: messages.TextInbox, source: str) -> None:
+        match message:
+            case Tokens():
+                self._tokens(message)
+            case Generate():
+                self._generate(message, source)
+            case Cancel():
+                self._cancel(message, source)
+            case Started():
+                if (output := self.outputs.get(message.rid)) is not None:
+                    output.cached_tokens = message.cached_tokens
+            case Ended():
+                self._ended(message)
+            case Stats():
+                self._stats(message)
+            case PeerDown():
+                self._peer_down(message.name)
+            case PeerUp():
+                self._peer_up(message.name)
+            case Drain():
+                pass  # the fronts send nothing new
+            case _:
+                assert_never(message)
+
+    def flush(self) -> None:
+        """Send each front what is new, in one message. A front that lags behind gets its chunks joined."""
+        for front in list(self._changed):
+            ref = self.context.ref(front)
+            if ref.backlog:
+                continue  # credit wakes us, and flush is called again
+            made = (output.chunk() for output in self._changed.pop(front).values())
+            chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
+            if chunks:
+                self._post(front, Chunks(chunks))
+
+    # ------------------------------------------------------------------ from the fronts
+
+    def _generate(self, m: Generate, front: str) -> None:
+        if not self.prompts.is_long(m.prompt):
+            self._submit(m, front)
+            return
+        self.tokenizing[m.rid] = front
+        self.context.nursery.start_soon(self._submit_from_thread, m, front)
+
+    async def _submit_from_thread(self, m: Generate, front: str) -> None:
+        """A long prompt: nothing of `m` aliases the ring, for token prompts do not come here."""
+        ids = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
+        if self.tokenizing.pop(m.rid, None) is not None:
+            self._admit(m, front, ids)
+
+    def _submit(self, m: Generate, front: str) -> None:
+        self._admit(m, front, self._encode(m))
+
+    def _encode(self, m: Generate) -> np.ndarray | ActorserveError:
+        """The prompt's ids, or what is wrong with it. A prompt that breaks the tokenizer breaks only its request."""
+        try:
+            return self.prompts.encode(m.prompt)
+        except RequestError as error:
+            return error
+        except Exception:
+            self.context.log.exception("tokenizing failed")
+            return ActorserveError("the prompt could not be tokenized")
+
+    def _admit(self, m: Generate, front: str, ids: np.ndarray | ActorserveError) -> None:
+        """Hand the choices to the scheduler, or refuse them all."""
+        try:
+            if isinstance(ids, ActorserveError):
+                raise ids
+            submits = self.prompts.submits(m, ids)
+            sched = self.context.ref(SCHEDULER)
+            if not sched.up:
+                raise EngineDown(SCHEDULER_DOWN)
+            for submit in submits:
+                sched.post(submit)
+        except ActorserveError as error:
+            self._refuse(m.rid, m.n, front, error)
+            return
+        except Gone:
+            self._refuse(m.rid, m.n, front, EngineDown(SCHEDULER_DOWN))
+            return
+        for rid in range(m.rid, m.rid + m.n):
+            self.outputs[rid] = Output(rid, front, len(ids), m.params, self._detokenizer(m, ids))
+
+    def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
+        if self._detokenizers is None:
+            return None
+        params = m.params
+        return self._detokenizers.new(ids.data, params.skip_special_tokens, params.spaces_between_special_tokens)
+
+    def _cancel(self, m: Cancel, front: str) -> None:
+        self.tokenizing.pop(m.rid, None)
+        for rid in range(m.rid, m.rid + m.n):
+            self._changed.get(front, {}).pop(rid, None)
+            if self._forget(rid) is not None:
+                self._post(SCHEDULER, Abort(rid))
+
+    # ------------------------------------------------------------------ from the scheduler
+
+    def _tokens(self, m: Tokens) -> None:
+        rids = np.frombuffer(m.rids, dtype=np.int64).tolist()
+        ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
+        finishes = bytes(m.finish)
+        logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist() if len(m.logprobs) else None
+        for row, rid in enumerate(rids):
+            output = self.outputs.get(rid)
+            if output is None:
+                continue  # cancelled, or ended by a stop string
+            finish = finishes[row]
+            if finish == Finish.POISON:
+                self._forget(rid)
+                self._refuse(rid, 1, output.front, ActorserveError(POISONED))
+                continue
+            logprob = None
+            if logprobs is not None and output.top_logprobs is not None and ids[row] >= 0:
+                logprob = self._logprob(m, row, ids[row], logprobs[row], output.top_logprobs)
+            output.push(ids[row], finish, logprob)
+            self._mark_changed(output)
+            if output.finish is not None:
+                del self.outputs[rid]
+                if not finish:  # a stop string: the scheduler does not know yet
+                    self._post(SCHEDULER, Abort(rid))
+
+    def _logprob(self, m: Tokens, row: int, token: int, logprob: float, wanted: int) -> TokenLogprob:
+        first, count = row * m.top_n, min(wanted, m.top_n)
+        top: list[tuple[int, float, bytes]] = []
+        if count:
+            ids = np.frombuffer(m.top_ids, dtype=np.int32, count=count, offset=4 * first).tolist()
+            values = np.frombuffer(m.top_logprobs, dtype=np.float32, count=count, offset=4 * first).tolist()
+            top = [(i, value, self._bytes(i)) for i, value in zip(ids, values, strict=True)]
+        return TokenLogprob(token, logprob, self._bytes(token), top)
+
+    def _bytes(self, token: int) -> bytes:
+        return b"" if self._detokenizers is None else self._detokenizers.bytes[token]
+
+    def _ended(self, m: Ended) -> None:
+        output = self.outputs.pop(m.rid, None)
+        if output is None:
+            return  # the answer to our Abort
+        if m.status == 0:
+            output.abort()
+            self._mark_changed(output)
+            return
+        self._unmark(output)
+        error = ActorserveError(m.message, param=m.param, code=m.code, status=m.status)
+        self._refuse(m.rid, 1, output.front, error)
+
+    def _stats(self, m: Stats) -> None:
+        """To every front that has room: newer ones follow. That it is up or down must arrive, so it waits for room."""
+        if m == self.stats:
+            return
+        news, self.stats = m.executor_up != self.stats.executor_up, m
+        for name in self.context.peers():
+            ref = self.context.ref(name)
+            if name != SCHEDULER and ref.up:
+                if news:
+                    ref.post(m)
+                else:
+                    ref.try_send(m)
+
+    # ------------------------------------------------------------------ peers
+
+    def _peer_up(self, name: str) -> None:
+        if name != SCHEDULER and self.stats.executor_up:
+            self._post(name, self.stats)  # the next ones may be long in coming
+
+    def _peer_down(self, name: str) -> None:
+        if name == SCHEDULER:
+            self._stats(NO_STATS)
+            for output in list(self.outputs.values()):
+                self._forget(output.rid)
+                self._refuse(output.rid, 1, output.front, EngineDown(SCHEDULER_DIED))
+            return
+        self._changed.pop(name, None)
+        self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
+        for output in [o for o in self.outputs.values() if o.front == name]:
+            self._forget(output.rid)
+            self._post(SCHEDULER, Abort(output.rid))
+
+    def _forget(self, rid: int) -> Output | None:
+        output = self.outputs.pop(rid, None)
+        if output is not None:
+            self._unmark(output)
+        return output
+
+    def _mark_changed(self, output: Output) -> None:
+        self._changed.setdefault(output.front, {})[output.rid] = output
+
+    def _unmark(self, output: Output) -> None:
+        self._changed.get(output.front, {}).pop(output.rid, None)
+
+    def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
+        self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
+
+    def _post(self, name: str, message: Abort | Chunks | Refused | Stats) -> None:
+        """Send; a peer that is down has lost its requests anyway, and its PeerDown follows."""
+        try:
+            self.context.ref(name).post(message)
+        except Gone:
+            self.context.log.debug("%s is down", name)
+
+
+def load_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
+    """The template in `file` (--chat-template), else the model's; None if there is none. Raises StartupError."""
+    sources: dict[str, str] = tokenizer.templates
+    if file is not None:
+        try:
+            sources = {"default": Path(file).read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartupError(f"cannot read the chat template {file}: {error}") from error
+    return ChatTemplate(sources, tokenizer.special_tokens, tokenizer.control) if sources else None

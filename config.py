@@ -1,0 +1,96 @@
+"""The one config object. Every setting of the engine, its default and its help text.
+
+`actorserve run` derives its flags from these fields (names as SGLang's where they exist), `Engine(...)` takes
+them as keyword arguments, and the supervisor hands the resolved object to every actor. Imports nothing of ours:
+any layer may use it. Settings that can be computed are `None` here and filled in by the part that knows.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Meta = msgspec.Meta
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings. A field's `Meta.description` is its help text on the command line."""
+
+    model: Annotated[
+        str | None,
+        Meta(description="folder with config.json, or a .gguf file; without it the embedded SmolLM2-135M chat model"),
+    ] = None
+    served_model_name: Annotated[str | None, Meta(description="name in /v1/models")] = None
+    tokenizer_path: Annotated[str | None, Meta(description="tokenizer folder, if not the model's")] = None
+    skip_tokenizer_init: Annotated[bool, Meta(description="serve token ids only")] = False
+    chat_template: Annotated[str | None, Meta(description="file with a Jinja chat template")] = None
+    load_format: Annotated[
+        Literal["auto", "safetensors", "gguf", "dummy"],
+        Meta(description="dummy: random weights of config.json's shape"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="weights and activations; auto: the checkpoint's, bfloat16 on CPU"),
+    ] = "auto"
+    context_length: Annotated[Positive | None, Meta(description="default: the model's")] = None
+    random_seed: Annotated[int, Meta(ge=0, description="base of the seeds of requests that bring none")] = 0
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 30000
+    max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
+    max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
+    tp_size: Annotated[Positive, Meta(description="tensor parallel ranks")] = 1
+    attention_backend: Annotated[Literal["auto", "torch"], Meta(description="attention kernels")] = "auto"
+    mem_fraction_static: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)] | None,
+        Meta(description="share of memory for weights and KV pages; default .88 on a GPU, .25 on a CPU"),
+    ] = None
+    max_total_tokens: Annotated[Positive | None, Meta(description="KV pool size in tokens; default from memory")] = None
+    max_running_requests: Annotated[Positive | None, Meta(description="default 256, 64 on CPU")] = None
+    cpu_threads: Annotated[Positive | None, Meta(description="torch threads; default: all cores")] = None
+
+    schedule_policy: Annotated[
+        Literal["lpm", "fcfs", "dfs-weight", "random"], Meta(description="order of the waiting queue")
+    ] = "lpm"
+    schedule_conservativeness: Annotated[
+        float, Meta(ge=0, description="scales the expected new tokens at admission; higher retracts less")
+    ] = 1.0
+    chunked_prefill_size: Annotated[
+        int | None, Meta(description="prompt tokens per forward; <= 0 disables chunking; default 8192, 256 on CPU")
+    ] = None
+    max_prefill_tokens: Annotated[Positive, Meta(description="prompt tokens per forward without chunking")] = 16384
+    num_continuous_decode_steps: Annotated[Positive, Meta(description="most decode steps per schedule (k)")] = 16
+    window_ms: Annotated[
+        float,
+        Meta(ge=0, description="k adapts so that a window stays near this; 0: k is always num_continuous_decode_steps"),
+    ] = 30.0
+    plans_in_flight: Annotated[int, Meta(ge=1, le=4, description="windows queued ahead on the executor")] = 2
+    disable_radix_cache: Annotated[bool, Meta(description="compute every prompt from its first token")] = False
+    eviction_policy: Annotated[Literal["lru", "lfu"], Meta(description="which cached prefix goes first")] = "lru"
+
+    placement: Annotated[
+        Literal["process", "inline"], Meta(description="process: one process per actor; inline: all actors in one loop")
+    ] = "process"
+    hang_seconds: Annotated[
+        float, Meta(gt=0, description="an actor with mail that takes none for this long is restarted")
+    ] = 60.0
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per KV page. Reuse is token-exact all the same: a partly shared page is copied."""
+        return 16
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What everybody must know of the model before it is loaded; read from its folder by the root, without torch."""
+
+    name: str
+    path: str  # folder with config.json (a GGUF file is converted into one first)
+    model_type: str
+    vocab_size: int
+    context_length: int
+    eos_ids: tuple[int, ...]
+    has_chat_template: bool = False

@@ -1,0 +1,107 @@
+"""Exchange: one HTTP request and its reply, directly on ASGI. Every route's handler gets one.
+
+Invariant: at most one reply is started; the body is counted while it is read; a client that goes away ends the stream
+of chunks that is being produced for it, whether it streams or waits.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+from starlette.types import Receive, Scope, Send
+
+from ..actors.client import Stream
+from ..errors import ActorserveError, RequestError
+from .error_replies import error_body, error_headers
+
+Header = tuple[bytes, bytes]
+JSON = b"application/json"
+SSE = b"text/event-stream; charset=utf-8"
+
+
+class ClientGone(ActorserveError):
+    """The client closed its connection; there is nobody to reply to. 499 is what access logs call it."""
+
+    status = 499
+    code = "client_gone"
+
+
+class Exchange:
+    """See the module's text. `status` is the one replied with, 0 before."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.status = 0
+        self._receive = receive
+        self._send = send
+        self._finished = False
+
+    async def body(self, limit: int) -> bytes:
+        """Read the whole body. Raises RequestError (413) as soon as it is above `limit` bytes, or ClientGone."""
+        # The rest of a body that is too large is read and dropped by the server: a client that is still sending
+        # would otherwise lose the reply to a connection reset.
+        for name, value in self.scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > limit:
+                raise _too_large(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone("the client closed the connection")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    @asynccontextmanager
+    async def watched(self, stream: Stream) -> AsyncIterator[None]:
+        """While inside, a disconnect cancels `stream` (its reader gets ClientGone); on leaving, it is cancelled."""
+        watcher = asyncio.create_task(self._watch(stream))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            stream.cancel()
+
+    async def reply(
+        self, body: bytes, status: int = 200, content_type: bytes = JSON, headers: Iterable[Header] = ()
+    ) -> None:
+        """Send a whole reply."""
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(status, [(b"content-type", content_type), length, *headers])
+        await self.write(body, last=True)
+
+    async def start_events(self) -> None:
+        """Start a reply of server-sent events."""
+        # The last header stops nginx from collecting events.
+        headers = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        await self._start(200, headers)
+
+    async def write(self, body: bytes, last: bool = False) -> None:
+        """Send a part of the body. Waits while the client is slow to read."""
+        self._finished = last
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def fail(self, error: ActorserveError, headers: Sequence[Header] = ()) -> None:
+        """Reply with an error; inside a stream of events as its last event, without [DONE]."""
+        if not self.status:
+            await self.reply(error_body(error), error.status, headers=[*headers, *error_headers(error)])
+        elif not self._finished:
+            await self.write(b"data: " + error_body(error) + b"\n\n", last=True)
+
+    async def _start(self, status: int, headers: list[Header]) -> None:
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _watch(self, stream: Stream) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        stream.cancel(ClientGone("the client closed the connection"))
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the body is above {limit} bytes", code="body_too_large", status=413)

@@ -1,0 +1,121 @@
+"""HttpFront: the actor that speaks HTTP. uvicorn on uvloop, the Starlette application, and a Client to the engine.
+
+The supervisor runs one process of it (or several on one listening socket, handed over as files["listen"]).
+Invariant: everything runs in one event loop; the inbox is drained once per wake and each stream's reader wakes once.
+At the end running streams may finish until the deadline, and get a last error event after it, never a silent cut.
+"""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Final, Literal
+
+import uvicorn
+
+from ..actors.actor import Actor, Context
+from ..actors.client import Client, LoopWakeup
+from ..actors.messages import Drain, FrontInbox
+from ..errors import Overloaded
+from .app import build_app
+from .metrics import Metrics
+from .service import Service
+
+KEEP_ALIVE_SECONDS: Final = 75
+STOP_SECONDS: Final = 0.4
+"""What a stop leaves to running requests, counted from the Drain before it: the node's own grace may be 1 s."""
+FAREWELL_SECONDS: Final = 0.5
+"""For the last error events to leave."""
+POLL_SECONDS: Final = 0.02
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the supervisor says when to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpFront(Actor):
+    """See the module's text."""
+
+    inbox_type: ClassVar[Any] = FrontInbox
+    loop: ClassVar[Literal["trio", "asyncio"]] = "asyncio"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        metrics = Metrics()
+        self.client = Client(
+            context.ref("text"),
+            context.config,
+            context.model,
+            index=int(context.name.rpartition(".")[2]),
+            epoch=context.epoch,
+            on_end=metrics.observe,
+            new_wakeup=LoopWakeup,
+        )
+        self.service = Service(self.client, context.config, context.model, metrics, int(time.time()))
+        self._server = Server(server_config(self.service))
+        self._server.servers = []
+        self._served = asyncio.Event()
+        self._drained_at: float | None = None
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        loop = asyncio.get_running_loop()
+        inbox = self.context.inbox
+        # The descriptor stays the node's: the server closes its own copy.
+        listener = socket.socket(fileno=os.dup(self.context.files["listen"]))
+        loop.add_reader(inbox.fileno(), self.drain)
+        try:
+            await self._server.serve(sockets=[listener])
+            self._served.set()
+            await asyncio.Event().wait()  # an actor's run ends by cancellation only
+        finally:
+            loop.remove_reader(inbox.fileno())
+            for server in self._server.servers:
+                server.close()
+
+    def receive(self, message: Any, source: str) -> None:
+        """Pass messages to the client; from a Drain on, new requests are refused and old ones have a deadline."""
+        self.client.receive(message, source)
+        if isinstance(message, Drain):
+            self._drained_at = time.monotonic()
+            seconds = (message.deadline_ns - time.monotonic_ns()) / 1e9 - FAREWELL_SECONDS
+            asyncio.get_running_loop().call_later(max(0.0, seconds), self._end_requests)
+
+    async def stop(self) -> None:
+        """Leave running requests a moment, end the rest with an error, and close all connections."""
+        # Until then connections are taken and answered with 503: the listening socket is the supervisor's too, so
+        # who came after a close would hang in its queue.
+        self.client.draining = True
+        deadline = (self._drained_at or time.monotonic()) + STOP_SECONDS
+        while self.client.table and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SECONDS)
+        self._end_requests()
+        self._server.should_exit = True
+        await self._served.wait()
+
+    def _end_requests(self) -> None:
+        self.client.fail_all(Overloaded("the server is shutting down; try again", status=503))
+
+
+def server_config(service: Service) -> uvicorn.Config:
+    """Return how uvicorn runs the application: httptools, no access log, no banner, no websockets."""
+    return uvicorn.Config(
+        build_app(service),
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )

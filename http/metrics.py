@@ -1,0 +1,94 @@
+"""Metrics of one front in Prometheus' text format: its own requests and latencies, and the scheduler's last Stats.
+
+The front owns one; handlers count replies, the client reports choices that ended. Invariant: the set of time series
+is fixed (routes come from the route table, never from a client's path).
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+
+from ..actors.client import Choice
+from ..actors.messages import Stats
+
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4.encode()
+_SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 180)
+_TOKEN_SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
+
+_GAUGES: Final = (
+    ("waiting_requests", "Requests in the scheduler's queue", "waiting"),
+    ("running_requests", "Requests in the batch", "running"),
+    ("kv_pages", "KV pages there are", "pages_total"),
+    ("kv_pages_free", "KV pages that nobody uses", "pages_free"),
+    ("kv_pages_tree", "KV pages of the prefix cache", "pages_tree"),
+    ("kv_pages_running", "KV pages of running requests alone", "pages_running"),
+)
+_COUNTERS: Final = (
+    ("prompt_tokens", "Prompt tokens of admitted requests", "prompt_tokens"),
+    ("cached_tokens", "Prompt tokens taken from the prefix cache", "cached_tokens"),
+    ("prefilled_tokens", "Tokens computed in prefill, also again after a retraction", "prefilled_tokens"),
+    ("generated_tokens", "Tokens generated", "generated_tokens"),
+    ("retractions", "Requests put back into the queue for want of pages", "retractions"),
+    ("windows", "Windows scheduled", "windows"),
+    ("steps", "Steps run by the executor", "steps"),
+)
+
+
+class StatsCollector(Collector):
+    """The scheduler's Stats as metrics; `stats` is the last one received."""
+
+    def __init__(self) -> None:
+        self.stats: Stats | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the present values; only `actorserve_executor_up` (0) before the first Stats."""
+        stats = self.stats
+        up = float(stats is not None and stats.executor_up)
+        yield GaugeMetricFamily("actorserve_executor_up", "1 while the executor is up", up)
+        if stats is None:
+            return
+        for name, text, field in _GAUGES:
+            yield GaugeMetricFamily(f"actorserve_{name}", text, getattr(stats, field))
+        for name, text, field in _COUNTERS:
+            yield CounterMetricFamily(f"actorserve_{name}", text, getattr(stats, field))
+        yield GaugeMetricFamily("actorserve_step_seconds", "Smoothed time of a step", stats.step_us / 1e6)
+
+
+class Metrics:
+    """All metrics of one front."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._stats = StatsCollector()
+        self.registry.register(self._stats)
+        self._requests = Counter(
+            "actorserve_http_requests", "HTTP requests that were answered", ["route", "status"], registry=self.registry
+        )
+        self._ttft = self._histogram("time_to_first_token", "From arrival to the first token", _SECONDS)
+        self._tpot = self._histogram("time_per_output_token", "Mean time of a token after the first", _TOKEN_SECONDS)
+        self._e2e = self._histogram("request", "From arrival to the last token", _SECONDS)
+
+    def count(self, route: str, status: int) -> None:
+        """Count a reply; 499: the client left before it."""
+        self._requests.labels(route, str(status)).inc()
+
+    def observe(self, choice: Choice) -> None:
+        """Take the latencies of a choice that came to its end."""
+        if not choice.first_ns or choice.last is None:
+            return
+        self._ttft.observe((choice.first_ns - choice.arrival_ns) / 1e9)
+        self._e2e.observe((choice.last_ns - choice.arrival_ns) / 1e9)
+        if choice.last.completion_tokens > 1:
+            self._tpot.observe((choice.last_ns - choice.first_ns) / 1e9 / (choice.last.completion_tokens - 1))
+
+    def render(self, stats: Stats | None) -> bytes:
+        """Return the page of /metrics."""
+        self._stats.stats = stats
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"actorserve_{name}_seconds", text, buckets=buckets, registry=self.registry)

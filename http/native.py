@@ -1,0 +1,212 @@
+"""POST /generate: SGLang's native protocol. One prompt or a batch, text or token ids, streamed or whole.
+
+Invariant: `text`, `output_ids` and logprobs of a frame are cumulative (all so far); a batch is answered with a list in
+the order prompt by prompt, each with its n continuations, and a frame of a streamed batch says its `index` in it.
+"""
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import msgspec
+from msgspec import UNSET
+
+from ..actors.client import Choice, Stream, Submission, token_prompt
+from ..actors.messages import Chunk, Prompt, TextPrompt
+from ..errors import RequestError
+from ..sampler.params import SamplingParams
+from .error_replies import decode_body
+from .exchange import Exchange
+from .protocol import (
+    NATIVE_REFUSED,
+    GenerateReply,
+    GenerateRequest,
+    MetaInfo,
+    NativeFinish,
+    NativeSampling,
+    TokenRow,
+    encode,
+)
+from .service import Service
+from .sse import send_stream
+
+MAX_N: Final = 128
+T = TypeVar("T")
+_decoder: Final = msgspec.json.Decoder(GenerateRequest)
+
+
+@dataclass(slots=True)
+class Continuation:
+    """What one choice has said so far, and how it is to be shown."""
+
+    rid: str
+    with_logprobs: bool
+    num_top: int
+    with_text: bool
+    index: int | None
+    texts: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    rows: list[TokenRow] = field(default_factory=list)
+    top_rows: list[list[TokenRow]] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        """Append the output of `chunk`."""
+        self.texts.append(chunk.text)
+        self.ids += chunk.ids
+        if self.with_logprobs:
+            for item in chunk.logprobs:
+                self.rows.append(self._row(item.logprob, item.token, item.text))
+                self.top_rows.append([self._row(p, token, text) for token, p, text in item.top[: self.num_top]])
+
+    def reply(self, chunk: Chunk, choice: Choice) -> GenerateReply:
+        """Return everything so far; `chunk` is the newest."""
+        meta = MetaInfo(
+            self.rid,
+            _finish(chunk),
+            chunk.prompt_tokens,
+            chunk.completion_tokens,
+            chunk.cached_tokens,
+            (time.monotonic_ns() - choice.arrival_ns) / 1e9,
+            self.rows if self.with_logprobs else UNSET,
+            self.top_rows if self.with_logprobs and self.num_top else UNSET,
+        )
+        return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
+
+    def _row(self, logprob: float, token: int, text: bytes) -> TokenRow:
+        return (logprob, token, text.decode("utf-8", "replace") if self.with_text else None)
+
+
+class NativeRenderer:
+    """A frame a chunk; see sse.Renderer."""
+
+    def __init__(self, stream: Stream, continuations: list[Continuation]) -> None:
+        self._stream = stream
+        self._continuations = continuations
+
+    def head(self) -> Iterable[bytes]:
+        return ()
+
+    def chunk(self, chunk: Chunk) -> Iterable[bytes]:
+        index = self._stream.index(chunk)
+        continuation = self._continuations[index]
+        continuation.add(chunk)
+        return (encode(continuation.reply(chunk, self._stream.choices[index])),)
+
+    def tail(self) -> Iterable[bytes]:
+        return ()
+
+
+async def generate(service: Service, exchange: Exchange) -> None:
+    """Serve POST or PUT /generate."""
+    request = decode_body(_decoder, await exchange.body(service.config.max_body_bytes))
+    for name in NATIVE_REFUSED:
+        if getattr(request, name):
+            raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
+    submissions, continuations, is_list = _plan(request, service.model.vocab_size)
+    stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
+    async with exchange.watched(stream):
+        if request.stream:
+            await send_stream(exchange, stream, NativeRenderer(stream, continuations))
+            return
+        replies = []
+        for chunk, choice, continuation in zip(await stream.collect(), stream.choices, continuations, strict=True):
+            continuation.add(chunk)
+            continuation.index = None
+            replies.append(continuation.reply(chunk, choice))
+        await exchange.reply(encode(replies if is_list else replies[0]))
+
+
+def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
+    """Return what to submit, one Continuation a choice, and whether the reply is a list."""
+    prompts, is_batch = _prompts(request, vocab_size)
+    count = len(prompts)
+    sampling = _per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
+    with_logprobs = _per_prompt(request.return_logprob, count, False, "return_logprob")
+    num_top = _per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
+    if any(start != -1 for start in _per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")):
+        text = "logprobs of the prompt are not supported yet: logprob_start_len must be -1"
+        raise RequestError(text, param="logprob_start_len", code="unsupported_value")
+    rids = _per_prompt(request.rid, count, "", "rid", spread=not is_batch)
+    submissions: list[Submission] = []
+    continuations: list[Continuation] = []
+    is_list = is_batch or sampling[0].n > 1
+    for i, prompt in enumerate(prompts):
+        params = _sampling(sampling[i], with_logprobs[i], num_top[i])
+        submissions.append(Submission(prompt, params, sampling[i].n))
+        for _ in range(sampling[i].n):
+            rid = rids[i] or uuid.uuid4().hex
+            index = len(continuations) if is_list else None
+            shown = params.logprobs is not None
+            continuations.append(Continuation(rid, shown, params.logprobs or 0, request.return_text_in_logprobs, index))
+    return submissions, continuations, is_list
+
+
+def _prompts(request: GenerateRequest, vocab_size: int) -> tuple[list[Prompt], bool]:
+    """Return the prompts, and whether the client sent a list of them."""
+    if (request.text is None) == (request.input_ids is None):
+        raise RequestError("give either text or input_ids", param="text" if request.text is None else "input_ids")
+    if isinstance(request.text, str):
+        return [TextPrompt(request.text)], False
+    if request.text is not None:
+        prompts: list[Prompt] = [TextPrompt(text) for text in request.text]
+        return _not_empty(prompts, "text"), True
+    ids, lists = split_ids(request.input_ids or [], "input_ids")
+    if lists is None:
+        return [token_prompt(ids, vocab_size)], False
+    return _not_empty([token_prompt(item, vocab_size) for item in lists], "input_ids"), True
+
+
+def split_ids(items: list[int | list[int]], param: str) -> tuple[list[int], list[list[int]] | None]:
+    """Return (ids, None) for one prompt's ids, or ([], lists) for a batch; raises RequestError for a mixture."""
+    ids = [item for item in items if isinstance(item, int)]
+    lists = [item for item in items if not isinstance(item, int)]
+    if ids and lists:
+        raise RequestError(f"{param} mixes token ids and lists of them", param=param, code="invalid_type")
+    return (ids, None) if not lists else ([], lists)
+
+
+def _not_empty(prompts: list[Prompt], param: str) -> list[Prompt]:
+    if not prompts:
+        raise RequestError(f"{param} is empty", param=param)
+    return prompts
+
+
+def _per_prompt(value: T | list[T] | None, count: int, default: T, param: str, spread: bool = True) -> list[T]:
+    """Return one value a prompt, from a single value or a list as long as the batch.
+
+    Without `spread` a single value cannot serve several prompts (an id).
+    """
+    if value is None:
+        return [default] * count
+    if not isinstance(value, list):
+        if spread or count == 1:
+            return [value] * count
+        raise RequestError(f"{param} must be a list as long as the batch ({count})", param=param)
+    if len(value) != count:
+        raise RequestError(f"{param} has {len(value)} entries for {count} prompts", param=param)
+    return value
+
+
+def _sampling(wire: NativeSampling, with_logprobs: bool, num_top: int) -> SamplingParams:
+    """Return the engine's parameters; raises RequestError for `n` and `top_logprobs_num` out of range."""
+    if not 1 <= wire.n <= MAX_N:
+        raise RequestError(f"n must be between 1 and {MAX_N}", param="n")
+    if num_top < 0:
+        raise RequestError("top_logprobs_num must not be negative", param="top_logprobs_num")
+    fields = msgspec.structs.asdict(wire)
+    del fields["n"]
+    fields["stop"] = (wire.stop,) if isinstance(wire.stop, str) else wire.stop or ()
+    fields["stop_token_ids"] = wire.stop_token_ids or ()
+    fields["logit_bias"] = wire.logit_bias or {}
+    if with_logprobs:
+        fields["logprobs"] = num_top
+    return SamplingParams(**fields)
+
+
+def _finish(chunk: Chunk) -> NativeFinish | None:
+    if chunk.finish is None:
+        return None
+    length = chunk.completion_tokens if chunk.finish == "length" else UNSET
+    return NativeFinish(chunk.finish, chunk.matched, length)

@@ -1,0 +1,196 @@
+"""POST /v1/completions and /v1/chat/completions: what a request asks the engine for, and how its reply is written.
+
+Used by the routes in app.py; the replies' pieces come from openai_replies.py. Invariant: a field that changes the
+result is either honoured or refused; `param` in errors is the name that OpenAI's API gives the field.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import msgspec
+
+from ..actors.client import Submission, token_prompt
+from ..actors.conversation import chat_prompt
+from ..actors.messages import Prompt, TextPrompt
+from ..errors import ActorserveError, RequestError
+from ..sampler.params import MAX_SEED, SamplingParams
+from .error_replies import decode_body
+from .exchange import Exchange
+from .native import MAX_N, split_ids
+from .openai_replies import ChatWriter, CompletionWriter, Head
+from .protocol import (
+    CHAT_REFUSED,
+    OPENAI_REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    OpenAIRequest,
+    encode,
+)
+from .service import Service
+from .sse import send_stream
+
+_DEFAULT_COMPLETION_TOKENS: Final = 16
+_completion_decoder: Final = msgspec.json.Decoder(CompletionRequest)
+_chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
+
+# Fields of both requests that SamplingParams has under the same name.
+_SAME_NAME: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "stop_token_ids",
+    "ignore_eos",
+    "no_stop_trim",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+
+
+async def completions(service: Service, exchange: Exchange) -> None:
+    """Serve POST /v1/completions."""
+    request = decode_body(_completion_decoder, await exchange.body(service.config.max_body_bytes))
+    service.check_model(request.model)
+    _refuse(request, OPENAI_REFUSED)
+    if request.suffix:
+        raise RequestError("suffix is not supported", param="suffix", code="unsupported_value")
+    n = _choices(request)
+    if request.best_of not in (None, n):
+        what = "best_of above n is not supported yet" if request.best_of > n else "best_of must be at least n"
+        raise RequestError(what, param="best_of", code="unsupported_value")
+    prompts, texts = _completion_prompts(request, service.model.vocab_size)
+    echoes = _echoes(request, texts)
+    max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
+    with_usage = _wants_usage(request)
+    names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+    with _renamed(names):
+        params = _sampling(request, max_tokens, request.logprobs)
+        submissions = [Submission(prompt, params, n) for prompt in prompts]
+        stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
+        head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
+        writer = CompletionWriter(head, stream, n, echoes, request.logprobs, with_usage)
+        async with exchange.watched(stream):
+            if request.stream:
+                await send_stream(exchange, stream, writer)
+            else:
+                await exchange.reply(encode(writer.whole(await stream.collect())))
+
+
+async def chat_completions(service: Service, exchange: Exchange) -> None:
+    """Serve POST /v1/chat/completions."""
+    request = decode_body(_chat_decoder, await exchange.body(service.config.max_body_bytes))
+    service.check_model(request.model)
+    _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
+    if request.response_format is not None and request.response_format.type != "text":
+        what = f"response_format {request.response_format.type} is not supported yet"
+        raise RequestError(what, param="response_format", code="unsupported_value")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    n, with_usage = _choices(request), _wants_usage(request)
+    newer = request.max_completion_tokens is not None
+    max_tokens = request.max_completion_tokens if newer else request.max_tokens
+    names = {
+        "max_new_tokens": "max_completion_tokens" if newer else "max_tokens",
+        "min_new_tokens": "min_tokens",
+        "logprobs": "top_logprobs",
+    }
+    with _renamed(names):
+        params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
+        prompt = chat_prompt(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=bool(request.continue_final_message),
+            chat_template_kwargs=request.chat_template_kwargs,
+        )
+        stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0)
+        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
+        writer = ChatWriter(head, stream, bool(request.logprobs), with_usage)
+        async with exchange.watched(stream):
+            if request.stream:
+                await send_stream(exchange, stream, writer)
+            else:
+                await exchange.reply(encode(writer.whole(await stream.collect())))
+
+
+@contextmanager
+def _renamed(names: dict[str, str]) -> Iterator[None]:
+    """Give errors about the engine's parameters the names that the client used."""
+    try:
+        yield
+    except ActorserveError as error:
+        if error.param in names:
+            error.message = error.message.replace(error.param, names[error.param])
+            error.param = names[error.param]
+        raise
+
+
+def _refuse(request: OpenAIRequest, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(request, name):
+            raise RequestError(f"{name} is not supported yet", param=name, code="unsupported_value")
+
+
+def _choices(request: OpenAIRequest) -> int:
+    n = 1 if request.n is None else request.n
+    if not 1 <= n <= MAX_N:
+        raise RequestError(f"n must be between 1 and {MAX_N}", param="n")
+    return n
+
+
+def _wants_usage(request: OpenAIRequest) -> bool:
+    if request.stream_options is None:
+        return False
+    if not request.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    return bool(request.stream_options.include_usage)
+
+
+def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    """Return the engine's parameters. Without `max_tokens` a reply may go on to the end of the context."""
+    given: dict[str, Any] = {}
+    for name in _SAME_NAME:
+        value = getattr(request, name)
+        if value is not None:
+            given[name] = value
+    stop = request.stop
+    return SamplingParams(
+        max_new_tokens=max_tokens,
+        min_new_tokens=request.min_tokens or 0,
+        stop=(stop,) if isinstance(stop, str) else stop or (),
+        seed=None if request.seed is None else request.seed & MAX_SEED,  # OpenAI's seeds may be negative
+        logprobs=logprobs,
+        **given,
+    )
+
+
+def _completion_prompts(request: CompletionRequest, vocab_size: int) -> tuple[list[Prompt], list[str]]:
+    """Return the prompts, and their texts where they are texts."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [TextPrompt(prompt)], [prompt]
+    texts = [item for item in prompt if isinstance(item, str)]
+    if not prompt or (texts and len(texts) < len(prompt)):
+        what = "mixes texts and token ids" if texts else "is empty"
+        raise RequestError(f"prompt {what}", param="prompt", code="invalid_type")
+    if texts:
+        return [TextPrompt(text) for text in texts], texts
+    ids, lists = split_ids([item for item in prompt if not isinstance(item, str)], "prompt")
+    return [token_prompt(item, vocab_size, "prompt") for item in ([ids] if lists is None else lists)], []
+
+
+def _echoes(request: CompletionRequest, texts: list[str]) -> list[str]:
+    """Return what comes before each prompt's continuation."""
+    if not request.echo:
+        return []
+    if not texts:
+        raise RequestError("echo of token ids is not supported", param="echo", code="unsupported_value")
+    if request.logprobs is not None:
+        raise RequestError("echo with logprobs is not supported yet", param="echo", code="unsupported_value")
+    return texts

@@ -1,0 +1,182 @@
+"""OpenAI's reply objects, written from chunks: whole ones and frames of a stream, with logprobs and usage.
+
+Used by openai.py; the writers are sse.Renderers. Invariant: the frames of a stream, joined, say what the whole reply
+would have said.
+"""
+
+import codecs
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from msgspec import UNSET, UnsetType
+
+from ..actors.client import Stream
+from ..actors.messages import Chunk, TokenLogprob
+from .protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    PromptTokensDetails,
+    TopLogprob,
+    Usage,
+    encode,
+)
+
+NO_LOGPROB: Final = -9999.0
+"""What OpenAI writes for a logprob of minus infinity, which JSON cannot say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all frames of a reply have in common; `created` is Unix time in seconds."""
+
+    id: str
+    created: int
+    model: str
+
+
+def finite(logprob: float) -> float:
+    """Return a logprob that JSON can carry."""
+    return max(logprob, NO_LOGPROB) if not math.isnan(logprob) else NO_LOGPROB
+
+
+def token_name(text: bytes) -> str:
+    """Return a token as text; one that is not UTF-8 on its own as OpenAI writes it, ``bytes:\\xe2\\x80``."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+
+
+def usage(chunks: Sequence[Chunk | None], n: int) -> Usage:
+    """Return the token counts of a reply from each choice's last chunk; every n choices share a prompt."""
+    prompts = [chunk for chunk in chunks[::n] if chunk is not None]
+    prompt_tokens = sum(chunk.prompt_tokens for chunk in prompts)
+    completion_tokens = sum(chunk.completion_tokens for chunk in chunks if chunk is not None)
+    cached = PromptTokensDetails(sum(chunk.cached_tokens for chunk in prompts))
+    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, cached)
+
+
+def chat_logprobs(items: list[TokenLogprob]) -> ChatLogprobs:
+    """Return the chat form of logprobs."""
+    content = []
+    for item in items:
+        top = [TopLogprob(token_name(text), finite(p), list(text)) for _, p, text in item.top]
+        content.append(ChatTokenLogprob(token_name(item.text), finite(item.logprob), list(item.text), top))
+    return ChatLogprobs(content)
+
+
+class LegacyLogprobs:
+    """The /v1/completions form for one choice: `text_offset` counts characters from the start of its text."""
+
+    def __init__(self, offset: int, num_top: int) -> None:
+        self._offset = offset
+        self._num_top = num_top
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, items: list[TokenLogprob]) -> CompletionLogprobs:
+        """Return the lists for the next tokens."""
+        offsets = []
+        for item in items:
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(item.text))
+        top = [{token_name(text): finite(p) for _, p, text in item.top} for item in items] if self._num_top else None
+        tokens = [token_name(item.text) for item in items]
+        return CompletionLogprobs(tokens, [finite(item.logprob) for item in items], top, offsets)
+
+
+class CompletionWriter:
+    """The replies of /v1/completions. `echoes`: a text before each prompt's continuations, or empty."""
+
+    def __init__(
+        self, head: Head, stream: Stream, n: int, echoes: list[str], logprobs: int | None, with_usage: bool
+    ) -> None:
+        self._head = head
+        self._stream = stream
+        self._n = n
+        self._echoes = {i: echoes[i // n] for i in range(len(stream.choices))} if echoes else {}
+        self._logprobs = [LegacyLogprobs(0, logprobs) for _ in stream.choices] if logprobs is not None else None
+        self._usage: UnsetType | None = None if with_usage else UNSET
+
+    def whole(self, chunks: list[Chunk]) -> Completion:
+        """Return the reply of a request that was not streamed."""
+        return self._object([self._choice(chunk) for chunk in chunks], usage(chunks, self._n))
+
+    def head(self) -> Iterable[bytes]:
+        return ()
+
+    def chunk(self, chunk: Chunk) -> Iterable[bytes]:
+        choice = self._choice(chunk)
+        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
+            return ()  # the first bytes of a character
+        return (encode(self._object([choice], self._usage)),)
+
+    def tail(self) -> Iterable[bytes]:
+        if self._usage is UNSET:
+            return ()
+        return (encode(self._object([], usage([choice.last for choice in self._stream.choices], self._n))),)
+
+    def _choice(self, chunk: Chunk) -> CompletionChoice:
+        index = self._stream.index(chunk)
+        logprobs = self._logprobs[index].write(chunk.logprobs) if self._logprobs else None
+        return CompletionChoice(self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish)
+
+    def _object(self, choices: list[CompletionChoice], counts: Usage | UnsetType | None) -> Completion:
+        head = self._head
+        return Completion(head.id, "text_completion", head.created, head.model, None, choices, counts)
+
+
+class ChatWriter:
+    """The replies of /v1/chat/completions: a frame with the role, frames with text, one with the finish reason."""
+
+    def __init__(self, head: Head, stream: Stream, with_logprobs: bool, with_usage: bool) -> None:
+        self._head = head
+        self._stream = stream
+        self._with_logprobs = with_logprobs
+        self._usage: UnsetType | None = None if with_usage else UNSET
+
+    def whole(self, chunks: list[Chunk]) -> ChatCompletion:
+        """Return the reply of a request that was not streamed."""
+        choices = []
+        for index, chunk in enumerate(chunks):
+            logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
+            choices.append(ChatChoice(index, AssistantMessage("assistant", chunk.text), logprobs, chunk.finish))
+        head, counts = self._head, usage(chunks, len(chunks))
+        return ChatCompletion(head.id, "chat.completion", head.created, head.model, None, choices, counts)
+
+    def head(self) -> Iterable[bytes]:
+        role = Delta(role="assistant", content="", refusal=None)
+        return [self._frame(ChunkChoice(i, role, None, None)) for i in range(len(self._stream.choices))]
+
+    def chunk(self, chunk: Chunk) -> Iterable[bytes]:
+        index = self._stream.index(chunk)
+        frames = []
+        if chunk.text or (self._with_logprobs and chunk.logprobs):
+            logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
+            frames.append(self._frame(ChunkChoice(index, Delta(content=chunk.text), logprobs, None)))
+        if chunk.finish is not None:
+            frames.append(self._frame(ChunkChoice(index, Delta(), None, chunk.finish)))
+        return frames
+
+    def tail(self) -> Iterable[bytes]:
+        if self._usage is UNSET:
+            return ()
+        last = [choice.last for choice in self._stream.choices]
+        return (encode(self._object([], usage(last, len(last)))),)
+
+    def _frame(self, choice: ChunkChoice) -> bytes:
+        return encode(self._object([choice], self._usage))
+
+    def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
+        head = self._head
+        return ChatCompletionChunk(head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts)

@@ -1,0 +1,49 @@
+"""Service: what every HTTP handler needs, in one object that the front makes and hands to the routes.
+
+Invariant: it is immutable and has no behaviour of its own beyond answering "who are we and are we well".
+"""
+
+from dataclasses import dataclass
+
+from ..actors.client import Client
+from ..config import EngineConfig, ModelInfo
+from ..errors import RequestError
+from .metrics import Metrics
+from .protocol import Health
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """`started` is Unix time in seconds."""
+
+    client: Client
+    config: EngineConfig
+    model: ModelInfo
+    metrics: Metrics
+    started: int
+
+    @property
+    def model_name(self) -> str:
+        """The name in /v1/models and in replies."""
+        return self.config.served_model_name or self.model.name
+
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError (404) for a model that is not served; no name means the served one."""
+        if name and name != self.model_name:
+            raise RequestError(
+                f"the model `{name}` does not exist; this server has `{self.model_name}`",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    def health(self) -> Health:
+        """Return "ok" when text actor, scheduler and executor are up."""
+        reason = self.client.reason_down()
+        return Health("ok") if reason is None else Health("unavailable", reason)
+
+    def readiness(self) -> Health:
+        """Return "ok" when new requests are welcome."""
+        if self.client.draining:
+            return Health("draining", "the server is shutting down")
+        return self.health()

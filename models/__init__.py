@@ -1,0 +1,1 @@
+"""One decoder described by data, its attention backends, weights and tokenizers."""

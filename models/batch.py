@@ -1,0 +1,63 @@
+"""Batch: the explicit input of one forward. Nothing in the model code is read from anywhere else.
+
+A forward runs a flat list of tokens: first the decode rows (one token of each decoding sequence), then the prefill
+chunks one after another. KV lives in pages of `page_size` tokens; flat KV slot = page * page_size + offset.
+Legend: T tokens, D decode rows, C chunks, P pages in a table row, R rows whose logits are wanted.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A run of tokens of one sequence: `length` new tokens after `start` tokens whose KV is in its pages."""
+
+    start: int
+    length: int
+    pages: Tensor
+    """[pages of the sequence] int32; covers start + length tokens."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward. Lives on the model's device."""
+
+    ids: Tensor
+    """[T] int64 token ids: D decode tokens, then the chunks' tokens."""
+    positions: Tensor
+    """[T] int64 position of each token in its sequence."""
+    kv_slots: Tensor
+    """[T] int64 flat KV slot where each token's key and value are written."""
+    decode_tables: Tensor
+    """[D, P] int32 page tables of the decode rows; entries beyond a row's length are any valid page."""
+    decode_lengths: Tensor
+    """[D] int32 tokens of each decode row, the new one included."""
+    max_decode_length: int
+    """Upper bound of decode_lengths, known on the host."""
+    logit_rows: Tensor | None
+    """[R] int64 indices into the T tokens whose logits are wanted; None: all."""
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def num_decode(self) -> int:
+        return self.decode_lengths.shape[0]
+
+
+def plain_batch(ids: list[int], start: int, pages: Tensor, page_size: int, all_logits: bool = False) -> Batch:
+    """Return a batch of one chunk: `ids` at positions start, start + 1, ... (tests, warm-up, scoring)."""
+    positions = torch.arange(start, start + len(ids), device=pages.device)
+    kv_slots = pages.long()[positions // page_size] * page_size + positions % page_size
+    empty = torch.empty(0, dtype=torch.int32, device=pages.device)
+    return Batch(
+        ids=torch.tensor(ids, device=pages.device),
+        positions=positions,
+        kv_slots=kv_slots,
+        decode_tables=empty.view(0, 1),
+        decode_lengths=empty,
+        max_decode_length=0,
+        logit_rows=None if all_logits else torch.tensor([len(ids) - 1], device=pages.device),
+        chunks=[Chunk(start, len(ids), pages)],
+    )

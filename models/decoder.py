@@ -1,0 +1,141 @@
+"""Decoder: one forward for every family, on CPU and GPU. What runs is decided by a Spec and a Batch, nothing else.
+
+Used by the executor's runner, perf and tests. Arithmetic is in layers.py, rope.py and the attention backend.
+Invariant: forward reads only its arguments and the weights, writes only the KV slots of the batch, and never waits
+for the device, so that a batch without chunks can be captured in a CUDA graph.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import StartupError
+from .attention import AttentionBackend, AttentionPlan
+from .batch import Batch
+from .head import Head
+from .kv_cache import KVCache
+from .layers import ACTIVATIONS, LinearMap, act_mul, add_rms_norm, qk_norm_, rms_norm, rope_and_write
+from .rope import inverse_frequencies, rotation_table
+from .spec import Norm, Spec
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer."""
+
+    attention_norm: Tensor
+    """[hidden]"""
+    qkv: LinearMap
+    """hidden -> (heads + 2 * kv_heads) * head_dim: queries, keys, values."""
+    qk_norm: Tensor | None
+    """[heads + kv_heads, head_dim]"""
+    o: LinearMap
+    mlp_norm: Tensor
+    gate_up: LinearMap
+    """hidden -> 2 * inter: gate, up."""
+    down: LinearMap
+
+
+@dataclass(slots=True)
+class Weights:
+    """A whole model."""
+
+    embed: Tensor
+    """[vocab, hidden]"""
+    layers: list[LayerWeights]
+    norm: Tensor
+    head: Head
+
+
+def check_supported(spec: Spec) -> None:
+    """Raise StartupError naming the fields of the spec that this decoder does not implement."""
+    unsupported = {
+        "moe": spec.moe is not None,
+        "mla": spec.mla is not None,
+        "norm.kind": spec.norm.kind != "rms",
+        "norm.offset": spec.norm.offset != 0,
+        "norm.bias": spec.norm.bias,
+        "qk_norm": spec.qk_norm not in (None, Norm("rms", spec.qk_norm.eps if spec.qk_norm else 0.0)),
+        "qk_norm_shape": spec.qk_norm is not None and spec.qk_norm_shape != "dim",
+        "local_rope": spec.local_rope is not None,
+        "learned_positions": spec.learned_positions > 0,
+        "clip_qkv": spec.clip_qkv is not None,
+        "causal": not spec.causal,
+        "gated": not spec.gated,
+        "layout": spec.layout != "pre",
+    }
+    missing = [name for name, wanted in unsupported.items() if wanted]
+    if missing:
+        raise StartupError(f"this model needs parts that are not implemented yet: {', '.join(missing)}")
+
+
+class Decoder:
+    """Runs batches. Weights are on `device` in `dtype`."""
+
+    def __init__(
+        self, spec: Spec, weights: Weights, attention: AttentionBackend, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        check_supported(spec)
+        self.spec = spec
+        self.device = device
+        self.dtype = dtype
+        self.weights = weights
+        self.attention = attention
+        self.activation = ACTIVATIONS[spec.act]
+        self.frequencies = None if spec.rope is None else inverse_frequencies(spec.rope).to(device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
+        """Write the batch's keys and values to the cache and return logits float32 [R, vocab].
+
+        R rows in the order of batch.logit_rows, all T tokens where that is None. Tokens whose logits are not wanted
+        go through the attention of the last layer (for their keys and values) and no further.
+        """
+        spec, weights, eps = self.spec, self.weights, self.spec.norm.eps
+        plan = self.attention.plan(batch, kv, spec)
+        table = None
+        if spec.rope is not None and self.frequencies is not None:
+            table = rotation_table(batch.positions, self.frequencies, spec.rope, self.dtype)
+        residual = F.embedding(batch.ids, weights.embed)
+        if spec.embed_scale != 1.0:
+            residual = residual * spec.embed_scale
+        x = rms_norm(residual, weights.layers[0].attention_norm, eps)
+        for i, layer in enumerate(weights.layers):
+            last = i + 1 == spec.layers
+            x = self._attend(i, layer, x, batch, kv, plan, table if spec.rotates(i) else None)
+            if last and batch.logit_rows is not None:
+                x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
+            x = layer.o(x)
+            x, residual = add_rms_norm(x, residual, spec.residual_scale, layer.mlp_norm, eps)
+            x = layer.down(act_mul(layer.gate_up(x), self.activation))
+            next_norm = weights.norm if last else weights.layers[i + 1].attention_norm
+            x, residual = add_rms_norm(x, residual, spec.residual_scale, next_norm, eps)
+        return self._logits(x)
+
+    def _attend(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: Tensor,
+        batch: Batch,
+        kv: KVCache,
+        plan: AttentionPlan,
+        table: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Normed hidden states [T, hidden] -> heads' outputs [T, heads * head_dim], before the output projection."""
+        spec = self.spec
+        qkv = layer.qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        if layer.qk_norm is not None and spec.qk_norm is not None:
+            qk_norm_(qkv, layer.qk_norm, spec.qk_norm.eps)
+        return plan.run(index, rope_and_write(qkv, table, spec, batch.kv_slots, kv.rows[index]))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Normed hidden states [R, hidden] -> [R, vocab]."""
+        logits = self.weights.head(x)
+        if self.spec.logit_scale != 1.0:
+            logits = logits * self.spec.logit_scale
+        if self.spec.logit_softcap is not None:
+            logits = torch.tanh(logits / self.spec.logit_softcap) * self.spec.logit_softcap
+        return logits

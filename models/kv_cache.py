@@ -1,0 +1,46 @@
+"""KVCache: the key and value pages of all layers on one device. Written by the decoder, read by attention.
+
+One allocation [layers, slots, 2, kv_heads, head_dim]: a token's key and value lie side by side, so that a layer writes
+both with one scatter and gathers both with one read. Page numbers come from the scheduler; this class owns memory only.
+Invariant: no other tensor views the storage outside `k`, `v` and `rows`, which alias it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .spec import Spec
+
+
+class KVCache:
+    """Pages of `page_size` tokens; flat slot = page * page_size + offset."""
+
+    def __init__(self, spec: Spec, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        shape = (spec.layers, num_pages * page_size, 2, spec.kv_heads, spec.head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows: list[Tensor] = list(self.storage.unbind(0))
+        """Per layer [slots, 2, kv_heads, head_dim]: key, then value."""
+        self.k: list[Tensor] = [rows[:, 0] for rows in self.rows]
+        self.v: list[Tensor] = [rows[:, 1] for rows in self.rows]
+        """Per layer [slots, kv_heads, head_dim], strided views."""
+
+    @staticmethod
+    def bytes_per_page(spec: Spec, page_size: int, dtype: torch.dtype) -> int:
+        """Memory of one page over all layers, keys and values."""
+        return spec.layers * page_size * 2 * spec.kv_heads * spec.head_dim * dtype.itemsize
+
+    def copy_pages(self, copies: np.ndarray) -> None:
+        """Copy the first tokens of pages: int32 [n, 3] of (source page, destination page, tokens).
+
+        All sources are read before any destination is written, so a page may be both. Destinations are distinct.
+        """
+        if len(copies) == 0:
+            return
+        sources = np.concatenate([s * self.page_size + np.arange(n) for s, _, n in copies.astype(np.int64)])
+        targets = np.concatenate([d * self.page_size + np.arange(n) for _, d, n in copies.astype(np.int64)])
+        source_slots = torch.from_numpy(sources).to(self.storage.device)
+        target_slots = torch.from_numpy(targets).to(self.storage.device)
+        with torch.inference_mode():
+            self.storage.index_copy_(1, target_slots, self.storage.index_select(1, source_slots))

@@ -1,0 +1,160 @@
+"""From the `--model` setting to a folder that can be loaded, and what everybody must know of it (ModelInfo).
+
+Runs in the root before any actor exists: no torch, and every mistake of the user ends here as one StartupError.
+Used by cli.py and engine.py.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..config import EngineConfig, ModelInfo
+from ..errors import StartupError
+from .cache import Progress, cache_folder, locked, no_progress, publish
+from .embedded import NAME, embedded_model
+from .gguf import FORMAT, convert
+
+HEAD_BYTES = 1 << 20
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> ModelInfo:
+    """Check the configuration, fetch or convert the model where needed, and read its facts from its folder.
+
+    Raises StartupError saying what is wrong and what to do.
+    """
+    check_supported(config)
+    folder, name = _folder(config, progress)
+    facts = _read_json(folder / "config.json")
+    if config.load_format != "dummy":
+        _check_weights(folder)
+    vocab_size = facts.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1 or not isinstance(facts.get("model_type"), str):
+        raise StartupError(
+            f"{folder / 'config.json'} has no model_type or no vocab_size: not a language model's folder"
+        )
+    return ModelInfo(
+        name=config.served_model_name or name,
+        path=str(folder),
+        model_type=facts["model_type"],
+        vocab_size=vocab_size,
+        context_length=_context_length(facts, config.context_length),
+        eos_ids=_eos_ids(folder, facts),
+        has_chat_template=_has_chat_template(folder, config),
+    )
+
+
+def check_supported(config: EngineConfig) -> None:
+    """Refuse settings whose values are planned but not built yet."""
+    if config.tp_size > 1:
+        raise StartupError("--tp-size above 1 is not supported yet")
+
+
+def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
+    """(folder with config.json, default name) of the configured model."""
+    if config.model is None:
+        return Path(embedded_model(progress)), NAME
+    path = Path(config.model).expanduser()
+    if not path.exists():
+        raise StartupError(_missing(config.model))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise StartupError(f"--model {config.model}: a folder with config.json or a .gguf file is needed")
+        return _converted(path.resolve(), progress), path.stem
+    if not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        hint = f"; did you mean --model {files[0]} ?" if files else ""
+        raise StartupError(f"--model {config.model}: there is no config.json in this folder{hint}")
+    if config.load_format == "gguf":
+        raise StartupError("--load-format gguf needs a .gguf file as --model")
+    return path.resolve(), path.resolve().name
+
+
+def _missing(model: str) -> str:
+    """What to say of a path that does not exist; hub names get their own sentence."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
+        return (
+            f"--model {model}: no such folder. If it is a name on a model hub: downloading from a hub is not available "
+            "yet, pass a local folder or a .gguf file"
+        )
+    return f"--model {model}: no such file or folder"
+
+
+def _converted(gguf: Path, progress: Progress) -> Path:
+    """The converted folder of a GGUF file, from the cache or made now.
+
+    The key is the file's size, time and first MiB (which holds the metadata): reading gigabytes at each start to find
+    out that nothing has changed would cost more than the conversion saves.
+    """
+    with open(gguf, "rb") as file:
+        digest = hashlib.sha256(file.read(HEAD_BYTES))
+    stat = gguf.stat()
+    digest.update(f"{stat.st_size} {stat.st_mtime_ns} {FORMAT}".encode())
+    target = cache_folder() / f"{gguf.stem}-{digest.hexdigest()[:16]}"
+    if not target.exists():
+        with locked(target, progress):
+            if not target.exists():
+                with publish(target) as folder:
+                    convert(gguf, folder, progress)
+    return target
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or StartupError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise StartupError(f"{path} is not a JSON object")
+    return value
+
+
+def _check_weights(folder: Path) -> None:
+    """StartupError unless the folder has safetensors weights; what is in them is the loader's to check."""
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise StartupError(f"{folder} has its weights as pickle files, which can run code; convert them to safetensors")
+    raise StartupError(f"{folder} has no *.safetensors weights (--load-format dummy runs on random ones)")
+
+
+def _context_length(facts: dict[str, Any], wanted: int | None) -> int:
+    """The longest context to serve, in tokens: the model's, or a shorter one if so configured."""
+    own = next((facts[key] for key in CONTEXT_KEYS if isinstance(facts.get(key), int)), None)
+    if own is None:
+        if wanted is None:
+            raise StartupError("config.json does not tell the model's context length; pass --context-length")
+        return wanted
+    if wanted is not None and wanted > own:
+        raise StartupError(f"--context-length {wanted} is more than the model's {own}")
+    return wanted or own
+
+
+def _eos_ids(folder: Path, facts: dict[str, Any]) -> tuple[int, ...]:
+    """generation_config.json's end tokens, else config.json's, as transformers' generate has it; may be empty."""
+    generation = folder / "generation_config.json"
+    found = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    if found is None:
+        found = facts.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) and 0 <= token < facts["vocab_size"] for token in ids):
+        raise StartupError(f"eos_token_id {found!r} of the model's configuration is not a token of its vocabulary")
+    return tuple(dict.fromkeys(ids))
+
+
+def _has_chat_template(folder: Path, config: EngineConfig) -> bool:
+    """Whether chat requests can be served; checks that the paths given for it exist."""
+    tokenizer = Path(config.tokenizer_path).expanduser() if config.tokenizer_path else folder
+    if not tokenizer.is_dir():
+        raise StartupError(f"--tokenizer-path {config.tokenizer_path}: no such folder")
+    if config.chat_template is not None:
+        if not Path(config.chat_template).expanduser().is_file():
+            raise StartupError(f"--chat-template {config.chat_template}: no such file")
+        return True
+    if (tokenizer / "chat_template.jinja").exists():
+        return True
+    settings = tokenizer / "tokenizer_config.json"
+    return settings.exists() and bool(_read_json(settings).get("chat_template"))

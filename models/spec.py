@@ -1,0 +1,159 @@
+"""Spec: one frozen description of a decoder. families.py makes it from a config.json; all model code reads only this.
+
+A family is data: what distinguishes Llama from Gemma or Command-R is a value here, never an `if model_type`. Fields
+that no part implements yet are refused by `decoder.check_supported`, never ignored.
+Invariant: a Spec is complete; None or () means "the model does not have it", not "look elsewhere".
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation over the last dimension."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+    offset: float = 0.0
+    """Added to the stored weight (Gemma stores weight - 1)."""
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context (rope.py has the formulas)."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    """Context extension, > 1 stretches."""
+    original_max_position: int = 0
+    """Trained context in tokens (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths above original / low are divided by `factor`, below original / high kept."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """yarn: rotations over the trained context between which frequencies are blended."""
+    truncate: bool = True
+    """yarn: round the blend's borders to whole dimensions."""
+    attention_factor: float = 1.0
+    """Multiplies cos and sin (yarn); already resolved from mscale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021)."""
+
+    theta: float
+    dim: int
+    """Rotated leading part of each head, in elements; even, <= head_dim."""
+    interleaved: bool = False
+    """Pairs are (2i, 2i+1) instead of (i, i + dim/2)."""
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2); widths in elements."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope: int
+    rope: int
+    v: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """Mixture of experts in the MLP's place."""
+
+    experts: int
+    top_k: int
+    inter: int
+    """Hidden width of one expert."""
+    layers: tuple[bool, ...]
+    """[layers] which layers are sparse."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renorm: bool = True
+    """The chosen experts' weights are divided by their sum."""
+    groups: int = 1
+    top_groups: int = 1
+    routed_scale: float = 1.0
+    shared_inter: int = 0
+    """Width of the expert that every token visits; 0: none."""
+    shared_gate: bool = False
+    router_softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A decoder-only transformer. Widths in elements, lengths in tokens."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inter: int
+
+    norm: Norm = Norm()
+    qk_norm: Norm | None = None
+    """Normalises each query and key head before rope."""
+    qk_norm_shape: Literal["dim", "head"] = "dim"
+    """Shape of its weight: [head_dim], or [heads, head_dim]."""
+
+    rope: Rope | None = None
+    local_rope: Rope | None = None
+    """Rope of the layers with a window, where it differs (Gemma 3)."""
+    nope_layers: tuple[bool, ...] = ()
+    """[layers] layers without rope; (): none."""
+    learned_positions: int = 0
+    """Rows of a learned position table added to the embedding (GPT-2)."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    scale: float | None = None
+    """Factor of the attention scores; None: head_dim ** -0.5."""
+    attn_softcap: float | None = None
+    """scores = cap * tanh(scores / cap)."""
+    clip_qkv: float | None = None
+    windows: tuple[int | None, ...] = ()
+    """[layers] a token sees itself and window - 1 tokens before it; None: all. (): no layer has a window."""
+    causal: bool = True
+
+    act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    """mlp = down(act(gate(x)) * up(x)), else down(act(up(x)))."""
+    layout: Literal["pre", "parallel", "sandwich", "post"] = "pre"
+    """Where the norms sit around attention and MLP."""
+
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    tied: bool = False
+    """lm_head is the embedding table."""
+
+    moe: Moe | None = None
+    mla: Mla | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def rotates(self, layer: int) -> bool:
+        """Whether this layer applies rope."""
+        return self.rope is not None and not (self.nope_layers and self.nope_layers[layer])

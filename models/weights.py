@@ -1,0 +1,243 @@
+"""From a Hugging Face folder to a Decoder: config.json, safetensors (one file or shards), device and dtype.
+
+Used by the executor at start-up. Fused tensors are allocated first and every checkpoint tensor is copied from the
+mapped file into its place, so memory peaks at the model plus one tensor.
+Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import EngineConfig
+from ..errors import StartupError
+from .attention import BACKENDS
+from .decoder import Decoder, LayerWeights, Weights, check_supported
+from .head import Head
+from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
+from .layers import Linear, LinearMap, PackedLinear, can_pack
+from .spec import Spec
+
+Progress = Callable[[float], None]
+
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.rotary_emb\.(cos|sin)_cached$|\.attention\.(masked_)?bias$")
+"""Buffers that old exporters wrote beside the weights."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DUMMY_STD = 0.02
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a checkpoint tensor goes: `view` of a fused tensor, into which a tensor of `shape` is broadcast."""
+
+    view: Tensor
+    shape: tuple[int, ...]
+    is_norm: bool = False
+
+
+def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder:
+    """Load the model folder at `path` and return its Decoder; `progress` gets fractions from 0 to 1.
+
+    Raises StartupError for a model that is not served, broken files, or tensors missing, left over or misshapen.
+    """
+    folder = Path(path)
+    facts = read_config(folder)
+    spec = spec_of(facts)
+    check_supported(spec)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, facts, device)
+    progress(0.0)
+    weights, places = allocate(spec, device, dtype)
+    if config.load_format == "dummy":
+        fill_dummy(places.values(), config.random_seed, device)
+    else:
+        _fill(places, folder, spec, progress)
+    pack(weights)
+    progress(1.0)
+    return Decoder(spec, weights, BACKENDS[config.attention_backend](), device, dtype)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model folder."""
+    try:
+        facts = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise StartupError("the model's folder has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StartupError(f"config.json cannot be read: {type(error).__name__}") from None
+    if not isinstance(facts, dict):
+        raise StartupError("config.json is not a JSON object")
+    return facts
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `EngineConfig.device`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch finds no CUDA device here; use --device cpu or install CUDA torch")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name: str, facts: dict[str, Any], device: torch.device) -> torch.dtype:
+    """Resolve `EngineConfig.dtype`. auto: the checkpoint's on a GPU; on a CPU what it multiplies fastest."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return DTYPES.get(str(facts.get("dtype") or facts.get("torch_dtype")), torch.bfloat16)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX); without, bfloat16 is emulated slowly."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    except (OSError, IndexError):
+        return False
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+def allocate(spec: Spec, device: torch.device, dtype: torch.dtype) -> tuple[Weights, dict[str, Place]]:
+    """Return uninitialised weights and the places in them by checkpoint name."""
+    places: dict[str, Place] = {}
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def norm(name: str) -> Tensor:
+        weight = new(spec.hidden)
+        places[name] = Place(weight, (spec.hidden,), is_norm=True)
+        return weight
+
+    def fused(prefix: str, parts: dict[str, int], inputs: int, biased: bool) -> Linear:
+        """One linear map of the named ones, stacked along the outputs."""
+        sizes = list(parts.values())
+        weight, bias = new(sum(sizes), inputs), new(sum(sizes)) if biased else None
+        for name, view in zip(parts, torch.split(weight, sizes), strict=True):
+            places[f"{prefix}{name}.weight"] = Place(view, tuple(view.shape))
+        for name, view in zip(parts, [] if bias is None else torch.split(bias, sizes), strict=False):
+            places[f"{prefix}{name}.bias"] = Place(view, tuple(view.shape))
+        return Linear(weight, bias)
+
+    def layer(prefix: str) -> LayerWeights:
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        qk_norm = None
+        if spec.qk_norm is not None:
+            qk_norm = new(spec.heads + spec.kv_heads, spec.head_dim)
+            places[attention + "q_norm.weight"] = Place(qk_norm[: spec.heads], (spec.head_dim,), is_norm=True)
+            places[attention + "k_norm.weight"] = Place(qk_norm[spec.heads :], (spec.head_dim,), is_norm=True)
+        return LayerWeights(
+            attention_norm=norm(prefix + "input_layernorm.weight"),
+            qkv=fused(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, spec.hidden, spec.qkv_bias),
+            qk_norm=qk_norm,
+            o=fused(attention, {"o_proj": spec.hidden}, q, spec.o_bias),
+            mlp_norm=norm(prefix + "post_attention_layernorm.weight"),
+            gate_up=fused(mlp, {"gate_proj": spec.inter, "up_proj": spec.inter}, spec.hidden, spec.mlp_bias),
+            down=fused(mlp, {"down_proj": spec.hidden}, spec.inter, spec.mlp_bias),
+        )
+
+    embed = new(spec.vocab, spec.hidden)
+    places[EMBED] = Place(embed, tuple(embed.shape))
+    head = embed if spec.tied else new(spec.vocab, spec.hidden)
+    if not spec.tied:
+        places[HEAD] = Place(head, tuple(head.shape))
+    layers = [layer(LAYER.format(i)) for i in range(spec.layers)]
+    return Weights(embed, layers, norm(FINAL_NORM), Head(Linear(head, None))), places
+
+
+def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None:
+    """Fill all places with N(0, 0.02), norms with 1: a model of the right shape and speed that says nothing."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for place in places:
+        if place.is_norm:
+            place.view.fill_(1.0)
+        else:
+            place.view.normal_(0.0, DUMMY_STD, generator=generator)
+
+
+def pack(weights: Weights) -> None:
+    """Bring the linear maps into the form in which this device multiplies fastest, one after another.
+
+    The head is packed beside its plain weight, which look-ups (tied) and its refinement need: one more table on a CPU.
+    """
+    for layer in weights.layers:
+        layer.qkv, layer.o = _packed(layer.qkv), _packed(layer.o)
+        layer.gate_up, layer.down = _packed(layer.gate_up), _packed(layer.down)
+    weights.head = Head(Linear(weights.head.weight, None), _packed(Linear(weights.head.weight, None)))
+
+
+def _packed(linear: LinearMap) -> LinearMap:
+    return PackedLinear(linear) if isinstance(linear, Linear) and can_pack(linear.weight) else linear
+
+
+def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress) -> None:
+    """Copy every tensor of the checkpoint into its place."""
+    files = _files(folder)
+    total = sum(file.stat().st_size for file in files) or 1
+    done, missing, extra = 0, set(places), []
+    for name, tensor in _tensors(files):
+        done += tensor.nbytes
+        progress(min(1.0, done / total))
+        place = places.get(name)
+        if place is None:
+            if not IGNORED.search(name) and not (spec.tied and name == HEAD):
+                extra.append(name)
+            continue
+        if not tensor.is_floating_point():
+            raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized checkpoints are not served yet")
+        if tuple(tensor.shape) != place.shape:
+            raise StartupError(f"tensor {name} is {list(tensor.shape)}, config.json asks for {list(place.shape)}")
+        if name not in missing:
+            raise StartupError(f"tensor {name} is in two files of the checkpoint")
+        place.view.copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise StartupError(f"the checkpoint lacks {_some(missing)}")
+    if extra:
+        raise StartupError(f"the checkpoint holds tensors that config.json does not account for: {_some(extra)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(ordered[:4]) + more
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of its index, or the one file."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            files = [folder / Path(name).name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise StartupError("model.safetensors.index.json cannot be read") from None
+        for file in files:
+            if not file.exists():
+                raise StartupError(f"the checkpoint's file {file.name} is missing")
+        return files
+    single = folder / "model.safetensors"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StartupError("the model's folder holds no .safetensors files (other formats are not loaded)")
+    return files
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the files, each a view of the mapped file, in file order."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise StartupError(f"{file.name} is not a readable safetensors file: {error}") from None

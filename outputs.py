@@ -1,0 +1,91 @@
+"""What the embedded API returns: whole outputs, and output as it comes. Used by engine.py and sync_engine.py.
+
+Invariant: a request whose result nobody waits for any more, however that came about, is cancelled.
+"""
+
+from typing import Any, Literal, Self
+
+import msgspec
+
+from .actors.client import Client, Stream
+from .actors.messages import Chunk, TokenLogprob
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """New output of one choice. The last one of a choice has a `finish_reason`; counts are totals so far."""
+
+    index: int
+    text: str
+    ids: list[int]
+    finish_reason: Literal["stop", "length", "abort"] | None
+    matched: int | str | None
+    """The stop token id or stop string that ended it."""
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+    logprobs: list[TokenLogprob]
+    """One a token, if `SamplingParams.logprobs` asked for them."""
+
+
+class Output(Delta, frozen=True, kw_only=True):
+    """A whole continuation; `index` is its place in the list that came back."""
+
+
+class Deltas:
+    """The output of a request as it comes: an asynchronous iterator of Delta, with `aclose` and `async with`.
+
+    It raises what ends the request early. A reader that is slow finds the output since its last step joined.
+    """
+
+    def __init__(self, client: Client, stream: Stream) -> None:
+        self._client = client
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        try:
+            chunk = await anext(self._stream)
+        except BaseException:
+            self._stream.cancel()
+            raise
+        return Delta(**_fields(self._stream, chunk))
+
+    async def aclose(self) -> None:
+        """Stop the work; without effect at the end."""
+        self._stream.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stream.cancel()
+
+    def __del__(self) -> None:
+        if self._stream.open:  # perhaps on another thread: the client cancels it on its own
+            self._client.orphans.append(self._stream)
+
+
+async def collect(stream: Stream, as_list: bool) -> Output | list[Output]:
+    """Wait for a whole request; returns its outputs, or without `as_list` the only one."""
+    try:
+        outputs = [Output(**_fields(stream, chunk)) for chunk in await stream.collect()]
+    finally:
+        stream.cancel()
+    return outputs if as_list else outputs[0]
+
+
+def _fields(stream: Stream, chunk: Chunk) -> dict[str, Any]:
+    return {
+        "index": stream.index(chunk),
+        "text": chunk.text,
+        "ids": chunk.ids,
+        "finish_reason": chunk.finish,
+        "matched": chunk.matched,
+        "prompt_tokens": chunk.prompt_tokens,
+        "completion_tokens": chunk.completion_tokens,
+        "cached_tokens": chunk.cached_tokens,
+        "logprobs": chunk.logprobs,
+    }

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints its figure beside a reference in the same run."""

@@ -1,0 +1,179 @@
+"""Raw decode speed on the CPU: our decoder loop beside transformers' generate, same weights, same run.
+
+`python -m actorserve.perf.cpu [--model FOLDER] [--batch 1 8 32] [--json]`. No engine, no sampling but argmax: the
+ceiling that the executor is measured against. Without --model: the embedded model if it is in the cache, else random
+weights of its shape (speed does not depend on the values).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actorserve.config import EngineConfig
+from actorserve.models.batch import Batch, plain_batch
+from actorserve.models.cache import cache_folder
+from actorserve.models.decoder import Decoder
+from actorserve.models.kv_cache import KVCache
+from actorserve.models.weights import load_decoder
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
+PAGE = 16
+PROMPT = 64
+
+
+class Loop:
+    """`batch` sequences of one length, decoded greedily step by step."""
+
+    def __init__(self, decoder: Decoder, batch: int, tokens: int) -> None:
+        self.decoder = decoder
+        pages = -(-(PROMPT + tokens) // PAGE)
+        self.kv = KVCache(decoder.spec, batch * pages, PAGE, decoder.device, decoder.dtype)
+        self.tables = torch.randperm(batch * pages, dtype=torch.int32).view(batch, pages)
+        generator = torch.Generator().manual_seed(0)
+        self.prompts = torch.randint(0, decoder.spec.vocab, (batch, PROMPT), generator=generator).tolist()
+
+    def prefill(self) -> None:
+        """Compute all prompts; leaves each sequence's next token in `last`."""
+        self.length = PROMPT
+        logits = [
+            self.decoder.forward(plain_batch(prompt, 0, table, PAGE), self.kv)
+            for prompt, table in zip(self.prompts, self.tables, strict=True)
+        ]
+        self.last = torch.cat(logits).argmax(-1)
+
+    def step(self) -> None:
+        """One token for every sequence."""
+        rows = len(self.tables)
+        position = torch.full((rows,), self.length)
+        self.length += 1
+        batch = Batch(
+            ids=self.last,
+            positions=position,
+            kv_slots=self.tables.gather(1, position[:, None] // PAGE)[:, 0].long() * PAGE + position % PAGE,
+            decode_tables=self.tables,
+            decode_lengths=torch.full((rows,), self.length, dtype=torch.int32),
+            max_decode_length=self.length,
+            logit_rows=None,
+        )
+        self.last = self.decoder.forward(batch, self.kv).argmax(-1)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def decode_speed(decoder: Decoder, batch: int, tokens: int, repeats: int) -> tuple[float, float]:
+    """(decode, prefill) tokens per second, best of `repeats`."""
+    loop = Loop(decoder, batch, tokens)
+
+    def decode() -> None:
+        for _ in range(tokens):
+            loop.step()
+
+    prefill_times, decode_times = [], []
+    for _ in range(repeats):
+        prefill_times.append(seconds(loop.prefill))
+        decode_times.append(seconds(decode))
+    return batch * tokens / min(decode_times), batch * PROMPT / min(prefill_times)
+
+
+def reference_model(folder: str, dummy: bool, dtype: torch.dtype) -> Any:
+    """The same model in transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if dummy:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def reference_speed(model: Any, batch: int, tokens: int, repeats: int) -> float:
+    """Tokens per second of transformers' generate, its prefill subtracted, best of `repeats`."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=generator)
+
+    def generate(count: int) -> None:
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                pad_token_id=0,
+            )
+
+    first = min(seconds(lambda: generate(1)) for _ in range(repeats))
+    whole = min(seconds(lambda: generate(tokens + 1)) for _ in range(repeats))
+    return batch * tokens / (whole - first)
+
+
+def model_folder(given: str | None) -> tuple[str, bool]:
+    """(folder, whether its weights are random)."""
+    if given is not None:
+        return given, False
+    for config in sorted(Path(cache_folder()).glob("SmolLM2-135M-Instruct/**/config.json")):
+        if (config.parent / "model.safetensors").exists():
+            return str(config.parent), False
+    folder = tempfile.mkdtemp()
+    (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
+    return folder, True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder with config.json and safetensors")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=128, help="decoded per sequence")
+    parser.add_argument("--repeats", type=int, default=3, help="the best counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--no-reference", action="store_true", help="skip transformers")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folder, dummy = model_folder(args.model)
+    config = EngineConfig(load_format="dummy" if dummy else "auto", dtype=args.dtype, device="cpu")
+    decoder = load_decoder(folder, config, lambda fraction: None)
+    model = None if args.no_reference else reference_model(folder, dummy, decoder.dtype)
+    rows = []
+    for batch in args.batch:
+        decode, prefill = decode_speed(decoder, batch, args.tokens, args.repeats)
+        row = {"batch": batch, "decode_tok_s": round(decode, 1), "prefill_tok_s": round(prefill, 1)}
+        if model is not None:
+            reference = reference_speed(model, batch, args.tokens, args.repeats)
+            row |= {"transformers_tok_s": round(reference, 1), "ratio": round(decode / reference, 2)}
+        rows.append(row)
+        if not args.json:
+            print("  ".join(f"{name} {value:>8}" for name, value in row.items()), flush=True)
+    if args.json:
+        facts = {"dtype": args.dtype, "threads": args.threads, "random_weights": dummy, "tokens": args.tokens}
+        json.dump(facts | {"torch": torch.__version__, "rows": rows}, sys.stdout)
+        print()
+
+
+if __name__ == "__main__":
+    main()

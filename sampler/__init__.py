@@ -1,0 +1,1 @@
+"""Sampling semantics: parameters, the plain torch reference, and the kernels proven against it."""

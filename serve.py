@@ -1,0 +1,128 @@
+"""`actorserve run`: from an EngineConfig to a served port, until a signal. Used by cli.py; it is the root process.
+
+The root fetches the model's files, owns the listening socket, and supervises; the work is in its children. Invariant:
+it stays free of torch, and when it ends nothing of the engine remains.
+"""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from . import __version__
+from .actors.node import configure_logging
+from .actors.supervisor import GiveUp, Supervisor
+from .actors.topology import engine_topology, http_front
+from .config import EngineConfig, ModelInfo
+from .display import Display
+from .errors import StartupError
+from .models.resolve import resolve_model
+
+BACKLOG = 2048
+QUESTION = "What is the capital of France?"
+
+
+def serve(config: EngineConfig) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code. Raises StartupError."""
+    configure_logging("root", config.log_level)
+    with Display() as display:
+        try:
+            with listen(config.host, config.port) as listener:
+                with terminate_as_interrupt():
+                    model = resolve_model(config, display.transfer)
+                return trio.run(_supervise, config, model, listener, display)
+        except KeyboardInterrupt:
+            return 0
+        except GiveUp as error:
+            display.line(f"actorserve: gave up: {error}")
+            return 1
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that a half-made download or conversion is cleaned up."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The listening socket, which outlives the front's restarts. Raises StartupError, e.g. when the port is taken."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except socket.gaierror as error:
+        raise StartupError(f"--host {host} is not an address of this machine ({error.strerror})") from error
+    except OSError as error:
+        hint = "; pass another --port" if port else ""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StartupError(f"cannot listen on {host} port {port}: {reason}{hint}") from error
+
+
+async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.socket, display: Display) -> int:
+    """Run the engine until a signal, or until it gives up."""
+    banner = greeting(model, base_url(config.host, listener))
+
+    def on_event(kind: str, node: str, detail: str, fraction: float) -> None:
+        display.event(kind, node, detail, fraction)
+        if kind == "up":
+            display.greet(banner)
+
+    topology = engine_topology(config, [http_front(0, listener.fileno())])
+    supervisor = Supervisor(topology, config, model, on_event=on_event)
+    failure: Exception | None = None
+    code = 0
+
+    async def obey(signals: AsyncIterator[int]) -> None:
+        nonlocal code
+        async for number in signals:
+            if supervisor_told.is_set():
+                code = 128 + number
+                nursery.cancel_scope.cancel(reason="a second signal")
+            supervisor_told.set()
+            supervisor.request_stop()
+
+    supervisor_told = trio.Event()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(obey, signals)
+            try:
+                await supervisor.run()
+            except (StartupError, GiveUp) as error:
+                failure = error  # past the nursery, which would wrap it in a group
+            nursery.cancel_scope.cancel()
+    if failure is not None and not supervisor_told.is_set():
+        raise failure
+    return code
+
+
+def base_url(host: str, listener: socket.socket) -> str:
+    """The URL to paste on this machine; a wildcard address becomes the loopback's."""
+    name = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    port = listener.getsockname()[1]
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def greeting(model: ModelInfo, url: str) -> str:
+    """What a user needs when the engine is up: the address, and a line to paste."""
+    body: dict[str, object] = {"model": model.name}
+    if model.has_chat_template:
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": QUESTION}]
+    else:
+        path, body["prompt"] = "completions", "The capital of France is"
+    body |= {"temperature": 0, "stream": True}
+    data = json.dumps(body, ensure_ascii=False).replace("'", r"'\''")
+    return (
+        f"\nactorserve {__version__} serves {model.name} on {url}\n\n"
+        f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{data}'\n"
+    )

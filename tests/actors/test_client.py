@@ -1,0 +1,277 @@
+"""The request client alone: a list stands in for the lane to the text actor."""
+
+import struct
+
+import anyio
+import pytest
+
+from actorserve.actors.client import JOIN_EVERY, Client, LoopWakeup, Submission, token_prompt
+from actorserve.actors.messages import (
+    Cancel,
+    Chunk,
+    Chunks,
+    Drain,
+    Generate,
+    PeerDown,
+    Refused,
+    Stats,
+    TextPrompt,
+    TokenLogprob,
+)
+from actorserve.actors.ref import Gone
+from actorserve.config import EngineConfig, ModelInfo
+from actorserve.errors import EngineDown, Overloaded, RequestError
+from actorserve.sampler.params import SamplingParams
+
+pytestmark = pytest.mark.anyio
+MODEL = ModelInfo(name="m", path="/m", model_type="llama", vocab_size=100, context_length=64, eos_ids=(2,))
+STATS = Stats(0, 1, 10, 4, 5, 1, 100, 60, 40, 33, 0, 5, 6, 1500.0, True)
+HI = TextPrompt("Hi")
+PARAMS = SamplingParams()
+
+
+class Lane:
+    """What was posted; raises Gone from message `dies_at` on."""
+
+    def __init__(self):
+        self.sent = []
+        self.dies_at = None
+
+    @property
+    def up(self):
+        return self.dies_at is None
+
+    def post(self, message):
+        if self.dies_at is not None and len(self.sent) >= self.dies_at:
+            raise Gone("text")
+        self.sent.append(message)
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request):
+    return request.param
+
+
+@pytest.fixture
+def lane():
+    return Lane()
+
+
+@pytest.fixture
+def client(lane):
+    return Client(lane, EngineConfig(max_queued_requests=5), MODEL, index=3, epoch=2)
+
+
+def chunk(rid, text="x", finish=None, count=1):
+    logprob = TokenLogprob(count, -0.5, text.encode(), [])
+    return Chunk(rid, text, [count], [logprob], finish, None, 7, count, 3)
+
+
+def say(client, *chunks):
+    client.receive(Chunks(list(chunks)), "text")
+
+
+async def test_ids_are_in_a_row_and_of_this_life(client, lane):
+    first = client.submit_all([Submission(HI, PARAMS, 2), Submission(HI, PARAMS, 1)])
+    second = client.submit(HI, PARAMS, cache_salt="s", priority=4)
+    assert first.rid == 3 << 40 | 2 << 32
+    assert [(g.rid - first.rid, g.n) for g in lane.sent] == [(0, 2), (2, 1), (3, 1)]
+    assert (lane.sent[2].cache_salt, lane.sent[2].priority, second.rid) == ("s", 4, first.rid + 3)
+
+
+async def test_chunks_of_an_absent_reader_are_joined(client):
+    stream = client.submit(HI, PARAMS, n=2)
+    count = 3 * JOIN_EVERY
+    for i in range(1, count + 1):
+        say(client, chunk(stream.rid, f"{i},", "stop" if i == count else None, i))
+        assert len(stream.choices[0].pending) <= JOIN_EVERY
+    say(client, chunk(stream.rid + 1, "other"))
+    first, second = await stream.take()
+    assert first.text == "".join(f"{i}," for i in range(1, count + 1))
+    assert first.ids == [item.token for item in first.logprobs] == list(range(1, count + 1))
+    assert (first.finish, first.completion_tokens) == ("stop", count)
+    assert (stream.index(second), second.text, second.finish) == (1, "other", None)
+
+
+async def test_reader_wakes_once_a_burst_and_ends(client):
+    stream = client.submit(HI, PARAMS)
+    got = []
+
+    async def read():
+        while chunks := await stream.take():
+            got.append([c.text for c in chunks])
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        for burst in ("ab", "c", "de"):
+            await anyio.wait_all_tasks_blocked()
+            for letter in burst:
+                say(client, chunk(stream.rid, letter, "length" if letter == "e" else None))
+    assert got == [["ab"], ["c"], ["de"]]
+    assert stream.ended
+    assert client.table == {}
+
+
+async def test_iteration_gives_every_chunk(client):
+    stream = client.submit(HI, PARAMS, n=2)
+    say(client, chunk(stream.rid, "a", "stop"), chunk(stream.rid + 1, "b", "stop"))
+    assert [c.text async for c in stream] == ["a", "b"]
+
+
+async def test_collect_sleeps_until_the_end(client):
+    wakes = []
+
+    class Counting:
+        def __init__(self):
+            self.event = anyio.Event()
+
+        def set(self):
+            wakes.append(1)
+            self.event.set()
+
+        async def wait(self):
+            await self.event.wait()
+
+    client.new_wakeup = Counting
+    stream = client.submit(HI, PARAMS, n=2)
+    results = []
+
+    async def collect():
+        results.extend(await stream.collect())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(collect)
+        for i in range(5):
+            await anyio.wait_all_tasks_blocked()
+            finish = "stop" if i == 4 else None
+            say(client, chunk(stream.rid, str(i), finish), chunk(stream.rid + 1, "y", finish))
+    assert [r.text for r in results] == ["01234", "yyyyy"]
+    assert wakes == [1]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=False)
+async def test_loop_wakeup(lane, anyio_backend):
+    client = Client(lane, EngineConfig(), MODEL, new_wakeup=LoopWakeup)
+    stream = client.submit(HI, PARAMS)
+    with anyio.move_on_after(0):
+        await stream.take()  # a cancelled reader's wakeup must bear being set
+    async with anyio.create_task_group() as group:
+        group.start_soon(stream.take)
+        await anyio.wait_all_tasks_blocked()
+        say(client, chunk(stream.rid), chunk(stream.rid))
+    say(client, chunk(stream.rid, "end", "stop"))
+    assert [c.text for c in await stream.take()] == ["end"]
+
+
+async def test_output_before_a_failure_is_delivered_first(client):
+    stream = client.submit(HI, PARAMS)
+    say(client, chunk(stream.rid, "a"))
+    client.receive(PeerDown("text", 1, "killed"), "supervisor")
+    assert [c.text for c in await stream.take()] == ["a"]
+    for _ in range(2):
+        with pytest.raises(EngineDown):
+            await stream.take()
+    assert client.table == {}
+
+
+async def test_peer_down_after_the_end_changes_nothing(client):
+    stream = client.submit(HI, PARAMS)
+    say(client, chunk(stream.rid, "a", "stop"))
+    client.receive(PeerDown("text", 1, "killed"), "supervisor")
+    stream.cancel(EngineDown("late"))
+    assert [c.text for c in await stream.collect()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (400, "too_long", RequestError),
+        (413, "too_large", RequestError),
+        (429, "overloaded", Overloaded),
+        (503, "overloaded", Overloaded),
+        (503, "executor_crashed", EngineDown),
+        (500, "poison", Exception),
+    ],
+)
+async def test_refused(client, lane, status, code, kind):
+    stream = client.submit(HI, PARAMS, n=2)
+    client.receive(Refused(stream.rid, 2, status, code, "why", "prompt"), "text")
+    with pytest.raises(kind) as caught:
+        await stream.take()
+    assert (caught.value.status, caught.value.code, caught.value.message) == (status, code, "why")
+    assert (client.table, len(lane.sent)) == ({}, 1)  # no Cancel for what is over
+
+
+async def test_cancel_tells_the_engine_once_a_prompt(client, lane):
+    stream = client.submit_all([Submission(HI, PARAMS, 2), Submission(HI, PARAMS, 1), Submission(HI, PARAMS, 1)])
+    say(client, chunk(stream.rid + 2, "done", "stop"))
+    stream.cancel()
+    stream.cancel()
+    assert lane.sent[3:] == [Cancel(stream.rid, 2), Cancel(stream.rid + 3, 1)]
+    say(client, chunk(stream.rid, "late"))
+    assert [c.text for c in await stream.take()] == ["done"]
+    assert await stream.take() == []
+
+
+async def test_orphans_are_cancelled_at_the_next_output(client, lane):
+    stream, other = client.submit(HI, PARAMS), client.submit(HI, PARAMS)
+    client.orphans.append(stream)
+    say(client, chunk(other.rid))
+    assert lane.sent[2:] == [Cancel(stream.rid, 1)]
+
+
+async def test_limits(client):
+    client.submit(HI, PARAMS, n=4)
+    with pytest.raises(Overloaded) as caught:
+        client.submit(HI, PARAMS, n=2)
+    assert (caught.value.status, caught.value.retry_after) == (429, 1)
+    with pytest.raises(RequestError):
+        client.submit(HI, PARAMS, n=6)
+    client.submit(HI, PARAMS)
+    client.receive(Drain(0), "supervisor")
+    with pytest.raises(Overloaded, match="shutting down"):
+        client.submit(HI, PARAMS)
+    assert len(client.table) == 5
+
+
+async def test_gone_while_submitting_leaves_nothing(client, lane):
+    lane.dies_at = 1
+    with pytest.raises(EngineDown):
+        client.submit_all([Submission(HI, PARAMS), Submission(HI, PARAMS)])
+    assert client.table == {}
+    assert client.reason_down() == "the text actor is not up"
+
+
+async def test_bad_parameters_send_nothing(client, lane):
+    with pytest.raises(RequestError):
+        client.submit_all([Submission(HI, PARAMS), Submission(HI, SamplingParams(top_p=2))])
+    assert (lane.sent, client.table) == ([], {})
+
+
+async def test_health(client):
+    assert client.reason_down() == "the scheduler has not reported yet"
+    client.receive(STATS, "text")
+    assert client.reason_down() is None
+    assert client.stats == STATS
+
+
+async def test_token_prompt():
+    prompt = token_prompt([0, 99, 5], 100)
+    assert bytes(prompt.ids) == struct.pack("<3i", 0, 99, 5)
+    for ids in ([], [100], [-1], [1 << 40]):
+        with pytest.raises(RequestError) as caught:
+            token_prompt(ids, 100, "prompt")
+        assert caught.value.param == "prompt"
+
+
+async def test_latencies_are_reported_once(lane):
+    ended = []
+    client = Client(lane, EngineConfig(), MODEL, on_end=ended.append)
+    stream = client.submit(HI, PARAMS, n=2)
+    say(client, chunk(stream.rid), chunk(stream.rid + 1))
+    say(client, chunk(stream.rid, "z", "stop", 2))
+    (choice,) = ended
+    assert choice.arrival_ns <= choice.first_ns <= choice.last_ns
+    assert choice.last.completion_tokens == 2
+    assert isinstance(lane.sent[0], Generate)
+    assert lane.sent[0].arrival_ns == choice.arrival_ns

@@ -1,0 +1,319 @@
+"""The scheduler's decisions against a simulated executor whose KV pages hold real content."""
+
+from array import array
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from simulated_executor import EOS, PAGE, VOCAB, SimulatedExecutor, expected
+
+from actorserve.actors.queue_order import depth_first_weight
+from actorserve.actors.request import Request, Stage
+from actorserve.actors.schedule import Schedule
+from actorserve.config import EngineConfig
+from actorserve.errors import RequestError
+from actorserve.sampler.params import SamplingParams
+
+
+class Engine:
+    """A Schedule, a simulated executor, and what every request must produce."""
+
+    def __init__(self, *, pages: int = 64, slots: int = 8, chunk: int = 64, **config: object) -> None:
+        self.config = EngineConfig(**{"window_ms": 0.0, **config})  # type: ignore[arg-type]
+        self.schedule = Schedule(self.config, pages, slots, chunk)
+        self.executor = SimulatedExecutor(pages)
+        self.requests: dict[int, Request] = {}
+        self.live: set[int] = set()
+
+    def add(self, prompt: list[int], max_new: int = 8, namespace: str = "", priority: int = 0) -> Request:
+        rid = len(self.requests) + 1
+        r = Request(
+            rid=rid, tokens=array("i", prompt), prompt_length=len(prompt), params=SamplingParams(),
+            namespace=namespace, priority=priority, arrival_ns=0, limit=len(prompt) + max_new,
+        )  # fmt: skip
+        self.schedule.add(r)
+        self.requests[rid] = r
+        self.live.add(rid)
+        return r
+
+    def plan(self) -> bool:
+        window = self.schedule.plan()
+        if window is not None:
+            self.executor.run(window)
+        return window is not None
+
+    def report(self) -> bool:
+        if not self.executor.out:
+            return False
+        self.schedule.report(*self.executor.out.popleft())
+        for rid in list(self.live):
+            r = self.requests[rid]
+            if r.stage is Stage.ENDED:
+                self.live.discard(rid)
+                assert r.tokens.tolist() == expected(r.tokens[: r.prompt_length].tolist(), r.limit - r.prompt_length)
+        return True
+
+    def drain(self) -> None:
+        for _ in range(100_000):
+            planned = self.plan()
+            if not self.report() and not planned:
+                break
+            self.schedule.check()
+        assert not self.live, "requests are stuck"
+        assert self.schedule.pages_running == 0
+
+
+def prompt_of(seed: int, n: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, VOCAB, n).tolist()
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("chunk", [16, 64, 0])
+@pytest.mark.parametrize("cache_off", [False, True])
+def test_every_request_gets_its_tokens(k: int, chunk: int, cache_off: bool) -> None:
+    e = Engine(chunk=chunk, num_continuous_decode_steps=k, disable_radix_cache=cache_off)
+    shared = prompt_of(0, 70)
+    for i in range(20):
+        e.add(shared[: 10 + 5 * i] + prompt_of(i, 3 + i), max_new=1 + 3 * i)
+    e.drain()
+
+
+@pytest.mark.parametrize("policy", ["lpm", "fcfs", "dfs-weight", "random"])
+def test_policies_serve_everybody(policy: str) -> None:
+    e = Engine(schedule_policy=policy, slots=3)
+    for i in range(12):
+        e.add(prompt_of(i % 3, 40) + prompt_of(100 + i, 5), namespace="ab"[i % 2])
+    e.drain()
+
+
+def test_lpm_takes_the_longest_cached_prefix_first() -> None:
+    e = Engine(slots=1)
+    e.add(prompt_of(1, 64))
+    e.drain()
+    cold, warm = e.add(prompt_of(2, 64)), e.add(prompt_of(1, 60) + prompt_of(3, 4))
+    window = e.schedule.plan()
+    assert window is not None and [s.request for s in window.admits] == [warm] and cold.stage is Stage.WAITING
+
+
+def test_dfs_weight_runs_the_heavier_branch_together() -> None:
+    e = Engine(slots=4, pages=128)
+    e.add(prompt_of(1, 64), max_new=1)
+    e.drain()
+    e.add(prompt_of(2, 64), max_new=1)
+    e.drain()
+    e2 = [e.add(prompt_of(n, 64) + prompt_of(10 + i, 8)) for i, n in enumerate([1, 2, 2, 1, 2])]
+    order = depth_first_weight(lambda r: e.schedule._match(r).node)(e2)
+    assert [e2.index(r) for r in order] == [1, 2, 4, 0, 3]
+
+
+def test_priority_goes_first() -> None:
+    e = Engine(slots=1)
+    low, high = e.add(prompt_of(1, 20)), e.add(prompt_of(2, 20), priority=5)
+    window = e.schedule.plan()
+    assert window is not None and window.admits[0].request is high and low.stage is Stage.WAITING
+
+
+def test_sharers_wait_for_the_first_to_compute_the_prefix() -> None:
+    e = Engine(pages=256, slots=64, chunk=2048)
+    shared = prompt_of(0, 1000)
+    for i in range(64):
+        e.add([*shared, 2 * i + 1, 2, 3], max_new=20)
+    e.drain()
+    unique = 1000 + 64 * 3
+    assert e.schedule.counters.prefilled_tokens <= 1.05 * unique
+
+
+def test_next_turn_prefills_only_the_new_text() -> None:
+    e = Engine()
+    first = e.add(prompt_of(1, 37), max_new=9)
+    e.drain()
+    before = e.schedule.counters.prefilled_tokens
+    new_text = prompt_of(2, 5)
+    e.add(first.tokens.tolist() + new_text)
+    e.drain()
+    # The KV of the last generated token was never computed: it is part of the new prefill.
+    assert e.schedule.counters.prefilled_tokens - before == len(new_text) + 1
+
+
+def test_namespaces_share_nothing() -> None:
+    e = Engine()
+    e.add(prompt_of(1, 64), namespace="a")
+    e.drain()
+    e.add(prompt_of(1, 64), namespace="b")
+    e.drain()
+    assert e.schedule.counters.cached_tokens == 0
+
+
+def test_retraction_changes_no_token() -> None:
+    e = Engine(pages=12, slots=8, schedule_conservativeness=0.0, num_continuous_decode_steps=4)
+    for i in range(8):
+        e.add(prompt_of(i, 14), max_new=60)
+    e.drain()
+    assert e.schedule.counters.retractions > 0
+
+
+def test_a_retracted_request_waits_for_the_tokens_still_under_way() -> None:
+    e = Engine(num_continuous_decode_steps=2)
+    r = e.add(prompt_of(5, 20), max_new=30)
+    assert e.plan()
+    e.schedule.retract(r)
+    assert not e.plan(), "its window is not reported"
+    e.drain()
+    assert e.schedule.counters.retractions == 1
+
+
+def test_a_request_as_large_as_the_pool_completes() -> None:
+    e = Engine(pages=8, slots=4)
+    big = e.add(prompt_of(3, 100), max_new=1000)
+    e.add(prompt_of(4, 100), max_new=1000)
+    assert big.limit == 128
+    e.drain()
+
+
+def test_a_prompt_larger_than_the_pool_is_refused() -> None:
+    e = Engine(pages=4)
+    with pytest.raises(RequestError) as caught:
+        e.add(prompt_of(1, 64))
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_no_new_tokens_only_fills_the_cache() -> None:
+    e = Engine()
+    r = e.add(prompt_of(1, 40), max_new=0)
+    assert e.plan()
+    e.executor.out[-1] = (*e.executor.out[-1][:2], [], [], np.empty(0, dtype=np.uint8))
+    assert e.schedule.report(*e.executor.out.popleft()) == [r]
+    assert r.stage is Stage.ENDED and e.schedule.tree.match_length(r.ids()) == 40
+
+
+def test_k_grows_when_nobody_waits_and_is_one_when_somebody_does() -> None:
+    e = Engine(slots=4, window_ms=1e9, plans_in_flight=1)
+    e.schedule.step_took(1000.0)
+    e.add(prompt_of(1, 20), max_new=100)
+    ks = []
+    while len(ks) < 6:
+        window = e.schedule.plan()
+        assert window is not None
+        ks.append(window.k)
+        e.executor.run(window)
+        while e.report():
+            pass
+    assert ks == [2, 4, 8, 16, 16, 16]
+    e.add(prompt_of(2, 200), max_new=100)
+    window = e.schedule.plan()
+    assert window is not None and window.k == 1
+
+
+def test_k_stays_in_its_time_budget() -> None:
+    e = Engine(window_ms=30.0)
+    e.schedule.step_took(10_000.0)
+    e.schedule._last_k = 16
+    e.add(prompt_of(1, 20), max_new=100)
+    window = e.schedule.plan()
+    assert window is not None and window.k == 3
+
+
+def test_poisoned_pages_do_not_enter_the_tree() -> None:
+    e = Engine()
+    r = e.add(prompt_of(1, 40))
+    assert e.plan()
+    number, step, rids, ids, _ = e.executor.out.popleft()
+    e.schedule.report(number, step, rids, ids, np.array([3], dtype=np.uint8))
+    assert r.stage is Stage.ENDED and e.schedule.tree.num_pages == 0
+    e.schedule.check()
+
+
+def test_a_request_that_was_running_in_two_crashes_is_given_up() -> None:
+    e = Engine()
+    r = e.add(prompt_of(1, 20))
+    for guilty in ([], [r]):
+        assert e.plan()
+        e.executor = SimulatedExecutor(64)
+        assert e.schedule.executor_lost() == guilty
+        e.schedule.check()
+    assert r.stage is Stage.ENDED
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests come, are aborted, are retracted, the executor dies; windows are planned and reported in any order."""
+
+    @initialize(
+        pages=st.sampled_from([8, 12, 40]),
+        slots=st.sampled_from([1, 3, 8]),
+        chunk=st.sampled_from([0, 16, 40]),
+        k=st.sampled_from([1, 2, 5]),
+        plans=st.sampled_from([1, 2, 3]),
+        policy=st.sampled_from(["lpm", "fcfs", "dfs-weight", "random"]),
+        off=st.booleans(),
+    )
+    def start(self, pages: int, slots: int, chunk: int, k: int, plans: int, policy: str, off: bool) -> None:
+        self.e = Engine(
+            pages=pages, slots=slots, chunk=chunk, num_continuous_decode_steps=k, plans_in_flight=plans,
+            schedule_policy=policy, disable_radix_cache=off, schedule_conservativeness=0.3,
+        )  # fmt: skip
+
+    @rule(
+        stem=st.integers(0, 2), n=st.integers(0, 50), tail=st.integers(1, 20), seed=st.integers(0, 3),
+        max_new=st.integers(1, 40), namespace=st.sampled_from(["", "x"]),
+    )  # fmt: skip
+    def add(self, stem: int, n: int, tail: int, seed: int, max_new: int, namespace: str) -> None:
+        self.e.add(prompt_of(stem, n) + prompt_of(10 + seed, tail), max_new, namespace)
+
+    @rule(pick=st.integers(0, 10))
+    def continue_a_finished_one(self, pick: int) -> None:
+        done = [r for r in self.e.requests.values() if r.stage is Stage.ENDED and len(r.tokens) < 90]
+        if done:
+            self.e.add([*done[pick % len(done)].tokens.tolist(), 1 + pick], 10)
+
+    @rule()
+    def plan(self) -> None:
+        self.e.plan()
+
+    @rule(n=st.integers(1, 4))
+    def report(self, n: int) -> None:
+        for _ in range(n):
+            self.e.report()
+
+    @rule(pick=st.integers(0, 10))
+    def abort(self, pick: int) -> None:
+        live = sorted(self.e.live)
+        if live:
+            rid = live[pick % len(live)]
+            assert self.e.schedule.abort(rid)
+            self.e.live.discard(rid)
+
+    @rule(pick=st.integers(0, 10))
+    def retract(self, pick: int) -> None:
+        running = self.e.schedule.slots.running()
+        if running:
+            self.e.schedule.retract(running[pick % len(running)])
+
+    @rule()
+    def executor_dies(self) -> None:
+        self.e.executor = SimulatedExecutor(self.e.schedule.pool.num_pages)
+        for r in self.e.schedule.executor_lost():
+            self.e.live.discard(r.rid)
+
+    @invariant()
+    def accounts(self) -> None:
+        if hasattr(self, "e"):
+            self.e.schedule.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "e"):
+            self.e.drain()
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40), st.integers(1, 20))
+def test_expected_stops_at_eos_or_length(prompt: list[int], n: int) -> None:
+    out = expected(prompt, n)
+    assert out[: len(prompt)] == prompt and (out[-1] == EOS or len(out) == len(prompt) + n)
+    assert EngineConfig().page_size == PAGE

@@ -1,0 +1,429 @@
+"""The supervisor with real processes: joining, death and restart, failures at start, hangs, the end, guests."""
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+import trio
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import demo_actors
+from demo_actors import MODEL, DemoInbox, Driver, Trouble, demo_config, demo_topology
+
+from actorserve.actors.attach import Attachment, drive
+from actorserve.actors.supervisor import GiveUp, RestartPolicy, Supervisor
+from actorserve.actors.topology import (
+    ActorSpec,
+    LaneSpec,
+    NodeSpec,
+    Topology,
+    attached_client,
+    engine_topology,
+    http_front,
+)
+from actorserve.errors import StartupError
+
+QUICK = RestartPolicy(intensity=99, pause=0.01, factor=1.0)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node processes find the demo actors."""
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Each test gives back its descriptors, shared memory and children."""
+    before = len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
+    yield
+    demo_actors.drivers.clear()
+    assert (len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+class Engine:
+    """A running demo: its supervisor, its driver, and every event with its time."""
+
+    def __init__(self, topology: Topology, config: dict[str, Any], **settings: Any) -> None:
+        self.events: list[tuple[str, str, str, float]] = []
+        self.times: list[float] = []
+        self.supervisor = Supervisor(
+            topology, demo_config(**config), MODEL, on_event=self.on_event, **{"policy": QUICK, **settings}
+        )
+
+    def on_event(self, kind: str, node: str, detail: str, fraction: float) -> None:
+        self.events.append((kind, node, detail, fraction))
+        self.times.append(time.monotonic())
+
+    @property
+    def driver(self) -> Driver:
+        return demo_actors.drivers[-1]
+
+    def kinds(self, node: str) -> list[str]:
+        return [kind for kind, name, *_ in self.events if name == node]
+
+    def pid(self, node: str) -> int:
+        pid = self.supervisor.health()[node].pid
+        assert pid is not None
+        return pid
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+    async def echo(self, number: int) -> list[int]:
+        """Ping until the pong of this number is back (pings are dropped while the leaf is down); the pids it met."""
+        while True:
+            self.driver.ping(number)
+            for _ in range(100):
+                for pong in self.driver.pongs:
+                    if pong.number == number:
+                        return pong.pids
+                await trio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def running(topology: Topology, config: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[Engine]:
+    engine = Engine(topology, config or {}, **settings)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.supervisor.run)
+            yield engine
+            engine.supervisor.request_stop()
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("process", False), ("inline", False), ("inline", True)])
+def test_echo_through_two_hops(kind: Any, codec: bool) -> None:
+    async def main() -> None:
+        async with running(demo_topology("Slow", kind), codec=codec) as engine:
+            pids = [await engine.echo(number) for number in range(20)]
+            engine.driver.ping(100, 1_000_000)
+            await engine.until(lambda: engine.driver.pongs[-1].number == 100)
+            assert len(engine.driver.pongs[-1].payload) == 1_000_000
+            leaf = engine.pid("leaf") if kind == "process" else os.getpid()
+            assert all(met[0] == leaf and len(met) == 2 for met in pids)
+            assert engine.driver.log == [("up", "middle", 1)]
+            lanes = engine.supervisor.lane_metrics()
+            assert (("middle", "leaf") in lanes) == (kind == "process")
+            assert lanes["driver", "middle"].received >= 21 and lanes["driver", "middle"].capacity == 1 << 16
+        node = "leaf" if kind == "process" else "both"
+        assert engine.kinds(node) == ["spawn", *["progress"] * 4, "ready"]
+        assert ("progress", node, "leaf: weights", 0.25) in engine.events
+        assert engine.kinds("") == ["up", "stopping", "stopped"]
+        assert engine.times[-1] - engine.times[-2] < 2.5
+        assert {health.state for health in engine.supervisor.health().values()} == {"stopped"}
+
+    trio.run(main)
+
+
+def test_kill_9_is_noticed_and_service_comes_back() -> None:
+    async def kill(engine: Engine, victim: str) -> float:
+        """Kill the node, wait until it is back; seconds until it was noticed."""
+        before, at = engine.pid(victim), len(engine.events)
+        os.kill(before, signal.SIGKILL)
+        killed = time.monotonic()
+        if victim == "middle":
+            await engine.until(lambda: engine.driver.reasons)
+            assert time.monotonic() - killed <= 0.25, "a requirement of the product"
+            assert "SIGKILL" in engine.driver.reasons[0] and not engine.driver.context.ref("middle").up
+            await engine.until(lambda: engine.driver.context.ref("middle").up)
+        await engine.until(lambda: engine.kinds(victim).count("ready") == 2)
+        assert [event[0] for event in engine.events[at:]] == ["down", "spawn", "ready"]
+        return engine.times[at] - killed
+
+    async def main() -> None:
+        async with running(demo_topology()) as engine:
+            await engine.echo(1)
+            for number, victim in enumerate(("middle", "leaf"), 2):
+                assert await kill(engine, victim) <= 0.25
+                await engine.echo(number)
+            assert engine.driver.log == [("up", "middle", 1), ("down", "middle", 1), ("up", "middle", 2)]
+            assert engine.supervisor.health()["leaf"].epoch == 2
+
+    trio.run(main)
+
+
+def test_no_descriptor_is_lost_over_restarts() -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def main() -> None:
+        async with running(demo_topology()) as engine:
+            await engine.echo(0)
+            before = count()
+            middle = len(os.listdir(f"/proc/{engine.pid('middle')}/fd"))
+            for number in range(5):
+                os.kill(engine.pid("leaf"), signal.SIGKILL)
+                await engine.until(lambda number=number: engine.kinds("leaf").count("ready") == number + 2)
+                await engine.echo(number + 1)
+            assert count() == before
+            assert len(os.listdir(f"/proc/{engine.pid('middle')}/fd")) == middle
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("kind", ["process", "inline"])
+def test_an_exception_in_a_handler_restarts_the_node(kind: Any) -> None:
+    async def main() -> None:
+        async with running(demo_topology(kind=kind)) as engine:
+            node = "leaf" if kind == "process" else "both"
+            await engine.echo(1)
+            engine.driver.context.ref("middle").post(Trouble("raise"))
+            await engine.until(lambda: "down" in engine.kinds(node))
+            reason = next(detail for event, name, detail, _ in engine.events if (event, name) == ("down", node))
+            assert "ValueError: simulated fault" in reason
+            assert engine.supervisor.health()[node].last_error is not None or kind == "process"
+            if kind == "inline":
+                await engine.until(lambda: engine.driver.log[-1] == ("up", "middle", 2))
+            await engine.echo(2)
+
+    trio.run(main)
+
+
+def test_an_exception_on_asyncio_restarts_the_node_too(capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with running(demo_topology("EchoOnAsyncio")) as engine:
+            await engine.echo(1)
+            engine.driver.context.ref("middle").post(Trouble("raise"))
+            await engine.until(lambda: engine.kinds("leaf").count("ready") == 2)
+            await engine.echo(2)
+
+    trio.run(main)
+    assert "leaf: about to raise" in capfd.readouterr().err, "log lines bear the actor's name"
+
+
+def test_a_startup_error_ends_the_engine_with_its_message() -> None:
+    engine = Engine(demo_topology("Broken"), {})
+    with pytest.raises(StartupError, match=r"^model.safetensors is truncated$"):
+        trio.run(engine.supervisor.run)
+    assert engine.kinds("leaf").count("spawn") == 1
+
+
+@pytest.mark.parametrize(
+    ("leaf", "settings", "text"),
+    [("Crashing", {}, "bug in start"), ("Silent", {"start_seconds": 0.5}, "no progress")],
+)
+def test_a_node_that_never_starts_is_given_up(leaf: str, settings: dict[str, Any], text: str) -> None:
+    policy = RestartPolicy(intensity=1, pause=0.01)
+    engine = Engine(demo_topology(leaf, **settings), {}, policy=policy)
+    with pytest.raises(GiveUp, match=text) as caught:
+        trio.run(engine.supervisor.run)
+    assert engine.kinds("leaf").count("spawn") == 2
+    assert ("Traceback" in str(caught.value)) == (leaf == "Crashing")
+
+
+def test_a_hanging_actor_is_killed_with_its_stacks_dumped(capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with running(demo_topology(), {"hang_seconds": 0.5}) as engine:
+            await engine.echo(1)
+            engine.driver.context.ref("middle").post(Trouble("hang"))
+            engine.driver.ping(2)  # mail that it does not take
+            await engine.until(lambda: engine.kinds("leaf").count("ready") == 2)
+            assert [*engine.kinds("leaf")][-4:] == ["hang", "down", "spawn", "ready"]
+            assert "took no message for 0.5 s" in (engine.supervisor.health()["leaf"].last_error or "")
+            await engine.echo(3)
+
+    trio.run(main)
+    assert "demo_actors.py" in capfd.readouterr().err
+
+
+def test_whoever_sends_garbage_is_restarted() -> None:
+    async def main() -> None:
+        async with running(demo_topology()) as engine:
+            await engine.echo(1)
+            engine.driver.context.ref("middle").post(Trouble("stray"))
+            await engine.until(lambda: engine.kinds("leaf").count("ready") == 2)
+            assert "broke its lane with middle" in (engine.supervisor.health()["leaf"].last_error or "")
+            assert engine.kinds("middle") == ["spawn", "ready"]
+            await engine.echo(2)
+
+    trio.run(main)
+
+
+def test_a_group_restarts_together() -> None:
+    ranks = [NodeSpec(f"rank.{i}", (ActorSpec(f"rank.{i}", "demo_actors:Echo"),), group="ranks") for i in range(2)]
+    driver = NodeSpec("driver", (ActorSpec("driver", "demo_actors:Driver"),), "inline")
+    topology = Topology((*ranks, driver), tuple(LaneSpec("driver", f"rank.{i}") for i in range(2)))
+
+    async def main() -> None:
+        async with running(topology) as engine:
+            os.kill(engine.pid("rank.0"), signal.SIGKILL)
+            await engine.until(lambda: all(engine.kinds(f"rank.{i}").count("ready") == 2 for i in range(2)))
+            reasons = {name: detail for kind, name, detail, _ in engine.events if kind == "down"}
+            assert "restarts together with rank.0" in reasons["rank.1"]
+            await engine.until(lambda: len(engine.driver.log) == 6)
+
+    trio.run(main)
+
+
+def test_files_reach_the_actors() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"\x07")
+
+    async def main() -> None:
+        async with running(demo_topology("FileReader", files={"listen": reading})) as engine:
+            await engine.echo(1)
+            assert bytes(engine.driver.pongs[-1].payload) == b"\x07"
+
+    trio.run(main)
+    for descriptor in (reading, writing):
+        os.close(descriptor)
+
+
+def test_cancellation_kills_everything() -> None:
+    async def main() -> None:
+        engine = Engine(demo_topology(), {})
+        pids = []
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.supervisor.run)
+            pids = [engine.pid("leaf"), engine.pid("middle")]
+            nursery.cancel_scope.cancel()
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    trio.run(main)
+
+
+def test_an_actor_that_does_not_stop_is_killed_in_time() -> None:
+    async def main() -> None:
+        async with running(demo_topology(), grace=0.5) as engine:
+            await engine.echo(1)
+            engine.driver.context.ref("middle").post(Trouble("hang"))
+            await engine.until(lambda: engine.supervisor.lane_metrics()["middle", "leaf"].depth_frames == 0)
+        assert engine.kinds("") == ["up", "stopping", "stopped"]
+        assert engine.times[-1] - engine.times[-2] < 2.0
+
+    trio.run(main)
+
+
+ROOT = """
+import sys, trio
+from demo_actors import *
+from actorserve.actors.supervisor import Supervisor
+async def main():
+    supervisor = Supervisor(demo_topology(), demo_config(), MODEL)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.run)
+        print(*(node.pid for node in supervisor.health().values() if node.pid), flush=True)
+trio.run(main)
+"""
+
+
+def test_children_die_with_a_killed_supervisor() -> None:
+    root = subprocess.Popen([sys.executable, "-c", ROOT], stdout=subprocess.PIPE, text=True)
+    assert root.stdout is not None
+    pids = [int(pid) for pid in root.stdout.readline().split()]
+    assert len(pids) == 2
+    watches = [os.pidfd_open(pid) for pid in pids]
+    os.kill(pids[0], signal.SIGSTOP)  # one that cannot react itself
+    root.kill()
+    root.wait()
+    root.stdout.close()
+    for watch in watches:
+        assert select.select([watch], [], [], 20)[0], "a node outlived its supervisor"
+        os.close(watch)
+
+
+# ------------------------------------------------------------------ guests
+
+
+def test_a_guest_comes_goes_and_comes_again_on_trio() -> None:
+    async def visit(engine: Engine, number: int) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        engine.supervisor.attach("driver", ours)
+        attachment = Attachment(theirs, Driver, DemoInbox)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lambda task_status: drive(attachment, task_status=task_status))
+            await engine.until(lambda: engine.driver.context.ref("middle").up)
+            await engine.echo(number)
+            nursery.cancel_scope.cancel()
+        await engine.until(lambda: engine.kinds("driver").count("down") == number)
+
+    async def main() -> None:
+        async with running(demo_topology(driver="attached")) as engine:
+            assert engine.kinds("driver") == []
+            with socket.socket() as stray, pytest.raises(ValueError, match="no attached node"):
+                engine.supervisor.attach("leaf", stray)
+            await visit(engine, 1)
+            await visit(engine, 2)
+            assert engine.supervisor.health()["driver"].epoch == 2
+            assert [pair[1:] for pair in engine.driver.log] == [("middle", 1)]
+
+    trio.run(main)
+
+
+def test_a_guest_on_asyncio_with_the_supervisor_in_a_thread_of_its_own() -> None:
+    """As the embedded API runs on asyncio with inline placement."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    engine = Engine(demo_topology(kind="inline", driver="attached"), {})
+    engine.supervisor.attach("driver", ours)
+    thread = threading.Thread(target=trio.run, args=(engine.supervisor.run,))
+    thread.start()
+    attachment = Attachment(theirs, Driver, DemoInbox)
+
+    async def main() -> None:
+        driving = asyncio.ensure_future(drive(attachment))
+        while not attachment.attached or not attachment.actor.context.ref("middle").up:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        driver = attachment.actor
+        assert isinstance(driver, Driver)
+        for number in range(50):
+            driver.ping(number)
+        while len(driver.pongs) < 50:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        engine.supervisor.request_stop()
+        await driving
+        assert driver.reasons == ["the engine stops"]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    thread.join()
+
+
+# ------------------------------------------------------------------ topology
+
+
+def test_the_engine_topology() -> None:
+    fronts = [http_front(0, 5), attached_client()]
+    config = demo_config()
+    process = engine_topology(config, fronts)
+    assert [node.name for node in process.nodes] == ["exec.0", "sched", "text", "front.0", "client"]
+    assert [actor.name for actor in process.nodes[0].actors] == ["exec.0", "sampler.0"]
+    assert {(lane.source, lane.target) for lane in process.lanes} == {
+        *[("text", "sched"), ("sched", "text"), ("sched", "exec.0"), ("sched", "sampler.0"), ("exec.0", "sched")],
+        *[("front.0", "text"), ("text", "front.0"), ("client", "text"), ("text", "client")],
+    }
+    assert process.nodes[3].files == {"listen": 5} and process.nodes[4].kind == "attached"
+    inline = engine_topology(config, fronts, "inline")
+    assert [(node.name, node.kind) for node in inline.nodes] == [
+        ("engine", "inline"),
+        ("front.0", "process"),
+        ("client", "attached"),
+    ]
+    assert inline.lanes == process.lanes
+
+
+def test_a_topology_is_checked() -> None:
+    one, two = NodeSpec("one", (ActorSpec("a"),)), NodeSpec("two", (ActorSpec("b"),))
+    for nodes, lanes in (
+        ((one, one), ()),
+        ((one, NodeSpec("three", (ActorSpec("a"),))), ()),
+        ((one, two), (LaneSpec("a", "c"),)),
+        ((one, two), (LaneSpec("a", "a"),)),
+        ((one, two), (LaneSpec("a", "b"), LaneSpec("a", "b", 4096))),
+    ):
+        with pytest.raises(ValueError):
+            Topology(nodes, lanes)

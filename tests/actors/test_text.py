@@ -1,0 +1,585 @@
+"""The text actor between a fake front and a fake scheduler, on local lanes, without processes."""
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import tiny_tokenizers
+import trio
+
+from actorserve.actors.actor import Context, connect, disconnect
+from actorserve.actors.messages import (
+    NO_STATS,
+    Abort,
+    Cancel,
+    ChatPrompt,
+    Chunk,
+    Chunks,
+    Ended,
+    Finish,
+    FrontInbox,
+    Generate,
+    PeerDown,
+    PeerUp,
+    Refused,
+    SchedulerInbox,
+    Started,
+    Stats,
+    Submit,
+    TextInbox,
+    TextPrompt,
+    TokenPrompt,
+    Tokens,
+)
+from actorserve.actors.prompts import INLINE_CHARS, derived_seed
+from actorserve.actors.text import Text
+from actorserve.config import EngineConfig, ModelInfo
+from actorserve.errors import StartupError
+from actorserve.models.tokenizer import Tokenizer, load_tokenizer
+from actorserve.sampler.params import MAX_SEED, SamplingParams
+
+CONTEXT_LENGTH = 200
+VOCAB = 512
+
+
+class World:
+    """A text actor, two fronts and a scheduler; every message goes through the codec."""
+
+    def __init__(self, folder: str, **config: Any) -> None:
+        settings = EngineConfig(**config)
+        model = ModelInfo(
+            name="tiny", path=folder, model_type="llama", vocab_size=VOCAB, context_length=CONTEXT_LENGTH, eos_ids=(2,)
+        )
+        self.fronts = {
+            name: Context(name, settings, model, FrontInbox, sends_to=["text"]) for name in ("front.0", "front.1")
+        }
+        self.sched = Context("sched", settings, model, SchedulerInbox, sends_to=["text"])
+        self.context = Context("text", settings, model, TextInbox, sends_to=[*self.fronts, "sched"])
+        self.text = Text(self.context)
+        for peer in (*self.fronts.values(), self.sched):
+            connect(peer, self.context, codec=True)
+            connect(self.context, peer, codec=True)
+
+    async def start(self) -> None:
+        await self.text.start()
+
+    def settle(self) -> None:
+        self.text.drain()
+
+    def front(self, name: str = "front.0") -> list[Any]:
+        """What the front got since the last call."""
+        return received(self.fronts[name])
+
+    def scheduler(self) -> list[Any]:
+        return received(self.sched)
+
+    def ask(
+        self, rid: int = 1, prompt: str | bytes | list[int] = "Hello", n: int = 1, front: str = "front.0", **params: Any
+    ) -> None:
+        """Send a Generate and let the text actor work."""
+        kinds: dict[type, Any] = {str: TextPrompt, bytes: ChatPrompt}
+        made = TokenPrompt(view("i", prompt)) if isinstance(prompt, list) else kinds[type(prompt)](prompt)
+        self.fronts[front].ref("text").post(Generate(rid, n, made, SamplingParams(**params), "salt", 3, 77))
+        self.settle()
+
+    def row(self, *rows: tuple[int, int] | tuple[int, int, Finish], settle: bool = True, **logprobs: Any) -> None:
+        """Send one step's tokens: (rid, token) or (rid, token, finish)."""
+        columns = [(r[0], r[1], r[2] if len(r) > 2 else Finish.NONE) for r in rows]
+        rids, ids, finish = zip(*columns, strict=True)
+        self.sched.ref("text").post(
+            Tokens(
+                view("q", rids),
+                view("i", ids),
+                memoryview(bytes(finish)),
+                view("f", logprobs.get("logprobs", [])),
+                logprobs.get("top_n", 0),
+                view("i", logprobs.get("top_ids", [])),
+                view("f", logprobs.get("top_logprobs", [])),
+            )
+        )
+        if settle:
+            self.settle()
+
+    def say(self, rid: int, ids: list[int], last: Finish = Finish.NONE) -> list[Chunk]:
+        """Send tokens one by one, then return all chunks the front got."""
+        for i, token in enumerate(ids):
+            self.row((rid, token, last if i == len(ids) - 1 else Finish.NONE))
+        return self.chunks()
+
+    def chunks(self, front: str = "front.0") -> list[Chunk]:
+        got = self.front(front)
+        assert all(isinstance(message, Chunks) for message in got), got
+        return [chunk for message in got for chunk in message.chunks]
+
+    def close(self) -> None:
+        for context in (self.context, self.sched, *self.fronts.values()):
+            context.close()
+
+
+def view(code: str, values: Any) -> memoryview:
+    return memoryview(array(code, values).tobytes())
+
+
+def received(context: Context) -> list[Any]:
+    """Messages in the inbox, without PeerUp. Arrays stay valid: local lanes copy."""
+    got = []
+    while (item := context.inbox.poll()) is not None:
+        if not isinstance(item[0], PeerUp):
+            got.append(item[0])
+    return got
+
+
+def whole(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: str) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def world(folder: str) -> Iterator[World]:
+    made = World(folder)
+    trio.run(made.start)
+    made.settle()
+    yield made
+    made.close()
+
+
+# ------------------------------------------------------------------ submitting
+
+
+def test_a_text_prompt_is_submitted(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(5, "Hello <|im_start|>", max_new_tokens=7, stop=("x",), temperature=0.5)
+    (submit,) = world.scheduler()
+    assert isinstance(submit, Submit)
+    assert np.frombuffer(submit.ids, dtype=np.int32).tolist() == tokenizer.encode("Hello <|im_start|>")
+    assert (submit.rid, submit.cache_salt, submit.priority, submit.arrival_ns) == (5, "salt", 3, 77)
+    want = SamplingParams(max_new_tokens=7, temperature=0.5, seed=derived_seed(0, 5))
+    assert submit.params == want  # stop strings are not the scheduler's affair
+    assert world.front() == []
+
+
+def test_choices_draw_differently(world: World) -> None:
+    world.ask(10, n=3)
+    world.ask(20, n=2, seed=MAX_SEED)
+    world.ask(30, n=1)
+    submits = world.scheduler()
+    assert [s.rid for s in submits] == [10, 11, 12, 20, 21, 30]
+    seeds = [s.params.seed for s in submits]
+    assert seeds[1:3] == [(seeds[0] + 1) & MAX_SEED, (seeds[0] + 2) & MAX_SEED]
+    assert seeds[3:5] == [MAX_SEED, 0] and len(set(seeds)) == 6
+
+
+def test_new_tokens_fit_the_context(world: World) -> None:
+    for rid, asked in ((1, None), (2, 10_000), (3, 5), (4, 0)):
+        world.ask(rid, [4] * 150, max_new_tokens=asked)
+    world.ask(5, [4] * 150, max_new_tokens=60, min_new_tokens=55)
+    submits = world.scheduler()
+    assert [s.params.max_new_tokens for s in submits] == [50, 50, 5, 0, 50]
+    assert submits[-1].params.min_new_tokens == 50
+
+
+def test_a_conversation_is_rendered(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, json.dumps({"messages": [{"role": "user", "content": "a<|im_end|>"}]}).encode())
+    (submit,) = world.scheduler()
+    ids = np.frombuffer(submit.ids, dtype=np.int32).tolist()
+    assert tokenizer.decode(ids, False) == "<|im_start|>user\na<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert [i for i in ids if i in tokenizer.special_ids] == tokenizer.encode("<|im_start|><|im_end|><|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param", "code"),
+    [
+        ("", {}, "prompt", "invalid_value"),
+        ([], {}, "input_ids", "invalid_value"),
+        ([4, VOCAB], {}, "input_ids", "invalid_value"),
+        ([-1], {}, "input_ids", "invalid_value"),
+        ([4] * CONTEXT_LENGTH, {}, "input_ids", "context_length_exceeded"),
+        ("a b " * 300, {}, "prompt", "context_length_exceeded"),
+        (b'{"messages": []}', {}, "messages", "invalid_value"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', {}, "messages", "invalid_value"),
+        ("ok", {"temperature": -1.0}, "temperature", "invalid_value"),
+        ("ok", {"stop_token_ids": (VOCAB,)}, "stop_token_ids", "invalid_value"),
+    ],
+)
+def test_bad_requests_are_refused(world: World, prompt: Any, params: dict[str, Any], param: str, code: str) -> None:
+    world.ask(3, prompt, n=2, **params)
+    (refused,) = world.front()
+    assert isinstance(refused, Refused)
+    assert (refused.rid, refused.n, refused.status, refused.code, refused.param) == (3, 2, 400, code, param)
+    assert world.scheduler() == [] and not world.text.outputs
+
+
+def test_broken_token_arrays_are_refused(world: World) -> None:
+    prompt = TokenPrompt(memoryview(b"abc"))
+    world.fronts["front.0"].ref("text").post(Generate(1, 1, prompt, SamplingParams()))
+    world.settle()
+    (refused,) = world.front()
+    assert refused.status == 400 and refused.param == "input_ids"
+
+
+def test_a_tokenizer_that_raises_breaks_one_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(prompt: Any) -> None:
+        raise ValueError("/secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.text.prompts, "encode", broken)
+        world.ask(1)
+    (refused,) = world.front()
+    assert refused.status == 500 and "secret" not in refused.message
+    world.ask(2)
+    assert len(world.scheduler()) == 1
+
+
+def test_long_prompts_are_tokenized_in_a_thread(world: World, tokenizer: Tokenizer) -> None:
+    long = "x" * (INLINE_CHARS + 1)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            world.ask(1, long)
+            world.ask(2, "short")
+            assert [s.rid for s in world.scheduler()] == [2]
+            world.ask(3, long)
+            world.ask(4, long, front="front.1")
+            world.fronts["front.0"].ref("text").post(Cancel(3, 1))
+            world.context.inbox.put_system(PeerDown("front.1", 1, "died"))
+            world.settle()
+        # leaving the nursery waits for the threads
+
+    trio.run(main)
+    (refused,) = world.front()  # far over the tiny context; the cancelled ones are not heard of
+    assert (refused.rid, refused.code, refused.param) == (1, "context_length_exceeded", "prompt")
+    assert world.front("front.1") == [] and world.scheduler() == [] and not world.text.tokenizing
+
+
+# ------------------------------------------------------------------ output
+
+
+def test_text_comes_back(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, "Hello there")
+    world.sched.ref("text").post(Started(1, 2, 1000))
+    ids = [*tokenizer.encode(" how are you?"), 2]
+    chunks = world.say(1, ids, Finish.STOP)
+    assert whole(chunks) == " how are you?"
+    assert [c.finish for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    last = chunks[-1]
+    assert last.matched == 2 and last.completion_tokens == len(ids) and last.cached_tokens == 2
+    assert last.prompt_tokens == len(tokenizer.encode("Hello there"))
+    assert [i for c in chunks for i in c.ids] == ids
+    assert world.scheduler()[1:] == [] and not world.text.outputs
+
+
+def test_steps_in_one_burst_make_one_chunk(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    world.ask(2)
+    world.ask(3, front="front.1")
+    ids = tokenizer.encode("a b c")
+    for token in ids:
+        world.row((1, token), (2, token), (3, token), settle=False)
+    world.settle()
+    (message,) = world.front()
+    assert [(c.rid, c.text, c.ids, c.completion_tokens) for c in message.chunks] == [
+        (rid, "a b c", ids, len(ids)) for rid in (1, 2)
+    ]
+    assert [c.rid for c in world.chunks("front.1")] == [3]
+
+
+def test_length_and_no_tokens_at_all(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    (chunk,) = world.say(1, tokenizer.encode("b")[:1], Finish.LENGTH)
+    assert (chunk.text, chunk.finish, chunk.matched, chunk.completion_tokens) == ("b", "length", None, 1)
+    world.ask(2, max_new_tokens=0)
+    (chunk,) = world.say(2, [-1], Finish.LENGTH)
+    assert (chunk.text, chunk.ids, chunk.finish, chunk.completion_tokens) == ("", [], "length", 0)
+
+
+def test_characters_are_whole(world: World, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("🦊é")
+    assert len(ids) > 2
+    world.ask(1)
+    chunks = world.say(1, ids)
+    assert "".join(c.text for c in chunks) == "🦊é" and not any("\ufffd" in c.text for c in chunks)
+    assert [i for c in chunks for i in c.ids] == ids
+    world.ask(2)
+    chunks = world.say(2, ids[:2], Finish.LENGTH)
+    assert whole(chunks) == "\ufffd" and chunks[-1].finish == "length"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_stop_strings_over_tokens(world: World, tokenizer: Tokenizer, keep: bool) -> None:
+    world.ask(1, stop=("END", "nothing"), no_stop_trim=keep)
+    world.scheduler()
+    ids = tokenizer.encode("one EN two END three")
+    chunks = world.say(1, ids)
+    assert whole(chunks) == "one EN two " + "END" * keep
+    last = chunks[-1]
+    assert (last.finish, last.matched) == ("stop", "END")
+    seen = [i for c in chunks for i in c.ids]
+    assert ids[: len(seen)] == seen and last.completion_tokens == len(seen)
+    assert tokenizer.decode(seen).endswith("END")
+    assert not any("E" in c.text and c.finish is None and c.text.endswith(("E", "EN")) for c in chunks)
+    assert world.scheduler() == [Abort(1)]
+    world.sched.ref("text").post(Ended(1, 0, "aborted", "aborted"))
+    world.settle()
+    assert world.front() == []  # exactly one final message
+
+
+def test_a_stop_string_and_the_end_in_one_row(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, stop=("d",))
+    world.scheduler()
+    chunks = world.say(1, tokenizer.encode("d"), Finish.LENGTH)
+    assert (chunks[-1].finish, chunks[-1].matched, whole(chunks)) == ("stop", "d", "")
+    assert world.scheduler() == []  # the scheduler knows already
+
+
+def test_held_back_text_comes_at_the_end(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, stop=("END",))
+    chunks = world.say(1, [*tokenizer.encode("x EN"), 2], Finish.STOP)
+    assert whole(chunks) == "x EN" and chunks[-1].matched == 2
+
+
+def test_the_stop_token_is_shown_if_asked(world: World, tokenizer: Tokenizer) -> None:
+    (token,) = tokenizer.encode("b")
+    for rid, options, text in (
+        (1, {}, "a"),
+        (2, {"no_stop_trim": True}, "ab"),
+        (3, {"no_stop_trim": True, "stop": ("z",)}, "ab"),
+    ):
+        world.ask(rid, stop_token_ids=(token,), **options)
+        assert whole(world.say(rid, [*tokenizer.encode("a"), token], Finish.STOP)) == text
+    world.ask(4, skip_special_tokens=False)
+    assert whole(world.say(4, tokenizer.encode("a<|im_start|>"), Finish.LENGTH)) == "a<|im_start|>"
+
+
+def test_logprobs(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, logprobs=1)
+    world.ask(2)
+    world.ask(3, logprobs=0)
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    rows = [(rid, a) for rid in (1, 2, 3)]
+    world.row(*rows, logprobs=[-0.5, float("nan"), -0.25], top_n=2, top_ids=[a, b] * 3, top_logprobs=[-0.5, -1.0] * 3)
+    first, second, third = world.chunks()
+    assert [(p.token, p.logprob, p.text, p.top) for p in first.logprobs] == [(a, -0.5, b"a", [(a, -0.5, b"a")])]
+    assert second.logprobs == []
+    assert [(p.logprob, p.top) for p in third.logprobs] == [(-0.25, [])]
+    world.row((1, 2, Finish.STOP), logprobs=[-0.125], top_n=1, top_ids=[2], top_logprobs=[-0.125])
+    assert [c.logprobs for c in world.chunks()] == [[]]  # the end token is not part of the text
+
+
+def test_logprobs_cover_the_visible_text(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, logprobs=0, stop=("XY",))
+    ids = tokenizer.encode("aX🦊bXY")
+    for token in ids:
+        world.row((1, token), logprobs=[-1.0])
+    chunks = world.chunks()
+    assert whole(chunks) == "aX🦊b"
+    shown = b"".join(p.text for c in chunks for p in c.logprobs)
+    assert shown == "aX🦊b".encode()
+    for chunk in chunks[:-1]:
+        assert chunk.logprobs  # each comes with its text
+
+
+def test_poison_fails_the_request(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2)
+    world.row((1, 5, Finish.POISON), (2, tokenizer.encode("a")[0]))
+    refused, chunks = world.front()
+    assert (refused.rid, refused.n, refused.status) == (1, 1, 500)
+    assert [c.rid for c in chunks.chunks] == [2]
+    world.row((1, 5))
+    assert world.front() == []
+
+
+def test_ended(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2)
+    world.row((1, tokenizer.encode("a")[0]), settle=False)
+    world.sched.ref("text").post(Ended(1, 400, "too_large", "never fits", "prompt"))
+    world.sched.ref("text").post(Ended(2, 0, "aborted", "aborted"))
+    world.settle()
+    refused, chunks = world.front()
+    assert refused == Refused(1, 1, 400, "too_large", "never fits", "prompt")
+    assert [(c.rid, c.finish) for c in chunks.chunks] == [(2, "abort")]
+
+
+# ------------------------------------------------------------------ cancel, and peers that come and go
+
+
+def test_cancel(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2)
+    world.ask(3)
+    world.scheduler()
+    token = tokenizer.encode("a")[0]
+    world.row((1, token), (2, token), (3, token), settle=False)
+    world.text.receive(Cancel(1, 2), "front.0")
+    world.settle()
+    world.text.receive(Cancel(1, 2), "front.0")  # again, or after the end: nothing
+    assert world.scheduler() == [Abort(1), Abort(2)]
+    world.row((1, token), (3, token))
+    assert {c.rid for c in world.chunks()} == {3}
+    assert list(world.text.outputs) == [3]
+
+
+def test_the_scheduler_is_down(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2)
+    world.ask(3, front="front.1")
+    world.row((1, tokenizer.encode("a")[0]), settle=False)
+    disconnect(world.context, world.sched)
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    died = [(m.rid, m.n, m.status, m.code) for m in world.front()]
+    assert died == [(1, 1, 503, "engine_unavailable"), (2, 1, 503, "engine_unavailable")]
+    assert [m.rid for m in world.front("front.1")] == [3]
+    world.ask(5, n=2)
+    (refused,) = world.front()
+    assert (refused.rid, refused.n, refused.status, refused.code) == (5, 2, 503, "engine_unavailable")
+    connect(world.context, world.sched, codec=True)
+    world.ask(7)
+    assert world.front() == [] and [s.rid for s in world.scheduler() if isinstance(s, Submit)][-1] == 7
+
+
+def test_a_front_dies(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2)
+    world.ask(3, front="front.1")
+    world.scheduler()
+    world.row((1, tokenizer.encode("a")[0]), settle=False)
+    disconnect(world.context, world.fronts["front.0"])
+    world.context.inbox.put_system(PeerDown("front.0", 1, "killed"))
+    world.settle()
+    assert world.scheduler() == [Abort(1), Abort(2)]
+    assert list(world.text.outputs) == [3]
+    world.row((1, 5), (3, tokenizer.encode("a")[0]))
+    assert [c.rid for c in world.chunks("front.1")] == [3]
+
+
+def test_a_front_that_lags_gets_joined_chunks(
+    world: World, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.ask(1)
+    ref = world.context.ref("front.0")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ref), "backlog", 1)
+        for token in tokenizer.encode("abc xyz"):
+            world.row((1, token))
+        assert world.front() == []
+    world.settle()  # credit came: drain and flush without a message
+    (chunk,) = world.chunks()
+    assert chunk.text == "abc xyz"
+
+
+def test_what_waits_for_a_front_goes_with_it(
+    world: World, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that has ended while its front lagged, and then is cancelled, or loses its front."""
+    ref = world.context.ref("front.0")
+    token = tokenizer.encode("a")[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ref), "backlog", 1)
+        for rid in (1, 2):
+            world.ask(rid)
+            world.row((rid, token, Finish.LENGTH))
+        world.text.receive(Cancel(1, 1), "front.0")
+    world.settle()
+    assert [c.rid for c in world.chunks()] == [2]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ref), "backlog", 1)
+        world.ask(3)
+        world.row((3, token, Finish.LENGTH))
+        disconnect(world.context, world.fronts["front.0"])
+        world.context.inbox.put_system(PeerDown("front.0", 1, "killed"))
+        world.settle()
+        connect(world.context, world.fronts["front.0"], codec=True)
+    world.settle()
+    assert world.front() == []
+
+
+def test_an_unasked_abort_shows_what_was_held_back(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, stop=("END",))
+    world.say(1, tokenizer.encode("x EN"))
+    world.sched.ref("text").post(Ended(1, 0, "aborted", "aborted"))
+    world.settle()
+    (chunk,) = world.chunks()
+    assert (chunk.text, chunk.finish) == ("EN", "abort")
+
+
+def test_stats_reach_all_fronts(world: World) -> None:
+    stats = Stats(*range(13), 1.5, True)
+    world.sched.ref("text").post(stats)
+    world.settle()
+    assert world.front() == [stats] and world.front("front.1") == [stats]
+    world.context.inbox.put_system(PeerUp("front.1", 2))
+    world.settle()
+    assert world.front() == [] and world.front("front.1") == [stats]  # a new front need not wait for news
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    assert world.front() == [NO_STATS] and world.front("front.1") == [NO_STATS]
+
+
+# ------------------------------------------------------------------ configuration
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    world = World(str(tmp_path), skip_tokenizer_init=True)  # there are no files
+    trio.run(world.start)
+    world.settle()
+    world.ask(1, "text")
+    world.ask(2, b'{"messages": [{"role": "user", "content": "x"}]}')
+    world.ask(3, [4, 5], stop=("x",))
+    assert [(m.rid, m.status, m.param) for m in world.front()] == [
+        (1, 400, "prompt"),
+        (2, 400, "messages"),
+        (3, 400, "stop"),
+    ]
+    world.ask(4, [4, 5], logprobs=0)
+    world.row((4, 9), logprobs=[-1.0])
+    world.row((4, 8, Finish.STOP), logprobs=[-1.0])
+    first, last = world.chunks()
+    assert (first.text, first.ids, [p.text for p in first.logprobs]) == ("", [9], [b""])
+    assert (last.ids, last.finish, last.matched) == ([8], "stop", 8)
+    world.close()
+
+
+def test_chat_template_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path / "model", chat_template=None)
+    chat = b'{"messages": [{"role": "user", "content": "x"}]}'
+    world = World(folder)
+    trio.run(world.start)
+    world.settle()
+    world.ask(1, chat)
+    (refused,) = world.front()
+    assert refused.param == "messages" and "--chat-template" in refused.message
+    world.close()
+
+    file = tmp_path / "template.jinja"
+    file.write_text("Q: {{ messages[0].content }}")
+    world = World(folder, chat_template=str(file))
+    trio.run(world.start)
+    world.settle()
+    world.ask(1, chat)
+    (submit,) = world.scheduler()
+    assert np.frombuffer(submit.ids, dtype=np.int32).tolist() == tokenizer.encode("Q: x")
+    world.close()
+
+    world = World(folder, chat_template=str(tmp_path / "missing"))
+    with pytest.raises(StartupError, match="chat template"):
+        trio.run(world.start)
+    world.close()
+
+
+def test_all_messages_are_encodable(world: World) -> None:
+    """Chunks with every field go through the codec, as between processes."""
+    world.ask(1, logprobs=2)
+    world.row((1, 70, Finish.LENGTH), logprobs=[-1.0], top_n=2, top_ids=[70, 71], top_logprobs=[-1.0, -2.0])
+    (message,) = world.front()
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Chunks) == message

@@ -1,0 +1,34 @@
+"""Fixtures for all tests. Nothing heavy is imported here: most test files need no torch."""
+
+import os
+
+import pytest
+
+# Before anybody imports torch, here and in the processes that tests spawn: tests must not fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+FAIL_WITHOUT_MODEL = os.environ.get("CI") == "true"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses the real model bears the marker `real`, so that `-m "not real"` runs without a network."""
+    for item in items:
+        if "smollm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """Folder of the real SmolLM2-135M-Instruct, fetched and converted at the first use.
+
+    Without a network and without a cache the test is skipped, in CI (CI=true) it fails.
+    """
+    from actorserve.errors import StartupError
+    from actorserve.models.embedded import embedded_model
+
+    try:
+        return embedded_model()
+    except StartupError as error:
+        if FAIL_WITHOUT_MODEL:
+            pytest.fail(f"CI needs the real model: {error}")
+        pytest.skip(str(error))

@@ -1,0 +1,189 @@
+"""A real HttpFront with a fake text actor behind it: the front's own protocol, lanes and codec, without a model.
+
+The fake answers each Generate by its script; a test replaces the script. Everything runs in one asyncio loop.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from actorserve.actors.actor import Actor, Context, connect, disconnect
+from actorserve.actors.messages import (
+    Cancel,
+    Chunk,
+    Chunks,
+    Generate,
+    PeerDown,
+    Refused,
+    Stats,
+    TextInbox,
+    TokenLogprob,
+    TokenPrompt,
+)
+from actorserve.config import EngineConfig, ModelInfo
+from actorserve.http.front import HttpFront
+
+MODEL = ModelInfo(
+    name="fake-model", path="/models/fake", model_type="llama", vocab_size=1000, context_length=512, eos_ids=(2,)
+)
+STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True)
+WORDS = ("Hello", " wörld", " and", " moon")
+
+
+def logprob(token: int, text: str, top: int) -> TokenLogprob:
+    """A token with logprob -token/10, and `top` others."""
+    others = [(token + i, -token / 10 - i, f"alt{i}".encode()) for i in range(top)]
+    return TokenLogprob(token, -token / 10, text.encode(), others)
+
+
+def chunk(rid: int, text: str, ids: list[int], done: int, finish: str | None = None, **more: object) -> Chunk:
+    """A chunk after `done` tokens in all; 7 prompt tokens, 3 of them cached."""
+    fields = {"logprobs": [], "matched": None} | more
+    return Chunk(rid, text, ids, fields["logprobs"], finish, fields["matched"], 7, done, 3)
+
+
+def words(generate: Generate) -> list[Chunks]:
+    """The default script: each choice says WORDS, one a step, all choices in one message a step; then EOS (2)."""
+    steps = []
+    top = generate.params.logprobs
+    for i, word in enumerate(WORDS):
+        last = i == len(WORDS) - 1
+        logprobs = [] if top is None else [logprob(10 + i, word, top)]
+        more = {"logprobs": logprobs, "matched": 2 if last else None}
+        rids = range(generate.rid, generate.rid + generate.n)
+        steps.append(Chunks([chunk(r, word, [10 + i], i + 1, "stop" if last else None, **more) for r in rids]))
+    return steps
+
+
+class FakeText(Actor):
+    """Answers Generate by `script`, one message a turn of the loop; remembers all it got."""
+
+    inbox_type = TextInbox
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.got: list[object] = []
+        self.script: Callable[[Generate], list[Chunks | Refused]] = words
+        self.arrived = asyncio.Event()
+
+    def receive(self, message: object, source: str) -> None:
+        if isinstance(message, Generate):
+            prompt = message.prompt
+            if isinstance(prompt, TokenPrompt):  # aliases the lane
+                copied = TokenPrompt(memoryview(bytes(prompt.ids)))
+                message = Generate(message.rid, message.n, copied, message.params, message.cache_salt, message.priority)
+            asyncio.get_running_loop().call_soon(self._say, self.script(message))
+        if isinstance(message, Generate | Cancel):
+            self.got.append(message)
+            self.arrived.set()
+
+    def say(self, message: object) -> None:
+        self.context.ref("front.0").post(message)
+
+    def _say(self, messages: list[Chunks | Refused]) -> None:
+        if messages:
+            self.say(messages[0])
+            asyncio.get_running_loop().call_soon(self._say, messages[1:])
+
+    async def wait_for(self, kind: type, count: int = 1) -> list[object]:
+        """Return the first `count` messages of a kind, once they are here."""
+        while len(found := [m for m in self.got if isinstance(m, kind)]) < count:
+            self.arrived.clear()
+            await self.arrived.wait()
+        return found
+
+    @property
+    def generates(self) -> list[Generate]:
+        return [m for m in self.got if isinstance(m, Generate)]
+
+
+@dataclass
+class Rig:
+    """What a test holds: the front, the fake, and how to reach them."""
+
+    front: HttpFront
+    text: FakeText
+    base: str
+    http: httpx.AsyncClient
+    running: asyncio.Task[None] = field(repr=False)
+
+    @property
+    def app(self) -> Callable[..., object]:
+        return self.front._server.config.app
+
+    def kill_text(self) -> None:
+        """What the node does when the text actor dies."""
+        disconnect(self.front.context, self.text.context)
+        self.front.context.inbox.put_system(PeerDown("text", 1, "killed"))
+
+
+@contextlib.asynccontextmanager
+async def open_rig(**config: object) -> AsyncIterator[Rig]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    settings = EngineConfig(**config)
+    contexts = [
+        Context(
+            "front.0", settings, MODEL, HttpFront.inbox_type, sends_to=["text"], files={"listen": listener.fileno()}
+        ),
+        Context("text", settings, MODEL, TextInbox, sends_to=["front.0"]),
+    ]
+    front, text = HttpFront(contexts[0]), FakeText(contexts[1])
+    connect(contexts[0], contexts[1], codec=True)
+    connect(contexts[1], contexts[0], codec=True)
+    text.say(STATS)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(contexts[1].inbox.fileno(), text.drain)
+    running = asyncio.create_task(front.run())
+    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with httpx.AsyncClient(base_url=base, timeout=20) as http:
+        try:
+            yield Rig(front, text, base, http, running)
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            for connection in list(front._server.server_state.connections):
+                connection.transport.abort()
+            await asyncio.gather(*front._server.server_state.tasks)
+            loop.remove_reader(contexts[1].inbox.fileno())
+            for context in contexts:
+                context.close()
+            listener.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until something that has no event of its own is so; pytest's timeout is the limit."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return ("asyncio", {"use_uvloop": True})
+
+
+@pytest.fixture
+async def rig(anyio_backend: object) -> AsyncIterator[Rig]:
+    async with open_rig(max_body_bytes=10_000, max_queued_requests=300) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fakes() -> SimpleNamespace:
+    """What tests build scripts from (tests are no package, so they cannot import this file)."""
+    return SimpleNamespace(
+        chunk=chunk,
+        logprob=logprob,
+        words=words,
+        WORDS=WORDS,
+        MODEL=MODEL,
+        STATS=STATS,
+        open_rig=open_rig,
+        until=until,
+    )

@@ -1,0 +1,181 @@
+"""/generate: SGLang's protocol against a fake engine."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from actorserve.actors.messages import Chunks, TextPrompt, TokenPrompt
+
+pytestmark = pytest.mark.anyio
+TEXT = "Hello wörld and moon"
+
+
+def frames(body: str) -> list[object]:
+    parts = body.split("\n\n")
+    assert parts[-1] == "" and all(part.startswith("data: ") for part in parts[:-1])
+    return [part[6:] if part == "data: [DONE]" else json.loads(part[6:]) for part in parts[:-1]]
+
+
+async def test_text(rig):
+    reply = await rig.http.post(
+        "/generate", json={"text": "Hi", "rid": "mine", "sampling_params": {"max_new_tokens": 9}}
+    )
+    body = reply.json()
+    assert reply.status_code == 200
+    latency = body["meta_info"].pop("e2e_latency")
+    assert 0 < latency < 20
+    assert body == {
+        "text": TEXT,
+        "output_ids": [10, 11, 12, 13],
+        "meta_info": {
+            "id": "mine",
+            "finish_reason": {"type": "stop", "matched": 2},
+            "prompt_tokens": 7,
+            "completion_tokens": 4,
+            "cached_tokens": 3,
+        },
+    }
+    (generate,) = rig.text.generates
+    assert generate.prompt == TextPrompt("Hi")
+    assert (generate.n, generate.params.max_new_tokens, generate.params.logprobs) == (1, 9, None)
+
+
+async def test_put_and_defaults(rig):
+    reply = await rig.http.put("/generate", json={"text": "Hi"})
+    assert reply.json()["text"] == TEXT
+    params = rig.text.generates[0].params
+    assert (params.max_new_tokens, params.temperature, params.top_k, params.stop) == (128, 1.0, -1, ())
+
+
+async def test_input_ids_become_int32(rig):
+    await rig.http.post("/generate", json={"input_ids": [1, 2, 999]})
+    prompt = rig.text.generates[0].prompt
+    assert isinstance(prompt, TokenPrompt)
+    assert np.frombuffer(prompt.ids, np.int32).tolist() == [1, 2, 999]
+
+
+async def test_all_sampling_parameters_arrive(rig):
+    given = {
+        "max_new_tokens": 5, "min_new_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1,
+        "frequency_penalty": 0.2, "presence_penalty": 0.3, "repetition_penalty": 1.1, "stop": "END",
+        "stop_token_ids": [5, 6], "ignore_eos": True, "no_stop_trim": True, "skip_special_tokens": False,
+        "spaces_between_special_tokens": False, "seed": 77, "logit_bias": {"3": -5}, "n": 2,
+    }  # fmt: skip
+    await rig.http.post("/generate", json={"text": "x", "sampling_params": given, "cache_salt": "me", "priority": -3})
+    (generate,) = rig.text.generates
+    assert (generate.n, generate.cache_salt, generate.priority) == (2, "me", -3)
+    assert generate.arrival_ns > 0
+    params = generate.params
+    for name, value in given.items():
+        if name not in ("n", "stop", "logit_bias", "stop_token_ids"):
+            assert getattr(params, name) == value, name
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("END",), (5, 6), {3: -5.0})
+
+
+async def test_batch_of_texts_and_parameters(rig):
+    body = {
+        "text": ["a", "b"],
+        "sampling_params": [{"temperature": 0}, {"temperature": 1, "n": 2}],
+        "rid": ["r0", "r1"],
+    }
+    replies = (await rig.http.post("/generate", json=body)).json()
+    assert [r["meta_info"]["id"] for r in replies] == ["r0", "r1", "r1"]
+    assert [r["text"] for r in replies] == [TEXT] * 3
+    assert "index" not in replies[0]
+    first, second = rig.text.generates
+    assert (first.params.temperature, second.params.temperature, second.n) == (0, 1, 2)
+    assert second.rid == first.rid + 1
+
+
+async def test_batch_of_one_is_a_list(rig):
+    assert len((await rig.http.post("/generate", json={"text": ["a"]})).json()) == 1
+    assert len((await rig.http.post("/generate", json={"input_ids": [[1, 2]]})).json()) == 1
+    assert len((await rig.http.post("/generate", json={"text": "a", "sampling_params": {"n": 2}})).json()) == 2
+
+
+async def test_logprobs(rig):
+    body = {"text": "a", "return_logprob": True, "top_logprobs_num": 2, "return_text_in_logprobs": True}
+    meta = (await rig.http.post("/generate", json=body)).json()["meta_info"]
+    assert meta["output_token_logprobs"][1] == [-1.1, 11, " wörld"]
+    assert meta["output_top_logprobs"][1] == [[-1.1, 11, "alt0"], [-2.1, 12, "alt1"]]
+    meta = (await rig.http.post("/generate", json={"text": "a", "return_logprob": True})).json()["meta_info"]
+    assert meta["output_token_logprobs"][0] == [-1.0, 10, None]
+    assert "output_top_logprobs" not in meta
+    assert [g.params.logprobs for g in rig.text.generates] == [2, 0]
+
+
+async def test_nan_logprob_is_null(rig, fakes):
+    def script(generate):
+        odd = fakes.logprob(5, "x", 0)
+        odd = type(odd)(odd.token, float("nan"), odd.text, [])
+        return [Chunks([fakes.chunk(generate.rid, "x", [5], 1, "length", logprobs=[odd])])]
+
+    rig.text.script = script
+    meta = (await rig.http.post("/generate", json={"text": "a", "return_logprob": True})).json()["meta_info"]
+    assert meta["output_token_logprobs"] == [[None, 5, None]]
+    assert meta["finish_reason"] == {"type": "length", "matched": None, "length": 1}
+
+
+async def test_stream_is_cumulative(rig):
+    reply = await rig.http.post("/generate", json={"text": "a", "stream": True, "return_logprob": True})
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, done = frames(reply.text)
+    assert done == "[DONE]"
+    texts = [e["text"] for e in events]
+    assert texts[-1] == TEXT
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert events[-1]["output_ids"] == [10, 11, 12, 13]
+    assert len(events[-1]["meta_info"]["output_token_logprobs"]) == 4
+    assert [e["meta_info"]["finish_reason"] for e in events[:-1]] == [None] * (len(events) - 1)
+    assert events[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
+    assert "index" not in events[0]
+
+
+async def test_batch_stream_has_index(rig):
+    body = {"text": ["a", "b"], "stream": True, "sampling_params": {"n": 2}}
+    *events, _ = frames((await rig.http.post("/generate", json=body)).text)
+    last = {e["index"]: e["text"] for e in events}
+    assert last == dict.fromkeys(range(4), TEXT)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "a", "input_ids": [1]}, "input_ids"),
+        ({"text": []}, "text"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [[1], []]}, "input_ids"),
+        ({"input_ids": [1, [2]]}, "input_ids"),
+        ({"input_ids": [1000]}, "input_ids"),
+        ({"input_ids": [-1]}, "input_ids"),
+        ({"input_ids": [1 << 40]}, "input_ids"),
+        ({"text": "a", "sampling_params": {"temprature": 1}}, "temprature"),
+        ({"text": "a", "sampling_params": {"temperature": "hot"}}, "temperature"),
+        ({"text": "a", "sampling_params": {"temperature": -1}}, "temperature"),
+        ({"text": ["a", "b"], "sampling_params": [{}, {"top_p": 2}]}, "top_p"),
+        ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
+        ({"text": "a", "sampling_params": {"n": 0}}, "n"),
+        ({"text": "a", "sampling_params": {"n": 129}}, "n"),
+        ({"text": "a", "sampling_params": {"logit_bias": {"x": 1}}}, "logit_bias"),
+        ({"text": "a", "sampling_params": {"logit_bias": {"1000": 1}}}, "logit_bias"),
+        ({"text": "a", "sampling_params": {"stop_token_ids": [1000]}}, "stop_token_ids"),
+        ({"text": "a", "sampling_params": {"seed": 1 << 63}}, "seed"),
+        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
+        ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "logprobs"),
+        ({"text": ["a", "b"], "rid": "one"}, "rid"),
+        ({"text": "a", "image_data": "x"}, "image_data"),
+        ({"text": "a", "stream": "yes"}, "stream"),
+        ({"text": "a", "priority": 1 << 50}, "priority"),
+    ],
+)
+async def test_refused_with_the_field(rig, body, param):
+    reply = await rig.http.post("/generate", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert error["message"]
+    assert rig.text.got == []
+    assert rig.front.client.table == {}

@@ -1,0 +1,324 @@
+"""The OpenAI routes, driven by OpenAI's own client over a real socket, against a fake engine."""
+
+import json
+
+import numpy as np
+import openai
+import pytest
+
+from actorserve.actors.messages import Chunks, TextPrompt
+
+pytestmark = pytest.mark.anyio
+TEXT = "Hello wörld and moon"
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+async def client(rig):
+    async with openai.AsyncOpenAI(base_url=f"{rig.base}/v1", api_key="none", max_retries=0, timeout=20) as opened:
+        yield opened
+
+
+def template_input(rig) -> dict:
+    return json.loads(rig.text.generates[-1].prompt.payload)
+
+
+# ------------------------------------------------------------------ chat
+
+
+async def test_chat(rig, client):
+    reply = await client.chat.completions.create(model="fake-model", messages=USER)
+    assert reply.id.startswith("chatcmpl-")
+    assert (reply.object, reply.model, reply.system_fingerprint) == ("chat.completion", "fake-model", None)
+    (choice,) = reply.choices
+    assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "stop", None)
+    assert (choice.message.role, choice.message.content, choice.message.refusal) == ("assistant", TEXT, None)
+    usage = reply.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (7, 4, 11)
+    assert usage.prompt_tokens_details.cached_tokens == 3
+    assert template_input(rig) == {"messages": [{"role": "user", "content": "Hi"}]}
+    params = rig.text.generates[0].params
+    assert (params.temperature, params.max_new_tokens, params.logprobs) == (1.0, None, None)
+
+
+async def test_chat_raw_reply_has_openai_fields_only(rig):
+    reply = (await rig.http.post("/v1/chat/completions", json={"messages": USER})).json()
+    assert set(reply) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
+    assert set(reply["choices"][0]) == {"index", "message", "logprobs", "finish_reason"}
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": TEXT, "refusal": None}
+
+
+async def test_chat_stream(rig, client):
+    stream = await client.chat.completions.create(
+        model="fake-model", messages=USER, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert len({(c.id, c.created, c.object) for c in chunks}) == 1
+    assert chunks[0].object == "chat.completion.chunk"
+    first, *middle, last, usage = chunks
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+    assert "".join(c.choices[0].delta.content for c in middle) == TEXT
+    assert all(c.choices[0].delta.role is None and c.choices[0].finish_reason is None for c in middle)
+    assert (last.choices[0].finish_reason, last.choices[0].delta.content) == ("stop", None)
+    assert [c.usage for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert (usage.choices, usage.usage.completion_tokens, usage.usage.prompt_tokens_details.cached_tokens) == ([], 4, 3)
+
+
+async def test_chat_stream_without_usage_has_no_usage_field(rig):
+    reply = await rig.http.post("/v1/chat/completions", json={"messages": USER, "stream": True})
+    *events, done, end = reply.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all("usage" not in json.loads(event[6:]) for event in events)
+
+
+async def test_chat_n(rig, client):
+    reply = await client.chat.completions.create(model="fake-model", messages=USER, n=3, seed=5)
+    assert [(c.index, c.message.content) for c in reply.choices] == [(i, TEXT) for i in range(3)]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (7, 12)
+    (generate,) = rig.text.generates
+    assert (generate.n, generate.params.seed) == (3, 5)
+
+
+async def test_chat_n_stream(rig, client):
+    stream = await client.chat.completions.create(model="fake-model", messages=USER, n=2, stream=True)
+    texts, reasons = {0: "", 1: ""}, {}
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert (texts, reasons) == ({0: TEXT, 1: TEXT}, {0: "stop", 1: "stop"})
+
+
+async def test_chat_logprobs(rig, client):
+    reply = await client.chat.completions.create(model="fake-model", messages=USER, logprobs=True, top_logprobs=2)
+    content = reply.choices[0].logprobs.content
+    assert [(t.token, t.logprob) for t in content][:2] == [("Hello", -1.0), (" wörld", -1.1)]
+    assert bytes(content[1].bytes).decode() == " wörld"
+    assert [(t.token, t.logprob) for t in content[0].top_logprobs] == [("alt0", -1.0), ("alt1", -2.0)]
+    assert rig.text.generates[0].params.logprobs == 2
+    stream = await client.chat.completions.create(model="fake-model", messages=USER, logprobs=True, stream=True)
+    tokens = [t.token async for c in stream for choice in c.choices if choice.logprobs for t in choice.logprobs.content]
+    assert tokens == ["Hello", " wörld", " and", " moon"]
+    assert rig.text.generates[1].params.logprobs == 0
+
+
+async def test_logprobs_of_broken_characters_and_infinities(rig, client, fakes):
+    def script(generate):
+        item = fakes.logprob(5, "x", 0)
+        half = type(item)(5, float("-inf"), b"\xc3", [(6, -0.5, b"\xb6")])
+        rest = type(item)(6, -0.5, b"\xb6", [])
+        return [Chunks([fakes.chunk(generate.rid, "ö", [5, 6], 2, "length", logprobs=[half, rest])])]
+
+    rig.text.script = script
+    reply = await client.chat.completions.create(model="fake-model", messages=USER, logprobs=True, top_logprobs=1)
+    half, rest = reply.choices[0].logprobs.content
+    assert (half.token, half.logprob, half.bytes, rest.bytes) == (r"bytes:\xc3", -9999.0, [0xC3], [0xB6])
+    reply = await client.completions.create(model="fake-model", prompt="p", logprobs=1)
+    legacy = reply.choices[0].logprobs
+    assert legacy.tokens == [r"bytes:\xc3", r"bytes:\xb6"]
+    assert legacy.text_offset == [0, 0]
+    assert legacy.top_logprobs == [{r"bytes:\xb6": -0.5}, {}]
+
+
+async def test_chat_parameters_and_extras_arrive(rig, client):
+    await client.chat.completions.create(
+        model="fake-model", messages=USER, max_completion_tokens=9, max_tokens=5, temperature=0.3, top_p=0.8,
+        stop=["a", "b"], presence_penalty=0.1, frequency_penalty=-0.2, logit_bias={"5": 3}, seed=-1, user="u",
+        metadata={"ignored": "1"},
+        extra_body={
+            "top_k": 4, "min_p": 0.2, "repetition_penalty": 1.3, "min_tokens": 2, "stop_token_ids": [8],
+            "ignore_eos": True, "skip_special_tokens": False, "cache_salt": "me", "priority": 4, "unknown": [1],
+        },
+    )  # fmt: skip
+    (generate,) = rig.text.generates
+    p = generate.params
+    assert (generate.cache_salt, generate.priority) == ("me", 4)
+    assert (p.max_new_tokens, p.min_new_tokens, p.temperature, p.top_p, p.top_k, p.min_p) == (9, 2, 0.3, 0.8, 4, 0.2)
+    assert (p.stop, p.stop_token_ids, p.logit_bias, p.ignore_eos) == (("a", "b"), (8,), {5: 3.0}, True)
+    assert (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (0.1, -0.2, 1.3)
+    assert (p.skip_special_tokens, p.seed) == (False, (1 << 63) - 1)
+
+
+async def test_chat_messages_arrive(rig, client):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "developer", "content": "Be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "So"},
+    ]
+    await client.chat.completions.create(
+        model="fake-model",
+        messages=messages,
+        extra_body={"continue_final_message": True, "chat_template_kwargs": {"thinking": False}},
+    )
+    sent = template_input(rig)
+    assert sent["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "So"},
+    ]
+    assert sent["continue_final_message"] is True
+    assert "add_generation_prompt" not in sent
+    assert sent["chat_template_kwargs"] == {"thinking": False}
+
+
+deep: list = []
+for _ in range(40):
+    deep = [deep]
+ASSISTANT = [*USER, {"role": "assistant", "content": "a"}]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": IMAGE}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": USER, "temperature": "hot"}, "temperature"),
+        ({"messages": USER, "temperature": -0.5}, "temperature"),
+        ({"messages": USER, "top_p": 0}, "top_p"),
+        ({"messages": USER, "max_tokens": -1}, "max_tokens"),
+        ({"messages": USER, "max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"messages": USER, "min_tokens": -1}, "min_tokens"),
+        ({"messages": USER, "n": 0}, "n"),
+        ({"messages": USER, "n": 1000}, "n"),
+        ({"messages": USER, "logit_bias": {"5": 101}}, "logit_bias"),
+        ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
+        ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"messages": USER, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": USER, "json_schema": "{}"}, "json_schema"),
+        ({"messages": USER, "regex": "a+"}, "regex"),
+        ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
+        (
+            {"messages": ASSISTANT, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ({"messages": USER, "chat_template_kwargs": {"a": deep}}, "chat_template_kwargs"),
+    ],
+)
+async def test_chat_refused_with_the_field(rig, body, param):
+    reply = await rig.http.post("/v1/chat/completions", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert "max_new_tokens" not in error["message"]
+    assert (rig.text.got, rig.front.client.table) == ([], {})
+
+
+async def test_nulls_mean_defaults(rig):
+    names = ("temperature", "top_p", "n", "stop", "stream", "stream_options", "logit_bias", "tools", "response_format")
+    reply = await rig.http.post("/v1/chat/completions", json={"messages": USER, **dict.fromkeys(names)})
+    assert reply.status_code == 200
+    assert rig.text.generates[0].params.temperature == 1.0
+
+
+# ------------------------------------------------------------------ completions
+
+
+async def test_completion(rig, client):
+    reply = await client.completions.create(model="fake-model", prompt="Once", stop="END", best_of=1)
+    assert reply.id.startswith("cmpl-")
+    assert (reply.object, reply.choices[0].text, reply.choices[0].finish_reason) == ("text_completion", TEXT, "stop")
+    assert (reply.choices[0].logprobs, reply.usage.total_tokens) == (None, 11)
+    (generate,) = rig.text.generates
+    assert generate.prompt == TextPrompt("Once")
+    assert (generate.params.max_new_tokens, generate.params.stop) == (16, ("END",))
+
+
+async def test_completion_prompts(rig, client):
+    reply = await client.completions.create(model="fake-model", prompt=["a", "b"], n=2)
+    assert [c.index for c in reply.choices] == [0, 1, 2, 3]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (14, 16)
+    await client.completions.create(model="fake-model", prompt=[5, 6])
+    await client.completions.create(model="fake-model", prompt=[[7], [8, 9]])
+    prompts = [np.frombuffer(g.prompt.ids, np.int32).tolist() for g in rig.text.generates[2:]]
+    assert prompts == [[5, 6], [7], [8, 9]]
+
+
+async def test_completion_stream_with_usage_and_echo(rig, client):
+    stream = await client.completions.create(
+        model="fake-model", prompt=["a:", "b:"], stream=True, echo=True, stream_options={"include_usage": True}
+    )
+    texts, usage = {0: "", 1: ""}, []
+    async for chunk in stream:
+        assert chunk.object == "text_completion"
+        usage.append(chunk.usage)
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == {0: "a:" + TEXT, 1: "b:" + TEXT}
+    assert usage[:-1] == [None] * (len(usage) - 1)
+    assert usage[-1].completion_tokens == 8
+
+
+async def test_completion_echo_and_logprobs(rig, client):
+    reply = await client.completions.create(model="fake-model", prompt="a:", echo=True)
+    assert reply.choices[0].text == "a:" + TEXT
+    reply = await client.completions.create(model="fake-model", prompt="a", logprobs=2)
+    logprobs = reply.choices[0].logprobs
+    assert logprobs.tokens == ["Hello", " wörld", " and", " moon"]
+    assert logprobs.token_logprobs == [-1.0, -1.1, -1.2, -1.3]
+    assert logprobs.top_logprobs[0] == {"alt0": -1.0, "alt1": -2.0}
+    assert logprobs.text_offset == [0, 5, 11, 15]
+    stream = await client.completions.create(model="fake-model", prompt="a", logprobs=0, stream=True)
+    offsets = [o async for c in stream for choice in c.choices for o in choice.logprobs.text_offset]
+    assert offsets == [0, 5, 11, 15]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [[1], 2]}, "prompt"),
+        ({"prompt": [1000]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "n": 2, "best_of": 1}, "best_of"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": [1], "echo": True}, "echo"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop"),
+    ],
+)
+async def test_completion_refused_with_the_field(rig, body, param):
+    reply = await rig.http.post("/v1/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert (rig.text.got, rig.front.client.table) == ([], {})
+
+
+# ------------------------------------------------------------------ models and errors as the client sees them
+
+
+async def test_models(rig, client):
+    (card,) = (await client.models.list()).data
+    assert (card.id, card.object, card.owned_by) == ("fake-model", "model", "actorserve")
+    assert (await client.models.retrieve("fake-model")).id == "fake-model"
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("org/other")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_errors_are_the_clients_own_classes(rig, client):
+    with pytest.raises(openai.NotFoundError, match="`nope` does not exist"):
+        await client.chat.completions.create(model="nope", messages=USER)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="fake-model", messages=USER, temperature=101)
+    assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
+    rig.kill_text()
+    with pytest.raises(openai.InternalServerError) as failed:
+        await client.chat.completions.create(model="fake-model", messages=USER)
+    assert failed.value.status_code == 503

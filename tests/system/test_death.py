@@ -1,0 +1,131 @@
+"""kill -9 of each process, and orderly ends: what clients see, who comes back, what is left behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from live_server import LiveServer, alive, free_port, live_server, shared_memory, wait_until
+
+TEXT = "Once upon a time"
+
+
+class Stream(threading.Thread):
+    """A client in the middle of a long answer; `events` are its SSE payloads, `error` how its connection broke."""
+
+    def __init__(self, server: LiveServer, new_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.server, self.new_tokens = server, new_tokens
+        self.events: list[str] = []
+        self.error: Exception | None = None
+        self.ended_at = 0.0
+
+    def run(self) -> None:
+        params = {"temperature": 0, "max_new_tokens": self.new_tokens, "ignore_eos": True}
+        body = {"text": TEXT, "sampling_params": params, "stream": True}
+        try:
+            with httpx.stream("POST", self.server.url + "/generate", json=body, timeout=60) as reply:
+                for line in reply.iter_lines():
+                    if line.startswith("data: "):
+                        self.events.append(line[6:])
+        except httpx.HTTPError as e:
+            self.error = e
+        self.ended_at = time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def server(smollm: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    with live_server(tmp_path_factory.mktemp("death"), "--model", smollm, "--max-total-tokens", "16384") as s:
+        yield s
+
+
+def kill_in_mid_stream(server: LiveServer, node: str, new_tokens: int = 3000) -> tuple[Stream, float]:
+    """Kill a node under a running stream and wait until it is back; return the stream and the time of the kill."""
+    stream = Stream(server, new_tokens)
+    stream.start()
+    wait_until(lambda: len(stream.events) > 3 or not stream.is_alive(), 30, "the stream runs")
+    assert stream.is_alive(), stream.events
+    pid = server.children()[node]
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.children().get(node, pid) != pid, 30, f"{node} is started again")
+    wait_until(server.is_ready, 60, "the server is ready again")
+    return stream, killed
+
+
+@pytest.mark.parametrize("node", ["sched", "text"])
+def test_streams_of_a_dead_actor_end_with_an_error(server: LiveServer, node: str) -> None:
+    before = shared_memory()
+    stream, killed = kill_in_mid_stream(server, node)
+    stream.join(10)
+    assert not stream.is_alive()
+    assert stream.ended_at - killed < 1.0, "a death is noticed at once"
+    error = json.loads(stream.events[-1])["error"]
+    assert error["code"] == "engine_unavailable" and "[DONE]" not in stream.events
+    assert server.chat("What is the capital of France?", temperature=0, max_tokens=8).choices[0].message.content
+    server.assert_pages_add_up()
+    assert shared_memory() == before
+
+
+def test_streams_continue_after_an_executors_death(server: LiveServer) -> None:
+    """Better than an error: the scheduler still knows every token, so the stream goes on unchanged."""
+    params = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+    body = {"text": TEXT, "sampling_params": params}
+    undisturbed = httpx.post(server.url + "/generate", json=body, timeout=60).json()
+    stream, _ = kill_in_mid_stream(server, "exec.0", new_tokens=150)
+    stream.join(60)
+    assert stream.events[-1] == "[DONE]"
+    last = json.loads(stream.events[-2])
+    assert last["meta_info"]["completion_tokens"] == 150
+    assert last["text"][:100] == undisturbed["text"][:100]
+    server.assert_pages_add_up()
+
+
+def test_a_dead_front_drops_its_connections_and_comes_back(server: LiveServer) -> None:
+    stream, killed = kill_in_mid_stream(server, "front.0")
+    stream.join(10)
+    assert stream.error is not None and stream.ended_at - killed < 1.0
+    server.assert_pages_add_up()
+
+
+def test_a_dead_root_takes_all_with_it(smollm: str, tmp_path: Path) -> None:
+    before = shared_memory()
+    with live_server(tmp_path, "--model", smollm, "--max-total-tokens", "4096") as server:
+        pids = list(server.children().values())
+        assert len(pids) == 4
+        server.process.kill()
+        server.process.wait()
+        wait_until(lambda: not any(map(alive, pids)), 2, "no orphans")
+    assert shared_memory() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_within_three_seconds(smollm: str, tmp_path: Path, number: signal.Signals) -> None:
+    with live_server(tmp_path, "--model", smollm, "--max-total-tokens", "4096") as server:
+        stream = Stream(server, 3000)
+        stream.start()
+        wait_until(lambda: len(stream.events) > 3, 30, "the stream runs")
+        pids = list(server.children().values())
+        started = time.monotonic()
+        server.process.send_signal(number)
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - started < 3
+        assert not any(map(alive, pids))
+        stream.join(5)
+        assert "[DONE]" not in stream.events
+
+
+def test_a_taken_port_is_one_line(smollm: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "actorserve", "run", "--model", smollm, "--port", port]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 2
+    assert len(out.stderr.strip().splitlines()) == 1 and port in out.stderr

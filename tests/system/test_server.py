@@ -1,0 +1,166 @@
+"""The real server with the real model, spoken to by the real openai client."""
+
+import itertools
+import json
+import threading
+
+import httpx
+import openai
+import pytest
+from live_server import LiveServer, wait_until
+
+QUESTION = "What is the capital of France?"
+
+
+def test_a_chat_answers(server: LiveServer) -> None:
+    reply = server.chat(QUESTION, temperature=0, max_tokens=20)
+    assert reply.choices[0].message.content == "The capital of France is Paris."
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage is not None and reply.usage.completion_tokens == 8
+
+
+def test_a_stream_is_the_same_text_token_by_token(server: LiveServer) -> None:
+    whole = server.chat("Tell me about the sea.", temperature=0, max_tokens=40)
+    with server.client() as client:
+        stream = client.chat.completions.create(
+            model="", messages=[{"role": "user", "content": "Tell me about the sea."}], temperature=0, max_tokens=40,
+            stream=True, stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 40
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    assert len(chunks) > 10, "tokens come as they are made"
+
+
+def test_n_choices_differ_and_a_seed_repeats_them(server: LiveServer) -> None:
+    def texts() -> list[str | None]:
+        reply = server.chat("Invent a name.", n=3, seed=5, max_tokens=12, temperature=1.0)
+        assert [c.index for c in reply.choices] == [0, 1, 2]
+        return [c.message.content for c in reply.choices]
+
+    first = texts()
+    assert len(set(first)) > 1
+    assert texts() == first
+
+
+def test_stop_strings_never_show(server: LiveServer) -> None:
+    reply = server.chat(QUESTION, temperature=0, max_tokens=20, stop=[" is P"])
+    assert reply.choices[0].message.content == "The capital of France"
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_have_the_chosen_token_on_top_when_greedy(server: LiveServer) -> None:
+    reply = server.chat(QUESTION, temperature=0, max_tokens=20, logprobs=True, top_logprobs=3)
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert (
+        "".join(t.token for t in logprobs.content if not t.token.startswith("<|")) == reply.choices[0].message.content
+    )
+    for t in logprobs.content:
+        assert len(t.top_logprobs) == 3
+        assert t.top_logprobs[0].token == t.token
+        assert 0 >= t.logprob == pytest.approx(t.top_logprobs[0].logprob)
+
+
+def test_completions_and_token_prompts(server: LiveServer) -> None:
+    with server.client() as client:
+        by_text = client.completions.create(model="", prompt="Once upon a time", max_tokens=8, temperature=0)
+        ids = httpx.post(
+            server.url + "/generate",
+            json={"text": "Once upon a time", "sampling_params": {"temperature": 0, "max_new_tokens": 8}},
+            timeout=60,
+        ).json()
+        assert ids["text"] == by_text.choices[0].text
+        assert by_text.usage is not None and ids["meta_info"]["prompt_tokens"] == by_text.usage.prompt_tokens
+
+
+def test_the_next_turn_of_a_chat_prefills_only_the_new_text(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "My name is Ada. " * 20 + "Greet me."}]
+    previous = 0
+    for turn in range(3):
+        with server.client() as client:
+            reply = client.chat.completions.create(model="", messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
+        usage = reply.usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        if turn:
+            # All of the previous turn but its last token, whose KV was never needed, and the end-of-turn newline.
+            assert cached >= previous - 2, (cached, previous)
+        previous = usage.total_tokens
+        messages.append({"role": "assistant", "content": reply.choices[0].message.content or ""})
+        messages.append({"role": "user", "content": "And again, please."})
+
+
+def test_sharers_of_a_prefix_compute_it_once(server: LiveServer) -> None:
+    ids = [100 + i % 900 for i in range(1000)]
+    before = server.metrics()["actorserve_prefilled_tokens_total"]
+    prompts = [[*ids, 2000 + i, 3000 + i, 4000 + i] for i in range(64)]
+    with server.client() as client:
+        reply = client.completions.create(model="", prompt=prompts, max_tokens=2, temperature=0)
+    assert len(reply.choices) == 64
+
+    def prefilled() -> float:
+        return server.metrics()["actorserve_prefilled_tokens_total"] - before
+
+    wait_until(lambda: prefilled() > 0, 5, "statistics arrive")
+    server.assert_pages_add_up()
+    assert prefilled() <= 1.05 * (1000 + 64 * 3)
+
+
+def test_errors_have_openais_shape(server: LiveServer) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        server.chat(QUESTION, temperature=-1)
+    assert bad.value.param == "temperature"
+    with server.client() as client, pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.BadRequestError) as long:
+        server.chat("word " * 9000)
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_a_client_that_leaves_frees_its_pages(server: LiveServer) -> None:
+    body = {"text": "Count to a thousand: one, two,", "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
+    with httpx.stream("POST", server.url + "/generate", json={**body, "stream": True}, timeout=60) as reply:
+        next(reply.iter_lines())
+    wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 5, "a stream's request is aborted")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + "/generate", json=body, timeout=1.0)
+    wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 5, "a plain request is aborted")
+
+
+def test_many_clients_at_once_get_their_own_answers(server: LiveServer) -> None:
+    answers: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        options = {"temperature": 0, "max_new_tokens": 16}
+        text = f"The number {i} is followed by the number"
+        reply = httpx.post(server.url + "/generate", json={"text": text, "sampling_params": options}, timeout=120)
+        answers[i] = reply.json()["text"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    alone: dict[int, str] = dict(answers)
+    answers.clear()
+    for i in (0, 7, 23):
+        ask(i)
+        # bfloat16: a batch may round differently, but never another request's text
+        assert answers[i].split()[:1] == alone[i].split()[:1]
+
+
+def test_streams_of_generate_are_cumulative(server: LiveServer) -> None:
+    body = {"text": "Once upon a time", "sampling_params": {"temperature": 0, "max_new_tokens": 12}, "stream": True}
+    texts = []
+    with httpx.stream("POST", server.url + "/generate", json=body, timeout=60) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                texts.append(json.loads(line[6:])["text"])
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts)) and len(texts) > 3
+
+
+def test_health_and_ready(server: LiveServer) -> None:
+    assert server.get("/health").status_code == server.get("/ready").status_code == 200
