@@ -20,8 +20,8 @@ from ..config import EngineConfig
 from ..errors import StartupError
 from .attention import BACKENDS
 from .decoder import Decoder, LayerWeights, Weights, check_supported
-from .head import Head
 from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
+from .head import Head
 from .layers import Linear, LinearMap, PackedLinear, can_pack
 from .spec import Spec
 

@@ -19,7 +19,7 @@ FACTORS: Final = (0x21F0AAAD, 0x735A2D97)
 BELOW_ONE: Final = 1 - 2.0**-24
 
 BLOCK: Final = 512
-CACHED: Final = 1 << 17
+CACHED: Final = 1 << 18
 """A CPU takes this many tokens at a time, so that the passes over them stay in its cache."""
 LOG_STEP: Final = math.log(2) / (1 << 23)
 LOG_ONE: Final = 159 * math.log(2)
@@ -65,13 +65,17 @@ def race(z: Tensor, terms: Tensor, keys: Tensor) -> Tensor:
     one token at least. terms int32 [n] or [rows, n] and keys int64 [rows] as for hashes(). The logarithms would cost
     more than all else, so only blocks of tokens in which a bound of the scores says that the winner may be get them.
     """
-    rows, n = z.shape
-    width = math.gcd(n, BLOCK)
     terms = terms.expand(z.shape)
-    step = max(1, CACHED // n) if z.device.type == "cpu" else rows
-    some = [slice(start, start + step) for start in range(0, rows, step)]
-    parts = [_bounded(z[s], terms[s], keys[s], width) for s in some]
-    h, most = parts[0] if len(parts) == 1 else (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    step = max(1, CACHED // z.shape[1]) if z.device.type == "cpu" else len(z)
+    some = [slice(start, start + step) for start in range(0, len(z), step)]
+    parts = [_race(z[s], hashes(terms[s], keys[s])) for s in some]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _race(z: Tensor, h: Tensor) -> Tensor:
+    """race() given the hashes int32 [rows, n], for as many rows as the cache holds."""
+    rows, width = len(z), math.gcd(z.shape[1], BLOCK)
+    most = _bounds(z, h).reshape(rows, -1, width).amax(-1)
     first = torch.arange(0, most.numel(), most.shape[1], device=z.device)  # each row's first block
     blocks = first + most.argmax(-1)
     z, h = z.reshape(-1, width), h.view(-1, width)
@@ -86,15 +90,13 @@ def race(z: Tensor, terms: Tensor, keys: Tensor) -> Tensor:
     return torch.full_like(first, z.numel()).scatter_reduce_(0, row, winner, "amin") - first * width
 
 
-def _bounded(z: Tensor, terms: Tensor, keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return the hashes int32 [rows, n], and LOG_ONE less than a bound of the scores in each block of `width` tokens.
+def _bounds(z: Tensor, h: Tensor) -> Tensor:
+    """Return LOG_ONE less than bounds of all scores from above, float32 [rows, n].
 
     E >= v, and the bits of v as a float32 are nearly its logarithm, never above it: that bounds log E from below.
     """
-    h = hashes(terms, keys)
     bits = h.view(torch.uint32).to(torch.float32).view(torch.int32)
-    bounds = torch.add(z, bits.to(torch.float32), alpha=-LOG_STEP)
-    return h, bounds.reshape(len(z), -1, width).amax(-1)
+    return torch.add(z, bits.to(torch.float32), alpha=-LOG_STEP)
 
 
 def _scores(z: Tensor, h: Tensor, blocks: Tensor) -> Tensor:

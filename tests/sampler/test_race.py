@@ -13,7 +13,7 @@ from actorserve.sampler.philox import MASK, row_keys
 from actorserve.sampler.race import BELOW_ONE, BLOCK, hashes, id_terms, log_times, race
 
 CPU = torch.device("cpu")
-MANY = 1 << 18
+MANY = 1 << 17
 
 
 def unsigned(h: torch.Tensor) -> np.ndarray:
@@ -43,13 +43,13 @@ def test_times_are_finite_at_both_ends_and_exact_at_the_small_one():
 
 
 @given(st.sampled_from([1, 7, 100, BLOCK, 3 * BLOCK, 640]), st.integers(0, 1 << 40), st.sampled_from([0.0, 0.1, 3, 99]))
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_blocks_left_out_change_nothing(vocab, seed, scale):
-    """The race looks at few blocks in full, in chunks of rows: the winner is that of all tokens."""
+    """The race looks at few blocks in full: the winner is that of all tokens."""
     z = torch.randn(40, vocab, generator=torch.Generator().manual_seed(seed)) * scale
     z[20:, 1::2] = -math.inf
     z -= z.amax(-1, keepdim=True)
-    terms, keys = id_terms(vocab, CPU), row_keys(torch.arange(40), torch.tensor([seed]).expand(40))
+    terms, keys = id_terms(vocab, CPU), row_keys(torch.tensor(seed), torch.arange(40))
     truth = (z - log_times(hashes(terms, keys))).argmax(-1)
     assert torch.equal(race(z, terms, keys), truth)
 

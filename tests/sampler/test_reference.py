@@ -317,7 +317,7 @@ def test_threshold_and_the_short_way_to_the_draw(case, position):
             keep = next(w for w, mass in zip(ranked, itertools.accumulate(ranked), strict=True) if mass >= limit)
         keep = max(keep, int(least[i]))
         assert [w for w in row if w >= found[i]] == [w for w in row if w >= keep]
-    keys, terms = row_keys(torch.arange(3), torch.tensor(position)), id_terms(z.shape[1], CPU)
+    keys, terms = row_keys(torch.tensor(0), position + torch.arange(3)), id_terms(z.shape[1], CPU)
     kept = z.masked_fill(q < found[:, None], -math.inf)
     assert torch.equal(race_kept(z, terms, keys, top_k, top_p, least), race(kept, terms, keys))
 
@@ -341,6 +341,16 @@ def test_ties_of_top_k_beyond_the_probe_count_for_top_p():
     assert len(drawn.unique()) > 500
 
 
+def test_equal_scores_among_the_kept_go_to_the_lowest_id():
+    z = noise(64, 600, 9).clamp(max=-0.1)
+    spots = torch.stack([torch.randperm(600, generator=torch.Generator().manual_seed(i))[:9] for i in range(64)])
+    z.scatter_(1, spots, 0.0)
+    top_k, whole, off = torch.full((64,), 9), torch.full((64,), 1 << 24), torch.zeros(64, dtype=torch.int64)
+    same = torch.zeros(600, dtype=torch.int32)  # terms of which all hashes are the same
+    drawn = race_kept(z, same, row_keys(torch.tensor(0), torch.arange(64)), top_k, whole, off)
+    assert torch.equal(drawn, spots.amin(-1))
+
+
 def test_min_p_alone_may_keep_more_than_the_probe():
     q = torch.stack((torch.full((PROBE * 4,), 1 << 40), (torch.arange(PROBE * 4) + 1) << 28))
     off, whole = torch.zeros(2, dtype=torch.int64), torch.full((2,), 1 << 24)
@@ -359,11 +369,11 @@ def test_ties_at_the_threshold_stay():
         assert set(ids.tolist()) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("scale", [0.5, 12.0])
+@pytest.mark.parametrize("scale", [2.0, 4.0])
 def test_a_draw_survives_what_rounding_does_to_logits(scale):
     """2,000 draws from flat and from peaked rows, and again with logits off by 1e-5 of themselves: hardly any changes.
 
-    A draw by inversion changes 30 to 60 times as many.
+    A draw by inversion changes about 50. Two: a thousandth.
     """
     vocab, rows, changed, drawn = 49152, 50, 0, set()
     generator = torch.Generator().manual_seed(1)
@@ -378,7 +388,7 @@ def test_a_draw_survives_what_rounding_does_to_logits(scale):
         changed += int((one != other).sum())
         drawn |= set(one.tolist())
     assert changed <= 2
-    assert len(drawn) > 60  # not the peaks alone
+    assert len(drawn) > 200  # not the peaks alone
 
 
 def test_min_new_tokens_holds_back_every_stop():

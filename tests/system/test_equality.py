@@ -1,0 +1,97 @@
+"""Greedy ids of the real model in float32: equal to transformers', and the same in every way that the engine has.
+
+Chunks, prefix cache, windows of k steps, batch mixes and placement may change how a token is computed, never which.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from prompts import PROMPTS
+
+from actorserve import Engine, SamplingParams
+
+NEW_TOKENS = 64
+BASE = {"dtype": "float32", "placement": "inline", "max_total_tokens": 16384, "window_ms": 0.0}
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def generate(model: str, prompts: list[str], **options: object) -> list[list[int]]:
+    with Engine.sync(model, **{**BASE, **options}) as engine:
+        outputs = engine.generate(prompts, GREEDY)
+        return [list(o.ids) for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def plain(smollm: str) -> list[list[int]]:
+    """The plainest way: whole prompts, no cache, one step a window, one window in flight."""
+    return generate(
+        smollm, PROMPTS, chunked_prefill_size=0, disable_radix_cache=True, num_continuous_decode_steps=1,
+        plans_in_flight=1,
+    )  # fmt: skip
+
+
+def test_equal_to_transformers(smollm: str, plain: list[list[int]]) -> None:
+    """One forward of transformers over prompt and output: its argmax at every place must be the next id.
+
+    That is the same as comparing with its `generate`, up to the first difference, where the gap must be a tie.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="eager")
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    sequences = [prompt + ids for prompt, ids in zip(prompts, plain, strict=True)]
+    different = 0
+    for first in range(0, len(PROMPTS), 10):
+        batch = sequences[first : first + 10]
+        longest = max(map(len, batch))
+        padded = torch.tensor([s + [0] * (longest - len(s)) for s in batch])  # padding behind changes nothing before it
+        with torch.inference_mode():
+            hidden = model.model(padded).last_hidden_state
+        for row, sequence in enumerate(batch):
+            start = len(prompts[first + row])
+            logits = model.lm_head(hidden[row, start - 1 : len(sequence) - 1])
+            wrong = (logits.argmax(-1) != torch.tensor(sequence[start:])).nonzero()
+            if len(wrong):
+                different += 1
+                best = logits[int(wrong[0])].topk(2).values
+                assert float(best[0] - best[1]) < 1e-3, (PROMPTS[first + row], int(wrong[0]))
+    assert different <= 0.01 * len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunked_prefill_size": 16, "num_continuous_decode_steps": 4},
+        {"chunked_prefill_size": 64, "num_continuous_decode_steps": 16},
+        {"chunked_prefill_size": 0, "num_continuous_decode_steps": 16, "disable_radix_cache": True},
+        {"chunked_prefill_size": 64, "max_running_requests": 5, "schedule_policy": "fcfs"},
+        {"chunked_prefill_size": 16, "max_total_tokens": 1200, "schedule_conservativeness": 0.1},
+        {"placement": "process", "num_continuous_decode_steps": 4},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_the_same_in_every_way(smollm: str, plain: list[list[int]], options: dict[str, object]) -> None:
+    picked = list(range(0, len(PROMPTS), 2))
+    assert generate(smollm, [PROMPTS[i] for i in picked], **options) == [plain[i] for i in picked]
+
+
+@pytest.fixture(scope="module")
+def engine(smollm: str) -> Iterator[object]:
+    with Engine.sync(smollm, **BASE) as e:
+        yield e
+
+
+def test_cold_and_warm_cache(engine: object, plain: list[list[int]]) -> None:
+    for _ in range(2):
+        outputs = engine.generate(PROMPTS[::5], GREEDY)  # type: ignore[attr-defined]
+        assert [list(o.ids) for o in outputs] == plain[::5]
+    assert all(o.cached_tokens == o.prompt_tokens - 1 for o in outputs)
+
+
+def test_a_seeded_request_repeats_itself_in_any_company(engine: object) -> None:
+    params = SamplingParams(temperature=1.0, seed=11, max_new_tokens=32, ignore_eos=True)
+    alone = engine.generate(PROMPTS[7], params)  # type: ignore[attr-defined]
+    crowd = engine.generate([*PROMPTS[20:26], PROMPTS[7]], params)  # type: ignore[attr-defined]
+    assert crowd[-1].ids == alone.ids
