@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig as EngineConfig
     from .engine import Engine as Engine
+    from .outputs import Delta as Delta
+    from .outputs import Output as Output
     from .sampler.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "EngineConfig", "SamplingParams", "__version__"]
+__all__ = ["Delta", "Engine", "EngineConfig", "Output", "SamplingParams", "__version__"]
 
-_HOMES = {"Engine": ".engine", "EngineConfig": ".config", "SamplingParams": ".sampler.params"}
+_HOMES = {
+    "Delta": ".outputs",
+    "Engine": ".engine",
+    "EngineConfig": ".config",
+    "Output": ".outputs",
+    "SamplingParams": ".sampler.params",
+}
 
 
 def __getattr__(name: str) -> Any:

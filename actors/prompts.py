@@ -15,7 +15,7 @@ from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
-from ..sampler.params import MAX_SEED, SamplingParams
+from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
 from .messages import ChatPrompt, Generate, Prompt, Submit, TextPrompt, TokenPrompt
 
 INLINE_CHARS: Final = 4096
@@ -84,7 +84,7 @@ class Prompts:
             Submit(
                 rid=request.rid + i,
                 ids=raw,
-                params=_resolved(params, most, (seed + i) & MAX_SEED),
+                params=_resolved(params, most, choice_seed(seed, i)),
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
@@ -131,6 +131,11 @@ def derived_seed(server_seed: int, rid: int) -> int:
     """The seed of a request that brings none: 63 bits that differ for each request and are the same in every run."""
     digest = hashlib.blake2b(f"{server_seed} {rid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & MAX_SEED
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of a request's i-th choice: the i-th after its own, within int64."""
+    return (seed + choice - MIN_SEED) % (MAX_SEED - MIN_SEED + 1) + MIN_SEED
 
 
 def _resolved(params: SamplingParams, max_new_tokens: int, seed: int) -> SamplingParams:

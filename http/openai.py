@@ -16,7 +16,7 @@ from ..actors.client import Submission, token_prompt
 from ..actors.conversation import chat_prompt
 from ..actors.messages import Prompt, TextPrompt
 from ..errors import ActorserveError, RequestError
-from ..sampler.params import MAX_SEED, SamplingParams
+from ..sampler.params import SamplingParams
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import MAX_N, split_ids
@@ -164,7 +164,7 @@ def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | No
         max_new_tokens=max_tokens,
         min_new_tokens=request.min_tokens or 0,
         stop=(stop,) if isinstance(stop, str) else stop or (),
-        seed=None if request.seed is None else request.seed & MAX_SEED,  # OpenAI's seeds may be negative
+        seed=request.seed,
         logprobs=logprobs,
         **given,
     )

@@ -51,12 +51,13 @@ def process(command: list[str], url: str, path: str) -> Iterator[None]:
         p.wait()
 
 
-def load(url: str, clients: int, tokens: int, prompt: int, json_file: Path) -> dict[str, float]:
-    """Send four requests a client and return perf.serve's result."""
+def load(url: str, clients: int, tokens: int, prompt: int, json_file: Path, *more: str) -> dict[str, float]:
+    """Send two requests a client (four at least) and return perf.serve's result."""
     command = [
         sys.executable, "-m", "actorserve.perf.serve", "--base-url", url, "--api", "completions",
-        "--num-prompts", str(4 * clients), "--max-concurrency", str(clients), "--random-input-len", str(prompt),
+        "--num-prompts", str(max(4, 2 * clients)), "--max-concurrency", str(clients), "--random-input-len", str(prompt),
         "--random-output-len", str(tokens), "--temperature", "0", "--json", str(json_file),
+        *more,
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result: dict[str, float] = json.loads(json_file.read_text())

@@ -41,7 +41,7 @@ from actorserve.actors.text import Text
 from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import StartupError
 from actorserve.models.tokenizer import Tokenizer, load_tokenizer
-from actorserve.sampler.params import MAX_SEED, SamplingParams
+from actorserve.sampler.params import MAX_SEED, MIN_SEED, SamplingParams
 
 CONTEXT_LENGTH = 200
 VOCAB = 512
@@ -178,8 +178,8 @@ def test_choices_draw_differently(world: World) -> None:
     submits = world.scheduler()
     assert [s.rid for s in submits] == [10, 11, 12, 20, 21, 30]
     seeds = [s.params.seed for s in submits]
-    assert seeds[1:3] == [(seeds[0] + 1) & MAX_SEED, (seeds[0] + 2) & MAX_SEED]
-    assert seeds[3:5] == [MAX_SEED, 0] and len(set(seeds)) == 6
+    assert seeds[1:3] == [seeds[0] + 1, seeds[0] + 2]
+    assert seeds[3:5] == [MAX_SEED, MIN_SEED] and len(set(seeds)) == 6
 
 
 def test_new_tokens_fit_the_context(world: World) -> None:
