@@ -362,8 +362,9 @@ async def test_processes_cannot_start(tmp_path, anyio_backend):
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=False)
 async def test_a_root_that_does_not_leave_is_killed(dummy, monkeypatch, anyio_backend):
     monkeypatch.setattr(embedded_host, "CLOSE_SECONDS", 0.1)
+    before = children(os.getpid())
     async with actorserve.Engine(**dummy) as engine:
-        processes = children(os.getpid())
+        processes = [pid for pid in children(os.getpid()) if pid not in before]
         os.kill(engine._root.pid, signal.SIGSTOP)
     assert not is_alive(engine._root.pid)
     while any(map(is_alive, processes)):  # noqa: ASYNC110

@@ -6,7 +6,7 @@ import pytest
 from live_server import LiveServer, live_server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def session_server(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     with live_server(
         tmp_path_factory.mktemp("server"), "--model", smollm, "--max-total-tokens", "32768", "--dtype", "float32"
