@@ -20,7 +20,7 @@ from ..models.weights import load_decoder
 from ..sampler.reference import Sampled
 from ..sampler.state import SamplerState
 from .actor import Actor, Context
-from .memory import batch_slots, kv_pages
+from .memory import batch_slots, keep_freed_memory, kv_pages
 from .messages import Drain, ExecutorInbox, ExecutorReady, Finish, PeerDown, PeerUp, Plan, StepOut
 from .ref import Gone
 from .sampler import Sampler
@@ -68,6 +68,7 @@ class Executor(Actor):
 
     def _load(self) -> Decoder:
         set_threads(self.context.config)
+        keep_freed_memory()
         config, path = self.context.config, self.context.model.path
         return load_decoder(path, config, lambda fraction: self.context.report("weights", fraction))
 

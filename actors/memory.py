@@ -3,6 +3,7 @@
 Used by the executor at start, after the weights are loaded.
 """
 
+import ctypes
 import os
 from typing import Final
 
@@ -14,7 +15,21 @@ from ..models.decoder import Decoder
 from ..models.kv_cache import KVCache
 
 FRACTION: Final = {"cpu": 0.25, "cuda": 0.88}
+MALLOC: Final = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
+"""glibc's parameters: (number, bytes); 32 MiB is the most that it takes as a threshold for mmap."""
 SLOTS: Final = {"cpu": 64, "cuda": 256}
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what it frees instead of handing it back to the kernel after each step.
+
+    A step on a CPU allocates the same tensors again and again; fresh pages each time cost a tenth of a decode step and
+    a quarter of a prefill (measured by perf.cpu). Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in MALLOC.values():
+            mallopt(parameter, value)
 
 
 def batch_slots(config: EngineConfig, device: str) -> int:
