@@ -1,6 +1,6 @@
 """How large the KV pool and the batch are on this machine: computed, unless the config says.
 
-Used by the executor at start, after the weights are loaded.
+Used by the executor at start: malloc before it loads the weights, the sizes after.
 """
 
 import ctypes

@@ -45,6 +45,8 @@ def process(command: list[str], url: str, path: str) -> Iterator[None]:
             if p.poll() is not None:
                 raise RuntimeError(f"{command[:4]} ended with {p.returncode}")
             time.sleep(0.1)
+        else:
+            raise RuntimeError(f"{command[:4]} does not answer {path}")
         yield
     finally:
         p.send_signal(signal.SIGTERM)
@@ -64,11 +66,18 @@ def load(url: str, clients: int, tokens: int, prompt: int, json_file: Path, *mor
     return result
 
 
-def ours(model: str, a: argparse.Namespace, scratch: Path) -> dict[int, float]:
+@contextlib.contextmanager
+def our_server(model: str, *flags: str) -> Iterator[str]:
+    """Run `actorserve run` until the block ends; the block gets its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "actorserve", "run", "--model", model, "--port", str(port)]
+    command = [sys.executable, "-m", "actorserve", "run", "--model", model, "--port", str(port), *flags]
     with process(command, url, "/ready"):
+        yield url
+
+
+def ours(model: str, a: argparse.Namespace, scratch: Path) -> dict[int, float]:
+    with our_server(model) as url:
         load(url, 2, 8, a.prompt, scratch)
         return {n: load(url, n, a.tokens, a.prompt, scratch)["output_throughput"] for n in a.clients}
 

@@ -8,14 +8,13 @@ different tokens there are, which is the least that any cache can prefill.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import httpx
 import msgspec
 
 from actorserve.models.embedded import embedded_model
-from actorserve.perf.engines import free_port, load, process
+from actorserve.perf.engines import load, our_server
 
 
 def prefilled(url: str) -> float:
@@ -24,10 +23,7 @@ def prefilled(url: str) -> float:
 
 
 def measure(model: str, a: argparse.Namespace, scratch: Path, *flags: str) -> dict[str, float]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "actorserve", "run", "--model", model, "--port", str(port), *flags]
-    with process(command, url, "/ready"):
+    with our_server(model, *flags) as url:
         load(url, 1, 4, 8, scratch)
         before = prefilled(url)
         shared = ("--shared-prefix-len", str(a.prefix), "--vocab-size", "40000", "--num-prompts", str(a.requests))

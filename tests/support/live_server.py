@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import openai
+
+from actorserve.perf.engines import free_port
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:
@@ -81,13 +82,6 @@ def node_name(pid: int) -> str | None:
     except OSError:
         return None
     return next((a.decode()[len("--node=") :] for a in arguments if a.startswith(b"--node=")), None)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import LiveServer, alive, free_port, live_server, shared_memory, wait_until
+from live_server import LiveServer, alive, live_server, shared_memory, wait_until
+
+from actorserve.perf.engines import free_port
 
 TEXT = "Once upon a time"
 

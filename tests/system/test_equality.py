@@ -31,6 +31,7 @@ def plain(smollm: str) -> list[list[int]]:
     )  # fmt: skip
 
 
+@torch.inference_mode()
 def test_equal_to_transformers(smollm: str, plain: list[list[int]]) -> None:
     """One forward of transformers over prompt and output: its argmax at every place must be the next id.
 
@@ -48,12 +49,10 @@ def test_equal_to_transformers(smollm: str, plain: list[list[int]]) -> None:
         batch = sequences[first : first + 10]
         longest = max(map(len, batch))
         padded = torch.tensor([s + [0] * (longest - len(s)) for s in batch])  # padding behind changes nothing before it
-        with torch.inference_mode():
-            hidden = model.model(padded).last_hidden_state
+        hidden = model.model(padded).last_hidden_state
         for row, sequence in enumerate(batch):
             start = len(prompts[first + row])
-            with torch.inference_mode():
-                logits = model.lm_head(hidden[row, start - 1 : len(sequence) - 1])
+            logits = model.lm_head(hidden[row, start - 1 : len(sequence) - 1])
             wrong = (logits.argmax(-1) != torch.tensor(sequence[start:])).nonzero()
             if len(wrong):
                 different += 1
