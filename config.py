@@ -43,7 +43,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
     tp_size: Annotated[Positive, Meta(description="tensor parallel ranks")] = 1
-    attention_backend: Annotated[Literal["auto", "torch"], Meta(description="attention kernels")] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "torch", "triton", "flashinfer"],
+        Meta(description="auto: torch on CPU; on a GPU FlashInfer prefill where installed, Triton decode"),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8_e4m3"], Meta(description="fp8_e4m3 halves the KV cache; auto: as the weights")
+    ] = "auto"
+    disable_cuda_graph: Annotated[bool, Meta(description="launch every kernel of a decode step by itself")] = False
+    cuda_graph_max_bs: Annotated[
+        Positive | None, Meta(description="largest decode batch run as a CUDA graph; default: the largest batch")
+    ] = None
+    enable_torch_compile: Annotated[
+        bool, Meta(description="small operations by torch.compile instead of our Triton kernels (GPU)")
+    ] = False
     mem_fraction_static: Annotated[
         Annotated[float, Meta(gt=0, lt=1)] | None,
         Meta(description="share of memory for weights and KV pages; default .88 on a GPU, .25 on a CPU"),
@@ -64,9 +77,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_prefill_tokens: Annotated[Positive, Meta(description="prompt tokens per forward without chunking")] = 16384
     num_continuous_decode_steps: Annotated[Positive, Meta(description="most decode steps per schedule (k)")] = 16
     window_ms: Annotated[
-        float,
-        Meta(ge=0, description="k adapts so that a window stays near this; 0: k is always num_continuous_decode_steps"),
-    ] = 30.0
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(
+            description="k adapts so that a window stays near this; 0: k is always num_continuous_decode_steps; "
+            "default 10, 30 on CPU"
+        ),
+    ] = None
     plans_in_flight: Annotated[int, Meta(ge=1, le=4, description="windows queued ahead on the executor")] = 2
     disable_radix_cache: Annotated[bool, Meta(description="compute every prompt from its first token")] = False
     eviction_policy: Annotated[Literal["lru", "lfu"], Meta(description="which cached prefix goes first")] = "lru"

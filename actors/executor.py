@@ -1,27 +1,31 @@
 """The executor: the actor that owns one device, its weights and its KV pages, and runs windows of k steps.
 
-It takes Plans from the scheduler in order, applies their deltas and runs their steps: forward, draw, advance, with
-the tokens of each step published at once (StepOut), so that clients stream every token although scheduling happens
-once a window. Invariant: it holds nothing that the scheduler could not send again.
+It takes Plans from the scheduler in order, applies their deltas and launches their steps: forward, draw, advance. The
+tokens of each step are published as soon as they are on the host (StepOut), so clients stream every token although
+scheduling happens once a window. On a GPU a window is launched whole while the one before still runs; a thread waits
+for the device and wakes the actor. Invariant: it holds nothing that the scheduler could not send again.
 """
 
+import os
+import queue
+import threading
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
-import torch
 import trio
 
 from ..config import EngineConfig
 from ..models.decoder import Decoder
-from ..models.kv_cache import KVCache
+from ..models.kv_cache import KVCache, kv_dtype
 from ..models.runner import ChunkWork, Runner
+from ..models.stepper import Step, Stepper, StepRows
 from ..models.weights import load_decoder
-from ..sampler.reference import Sampled
-from ..sampler.state import SamplerState
 from .actor import Actor, Context
 from .memory import batch_slots, keep_freed_memory, kv_pages
-from .messages import Drain, ExecutorInbox, ExecutorReady, Finish, PeerDown, PeerUp, Plan, StepOut
+from .messages import Drain, ExecutorInbox, ExecutorReady, PeerDown, PeerUp, Plan, StepOut
 from .ref import Gone
 from .sampler import Sampler
 
@@ -33,6 +37,54 @@ def ints(view: memoryview) -> np.ndarray:
     return np.frombuffer(view, dtype=np.int32)
 
 
+@dataclass(slots=True)
+class Launched:
+    """A step on its way: which one it is, and the request of each of its rows."""
+
+    window: int
+    number: int
+    rids: np.ndarray
+    """int64 [rows]"""
+    step: Step
+    launched_ns: int
+
+
+class DeviceWaiter:
+    """A thread that waits for launched steps in turn and makes `fileno()` readable when one is ready.
+
+    What the device's work raises stops the thread; `check` raises it again.
+    """
+
+    def __init__(self) -> None:
+        self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._error: Exception | None = None
+        threading.Thread(target=self._run, name="device-waiter", daemon=True).start()
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._bell
+
+    def add(self, step: Step) -> None:
+        """Wait for `step` after those before it."""
+        self._steps.put(step)
+
+    def check(self) -> None:
+        """Take the wake-up; raise the device's error if there was one."""
+        os.eventfd_read(self._bell)
+        if self._error is not None:
+            raise RuntimeError("the device failed") from self._error
+
+    def _run(self) -> None:
+        while True:
+            step = self._steps.get()
+            try:
+                step.wait()
+            except Exception as error:
+                self._error = error
+            os.eventfd_write(self._bell, 1)
+
+
 class Executor(Actor):
     """See the module's text."""
 
@@ -42,29 +94,53 @@ class Executor(Actor):
         super().__init__(context)
         self.runner: Runner | None = None
         self.sampler: Sampler | None = None
+        self.stepper: Stepper | None = None
         self.ready: ExecutorReady | None = None
         self.rid_of: dict[int, int] = {}
         self.decoding: list[int] = []
-        """Slots that draw in each step, in the order in which they joined."""
+        """Slots that draw in each step, in the order in which they joined; on a GPU some of them may be done."""
+        self.launched: deque[Launched] = deque()
+        self.waiter: DeviceWaiter | None = None
+        self._last_done_ns = 0
 
     async def start(self) -> None:
-        """Load the weights, size the KV pool, and run one forward so that the first request finds all warm."""
-        decoder = await trio.to_thread.run_sync(self._load)
-        config = self.context.config
-        pages = kv_pages(config, decoder, self.context.model)
-        slots = batch_slots(config, decoder.device.type)
-        per_slot = min(pages, -(-self.context.model.context_length // config.page_size))
-        kv = KVCache(decoder.spec, pages, config.page_size, decoder.device, decoder.dtype)
-        self.runner = Runner(decoder, kv, slots, per_slot, config.page_size)
-        self.sampler = self._sampler()
-        self.sampler.state = SamplerState(slots, decoder.spec.vocab, self.context.model.eos_ids, decoder.device)
-        kind: Literal["cpu", "cuda"] = "cuda" if decoder.device.type == "cuda" else "cpu"
-        self.ready = ExecutorReady(pages, slots, per_slot, kind)
+        """Load the weights, size the KV pool, and prepare the device."""
+        await trio.to_thread.run_sync(self._prepare)
+        if self.runner is not None and self.runner.device.type == "cuda":
+            self.waiter = DeviceWaiter()
+            assert self.stepper is not None
+            self.stepper.on_launch(self.waiter.add)
+            self.context.inbox.watch(self.waiter.fileno(), self)
 
     def _sampler(self) -> Sampler:
         sampler = self.context.local(self.context.name.replace("exec.", "sampler."))
         assert isinstance(sampler, Sampler)
         return sampler
+
+    def _prepare(self) -> None:
+        config, model = self.context.config, self.context.model
+        decoder = self._load()
+        device = decoder.device
+        slots = batch_slots(config, device.type)
+        self.sampler = self._sampler()
+        self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
+        pages = kv_pages(config, decoder, model)
+        per_slot = min(pages, -(-model.context_length // config.page_size))
+        kv = KVCache(decoder.spec, pages + 1, config.page_size, device, kv_dtype(config, decoder.dtype))
+        self.runner = Runner(decoder, kv, slots, per_slot)
+        self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
+        kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+        self.ready = ExecutorReady(pages, slots, per_slot, kind)
+
+    def _graphs(self, runner: Runner, sampler: Sampler, slots: int) -> Any:
+        config = self.context.config
+        if runner.device.type != "cuda" or config.disable_cuda_graph:
+            return None
+        if getattr(runner.decoder.attention, "needs_host_lengths", False):
+            return None  # its decode is planned on the host before each step
+        from ..models.graphs import DecodeGraphs
+
+        return DecodeGraphs(runner, sampler, min(slots, config.cuda_graph_max_bs or slots))
 
     def _load(self) -> Decoder:
         set_threads(self.context.config)
@@ -72,19 +148,23 @@ class Executor(Actor):
         config, path = self.context.config, self.context.model.path
         return load_decoder(path, config, lambda fraction: self.context.report("weights", fraction))
 
+    # ------------------------------------------------------------------ messages
+
     async def run(self) -> None:
-        """Take plans and run them; other messages are taken between windows."""
+        """Take plans and run them; publish what is ready; while idle, capture graphs for later."""
         inbox = self.context.inbox
         while True:
             item = inbox.poll()
-            if item is None:
+            if item is not None:
+                message, source = item
+                if isinstance(message, Plan):
+                    await self._run_window(message)
+                else:
+                    self.receive(message, source)
+            elif self.launched or not self._prepare_ahead():
                 await inbox.wait()
-                continue
-            message, source = item
-            if isinstance(message, Plan):
-                await self._run_window(message)
             else:
-                self.receive(message, source)
+                await trio.lowlevel.checkpoint()
 
     def receive(self, message: Any, source: str) -> None:
         """Greet a scheduler that comes up; forget the batch of one that died."""
@@ -95,8 +175,20 @@ class Executor(Actor):
             case PeerDown(name="sched"):
                 self.rid_of.clear()
                 self.decoding.clear()
+                self.launched.clear()
             case PeerUp() | PeerDown() | Drain():
                 pass  # only the scheduler's life matters here
+
+    def pump(self) -> bool:
+        """Called by the inbox when the waiter's descriptor is readable."""
+        assert self.waiter is not None
+        self.waiter.check()
+        self._publish_ready()
+        return False
+
+    def _prepare_ahead(self) -> bool:
+        """Capture one more graph; False when there is nothing to do. Not before the first request had its turn."""
+        return bool(self.rid_of) and self.stepper is not None and self.stepper.prepare_ahead()
 
     def _publish(self, message: ExecutorReady | StepOut) -> None:
         try:
@@ -107,10 +199,16 @@ class Executor(Actor):
     # ------------------------------------------------------------------ a window
 
     async def _run_window(self, plan: Plan) -> None:
+        assert self.stepper is not None
         chunks = self._apply(plan)
-        for step in range(plan.k):
+        for number in range(plan.k):
+            work = chunks if number == 0 else []
             started = time.perf_counter_ns()
-            self._publish(self._step(plan.window, step, chunks if step == 0 else [], started))
+            step = self.stepper.launch(np.array(self.decoding, dtype=np.int64), work)
+            rids = np.array([self.rid_of[s] for s in step.slots.tolist()], dtype=np.int64)
+            self.launched.append(Launched(plan.window, number, rids, step, started))
+            self.decoding += [c.slot for c in work if c.draws]
+            self._publish_ready()
             await trio.lowlevel.checkpoint()
 
     def _apply(self, plan: Plan) -> list[ChunkWork]:
@@ -126,61 +224,59 @@ class Executor(Actor):
             self.rid_of[a.slot] = a.rid
             runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
         sampler.sync(plan.window, len(plan.admits))
-        runner.grow(ints(plan.grow_slots), ints(plan.grow_pages))
+        runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))
+        runner.slots.flush()
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
         work = zip(slots.tolist(), parts, last.tolist(), strict=True)
         return [ChunkWork(slot, ids, bool(draws)) for slot, ids, draws in work]
 
-    @torch.inference_mode()
-    def _step(self, window: int, step: int, chunks: list[ChunkWork], started: int) -> StepOut:
-        """One forward, one draw, one advance. Finished slots leave the batch at once."""
-        runner, sampler = self.runner, self.sampler
-        assert runner is not None and sampler is not None
-        draws = [c.slot for c in chunks if c.draws]
-        slots = self.decoding + draws
-        if not slots and not chunks:
-            return self._step_out(window, step, [], None, started)
-        out = runner.step(self.decoding, chunks)
-        if not slots:
-            return self._step_out(window, step, [], None, started)
-        drawn = sampler.draw(out.logits, out.slots, out.positions)
-        at_limit = runner.advance(out.slots, drawn.ids)
-        finish = torch.where(at_limit & (drawn.finish == Finish.NONE), int(Finish.LENGTH), drawn.finish)
-        drawn.finish = finish.to(torch.uint8)
-        result = self._step_out(window, step, slots, drawn, started)
-        self.decoding = slots
-        if any(result.finish):
-            self.decoding = [s for s, done in zip(slots, result.finish, strict=True) if not done]
-        return result
+    def _publish_ready(self) -> None:
+        while self.launched and self.launched[0].step.ready:
+            self._publish_step(self.launched.popleft())
 
-    def _step_out(self, window: int, step: int, slots: list[int], drawn: Sampled | None, started: int) -> StepOut:
-        took = time.perf_counter_ns() - started
-        if drawn is None:
-            return StepOut(window, step, NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took)
-        rids = np.array([self.rid_of[s] for s in slots], dtype=np.int64)
-        ids, finish = drawn.ids.to(torch.int32).cpu().numpy(), drawn.finish.cpu().numpy()
-        logprobs = top_ids = top_logprobs = NOTHING
-        if drawn.logprobs is not None:
-            logprobs = memoryview(drawn.logprobs.cpu().numpy().tobytes())
-        if drawn.top_ids is not None and drawn.top_logprobs is not None:
-            top_ids = memoryview(drawn.top_ids.cpu().numpy().tobytes())
-            top_logprobs = memoryview(drawn.top_logprobs.cpu().numpy().tobytes())
-        return StepOut(
-            window=window,
-            step=step,
-            rids=memoryview(rids.tobytes()),
-            ids=memoryview(ids.tobytes()),
-            finish=memoryview(finish.tobytes()),
-            logprobs=logprobs,
-            top_n=drawn.top_n,
-            top_ids=top_ids,
-            top_logprobs=top_logprobs,
-            step_ns=time.perf_counter_ns() - started,
-        )
+    def _publish_step(self, item: Launched) -> None:
+        """Send a step's tokens; rows that finished leave the batch."""
+        step = item.step
+        took = step.done_ns - max(item.launched_ns, self._last_done_ns)
+        self._last_done_ns = step.done_ns
+        rows = step.rows()
+        if rows is None:
+            empty = StepOut(item.window, item.number, NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took)
+            self._publish(empty)
+            return
+        rids = item.rids[rows.live]
+        if rows.finish.any():
+            done = rows.finish != 0
+            finished = dict(zip(rows.slots[done].tolist(), rids[done].tolist(), strict=True))
+            # A slot that was given to another request meanwhile goes on.
+            self.decoding = [s for s in self.decoding if s not in finished or self.rid_of[s] != finished[s]]
+        self._publish(step_out(item, rids, rows, took))
+
+
+def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> StepOut:
+    """Return the message for a step's rows."""
+
+    def raw(array: np.ndarray | None) -> memoryview:
+        return NOTHING if array is None else memoryview(array.tobytes())
+
+    return StepOut(
+        window=item.window,
+        step=item.number,
+        rids=raw(rids),
+        ids=raw(rows.ids.astype(np.int32)),
+        finish=raw(rows.finish),
+        logprobs=raw(rows.logprobs),
+        top_n=rows.top_n,
+        top_ids=raw(rows.top_ids),
+        top_logprobs=raw(rows.top_logprobs),
+        step_ns=took_ns,
+    )
 
 
 def set_threads(config: EngineConfig) -> None:
     """Give torch the cores it may use; more threads than cores make each other wait."""
+    import torch
+
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)

@@ -42,11 +42,11 @@ class InboxStatistics:
     corrupt_lanes: int
 
 
-class Backlogged(Protocol):
-    """The sender of a lane that waits for credit (a Ref)."""
+class Watched(Protocol):
+    """Who waits for a descriptor of its own: a Ref for credit, an executor for its device."""
 
     def pump(self) -> bool:
-        """Send what waits; True when nothing is left."""
+        """Do what can be done now; True when there is nothing left to wait for."""
 
 
 class LocalLane:
@@ -122,7 +122,7 @@ class Inbox:
         self._rung = False
         self._rings: dict[int, RingLane] = {}
         self._locals: dict[str, LocalLane] = {}
-        self._credits: dict[int, Backlogged] = {}
+        self._credits: dict[int, Watched] = {}
         self._system: deque[Any] = deque()
         self._ready: deque[RingLane | LocalLane] = deque()
         self._turn = 0
@@ -232,13 +232,13 @@ class Inbox:
             if ring.source == source:
                 self._drop_ring(descriptor, ring)
 
-    def watch_credit(self, descriptor: int, sender: Backlogged) -> None:
+    def watch(self, descriptor: int, sender: Watched) -> None:
         """Call `sender.pump` in poll when `descriptor` is readable, until it returns True."""
         if descriptor not in self._credits:
             self._credits[descriptor] = sender
             self._epoll.register(descriptor, select.EPOLLIN)
 
-    def unwatch_credit(self, descriptor: int) -> None:
+    def unwatch(self, descriptor: int) -> None:
         """Stop that; before the descriptor is closed."""
         if self._credits.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
@@ -276,7 +276,7 @@ class Inbox:
             else:
                 sender = self._credits.get(descriptor)
                 if sender is not None and sender.pump():
-                    self.unwatch_credit(descriptor)
+                    self.unwatch(descriptor)
 
     def _give_up(self, lane: RingLane | LocalLane, error: Exception) -> None:
         """What comes after a broken frame cannot be trusted: the lane is closed, the supervisor restarts its sender."""

@@ -115,7 +115,7 @@ class Ref:
         self._backlog.clear()
         ring, self._ring = self._ring, None
         if ring is not None:
-            self._inbox.unwatch_credit(ring.fds.credit)
+            self._inbox.unwatch(ring.fds.credit)
             if self._sending:
                 trio.lowlevel.notify_closing(ring.fds.credit)
             ring.close()
@@ -157,7 +157,7 @@ class Ref:
 
     def _watch(self) -> None:
         if self._ring is not None and not self._sending:
-            self._inbox.watch_credit(self._ring.fds.credit, self)
+            self._inbox.watch(self._ring.fds.credit, self)
 
     async def _room(self) -> None:
         """Sleep until there may be room. Meanwhile nobody else takes credit, or the wake-up would be lost."""
@@ -167,7 +167,7 @@ class Ref:
             return
         if ring is None:
             raise Gone(self.name)
-        self._inbox.unwatch_credit(ring.fds.credit)
+        self._inbox.unwatch(ring.fds.credit)
         self._sending = True
         try:
             await trio.lowlevel.wait_readable(ring.fds.credit)

@@ -7,9 +7,11 @@ sent for, since the slot may still run for another request in the windows before
 
 import time
 from collections import deque
+from collections.abc import Hashable
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..sampler.reference import Sampled, sample
@@ -62,7 +64,17 @@ class Sampler(Actor):
             if admits and time.monotonic() > deadline:
                 raise RuntimeError(f"{admits} SlotParams missing for window {window}")
 
-    def draw(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Sampled:
-        """Draw a token per row: logits [rows, vocab], slots and positions int64 [rows]."""
+    def prepare(self, max_slots: int, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
+        """Make the state; called by the executor, which knows the device."""
+        self.state = SamplerState(max_slots, vocab_size, eos_ids, device)
+
+    def mode(self, host_slots: np.ndarray) -> Hashable:
+        """See stepper.Drawer."""
+        return None
+
+    def draw(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Hashable, host_slots: np.ndarray | None
+    ) -> Sampled:
+        """Draw a token per row: logits [rows, vocab], slots and positions [rows]; see stepper.Drawer."""
         assert self.state is not None
-        return sample(logits, slots, positions, self.state)
+        return sample(logits, slots, positions, self.state, host_slots=host_slots)

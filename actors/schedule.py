@@ -93,9 +93,15 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 class Schedule:
     """Waiting requests, slots and pages of one executor group. See the module's text for the invariants."""
 
-    def __init__(self, config: EngineConfig, num_pages: int, max_slots: int, chunk_tokens: int) -> None:
-        """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole."""
+    def __init__(
+        self, config: EngineConfig, num_pages: int, max_slots: int, chunk_tokens: int, window_ms: float
+    ) -> None:
+        """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
+
+        `window_ms`: see EngineConfig; 0 is no limit.
+        """
         self.config = config
+        self.window_ms = window_ms
         self.page = config.page_size
         self.chunk_tokens = chunk_tokens
         self.pool = PagePool(num_pages)
@@ -260,8 +266,8 @@ class Schedule:
         if more_waits or any(r.planned < r.target for r in self.prefilling.values()):
             return 1
         k = self.config.num_continuous_decode_steps
-        if self.config.window_ms:
-            affordable = int(self.config.window_ms * 1000 / self.step_us) if self.step_us else 1
+        if self.window_ms:
+            affordable = int(self.window_ms * 1000 / self.step_us) if self.step_us else 1
             k = max(1, min(k, 2 * self._last_k, affordable))
         left = (self.slots.cap - self.slots.horizon)[np.concatenate([rows, joining])]
         k = max(1, min(k, int(left.max(initial=0)) + (1 if len(joining) else 0)))

@@ -42,6 +42,7 @@ from .schedule import Schedule, Window
 STATS_SECONDS: Final = 0.25
 NOTHING: Final = memoryview(b"")
 AUTO_CHUNK: Final = {"cpu": 256, "cuda": 8192}
+AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
 
 
 def int32(values: list[int]) -> memoryview:
@@ -159,8 +160,10 @@ class Scheduler(Actor):
 
     def _executor_ready(self, m: ExecutorReady) -> None:
         if self.schedule is None:
-            chunk = self.context.config.chunked_prefill_size or AUTO_CHUNK[m.device]
-            self.schedule = Schedule(self.context.config, m.num_pages, m.max_slots, chunk)
+            config = self.context.config
+            chunk = config.chunked_prefill_size or AUTO_CHUNK[m.device]
+            window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms
+            self.schedule = Schedule(config, m.num_pages, m.max_slots, chunk, window_ms)
             for request in self.early:
                 self._add(self.schedule, request)
             self.early = []

@@ -218,7 +218,8 @@ def _decode_group(
     does not stop (0 * NaN).
     """
     lengths = batch.decode_lengths[rows].long()[:, None]
-    tables = batch.decode_tables[rows]
+    tables = batch.decode_tables
+    tables = tables[rows] if batch.decode_rows is None else tables.index_select(0, batch.decode_rows[rows])
     columns = torch.arange(width, device=tables.device)
     first = 0 if window is None else (lengths - window).clamp_(min=0)
     positions = first + columns[None]

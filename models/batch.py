@@ -7,6 +7,7 @@ Legend: T tokens, D decode rows, C chunks, P pages in a table row, R rows whose 
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Batch:
     kv_slots: Tensor
     """[T] int64 flat KV slot where each token's key and value are written."""
     decode_tables: Tensor
-    """[D, P] int32 page tables of the decode rows; entries beyond a row's length are any valid page."""
+    """[N, P] int32 page tables; entries beyond a sequence's length are any valid page."""
     decode_lengths: Tensor
     """[D] int32 tokens of each decode row, the new one included."""
     max_decode_length: int
@@ -40,6 +41,10 @@ class Batch:
     logit_rows: Tensor | None
     """[R] int64 indices into the T tokens whose logits are wanted; None: all."""
     chunks: list[Chunk] = field(default_factory=list)
+    decode_rows: Tensor | None = None
+    """[D] int32 or int64: the row of decode_tables of each decode row; None: row i."""
+    decode_lengths_host: np.ndarray | None = None
+    """decode_lengths on the host, exact; only for attention backends that plan there (`needs_host_lengths`)."""
 
     @property
     def num_decode(self) -> int:

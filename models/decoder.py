@@ -6,6 +6,7 @@ for the device, so that a batch without chunks can be captured in a CUDA graph.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from .attention import AttentionBackend, AttentionPlan
 from .batch import Batch
 from .head import Head
 from .kv_cache import KVCache
-from .layers import ACTIVATIONS, LinearMap, act_mul, add_rms_norm, qk_norm_, rms_norm, rope_and_write
-from .rope import inverse_frequencies, rotation_table
+from .layers import LinearMap, Ops, TorchOps
+from .rope import inverse_frequencies
 from .spec import Norm, Spec
 
 
@@ -49,6 +50,12 @@ class Weights:
     head: Head
 
 
+def plain_weight(linear: LinearMap) -> Tensor | None:
+    """The matrix that a linear map reads, if it is one in memory as it is: what can be prefetched."""
+    weight = getattr(linear, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
 def check_supported(spec: Spec) -> None:
     """Raise StartupError naming the fields of the spec that this decoder does not implement."""
     unsupported = {
@@ -75,7 +82,13 @@ class Decoder:
     """Runs batches. Weights are on `device` in `dtype`."""
 
     def __init__(
-        self, spec: Spec, weights: Weights, attention: AttentionBackend, device: torch.device, dtype: torch.dtype
+        self,
+        spec: Spec,
+        weights: Weights,
+        attention: AttentionBackend,
+        device: torch.device,
+        dtype: torch.dtype,
+        ops: Ops | None = None,
     ) -> None:
         check_supported(spec)
         self.spec = spec
@@ -83,7 +96,7 @@ class Decoder:
         self.dtype = dtype
         self.weights = weights
         self.attention = attention
-        self.activation = ACTIVATIONS[spec.act]
+        self.ops: Ops = ops or TorchOps()
         self.frequencies = None if spec.rope is None else inverse_frequencies(spec.rope).to(device)
 
     @torch.inference_mode()
@@ -93,25 +106,31 @@ class Decoder:
         R rows in the order of batch.logit_rows, all T tokens where that is None. Tokens whose logits are not wanted
         go through the attention of the last layer (for their keys and values) and no further.
         """
-        spec, weights, eps = self.spec, self.weights, self.spec.norm.eps
+        spec, weights, eps, ops = self.spec, self.weights, self.spec.norm.eps, self.ops
         plan = self.attention.plan(batch, kv, spec)
         table = None
         if spec.rope is not None and self.frequencies is not None:
-            table = rotation_table(batch.positions, self.frequencies, spec.rope, self.dtype)
+            table = ops.rotation(batch.positions, self.frequencies, spec.rope, self.dtype)
         residual = F.embedding(batch.ids, weights.embed)
         if spec.embed_scale != 1.0:
             residual = residual * spec.embed_scale
-        x = rms_norm(residual, weights.layers[0].attention_norm, eps)
+        x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
         for i, layer in enumerate(weights.layers):
             last = i + 1 == spec.layers
             x = self._attend(i, layer, x, batch, kv, plan, table if spec.rotates(i) else None)
             if last and batch.logit_rows is not None:
+                if not len(batch.logit_rows):  # only keys and values were wanted
+                    return x.new_empty(0, spec.vocab, dtype=torch.float32)
                 x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
             x = layer.o(x)
-            x, residual = add_rms_norm(x, residual, spec.residual_scale, layer.mlp_norm, eps)
-            x = layer.down(act_mul(layer.gate_up(x), self.activation))
-            next_norm = weights.norm if last else weights.layers[i + 1].attention_norm
-            x, residual = add_rms_norm(x, residual, spec.residual_scale, next_norm, eps)
+            x, residual = ops.add_rms_norm(
+                x, residual, spec.residual_scale, layer.mlp_norm, eps, ahead=plain_weight(layer.gate_up)
+            )
+            x = layer.down(ops.act_mul(layer.gate_up(x), spec.act, ahead=plain_weight(layer.down)))
+            following = None if last else weights.layers[i + 1]
+            next_norm = weights.norm if following is None else following.attention_norm
+            ahead = weights.head.weight if following is None else plain_weight(following.qkv)
+            x, residual = ops.add_rms_norm(x, residual, spec.residual_scale, next_norm, eps, ahead=ahead)
         return self._logits(x)
 
     def _attend(
@@ -122,14 +141,16 @@ class Decoder:
         batch: Batch,
         kv: KVCache,
         plan: AttentionPlan,
-        table: tuple[Tensor, Tensor] | None,
+        table: Any,
     ) -> Tensor:
         """Normed hidden states [T, hidden] -> heads' outputs [T, heads * head_dim], before the output projection."""
         spec = self.spec
         qkv = layer.qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
-        if layer.qk_norm is not None and spec.qk_norm is not None:
-            qk_norm_(qkv, layer.qk_norm, spec.qk_norm.eps)
-        return plan.run(index, rope_and_write(qkv, table, spec, batch.kv_slots, kv.rows[index]))
+        weight, eps = (None, 0.0) if spec.qk_norm is None else (layer.qk_norm, spec.qk_norm.eps)
+        queries = self.ops.qk_norm_rope_and_write(
+            qkv, weight, eps, table, spec, batch.kv_slots, kv.rows[index], ahead=plain_weight(layer.o)
+        )
+        return plan.run(index, queries)
 
     def _logits(self, x: Tensor) -> Tensor:
         """Normed hidden states [R, hidden] -> [R, vocab]."""

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import EngineConfig
 from .spec import Spec
+from .upload import upload
+
+
+def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """Resolve `EngineConfig.kv_cache_dtype` for a model of `dtype`."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else dtype
 
 
 class KVCache:
@@ -40,7 +47,7 @@ class KVCache:
             return
         sources = np.concatenate([s * self.page_size + np.arange(n) for s, _, n in copies.astype(np.int64)])
         targets = np.concatenate([d * self.page_size + np.arange(n) for _, d, n in copies.astype(np.int64)])
-        source_slots = torch.from_numpy(sources).to(self.storage.device)
-        target_slots = torch.from_numpy(targets).to(self.storage.device)
+        source_slots, target_slots = upload(np.stack([sources, targets]), self.storage.device)
         with torch.inference_mode():
-            self.storage.index_copy_(1, target_slots, self.storage.index_select(1, source_slots))
+            storage = self.storage.view(torch.uint8) if self.storage.dtype == torch.float8_e4m3fn else self.storage
+            storage.index_copy_(1, target_slots, storage.index_select(1, source_slots))

@@ -1,18 +1,20 @@
-"""The pieces of a layer as small functions and the linear map as an object: what a GPU backend replaces by kernels.
+"""The pieces of a layer: the Ops that a decoder runs on, here in plain torch, and the linear map as an object.
 
-Used by the decoder, which holds no arithmetic of its own. Boundaries are those of the fused kernels to come
-(add+RMSNorm, rope+KV write, act*up); every function is free of host synchronisation.
+Used by the decoder, which holds no arithmetic of its own. `TorchOps` is what CPUs run and the reference of the GPU's
+`TritonOps` (triton_ops.py), whose fused kernels have the same boundaries (add+RMSNorm, RoPE+KV write, act*up).
+Every operation is free of host synchronisation.
 Legend: T tokens, H query heads, K KV heads, D head_dim.
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import rotate_
-from .spec import Spec
+from .rope import rotate_, rotation_table
+from .spec import Rope, Spec
 
 LinearMap = Callable[[Tensor], Tensor]
 """[T, in] -> [T, out]. `Linear`, `PackedLinear`, and later quantised and tensor parallel ones."""
@@ -65,6 +67,49 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
+class Ops(Protocol):
+    """What a forward is made of, besides GEMMs and attention. `ahead`: the weight that is read next, a hint."""
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> Any:
+        """Return what `rope_and_write` needs to rotate tokens at positions [T]: made once a forward."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm of x [T, hidden]."""
+
+    def add_rms_norm(
+        self,
+        delta: Tensor,
+        residual: Tensor,
+        residual_scale: float,
+        weight: Tensor,
+        eps: float,
+        ahead: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (rms_norm(r), r) with r = residual + residual_scale * delta; all [T, hidden]."""
+
+    def qk_norm_rope_and_write(
+        self,
+        qkv: Tensor,
+        qk_norm: Tensor | None,
+        eps: float,
+        table: Any,
+        spec: Spec,
+        kv_slots: Tensor,
+        kv_rows: Tensor,
+        ahead: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise (if qk_norm) and rotate (if table) heads, write keys and values, return the queries [T, H, D].
+
+        qkv [T, H + 2K, D]; qk_norm [H + K, D]; kv_slots [T]; kv_rows [slots, 2, K, D], one layer of the cache.
+        """
+
+    def act_mul(self, gate_up: Tensor, act: str, ahead: Tensor | None = None) -> Tensor:
+        """activation(gate) * up of gate_up [T, 2 * inter]; returns [T, inter]."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last dimension, accumulated in float32; weight [x.shape[-1]]."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -96,7 +141,12 @@ def rope_and_write(
         rotated = qkv[:, : spec.heads + spec.kv_heads, : spec.rope.dim]
         rotate_(rotated, table[0], table[1], spec.rope.interleaved)
     new_rows = qkv[:, spec.heads :].view(-1, 2, spec.kv_heads, spec.head_dim)
-    kv_rows.index_copy_(0, kv_slots, new_rows)
+    if kv_rows.dtype == torch.float8_e4m3fn:  # index_copy_ does not know the dtype, so bytes are copied
+        limit = torch.finfo(kv_rows.dtype).max
+        rounded = new_rows.clamp(-limit, limit).to(kv_rows.dtype)
+        kv_rows.view(torch.uint8).index_copy_(0, kv_slots.long(), rounded.view(torch.uint8))
+    else:
+        kv_rows.index_copy_(0, kv_slots.long(), new_rows)
     return qkv[:, : spec.heads]
 
 
@@ -104,3 +154,62 @@ def act_mul(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up of gate_up [T, 2 * inter]; returns [T, inter]."""
     gate, up = gate_up.chunk(2, -1)
     return activation(gate) * up
+
+
+class TorchOps:
+    """Ops in plain torch. With `compiled`, functions are fused by torch.compile (--enable-torch-compile)."""
+
+    def __init__(self, compiled: bool = False) -> None:
+        wrap: Callable[[Any], Any] = torch.compile(dynamic=True) if compiled else lambda f: f
+        self._rotation, self._rms_norm, self._add_rms_norm = wrap(rotation_table), wrap(rms_norm), wrap(add_rms_norm)
+        self._qk_norm, self._rope_and_write, self._act_mul = wrap(qk_norm_), wrap(rope_and_write), wrap(act_mul)
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See Ops."""
+        table: tuple[Tensor, Tensor] = self._rotation(positions, frequencies, rope, dtype)
+        return table
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops."""
+        y: Tensor = self._rms_norm(x, weight, eps)
+        return y
+
+    def add_rms_norm(
+        self,
+        delta: Tensor,
+        residual: Tensor,
+        residual_scale: float,
+        weight: Tensor,
+        eps: float,
+        ahead: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops."""
+        pair: tuple[Tensor, Tensor] = self._add_rms_norm(delta, residual, residual_scale, weight, eps)
+        return pair
+
+    def qk_norm_rope_and_write(
+        self,
+        qkv: Tensor,
+        qk_norm: Tensor | None,
+        eps: float,
+        table: Any,
+        spec: Spec,
+        kv_slots: Tensor,
+        kv_rows: Tensor,
+        ahead: Tensor | None = None,
+    ) -> Tensor:
+        """See Ops."""
+        if qk_norm is not None:
+            self._qk_norm(qkv, qk_norm, eps)
+        queries: Tensor = self._rope_and_write(qkv, table, spec, kv_slots, kv_rows)
+        return queries
+
+    def act_mul(self, gate_up: Tensor, act: str, ahead: Tensor | None = None) -> Tensor:
+        """See Ops."""
+        y: Tensor = self._act_mul(gate_up, ACTIVATIONS[act])
+        return y
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """See Ops."""
+        plain = Linear(weight, bias)
+        return PackedLinear(plain) if can_pack(weight) else plain

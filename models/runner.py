@@ -1,8 +1,8 @@
-"""The batch on the device: slots with page tables and lengths, changed by deltas, advanced by steps.
+"""Runner: turns slots and prefill chunks into batches and runs forwards on them; the slot arrays are its state.
 
-Used by the executor actor. The scheduler never sends a batch, only what changed; a step reads the slot arrays, runs
-one forward over the decoding slots and the prefill chunks, and advances lengths and last tokens on the device.
-Invariant: `length` of a slot is the number of its tokens whose KV is in its pages.
+Used by the stepper. A decode step reads nothing from the host, so it can be captured in a CUDA graph; what a prefill
+chunk needs is computed here from host mirrors and goes up in one copy.
+Invariant: everything here can be rebuilt from what the scheduler sends.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from torch import Tensor
 from .batch import Batch, Chunk
 from .decoder import Decoder
 from .kv_cache import KVCache
+from .slots import SlotArrays
+from .upload import upload
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class ChunkWork:
 
 @dataclass(slots=True)
 class StepLogits:
-    """Logits [rows, vocab] of the slots (int64 [rows]) at the positions (int64 [rows]) of the tokens to be drawn."""
+    """Logits float32 [rows, vocab] of the slots [rows] at the positions [rows] of the tokens to be drawn."""
 
     logits: Tensor
     slots: Tensor
@@ -35,82 +37,110 @@ class StepLogits:
 
 
 class Runner:
-    """The executor's half of a request's state, by slot. Everything here can be rebuilt from the scheduler's."""
+    """`kv` has one page more than the scheduler knows: the scratch page, its last."""
 
-    def __init__(self, decoder: Decoder, kv: KVCache, max_slots: int, max_pages: int, page_size: int) -> None:
+    def __init__(self, decoder: Decoder, kv: KVCache, max_slots: int, max_pages: int) -> None:
         self.decoder = decoder
         self.kv = kv
-        self.page_size = page_size
-        device = decoder.device
-        self.tables = torch.zeros(max_slots, max_pages, dtype=torch.int32, device=device)
-        self.length = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self.last = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self.limit = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self.page_counts = np.zeros(max_slots, dtype=np.int64)
-        self.lengths = np.zeros(max_slots, dtype=np.int64)
-        """`length` as the host knows it: exact on CPU, an upper bound where steps run ahead."""
+        self.page_size = kv.page_size
+        self.device = decoder.device
+        self.index_dtype = torch.int64 if decoder.device.type == "cpu" else torch.int32
+        self.slots = SlotArrays(max_slots, max_pages, kv.num_pages - 1, kv.page_size, decoder.device)
+        self.lengths = np.zeros(max_slots + 1, dtype=np.int64)
+        """`slots.length` as the host knows it: exact for slots in prefill, and for all where steps do not run ahead."""
 
     def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int) -> None:
-        """Seat a sequence: pages int32 [n], of which the first `cached` tokens have KV; ends at `limit` tokens."""
-        self.tables[slot, : len(pages)] = torch.from_numpy(pages.copy()).to(self.tables.device)
-        self.page_counts[slot] = len(pages)
-        self.length[slot] = cached
+        """Seat a sequence; see SlotArrays.admit. Takes effect with `flush`."""
+        self.slots.admit(slot, pages, cached, limit)
         self.lengths[slot] = cached
-        self.limit[slot] = limit
 
-    def grow(self, slots: np.ndarray, pages: np.ndarray) -> None:
-        """Append pages int32 [n] to the tables of slots int32 [n]; a slot may come several times."""
-        for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
-            self.tables[slot, self.page_counts[slot]] = page
-            self.page_counts[slot] += 1
+    def upload_rows(self, rows: np.ndarray) -> Tensor:
+        """Return slots [B] on the device, in the dtype that the steps use."""
+        return upload(rows.astype(np.int64 if self.index_dtype == torch.int64 else np.int32), self.device)
 
-    def step(self, decoding: list[int], chunks: list[ChunkWork]) -> StepLogits:
-        """Run one forward: the next token of each decoding slot, and the chunks.
+    # ------------------------------------------------------------------ decode
 
-        Lengths advance; the drawn tokens are handed in by `advance`.
-        """
-        device = self.length.device
-        rows = torch.tensor(decoding, dtype=torch.int64, device=device)
-        start = self.length[rows]
-        ids, positions, owners = [self.last[rows]], [start], [rows]
-        batch_chunks, wanted = [], list(range(len(decoding)))
-        at = len(decoding)
-        for c in chunks:
-            first, n = int(self.lengths[c.slot]), len(c.ids)
-            ids.append(torch.from_numpy(c.ids.astype(np.int64)).to(device))
-            positions.append(torch.arange(first, first + n, device=device))
-            owners.append(torch.full((n,), c.slot, dtype=torch.int64, device=device))
-            pages = self.tables[c.slot, : -(-(first + n) // self.page_size)]
-            batch_chunks.append(Chunk(first, n, pages))
-            at += n
-            if c.draws:
-                wanted.append(at - 1)
-            self.length[c.slot] += n
-            self.lengths[c.slot] += n
-        self.length[rows] += 1
-        self.lengths[decoding] += 1
-        batch = self._batch(rows, torch.cat(ids), torch.cat(positions), torch.cat(owners), decoding)
-        batch.chunks = batch_chunks
-        batch.logit_rows = torch.tensor(wanted, dtype=torch.int64, device=device) if chunks else None
-        drawing = torch.tensor([c.slot for c in chunks if c.draws], dtype=torch.int64, device=device)
-        slots = torch.cat([rows, drawing])
-        logits = self.decoder.forward(batch, self.kv)
-        return StepLogits(logits, slots, self.length[slots])
-
-    def _batch(self, rows: Tensor, ids: Tensor, positions: Tensor, owners: Tensor, decoding: list[int]) -> Batch:
-        longest = int(self.lengths[decoding].max()) if decoding else 0
-        page = self.tables[owners, positions // self.page_size].to(torch.int64)
-        return Batch(
-            ids=ids,
-            positions=positions,
-            kv_slots=page * self.page_size + positions % self.page_size,
-            decode_tables=self.tables[rows, : max(1, -(-longest // self.page_size))],
-            decode_lengths=self.length[rows].to(torch.int32),
-            max_decode_length=longest,
+    def decode(self, rows: Tensor, host_rows: np.ndarray | None) -> StepLogits:
+        """Run one decode step of the slots `rows` [B]. Without `host_rows` nothing on the host is looked at."""
+        inputs = self.slots.prepare(rows)
+        batch = Batch(
+            ids=inputs.ids,
+            positions=inputs.positions,
+            kv_slots=inputs.kv_slots,
+            decode_tables=self.slots.tables,
+            decode_rows=rows,
+            decode_lengths=inputs.lengths,
+            max_decode_length=self.slots.tables.shape[1] * self.page_size,
             logit_rows=None,
         )
+        if host_rows is not None:
+            self._add_host_lengths(batch, host_rows)
+        return StepLogits(self.decoder.forward(batch, self.kv), rows, inputs.draw_positions)
 
-    def advance(self, slots: Tensor, ids: Tensor) -> Tensor:
-        """Take in drawn tokens int64 [rows]; return bool [rows]: the sequence is at its limit of tokens."""
-        self.last[slots] = ids
-        return self.length[slots] + 1 >= self.limit[slots]
+    def _add_host_lengths(self, batch: Batch, host_rows: np.ndarray) -> None:
+        """Advance the host's lengths by the step's token, and let the batch be no wider than they are."""
+        self.lengths[host_rows] += 1
+        lengths = self.lengths[host_rows]
+        longest = int(lengths.max()) if len(lengths) else 0
+        batch.max_decode_length = longest
+        batch.decode_lengths_host = lengths
+        batch.decode_tables = self.slots.tables[:, : max(1, -(-longest // self.page_size))]
+
+    # ------------------------------------------------------------------ prefill chunks, mixed with decode
+
+    def mixed(self, host_rows: np.ndarray, chunks: list[ChunkWork], exact: bool) -> StepLogits:
+        """Run one forward over the decoding slots `host_rows` [B] and the chunks.
+
+        Logits are those of the decode rows, then of the chunks that draw. `exact`: the host's lengths are (a CPU's).
+        """
+        rows = self.upload_rows(host_rows)
+        inputs = self.slots.prepare(rows)
+        packed, places = self._chunk_inputs(chunks, len(host_rows))
+        n = len(packed[0])
+        device = upload(np.concatenate([*packed, *places]), self.device).to(self.index_dtype)
+        ids, positions, kv_slots, wanted, slots, draw_positions = torch.split(device, [n, n, n, *map(len, places)])
+        batch = Batch(
+            ids=torch.cat([inputs.ids, ids]),
+            positions=torch.cat([inputs.positions, positions]),
+            kv_slots=torch.cat([inputs.kv_slots, kv_slots]),
+            decode_tables=self.slots.tables,
+            decode_rows=rows,
+            decode_lengths=inputs.lengths,
+            max_decode_length=self.slots.tables.shape[1] * self.page_size,
+            logit_rows=wanted,
+            chunks=self._chunks(chunks),
+        )
+        if exact:
+            self._add_host_lengths(batch, host_rows)
+        for chunk in chunks:
+            self.lengths[chunk.slot] += len(chunk.ids)
+        logits = self.decoder.forward(batch, self.kv)
+        return StepLogits(logits, torch.cat([rows, slots]), torch.cat([inputs.draw_positions, draw_positions]))
+
+    def _chunks(self, chunks: list[ChunkWork]) -> list[Chunk]:
+        parts = []
+        for c in chunks:
+            start = int(self.lengths[c.slot])
+            pages = -(-(start + len(c.ids)) // self.page_size)
+            parts.append(Chunk(start, len(c.ids), self.slots.tables[c.slot, :pages]))
+        return parts
+
+    def _chunk_inputs(self, chunks: list[ChunkWork], decode_rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return ([ids, positions, KV slots] of the chunks' tokens, [wanted rows, drawing slots, draw positions])."""
+        ids, positions, kv_slots, wanted = [], [], [], list(range(decode_rows))
+        drawing = [c.slot for c in chunks if c.draws]
+        draw_positions = []
+        at = decode_rows
+        for c in chunks:
+            start = int(self.lengths[c.slot])
+            place = np.arange(start, start + len(c.ids))
+            pages = self.slots.host_tables[c.slot, place // self.page_size].astype(np.int64)
+            ids.append(c.ids)
+            positions.append(place)
+            kv_slots.append(pages * self.page_size + place % self.page_size)
+            at += len(c.ids)
+            if c.draws:
+                wanted.append(at - 1)
+                draw_positions.append(start + len(c.ids))
+        tokens = [np.concatenate(part).astype(np.int64) for part in (ids, positions, kv_slots)]
+        return tokens, [np.array(part, dtype=np.int64) for part in (wanted, drawing, draw_positions)]

@@ -1,11 +1,16 @@
 """Fixtures for all tests. Nothing heavy is imported here: most test files need no torch."""
 
 import os
+import shutil
 
 import pytest
 
 # Before anybody imports torch, here and in the processes that tests spawn: tests must not fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# Our Triton kernels run where there is no GPU too, in Triton's interpreter; it must be told before the first kernel.
+if not shutil.which("nvidia-smi"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FAIL_WITHOUT_MODEL = os.environ.get("CI") == "true"
 

@@ -22,7 +22,7 @@ class Engine:
 
     def __init__(self, *, pages: int = 64, slots: int = 8, chunk: int = 64, **config: object) -> None:
         self.config = EngineConfig(**{"window_ms": 0.0, **config})  # type: ignore[arg-type]
-        self.schedule = Schedule(self.config, pages, slots, chunk)
+        self.schedule = Schedule(self.config, pages, slots, chunk, self.config.window_ms or 0.0)
         self.executor = SimulatedExecutor(pages)
         self.requests: dict[int, Request] = {}
         self.live: set[int] = set()

@@ -1,0 +1,172 @@
+"""Stepper: one step of the batch from launch to host results: forward, draw, advance, copy out.
+
+Used by the executor, the same on CPU and GPU: `launch` hands back a Step, whose rows can be read once it is `ready`.
+On a CPU that is at once. On a GPU nothing is waited for: decode steps are CUDA graph replays, results come by copies
+into pinned memory behind an event, so that any number of steps can be launched ahead.
+Invariant: steps are ready in the order of their launches; the pinned memory of a step belongs to it alone.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..sampler.reference import Sampled
+from .graphs import DecodeGraphs
+from .runner import ChunkWork, Runner, StepLogits
+
+
+class Drawer(Protocol):
+    """The sampler, as a step uses it."""
+
+    def mode(self, host_slots: np.ndarray) -> Hashable:
+        """Return which work the slots' parameters need: what a CUDA graph must be captured for."""
+
+    def draw(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Hashable, host_slots: np.ndarray | None
+    ) -> Sampled:
+        """Draw a token per row. With host_slots None it is being captured."""
+
+
+@dataclass(slots=True)
+class StepRows:
+    """A step's results on the host; arrays [rows] in the order of `Step.slots`, without rows that were done before."""
+
+    slots: np.ndarray
+    ids: np.ndarray
+    """int32"""
+    finish: np.ndarray
+    """uint8"""
+    logprobs: np.ndarray | None
+    top_n: int
+    top_ids: np.ndarray | None
+    top_logprobs: np.ndarray | None
+    live: np.ndarray
+    """bool [launched rows]: which of them these are."""
+
+
+class Step:
+    """A launched step. `done_ns` (CLOCK_MONOTONIC-like perf_counter) is set once it is ready."""
+
+    __slots__ = ("_event", "_out", "_sampled", "done_ns", "slots")
+
+    def __init__(
+        self, slots: np.ndarray, out: Tensor | None, sampled: Sampled | None, event: torch.cuda.Event | None
+    ) -> None:
+        self.slots = slots
+        self._out = out
+        self._sampled = sampled
+        self._event = event
+        self.done_ns = 0 if event is not None else time.perf_counter_ns()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the results are on the host."""
+        return self.done_ns != 0
+
+    def wait(self) -> None:
+        """Block this thread until the results are there. Raises what the device's work raised."""
+        if self._event is not None:
+            self._event.synchronize()
+            self.done_ns = time.perf_counter_ns()
+
+    def rows(self) -> StepRows | None:
+        """Return the results; None for a step that drew nothing."""
+        if self._out is None or self._sampled is None:
+            return None
+        ids, finish = self._out.numpy()
+        live = ids >= 0
+        s = self._sampled
+
+        def part(t: Tensor | None, width: int | None = None) -> np.ndarray | None:
+            return (
+                None if t is None else t.numpy()[: len(live), :width][live] if width else t.numpy()[: len(live)][live]
+            )
+
+        return StepRows(
+            slots=self.slots[live],
+            ids=ids[live],
+            finish=finish[live].astype(np.uint8),
+            logprobs=part(s.logprobs),
+            top_n=s.top_n,
+            top_ids=part(s.top_ids) if s.top_n else None,
+            top_logprobs=part(s.top_logprobs) if s.top_n else None,
+            live=live,
+        )
+
+
+class Stepper:
+    """`graphs` replay decode steps where there are any; all else runs eagerly."""
+
+    def __init__(self, runner: Runner, drawer: Drawer, graphs: DecodeGraphs | None) -> None:
+        self.runner = runner
+        self.drawer = drawer
+        self.graphs = graphs
+        self.device = runner.device
+        self.exact = self.device.type == "cpu" or getattr(runner.decoder.attention, "needs_host_lengths", False)
+        """The host knows all lengths, because it waits for each step."""
+        self._on_launch: Callable[[Step], None] | None = None
+
+    def on_launch(self, callback: Callable[[Step], None]) -> None:
+        """Call `callback` with each step that is not ready when launched: who waits for it."""
+        self._on_launch = callback
+
+    @torch.inference_mode()
+    def launch(self, decoding: np.ndarray, chunks: list[ChunkWork]) -> Step:
+        """Start one step over the decoding slots (distinct, int) and the chunks; deltas were flushed before."""
+        drawing = [c.slot for c in chunks if c.draws]
+        slots = np.concatenate([decoding, np.array(drawing, dtype=np.int64)]).astype(np.int64)
+        if not len(slots) and not chunks:
+            return Step(slots, None, None, None)
+        mode = self.drawer.mode(slots) if len(slots) else None
+        if not chunks and self.graphs is not None and self.graphs.covers(len(decoding)):
+            out, sampled = self.graphs.replay(decoding, mode)
+            return self._collect(slots, out[:, : len(slots)], sampled)
+        forward = self._forward(decoding, chunks)
+        if not len(slots):
+            return self._collect(slots, None, None)
+        sampled = self.drawer.draw(forward.logits, forward.slots, forward.positions, mode, slots)
+        out = torch.empty(2, len(slots), dtype=torch.int32, device=self.device)
+        self.runner.slots.advance(forward.slots, forward.positions, sampled.ids, sampled.finish, out)
+        return self._collect(slots, out, sampled)
+
+    def _forward(self, decoding: np.ndarray, chunks: list[ChunkWork]) -> StepLogits:
+        if chunks:
+            return self.runner.mixed(decoding, chunks, self.exact)
+        return self.runner.decode(self.runner.upload_rows(decoding), decoding if self.exact else None)
+
+    def _collect(self, slots: np.ndarray, out: Tensor | None, sampled: Sampled | None) -> Step:
+        """Start the copies to the host."""
+        if self.device.type == "cpu":
+            return Step(slots, out, sampled, None)
+        if sampled is not None:
+            n = len(slots)
+            sampled = Sampled(
+                sampled.ids, sampled.finish,
+                to_host(sampled.logprobs, n), sampled.top_n, to_host(sampled.top_ids, n),
+                to_host(sampled.top_logprobs, n),
+            )  # fmt: skip
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        step = Step(slots, to_host(out), sampled, event)
+        event.record()
+        if self.exact:
+            step.wait()
+        elif self._on_launch is not None:
+            self._on_launch(step)
+        return step
+
+    def prepare_ahead(self) -> bool:
+        """Capture one more graph while there is time; False when all are there."""
+        return self.graphs is not None and self.graphs.capture_next()
+
+
+def to_host(tensor: Tensor | None, rows: int | None = None) -> Tensor | None:
+    """Start the copy of a tensor, or of its first rows, into pinned memory."""
+    if tensor is None:
+        return None
+    part = tensor if rows is None else tensor[:rows]
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
