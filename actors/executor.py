@@ -106,9 +106,9 @@ class Executor(Actor):
     async def start(self) -> None:
         """Load the weights, size the KV pool, and prepare the device."""
         await trio.to_thread.run_sync(self._prepare)
-        if self.runner is not None and self.runner.device.type == "cuda":
+        assert self.stepper is not None
+        if not self.stepper.exact:
             self.waiter = DeviceWaiter()
-            assert self.stepper is not None
             self.stepper.on_launch(self.waiter.add)
             self.context.inbox.watch(self.waiter.fileno(), self)
 

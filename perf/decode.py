@@ -1,0 +1,187 @@
+"""Decode steps and prefill on a GPU against the physical floor: the executor's stepper, without the engine around it.
+
+`python -m actorserve.perf.decode [--shape qwen2-7b | --model FOLDER] [--batch 1 32 128 256] [--context 1024]
+[--prefill 896] [--no-graph] [--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a
+folder is given. A step is forward, draw and advance, at temperature 1 unless said; floors are models/floors.py's.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actorserve.config import EngineConfig
+from actorserve.models.decoder import Decoder
+from actorserve.models.floors import Limits, decode_seconds, prefill_seconds
+from actorserve.models.graphs import DecodeGraphs
+from actorserve.models.kv_cache import KVCache, kv_dtype
+from actorserve.models.runner import ChunkWork, Runner
+from actorserve.models.shapes import write_shape
+from actorserve.models.stepper import Stepper
+from actorserve.models.weights import load_decoder
+from actorserve.sampler.drawer import Drawer
+from actorserve.sampler.params import SamplingParams
+from actorserve.sampler.state import SamplerState
+
+PAGE = 16
+FAR = 1 << 30
+
+
+class Bench:
+    """A stepper with `slots` slots of `tokens` tokens each."""
+
+    def __init__(self, decoder: Decoder, config: EngineConfig, slots: int, tokens: int, graphs: bool) -> None:
+        self.decoder = decoder
+        self.pages = -(-tokens // PAGE)
+        kv = KVCache(decoder.spec, slots * self.pages + 1, PAGE, decoder.device, kv_dtype(config, decoder.dtype))
+        kv.storage.view(torch.uint8).random_(0, 32)  # small numbers, not zeros, which run faster
+        self.runner = Runner(decoder, kv, slots, self.pages)
+        self.state = SamplerState(slots, decoder.spec.vocab, (), decoder.device)
+        drawer = Drawer(self.state, slots)
+        self.graphs = DecodeGraphs(self.runner, drawer, slots) if graphs else None
+        self.stepper = Stepper(self.runner, drawer, self.graphs)
+        self.order = np.random.default_rng(0).permutation(slots * self.pages).astype(np.int32)
+
+    def seat(self, batch: int, length: int, params: SamplingParams) -> np.ndarray:
+        """Seat `batch` sequences of `length` tokens in random pages; returns their slots."""
+        none = np.empty(0, dtype=np.int32)
+        for slot in range(batch):
+            self.runner.admit(slot, self.order[slot * self.pages : (slot + 1) * self.pages], length, FAR)
+            self.state.admit(slot, params, none, none, length, 0)
+        self.runner.slots.flush()
+        return np.arange(batch)
+
+    def decode(self, batch: int, context: int, steps: int, params: SamplingParams) -> dict[str, float]:
+        """Time `steps` steps around `context`: milliseconds on the device and on the host."""
+        rows = self.seat(batch, context - steps // 2, params)
+        for _ in range(3):
+            self.stepper.launch(rows, [])
+        torch.cuda.synchronize()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.stepper.launch(rows, [])
+        host = time.perf_counter() - start
+        last.record()
+        torch.cuda.synchronize()
+        return {"step_ms": first.elapsed_time(last) / steps, "host_ms": 1e3 * host / steps}
+
+    def prefill(self, prompt: int, prompts: int, times: int, params: SamplingParams) -> float:
+        """Seconds of one forward over `prompts` prompts of `prompt` tokens."""
+        ids = np.random.default_rng(1).integers(0, self.decoder.spec.vocab, (prompts, prompt)).astype(np.int32)
+        seconds = []
+        for _ in range(times + 1):
+            self.seat(prompts, 0, params)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.stepper.launch(np.empty(0, dtype=np.int64), [ChunkWork(i, ids[i], True) for i in range(prompts)])
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds[1:]))
+
+
+def trace(bench: Bench, batch: int, context: int, steps: int, params: SamplingParams) -> list[tuple[str, float, float]]:
+    """Return (kernel, launches a step, microseconds a step) of a steady window, and the idle time between kernels."""
+    rows = bench.seat(batch, context - steps // 2, params)
+    for _ in range(3):
+        bench.stepper.launch(rows, [])
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            bench.stepper.launch(rows, [])
+        torch.cuda.synchronize()
+    events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in events:
+        sums[event.name][0] += 1 / steps
+        sums[event.name][1] += event.time_range.elapsed_us() / steps
+    span = (max(e.time_range.end for e in events) - events[0].time_range.start) / steps
+    busy, reach = 0.0, 0.0
+    for e in events:  # overlapping kernels count once
+        busy += max(0.0, e.time_range.end - max(e.time_range.start, reach))
+        reach = max(reach, e.time_range.end)
+    table = [(name, count, us) for name, (count, us) in sorted(sums.items(), key=lambda item: -item[1][1])]
+    return [*table, ("(between kernels)", 0.0, span - busy / steps), ("(step)", 1.0, span)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2-7b")
+    parser.add_argument("--model", help="folder with config.json and weights instead of a dummy shape")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 32, 128, 256])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--prefill", type=int, default=0, help="also time prompts of this many tokens")
+    parser.add_argument("--prefill-tokens", type=int, default=8192, help="tokens in one forward")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--no-graph", action="store_true")
+    parser.add_argument("--trace", action="store_true", help="print what a step is made of")
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s")
+    parser.add_argument("--tflops", type=float, default=790)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("perf.decode needs a GPU; perf.cpu is the CPU's")
+    limits = Limits(args.bandwidth * 1e12, args.tflops * 1e12)
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or str(write_shape(args.shape, Path(folder)))
+        config = EngineConfig(
+            model=model, load_format="auto" if args.model else "dummy", attention_backend=args.attention_backend,
+            kv_cache_dtype=args.kv_cache_dtype,
+        )  # fmt: skip
+        started = time.perf_counter()
+        decoder = load_decoder(model, config, lambda _: None)
+        torch.cuda.synchronize()
+        print(f"{args.shape}: weights in {time.perf_counter() - started:.1f} s")
+    results = measure(decoder, config, limits, args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argparse.Namespace) -> dict[str, Any]:
+    params = SamplingParams(temperature=args.temperature, max_new_tokens=None, seed=0, ignore_eos=True)
+    spec, results = decoder.spec, {"shape": args.shape, "context": args.context, "decode": [], "prefill": []}
+    tokens = args.context + 2 * args.steps + 16
+    prompts = max(1, args.prefill_tokens // args.prefill) if args.prefill else 0
+    bench = Bench(decoder, config, max([*args.batch, prompts]), max(tokens, args.prefill), not args.no_graph)
+    weight_bytes, kv_bytes = float(decoder.dtype.itemsize), float(bench.runner.kv.storage.dtype.itemsize)
+    if args.prefill:
+        seconds = bench.prefill(args.prefill, prompts, 4, params)
+        floor = prompts * prefill_seconds(spec, args.prefill, limits)
+        print(
+            f"prefill of {prompts} x {args.prefill} tokens: {1e3 * seconds:.1f} ms, "
+            f"{prompts * args.prefill / seconds:.0f} tok/s, share of {args.tflops:.0f} TFLOP/s {floor / seconds:.3f}"
+        )
+        results["prefill"] = [
+            {"prompt": args.prefill, "prompts": prompts, "seconds": seconds, "share": floor / seconds}
+        ]
+    print(f"{'batch':>6} {'step ms':>8} {'host ms':>8} {'floor ms':>9} {'share':>6} {'tok/s':>9}")
+    for batch in args.batch:
+        runs = [bench.decode(batch, args.context, args.steps, params) for _ in range(args.repeat)]
+        best = sorted(runs, key=lambda run: run["step_ms"])[len(runs) // 2]
+        floor = 1e3 * decode_seconds(spec, batch, args.context, limits, weight_bytes, kv_bytes)
+        share = floor / best["step_ms"]
+        print(
+            f"{batch:>6} {best['step_ms']:>8.3f} {best['host_ms']:>8.3f} {floor:>9.3f} {share:>6.3f} "
+            f"{1e3 * batch / best['step_ms']:>9.0f}"
+        )
+        results["decode"].append({"batch": batch, "floor_ms": floor, "share": share, **best})
+        if args.trace:
+            for name, count, us in trace(bench, batch, args.context, 8, params)[:24]:
+                print(f"    {us:>9.1f} us {count:>6.1f} x  {name[:90]}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
