@@ -129,5 +129,5 @@ def test_a_device_error_ends_the_executor_not_the_request(
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(Late, "synchronize", fail)
-    with pytest.raises(Exception, match="device failed|executor|stopped"), engine(folder) as e:
+    with pytest.raises(Exception, match=r"device failed|executor|stopped"), engine(folder) as e:
         answers(e)
