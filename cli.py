@@ -1,7 +1,8 @@
-"""The command `actorserve`: run, version. Parses, runs, and turns every way to end into an exit code.
+"""The command `actorserve`: run, plan, version. Parses, runs, and turns every way to end into an exit code.
 
-0: stopped as asked. 1: the engine died and gave up. 2: it cannot start so (a bad flag, model or port); one line says
-why. 128 + signal: a second signal ended it at once. Invariant: a mistake of the user never shows a traceback.
+0: stopped as asked. 1: the engine died and gave up, or a plan does not fit. 2: it cannot start so (a bad flag, model
+or port); one line says why. 128 + signal: a second signal ended it at once. Invariant: a mistake of the user never
+shows a traceback.
 """
 
 import sys
@@ -11,11 +12,13 @@ from typing import NoReturn
 from . import __version__
 from .errors import StartupError
 from .flags import USAGE_ERROR, Formatter, Parser, add_config_flags, config_from
+from .plan import add_plan_flags, plan
 
 EXAMPLES = """examples:
   actorserve run                              serve the embedded SmolLM2-135M chat model
   actorserve run --model DIR --port 8000      serve a local Hugging Face folder
   actorserve run --model FILE.gguf            serve a GGUF file (converted once into the cache)
+  actorserve plan --model DIR --gpu h200      does it fit, with how many requests, how fast at best
 """
 
 
@@ -26,25 +29,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def command(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Raises SystemExit for a bad flag and for -h."""
-    parser, run_parser = build_parsers()
+    parser, _ = build_parsers()
     parsed, rest = parser.parse_known_args(arguments)
+    own: Parser = getattr(parsed, "parser", parser)
     if rest:
-        (run_parser if parsed.command == "run" else parser).error(f"unrecognized arguments: {' '.join(rest)}")
-    match parsed.command:
-        case "run":
-            from .serve import serve  # with trio and the supervisor, which `-h` need not wait for
+        own.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        match parsed.command:
+            case "run":
+                from .serve import serve  # with trio and the supervisor, which `-h` need not wait for
 
-            try:
-                return serve(config_from(parsed, run_parser))
-            except StartupError as error:
-                print(f"actorserve: {error}", file=sys.stderr)
+                return serve(config_from(parsed, own))
+            case "plan":
+                return plan(parsed, config_from(parsed, own), own)
+            case "version":
+                print(f"actorserve {__version__}")
+                return 0
+            case _:
+                parser.print_help()
                 return USAGE_ERROR
-        case "version":
-            print(f"actorserve {__version__}")
-            return 0
-        case _:
-            parser.print_help()
-            return USAGE_ERROR
+    except StartupError as error:
+        print(f"actorserve: {error}", file=sys.stderr)
+        return USAGE_ERROR
 
 
 def build_parsers() -> tuple[Parser, Parser]:
@@ -58,7 +64,9 @@ def build_parsers() -> tuple[Parser, Parser]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"actorserve {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,version}", parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="command", title="commands", metavar="{run,plan,version}", parser_class=Parser
+    )
     run = commands.add_parser(
         "run",
         prog="actorserve run",
@@ -68,6 +76,18 @@ def build_parsers() -> tuple[Parser, Parser]:
         formatter_class=Formatter,
         allow_abbrev=False,
     )
+    run.set_defaults(parser=run)
     add_config_flags(run)
+    planned = commands.add_parser(
+        "plan",
+        prog="actorserve plan",
+        usage="actorserve plan [--gpu NAME] [--length N ...] [--json] [flags of run]",
+        help="where a GPU's memory would go, how many requests fit, how fast it can be at best",
+        description="Plan a GPU's memory. Takes the flags of `actorserve run`; needs no GPU.",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    planned.set_defaults(parser=planned)
+    add_plan_flags(planned)
     commands.add_parser("version", prog="actorserve version", help="print the version", allow_abbrev=False)
     return parser, run

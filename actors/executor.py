@@ -126,7 +126,8 @@ class Executor(Actor):
         self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
         pages = kv_pages(config, decoder, model)
         per_slot = min(pages, -(-model.context_length // config.page_size))
-        kv = KVCache(decoder.spec, pages + 1, config.page_size, device, kv_dtype(config, decoder.dtype))
+        dtype = kv_dtype(config, decoder.dtype)
+        kv = KVCache(decoder.spec, pages + 1, config.page_size, device, dtype, decoder.dtype)
         self.runner = Runner(decoder, kv, slots, per_slot)
         self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sampler.reference import Sampled, sample
+from ..sampler.drawer import Drawer
+from ..sampler.reference import Sampled
 from ..sampler.state import SamplerState
 from .actor import Actor, Context
 from .messages import Drain, PeerDown, PeerUp, SamplerInbox, SlotParams
@@ -30,6 +31,7 @@ class Sampler(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.state: SamplerState | None = None
+        self.drawer: Drawer | None = None
         self.pending: deque[tuple[SlotParams, np.ndarray, np.ndarray]] = deque()
 
     def receive(self, message: Any, source: str) -> None:
@@ -67,14 +69,16 @@ class Sampler(Actor):
     def prepare(self, max_slots: int, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
         """Make the state; called by the executor, which knows the device."""
         self.state = SamplerState(max_slots, vocab_size, eos_ids, device)
+        self.drawer = Drawer(self.state, max_slots)
 
     def mode(self, host_slots: np.ndarray) -> Hashable:
         """See stepper.Drawer."""
-        return None
+        assert self.drawer is not None
+        return self.drawer.mode(host_slots)
 
     def draw(
         self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Hashable, host_slots: np.ndarray | None
     ) -> Sampled:
         """Draw a token per row: logits [rows, vocab], slots and positions [rows]; see stepper.Drawer."""
-        assert self.state is not None
-        return sample(logits, slots, positions, self.state, host_slots=host_slots)
+        assert self.drawer is not None
+        return self.drawer.draw(logits, slots, positions, mode, host_slots)

@@ -50,12 +50,6 @@ class Weights:
     head: Head
 
 
-def plain_weight(linear: LinearMap) -> Tensor | None:
-    """The matrix that a linear map reads, if it is one in memory as it is: what can be prefetched."""
-    weight = getattr(linear, "weight", None)
-    return weight if isinstance(weight, Tensor) else None
-
-
 def check_supported(spec: Spec) -> None:
     """Raise StartupError naming the fields of the spec that this decoder does not implement."""
     unsupported = {
@@ -123,14 +117,10 @@ class Decoder:
                     return x.new_empty(0, spec.vocab, dtype=torch.float32)
                 x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
             x = layer.o(x)
-            x, residual = ops.add_rms_norm(
-                x, residual, spec.residual_scale, layer.mlp_norm, eps, ahead=plain_weight(layer.gate_up)
-            )
-            x = layer.down(ops.act_mul(layer.gate_up(x), spec.act, ahead=plain_weight(layer.down)))
-            following = None if last else weights.layers[i + 1]
-            next_norm = weights.norm if following is None else following.attention_norm
-            ahead = weights.head.weight if following is None else plain_weight(following.qkv)
-            x, residual = ops.add_rms_norm(x, residual, spec.residual_scale, next_norm, eps, ahead=ahead)
+            x, residual = ops.add_rms_norm(x, residual, spec.residual_scale, layer.mlp_norm, eps)
+            x = layer.down(ops.act_mul(layer.gate_up(x), spec.act))
+            next_norm = weights.norm if last else weights.layers[i + 1].attention_norm
+            x, residual = ops.add_rms_norm(x, residual, spec.residual_scale, next_norm, eps)
         return self._logits(x)
 
     def _attend(
@@ -147,9 +137,7 @@ class Decoder:
         spec = self.spec
         qkv = layer.qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
         weight, eps = (None, 0.0) if spec.qk_norm is None else (layer.qk_norm, spec.qk_norm.eps)
-        queries = self.ops.qk_norm_rope_and_write(
-            qkv, weight, eps, table, spec, batch.kv_slots, kv.rows[index], ahead=plain_weight(layer.o)
-        )
+        queries = self.ops.qk_norm_rope_and_write(qkv, weight, eps, table, spec, batch.kv_slots, kv.rows[index])
         return plan.run(index, queries)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..sampler.reference import Sampled
+from ..sampler.upload import upload
 from .runner import Runner
-from .upload import upload
 
 if TYPE_CHECKING:
     from .stepper import Drawer

@@ -21,7 +21,7 @@ MOST: Final = 256
 
 
 class Head:
-    """weight [vocab, hidden] as loaded; `product` the GEMM to use (a packed form of it on a CPU)."""
+    """weight [vocab, hidden] as loaded; `product` the GEMM to use: packed on a CPU, with float32 results on a GPU."""
 
     def __init__(self, linear: Linear, product: LinearMap | None = None) -> None:
         self.weight = linear.weight
@@ -33,7 +33,7 @@ class Head:
             return self.product(x)
         if x.device.type == "cpu":
             return self._refined(x)
-        return torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+        return self.product(x)
 
     def _refined(self, x: Tensor) -> Tensor:
         rounded = self.product(x)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import EngineConfig
+from ..sampler.upload import upload
 from .spec import Spec
-from .upload import upload
 
 
 def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +22,17 @@ def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
 class KVCache:
     """Pages of `page_size` tokens; flat slot = page * page_size + offset."""
 
-    def __init__(self, spec: Spec, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        read_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`read_dtype`: what attention computes in, where that is not the pages' own dtype (float8)."""
+        self.read_dtype = read_dtype or dtype
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (spec.layers, num_pages * page_size, 2, spec.kv_heads, spec.head_dim)

@@ -68,7 +68,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Ops(Protocol):
-    """What a forward is made of, besides GEMMs and attention. `ahead`: the weight that is read next, a hint."""
+    """What a forward is made of, besides GEMMs and attention."""
 
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> Any:
         """Return what `rope_and_write` needs to rotate tokens at positions [T]: made once a forward."""
@@ -77,13 +77,7 @@ class Ops(Protocol):
         """Root mean square norm of x [T, hidden]."""
 
     def add_rms_norm(
-        self,
-        delta: Tensor,
-        residual: Tensor,
-        residual_scale: float,
-        weight: Tensor,
-        eps: float,
-        ahead: Tensor | None = None,
+        self, delta: Tensor, residual: Tensor, residual_scale: float, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """Return (rms_norm(r), r) with r = residual + residual_scale * delta; all [T, hidden]."""
 
@@ -96,18 +90,20 @@ class Ops(Protocol):
         spec: Spec,
         kv_slots: Tensor,
         kv_rows: Tensor,
-        ahead: Tensor | None = None,
     ) -> Tensor:
         """Normalise (if qk_norm) and rotate (if table) heads, write keys and values, return the queries [T, H, D].
 
         qkv [T, H + 2K, D]; qk_norm [H + K, D]; kv_slots [T]; kv_rows [slots, 2, K, D], one layer of the cache.
         """
 
-    def act_mul(self, gate_up: Tensor, act: str, ahead: Tensor | None = None) -> Tensor:
+    def act_mul(self, gate_up: Tensor, act: str) -> Tensor:
         """activation(gate) * up of gate_up [T, 2 * inter]; returns [T, inter]."""
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
+
+    def head(self, weight: Tensor) -> LinearMap:
+        """Return the product of the language model head: float32 [T, vocab] on a GPU; see head.py for a CPU's."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -175,13 +171,7 @@ class TorchOps:
         return y
 
     def add_rms_norm(
-        self,
-        delta: Tensor,
-        residual: Tensor,
-        residual_scale: float,
-        weight: Tensor,
-        eps: float,
-        ahead: Tensor | None = None,
+        self, delta: Tensor, residual: Tensor, residual_scale: float, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """See Ops."""
         pair: tuple[Tensor, Tensor] = self._add_rms_norm(delta, residual, residual_scale, weight, eps)
@@ -196,7 +186,6 @@ class TorchOps:
         spec: Spec,
         kv_slots: Tensor,
         kv_rows: Tensor,
-        ahead: Tensor | None = None,
     ) -> Tensor:
         """See Ops."""
         if qk_norm is not None:
@@ -204,7 +193,7 @@ class TorchOps:
         queries: Tensor = self._rope_and_write(qkv, table, spec, kv_slots, kv_rows)
         return queries
 
-    def act_mul(self, gate_up: Tensor, act: str, ahead: Tensor | None = None) -> Tensor:
+    def act_mul(self, gate_up: Tensor, act: str) -> Tensor:
         """See Ops."""
         y: Tensor = self._act_mul(gate_up, ACTIVATIONS[act])
         return y
@@ -213,3 +202,9 @@ class TorchOps:
         """See Ops."""
         plain = Linear(weight, bias)
         return PackedLinear(plain) if can_pack(weight) else plain
+
+    def head(self, weight: Tensor) -> LinearMap:
+        """See Ops."""
+        if weight.device.type == "cpu" or weight.dtype == torch.float32:
+            return self.linear(weight, None)
+        return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)

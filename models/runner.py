@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sampler.upload import upload
 from .batch import Batch, Chunk
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .slots import SlotArrays
-from .upload import upload
 
 
 @dataclass(slots=True)

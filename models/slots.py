@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .upload import upload
+from ..sampler.upload import upload
 
 NUMBERS: Final = ("length", "last", "limit", "done")
 """The int32 numbers of a slot, in the order in which they lie before the tables."""

@@ -1,13 +1,14 @@
 """From a Hugging Face folder to a Decoder: config.json, safetensors (one file or shards), device and dtype.
 
-Used by the executor at start-up. Fused tensors are allocated first and every checkpoint tensor is copied from the
-mapped file into its place, so memory peaks at the model plus one tensor.
+Used by the executor at start-up. Fused tensors are allocated first, on the device, and every checkpoint tensor is
+copied from the mapped file into its place, so memory peaks at the model plus one tensor.
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from ..config import EngineConfig
 from ..errors import StartupError
-from .attention import BACKENDS
+from .attention import make_backend
 from .decoder import Decoder, LayerWeights, Weights, check_supported
 from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
 from .head import Head
-from .layers import Linear, LinearMap, PackedLinear, can_pack
+from .kv_cache import kv_dtype
+from .layers import Linear, LinearMap, Ops, TorchOps
 from .spec import Spec
+from .transfer import BulkCopy, can_copy
 
 Progress = Callable[[float], None]
 
@@ -59,9 +62,20 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
         fill_dummy(places.values(), config.random_seed, device)
     else:
         _fill(places, folder, spec, progress)
-    pack(weights)
+    ops = make_ops(config, device)
+    pack(weights, ops)
     progress(1.0)
-    return Decoder(spec, weights, BACKENDS[config.attention_backend](), device, dtype)
+    attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
+    return Decoder(spec, weights, attention, device, dtype, ops)
+
+
+def make_ops(config: EngineConfig, device: torch.device) -> Ops:
+    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them."""
+    if device.type != "cuda" or config.enable_torch_compile:
+        return TorchOps(compiled=device.type == "cuda")
+    from .triton_ops import TritonOps
+
+    return TritonOps(device)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -163,46 +177,67 @@ def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None
             place.view.normal_(0.0, DUMMY_STD, generator=generator)
 
 
-def pack(weights: Weights) -> None:
+def pack(weights: Weights, ops: Ops) -> None:
     """Bring the linear maps into the form in which this device multiplies fastest, one after another.
 
     The head is packed beside its plain weight, which look-ups (tied) and its refinement need: one more table on a CPU.
     """
     for layer in weights.layers:
-        layer.qkv, layer.o = _packed(layer.qkv), _packed(layer.o)
-        layer.gate_up, layer.down = _packed(layer.gate_up), _packed(layer.down)
-    weights.head = Head(Linear(weights.head.weight, None), _packed(Linear(weights.head.weight, None)))
+        layer.qkv, layer.o = _packed(layer.qkv, ops), _packed(layer.o, ops)
+        layer.gate_up, layer.down = _packed(layer.gate_up, ops), _packed(layer.down, ops)
+    head = weights.head.weight
+    weights.head = Head(Linear(head, None), ops.head(head))
 
 
-def _packed(linear: LinearMap) -> LinearMap:
-    return PackedLinear(linear) if isinstance(linear, Linear) and can_pack(linear.weight) else linear
+def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
+    return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
 def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress) -> None:
     """Copy every tensor of the checkpoint into its place."""
     files = _files(folder)
     total = sum(file.stat().st_size for file in files) or 1
-    done, missing, extra = 0, set(places), []
-    for name, tensor in _tensors(files):
-        done += tensor.nbytes
+    done = 0
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
         progress(min(1.0, done / total))
-        place = places.get(name)
-        if place is None:
-            if not IGNORED.search(name) and not (spec.tied and name == HEAD):
-                extra.append(name)
-            continue
-        if not tensor.is_floating_point():
-            raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized checkpoints are not served yet")
-        if tuple(tensor.shape) != place.shape:
-            raise StartupError(f"tensor {name} is {list(tensor.shape)}, config.json asks for {list(place.shape)}")
-        if name not in missing:
-            raise StartupError(f"tensor {name} is in two files of the checkpoint")
-        place.view.copy_(tensor)
-        missing.discard(name)
+
+    missing, extra = set(places), []
+    device = next(iter(places.values())).view.device
+    with BulkCopy(device, moved) if uses_bulk_copy(device) else nullcontext() as bulk:
+        for name, tensor in _tensors(files):
+            place = places.get(name)
+            if place is None:
+                if not IGNORED.search(name) and not (spec.tied and name == HEAD):
+                    extra.append(name)
+                continue
+            _check_fits(name, tensor, place)
+            if name not in missing:
+                raise StartupError(f"tensor {name} is in two files of the checkpoint")
+            if bulk is not None and can_copy(place.view, tensor):
+                bulk.add(place.view, tensor)
+            else:
+                place.view.copy_(tensor)
+                moved(tensor.nbytes)
+            missing.discard(name)
     if missing:
         raise StartupError(f"the checkpoint lacks {_some(missing)}")
     if extra:
         raise StartupError(f"the checkpoint holds tensors that config.json does not account for: {_some(extra)}")
+
+
+def uses_bulk_copy(device: torch.device) -> bool:
+    """Whether copies to the device go through BulkCopy; within the host's memory they gain nothing by it."""
+    return device.type == "cuda"
+
+
+def _check_fits(name: str, tensor: Tensor, place: Place) -> None:
+    if not tensor.is_floating_point():
+        raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized checkpoints are not served yet")
+    if tuple(tensor.shape) != place.shape:
+        raise StartupError(f"tensor {name} is {list(tensor.shape)}, config.json asks for {list(place.shape)}")
 
 
 def _some(names: Iterable[str]) -> str:

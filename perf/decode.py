@@ -26,6 +26,7 @@ from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.shapes import write_shape
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
+from actorserve.perf.roofline import add_limit_flags, limits_of, told
 from actorserve.sampler.drawer import Drawer
 from actorserve.sampler.params import SamplingParams
 from actorserve.sampler.state import SamplerState
@@ -40,7 +41,8 @@ class Bench:
     def __init__(self, decoder: Decoder, config: EngineConfig, slots: int, tokens: int, graphs: bool) -> None:
         self.decoder = decoder
         self.pages = -(-tokens // PAGE)
-        kv = KVCache(decoder.spec, slots * self.pages + 1, PAGE, decoder.device, kv_dtype(config, decoder.dtype))
+        dtype = kv_dtype(config, decoder.dtype)
+        kv = KVCache(decoder.spec, slots * self.pages + 1, PAGE, decoder.device, dtype, decoder.dtype)
         kv.storage.view(torch.uint8).random_(0, 32)  # small numbers, not zeros, which run faster
         self.runner = Runner(decoder, kv, slots, self.pages)
         self.state = SamplerState(slots, decoder.spec.vocab, (), decoder.device)
@@ -49,6 +51,7 @@ class Bench:
         self.stepper = Stepper(self.runner, drawer, self.graphs)
         self.order = np.random.default_rng(0).permutation(slots * self.pages).astype(np.int32)
 
+    @torch.inference_mode()
     def seat(self, batch: int, length: int, params: SamplingParams) -> np.ndarray:
         """Seat `batch` sequences of `length` tokens in random pages; returns their slots."""
         none = np.empty(0, dtype=np.int32)
@@ -127,13 +130,13 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--trace", action="store_true", help="print what a step is made of")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s")
-    parser.add_argument("--tflops", type=float, default=790)
     parser.add_argument("--json", help="write the figures to this file")
+    add_limit_flags(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("perf.decode needs a GPU; perf.cpu is the CPU's")
-    limits = Limits(args.bandwidth * 1e12, args.tflops * 1e12)
+    limits = limits_of(args)
+    print(f"{torch.cuda.get_device_name()}, {told(limits)}")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(write_shape(args.shape, Path(folder)))
         config = EngineConfig(
@@ -151,7 +154,10 @@ def main() -> None:
 
 def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argparse.Namespace) -> dict[str, Any]:
     params = SamplingParams(temperature=args.temperature, max_new_tokens=None, seed=0, ignore_eos=True)
-    spec, results = decoder.spec, {"shape": args.shape, "context": args.context, "decode": [], "prefill": []}
+    spec, results = (
+        decoder.spec,
+        {"shape": args.shape, "context": args.context, "limits": told(limits), "decode": [], "prefill": []},
+    )
     tokens = args.context + 2 * args.steps + 16
     prompts = max(1, args.prefill_tokens // args.prefill) if args.prefill else 0
     bench = Bench(decoder, config, max([*args.batch, prompts]), max(tokens, args.prefill), not args.no_graph)
@@ -161,7 +167,7 @@ def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argpar
         floor = prompts * prefill_seconds(spec, args.prefill, limits)
         print(
             f"prefill of {prompts} x {args.prefill} tokens: {1e3 * seconds:.1f} ms, "
-            f"{prompts * args.prefill / seconds:.0f} tok/s, share of {args.tflops:.0f} TFLOP/s {floor / seconds:.3f}"
+            f"{prompts * args.prefill / seconds:.0f} tok/s, {floor / seconds:.3f} of the limit"
         )
         results["prefill"] = [
             {"prompt": args.prefill, "prompts": prompts, "seconds": seconds, "share": floor / seconds}

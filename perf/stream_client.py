@@ -27,6 +27,8 @@ class Record(msgspec.Struct):
     start: float = 0.0
     times: list[float] = []
     """Arrival of each event with new output."""
+    counts: list[int] = []
+    """Output tokens up to and with each of `times`; empty where the server does not say."""
     end: float = 0.0
     """Arrival of the last event of a choice (its finish reason)."""
     wanted_tokens: int = 0
@@ -60,12 +62,15 @@ class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    """vLLM's extension, asked for by `return_token_ids`: the new ones."""
 
     @property
     def has_output(self) -> bool:
         """Whether a client sees something new; the role and an empty finish chunk are no output."""
         delta = self.delta
-        return bool(self.text or (delta and (delta.content or delta.reasoning_content or delta.tool_calls)))
+        said = delta and (delta.content or delta.reasoning_content or delta.tool_calls)
+        return bool(self.text or self.token_ids or said)
 
 
 class _Event(msgspec.Struct):
@@ -85,6 +90,7 @@ class Reply:
         self._done = False
         self._finished = False
         self._counted = False
+        self._ids = 0
 
     def feed(self, data: bytes, now: float) -> None:
         """Take body bytes, cut anywhere, that arrived at `now`."""
@@ -128,11 +134,15 @@ class Reply:
             self._finished |= any(choice.finish_reason is not None for choice in event.choices)
             if any(choice.has_output for choice in event.choices):
                 self.record.times.append(now)
+                self._ids += sum(len(choice.token_ids or ()) for choice in event.choices)
+                if self._ids:
+                    self.record.counts.append(self._ids)
         if event.meta_info is not None:
             self.record.end = now
             self._finished |= event.meta_info.finish_reason is not None
             if event.meta_info.completion_tokens > self.record.completion_tokens:
                 self.record.times.append(now)
+                self.record.counts.append(event.meta_info.completion_tokens)
         usage = event.usage or event.meta_info
         if usage is not None:
             self._count(usage)

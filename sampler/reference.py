@@ -264,14 +264,14 @@ def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64])
     drawn.top_logprobs = logprobs.new_full((rows, n), math.nan)
     if not n:
         return
-    top_ids = _top_ids(logprobs, n)
+    top_ids = most_likely(logprobs, n)
     asked = torch.from_numpy(wanted[wanted >= 0]).to(logits.device)[:, None]
     beyond = torch.arange(n, device=logits.device) >= asked
     drawn.top_logprobs[index] = logprobs.gather(1, top_ids).masked_fill(beyond, math.nan)
     drawn.top_ids[index] = top_ids.to(torch.int32).masked_fill(beyond, -1)
 
 
-def _top_ids(values: Tensor, n: int) -> Tensor:
+def most_likely(values: Tensor, n: int) -> Tensor:
     """Return the ids of the n largest values, the lower id first among equals, int64 [rows, n].
 
     They lie in the n blocks with the largest maxima (lower blocks first among equals), so only these are ranked.
@@ -286,7 +286,7 @@ def _top_ids(values: Tensor, n: int) -> Tensor:
 
 
 def _rank(values: Tensor, ids: Tensor, n: int) -> Tensor:
-    """_top_ids among candidates: values float32 and their ids int64, [rows, candidates] each.
+    """most_likely among candidates: values float32 and their ids int64, [rows, candidates] each.
 
     torch.topk breaks ties anyhow, and bfloat16 logits are full of them: so its keys are made distinct, with the
     float32's order in the upper half and the id, turned round, in the lower.

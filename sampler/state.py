@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .params import SamplingParams
+from .params import MAX_BIASES, MAX_STOP_IDS, SamplingParams
 from .philox import row_keys
 from .race import id_terms
+from .upload import upload
 
 WEIGHT_BITS: Final = 40
 """Weights of tokens are integers in units of 2**-40 of the most likely token's (see reference.py)."""
@@ -27,8 +28,16 @@ NO_ID: Final = -1
 AHEAD: Final = 64
 """Keys of draws are computed for this many positions at once: one call costs as much as for one."""
 
-INTS: Final = ("seed", "top_k", "top_p", "min_weight", "min_until")
+INTS: Final = ("seed", "top_k", "top_p", "min_weight", "min_until", "needs", "logprobs")
 FLOATS: Final = ("inverse_temperature", "repetition", "frequency", "presence")
+
+GREEDY: Final = 1
+PENALTY: Final = 2
+BIAS: Final = 4
+FILTERED: Final = 8
+"""Bits of `needs`."""
+IN_PROMPT: Final = 1 << 14
+"""Bit of a mark; those below count the token in the output."""
 
 
 @dataclass(slots=True)
@@ -70,31 +79,48 @@ class Flags:
 
 
 class SamplerState:
-    """Sampling parameters, token counts and biases of every slot.
+    """Sampling parameters, token counts and biases of every slot, and of one more, `max_slots`, that is never admitted:
+    the padding of CUDA graphs' batches, greedy.
 
-    `ints` int64 [slots, 5] and `floats` float32 [slots, 4] have a column for each name in INTS and FLOATS:
+    `ints` int64 [slots, 7] and `floats` float32 [slots, 4] have a column for each name in INTS and FLOATS:
     seed; top_k (0: off); top_p in units of 2**-24 (2**24: off); min_weight, min_p in units of 2**-40; min_until, the
-    position from which stop tokens are allowed. `stop_ids` int64 [slots, n]: tokens that end the request, padded
-    with -1. `id_terms` int32 [vocab]: race.id_terms. On first use: `output_counts` int32 and `seen` (in prompt or
-    output) bool [slots, vocab]; `bias_ids` int64 and `bias_values` float32 [slots, n], padded with id 0 and value 0.
+    position from which stop tokens are allowed; needs, bits; logprobs, how many, -1 none. `stop_ids` int64 [slots, n]:
+    tokens that end the request, padded with -1. `id_terms` int32 [vocab]: race.id_terms. On first use: `output_counts`
+    int32 and `seen` (in prompt or output) bool [slots, vocab]; `bias_ids` int64 and `bias_values` float32 [slots, n],
+    padded with id 0 and value 0.
+    `static` (a GPU's): all tables are there from the start, at their full width and fixed addresses, for kernels in
+    CUDA graphs; bias_ids are padded with -1, and in the place of counts and seen is `marks` int16 [slots, vocab]:
+    IN_PROMPT and the count in the output.
     """
 
-    def __init__(self, max_slots: int, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        max_slots: int,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        device: torch.device,
+        static: bool | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self.static = device.type == "cuda" if static is None else static
         self._eos = tuple(i for i in eos_ids if i < vocab_size)  # others are never drawn
         self.eos_ids = torch.tensor(self._eos, dtype=torch.int64, device=device)
-        self.ints = torch.zeros(max_slots, len(INTS), dtype=torch.int64, device=device)
-        self.floats = torch.ones(max_slots, len(FLOATS), dtype=torch.float32, device=device)
-        self.stop_ids = torch.full((max_slots, max(1, len(eos_ids))), NO_ID, dtype=torch.int64, device=device)
-        self.bias_ids = torch.zeros(max_slots, 0, dtype=torch.int64, device=device)
-        self.bias_values = torch.zeros(max_slots, 0, dtype=torch.float32, device=device)
+        rows, biases = max_slots + 1, MAX_BIASES if self.static else 0
+        self.ints = torch.zeros(rows, len(INTS), dtype=torch.int64, device=device)
+        self.ints[:, INTS.index("needs")] = GREEDY
+        self.floats = torch.ones(rows, len(FLOATS), dtype=torch.float32, device=device)
+        stops = MAX_STOP_IDS + len(self._eos) if self.static else max(1, len(eos_ids))
+        self.stop_ids = torch.full((rows, stops), NO_ID, dtype=torch.int64, device=device)
+        self.bias_ids = torch.full((rows, biases), NO_ID if self.static else 0, dtype=torch.int64, device=device)
+        self.bias_values = torch.zeros(rows, biases, dtype=torch.float32, device=device)
+        self.marks = torch.zeros(rows, vocab_size if self.static else 0, dtype=torch.int16, device=device)
         self.output_counts: Tensor | None = None
         self.seen: Tensor | None = None
         self.id_terms = id_terms(vocab_size, device)
         # The keys of a block of positions, and the block's number in the last column.
-        self._ahead = torch.full((max_slots, AHEAD + 1), -1, dtype=torch.int64, device=device)
-        self.flags = Flags.empty(max_slots)
+        self._ahead = torch.full((rows, AHEAD + 1), -1, dtype=torch.int64, device=device)
+        self.flags = Flags.empty(rows)
 
     def admit(
         self,
@@ -118,7 +144,7 @@ class SamplerState:
         stops = params.stop_token_ids if params.ignore_eos else (*self._eos, *params.stop_token_ids)
         self.stop_ids = _set_padded(self.stop_ids, slot, list(stops), NO_ID)
         if params.logit_bias:
-            self.bias_ids = _set_padded(self.bias_ids, slot, list(params.logit_bias), 0)
+            self.bias_ids = _set_padded(self.bias_ids, slot, list(params.logit_bias), NO_ID if self.static else 0)
             self.bias_values = _set_padded(self.bias_values, slot, list(params.logit_bias.values()), 0.0)
         if params.has_penalty:
             self._set_counts(slot, prompt_ids, output_ids)
@@ -127,12 +153,6 @@ class SamplerState:
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
         top_p = round(params.top_p * (1 << SHARE_BITS))
         min_until = prompt_length + params.min_new_tokens if params.min_new_tokens else 0
-        ints = (params.seed, top_k, top_p, int(params.min_p * (1 << WEIGHT_BITS)), min_until)
-        temperature = 1.0 if params.greedy else params.temperature
-        floats = (1 / temperature, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        self.ints[slot] = torch.tensor(ints, dtype=torch.int64)
-        self.floats[slot] = torch.tensor(floats, dtype=torch.float32)
-        self._ahead[slot, AHEAD] = -1  # those were another seed's
         flags = self.flags
         flags.greedy[slot] = params.greedy
         flags.penalty[slot] = params.has_penalty
@@ -140,14 +160,35 @@ class SamplerState:
         flags.filtered[slot] = not params.greedy and bool(top_k or params.top_p < 1 or params.min_p > 0)
         flags.min_until[slot] = min_until
         flags.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        needs = GREEDY * params.greedy + PENALTY * params.has_penalty + BIAS * bool(params.logit_bias)
+        needs += FILTERED * bool(flags.filtered[slot])
+        min_weight = int(params.min_p * (1 << WEIGHT_BITS))
+        ints = (params.seed, top_k, top_p, min_weight, min_until, needs, int(flags.logprobs[slot]))
+        temperature = 1.0 if params.greedy else params.temperature
+        floats = (1 / temperature, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self.ints[slot] = upload(np.array(ints, dtype=np.int64), self.device)
+        self.floats[slot] = upload(np.array(floats, dtype=np.float32), self.device)
+        self._ahead[slot, AHEAD] = -1  # those were another seed's
 
     def _set_counts(self, slot: int, prompt_ids: npt.NDArray[np.int32], output_ids: npt.NDArray[np.int32]) -> None:
+        if self.static:
+            self._set_marks(slot, prompt_ids, output_ids)
+            return
         counts, seen = self._tables()
         output = torch.from_numpy(output_ids.astype(np.int64))  # a copy: the caller's array may alias a ring
         prompt = torch.from_numpy(prompt_ids.astype(np.int64))
         counts[slot] = torch.bincount(output, minlength=self.vocab_size).to(self.device, torch.int32)
         seen[slot] = False
         seen[slot, torch.cat((prompt, output)).to(self.device)] = True
+
+    def _set_marks(self, slot: int, prompt_ids: npt.NDArray[np.int32], output_ids: npt.NDArray[np.int32]) -> None:
+        drawn, counts = np.unique(output_ids, return_counts=True)
+        ids = np.union1d(prompt_ids, drawn).astype(np.int64)
+        marks = np.where(np.isin(ids, prompt_ids), IN_PROMPT, 0)
+        marks[np.searchsorted(ids, drawn)] += np.minimum(counts, IN_PROMPT - 1)
+        row = self.marks[slot]
+        row.zero_()
+        row.index_copy_(0, upload(ids, self.device), upload(marks.astype(np.int16), self.device))
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         if self.output_counts is None or self.seen is None:
@@ -195,5 +236,5 @@ def _set_padded(table: Tensor, slot: int, values: list[int] | list[float], paddi
     if missing > 0:
         table = torch.cat((table, table.new_full((len(table), missing), padding)), dim=1)
     row = [*values, *[padding] * (table.shape[1] - len(values))]
-    table[slot] = torch.tensor(row, dtype=table.dtype)
+    table[slot] = upload(np.array(row, dtype=np.int64 if table.dtype == torch.int64 else np.float32), table.device)
     return table

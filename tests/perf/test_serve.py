@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from actorserve.perf import serve
+from actorserve.perf.figures import peak_concurrency
 from actorserve.perf.stream_client import Client, Record, Reply
 
 DONE = b"data: [DONE]\n\n"
@@ -207,7 +208,7 @@ def test_one_token_has_no_tpot():
 def test_peak_concurrency():
     spans = [(0, 4), (1, 3), (2, 5), (3, 6), (5, 7)]
     records = [record(i, float(a), [float(b)], 1) for i, (a, b) in enumerate(spans)]
-    assert serve.peak_concurrency(records) == 3  # at 2: the first three; at 3 one leaves as another comes
+    assert peak_concurrency(records) == 3  # at 2: the first three; at 3 one leaves as another comes
 
 
 # ------------------------------------------------------------------ the workload

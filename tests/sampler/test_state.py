@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from actorserve.sampler.params import SamplingParams as P
 from actorserve.sampler.philox import row_keys
 from actorserve.sampler.reference import sample
-from actorserve.sampler.state import AHEAD, FLOATS, INTS, SamplerState
+from actorserve.sampler.state import AHEAD, BIAS, FILTERED, FLOATS, INTS, PENALTY, SamplerState
 
 VOCAB = 24
 NONE = np.empty(0, np.int32)
@@ -41,7 +41,8 @@ def test_columns_hold_the_parameters_in_their_units():
     state = new_state()
     state.admit(1, EVERYTHING, ids(7, 7, 8), NONE, 3, 0)
     ints = dict(zip(INTS, state.ints[1].tolist(), strict=True))
-    assert ints == {"seed": 9, "top_k": 3, "top_p": 1 << 23, "min_weight": 1 << 38, "min_until": 7}
+    needs = {"needs": PENALTY | BIAS | FILTERED, "logprobs": -1 if EVERYTHING.logprobs is None else EVERYTHING.logprobs}
+    assert ints == {"seed": 9, "top_k": 3, "top_p": 1 << 23, "min_weight": 1 << 38, "min_until": 7} | needs
     floats = dict(zip(FLOATS, state.floats[1].tolist(), strict=True))
     assert floats == {"inverse_temperature": 2.0, "repetition": 1.5, "frequency": 1.0, "presence": 1.0}
     assert sorted(state.stop_ids[1].tolist()) == [2, 3, 4, 5, 6]

@@ -1,7 +1,7 @@
 """Host arrays to the device without waiting for it.
 
-Used by everything that hands a step its inputs. A copy from pageable memory makes the host wait for the stream; one
-from pinned memory does not, and torch keeps a pinned block until the copy that reads it is done.
+Used by everything in sampler/ and models/ that hands a step its inputs. A copy from pageable memory makes the host wait
+for the stream; one from pinned memory does not, and torch keeps a pinned block until the copy that reads it is done.
 """
 
 import numpy as np

@@ -1,0 +1,266 @@
+"""The memory ledger of one GPU: what weights, batch and buffers take, and how many KV pages are left for.
+
+Pure arithmetic over a Spec, no torch: `actorserve plan` prints it, actors/memory.py puts measured numbers in the place
+of estimated ones. Memory is of three kinds:
+  static     there from start to end: CUDA context, weights, sampler tables, slot arrays, and the KV pages
+  transient  comes and goes with a forward, or lies in the pools of its CUDA graphs: activations, logits, workspaces
+  free       what is left
+`--mem-fraction-static` f, as in SGLang, bounds the static part: KV = f * total - other static. The rest, (1 - f) *
+total, is for the transient part; where that needs more than the rest, the KV pages shrink so that both fit.
+Invariant: the rows of a Ledger add up to its total.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from ..config import EngineConfig
+from ..errors import StartupError
+from .spec import Spec
+
+GIB: Final = 1 << 30
+MIB: Final = 1 << 20
+ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1}
+FRACTION: Final = {"cpu": 0.25, "cuda": 0.88}
+"""Default of --mem-fraction-static."""
+SLOTS: Final = {"cpu": 64, "cuda": 256}
+"""Default of --max-running-requests."""
+CHUNK: Final = {"cpu": 256, "cuda": 8192}
+"""Default of --chunked-prefill-size."""
+
+LADDER: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Batch sizes with a CUDA graph of their own."""
+
+SCRATCH_PAGES: Final = 1
+"""Pages beside those of requests: padding rows write there."""
+CONTEXT_BYTES: Final = 768 * MIB
+"""CUDA context, loaded kernels, cuBLAS workspace."""
+WORKSPACE_BYTES: Final = 256 * MIB
+"""Attention: FlashInfer's float and integer workspaces, partial results of split-KV decode."""
+GRAPH_NODE_BYTES: Final = 32 << 10
+"""What the driver keeps per kernel of an instantiated graph."""
+KERNELS_PER_LAYER: Final = 9
+SLACK: Final = 1.1
+"""The allocator rounds blocks up and leaves gaps between them."""
+
+Kind = Literal["static", "transient", "free"]
+
+
+def sharded(spec: Spec, ranks: int) -> Spec:
+    """The part of a model that one of `ranks` tensor parallel GPUs holds. Raises StartupError if it does not divide."""
+    if ranks == 1:
+        return spec
+    shares_kv = spec.kv_heads % ranks == 0 or ranks % spec.kv_heads == 0
+    if spec.heads % ranks or spec.inter % ranks or not shares_kv:
+        raise StartupError(
+            f"--tp-size {ranks} does not divide {spec.heads} attention heads, {spec.kv_heads} KV heads and the "
+            f"MLP's {spec.inter} columns"
+        )
+    return replace(
+        spec,
+        heads=spec.heads // ranks,
+        kv_heads=max(1, spec.kv_heads // ranks),
+        inter=spec.inter // ranks,
+        vocab=-(-spec.vocab // ranks),
+    )
+
+
+def parameters(spec: Spec) -> int:
+    """Number of weights that `weights.allocate` makes."""
+    q, kv, h = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.hidden
+    attention = h * (q + 2 * kv) + q * h + (q + 2 * kv) * spec.qkv_bias + h * spec.o_bias
+    mlp = 3 * h * spec.inter + (2 * spec.inter + h) * spec.mlp_bias
+    qk_norm = q + kv if spec.qk_norm is not None else 0
+    tables = spec.vocab * h * (1 if spec.tied else 2)
+    return tables + h + spec.layers * (2 * h + attention + mlp + qk_norm)
+
+
+def page_bytes(spec: Spec, page_size: int, itemsize: int) -> int:
+    """Memory of one KV page over all layers, keys and values."""
+    return spec.layers * page_size * 2 * spec.kv_heads * spec.head_dim * itemsize
+
+
+def activation_bytes(spec: Spec, tokens: int, itemsize: int) -> int:
+    """Peak of a forward of `tokens`, its logits aside.
+
+    The residual stream and its normed copy live throughout; beside them either the MLP's gate, up and their product,
+    or queries, keys, values and the heads' outputs.
+    """
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    widest = max(3 * spec.inter, 2 * q + 2 * kv + spec.hidden)
+    return int(tokens * (2 * spec.hidden + widest) * itemsize * SLACK)
+
+
+def logit_bytes(vocab: int, rows: int) -> int:
+    """Logits float32 [rows, vocab]."""
+    return 4 * rows * vocab
+
+
+def sampler_bytes(vocab: int, slots: int) -> int:
+    """The sampler's tables per slot: token counts int16 [slots, vocab], a bitmask of the vocabulary, small rows."""
+    return slots * (2 * vocab + 4 * -(-vocab // 32) + 4096)
+
+
+def slot_bytes(slots: int, pages_per_slot: int) -> int:
+    """The batch's arrays: page tables int32 [slots, pages] and four numbers a slot."""
+    return 4 * slots * (pages_per_slot + 4)
+
+
+def ladder(largest: int) -> list[int]:
+    """Return the batch sizes to capture, rising, the last being `largest`."""
+    return [b for b in LADDER if b < largest] + [largest]
+
+
+def graph_bytes(spec: Spec, rows: int, itemsize: int, graphs: int) -> int:
+    """CUDA graphs of the decode step: one pool for the largest batch, and what the driver keeps for each graph."""
+    if not graphs:
+        return 0
+    nodes = KERNELS_PER_LAYER * spec.layers + 12
+    return activation_bytes(spec, rows, itemsize) + graphs * nodes * GRAPH_NODE_BYTES
+
+
+def kv_budget(total: int, fraction: float, static: int, transient: int) -> int:
+    """Bytes for KV pages on a device of `total` bytes (module text); negative: so many bytes are lacking.
+
+    static: bytes in use for good, other processes' included. transient: the most that forwards and graphs take.
+    """
+    return min(int(fraction * total) - static, total - static - transient)
+
+
+def forward_tokens(config: EngineConfig, slots: int, device: str = "cuda") -> int:
+    """Tokens of the largest forward: a chunk of prompts, and a decode row of every slot."""
+    chunk = config.chunked_prefill_size or CHUNK[device]
+    return (chunk if chunk > 0 else config.max_prefill_tokens) + slots
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is to run on one GPU; sizes are of one rank."""
+
+    spec: Spec
+    """As sharded: what this GPU holds."""
+    vocab: int
+    """Of the whole model: logits are drawn from all of it."""
+    itemsize: int
+    """Bytes of a weight and of an activation."""
+    kv_itemsize: int
+    page_size: int
+    slots: int
+    """Requests that run at once."""
+    forward_tokens: int
+    context_length: int
+    graphs: int
+    """CUDA graphs that are kept; 0: none."""
+
+    @property
+    def page_bytes(self) -> int:
+        return page_bytes(self.spec, self.page_size, self.kv_itemsize)
+
+    @property
+    def pages_per_request(self) -> int:
+        """Pages of a request that fills the context."""
+        return -(-self.context_length // self.page_size)
+
+
+def demand_of(spec: Spec, config: EngineConfig, dtype: str, context_length: int) -> Demand:
+    """What `config` asks of each GPU, in the model's resolved `dtype`. Raises StartupError for a bad --tp-size."""
+    slots = config.max_running_requests or SLOTS["cuda"]
+    largest_graph = 0 if config.disable_cuda_graph else min(slots, config.cuda_graph_max_bs or slots)
+    kv = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    return Demand(
+        spec=sharded(spec, config.tp_size),
+        vocab=spec.vocab,
+        itemsize=ITEMSIZE[dtype],
+        kv_itemsize=ITEMSIZE[kv],
+        page_size=config.page_size,
+        slots=slots,
+        forward_tokens=forward_tokens(config, slots),
+        context_length=context_length,
+        graphs=len(ladder(largest_graph)) if largest_graph else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the ledger."""
+
+    name: str
+    bytes: int
+    kind: Kind
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """All memory of one GPU."""
+
+    total: int
+    rows: list[Row]
+    demand: Demand
+    pages: int
+    """KV pages that requests can use."""
+    missing: int
+    """Bytes that lack for a page, or for --max-total-tokens; 0: it fits."""
+    limited_by: Literal["memory", "requests", "setting"]
+    """Why there are no more pages: memory, all slots at full context, or --max-total-tokens."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * self.demand.page_size
+
+    def requests_at(self, length: int) -> int:
+        """How many requests of `length` tokens, prompt and output, have room at once."""
+        return self.pages // -(-length // self.demand.page_size)
+
+
+def estimate(demand: Demand) -> list[Row]:
+    """The rows of a demand without its KV pages, by formula."""
+    spec = demand.spec
+    weights = parameters(spec)
+    arrays = slot_bytes(demand.slots + 1, demand.pages_per_request)
+    kernels = graph_bytes(spec, demand.slots, demand.itemsize, demand.graphs)
+    return [
+        Row("CUDA context, libraries", CONTEXT_BYTES, "static", "reserve"),
+        Row("weights", weights * demand.itemsize, "static", f"{weights:,} of {demand.itemsize} bytes"),
+        Row("sampler tables", sampler_bytes(demand.vocab, demand.slots + 1), "static", "counts and masks per slot"),
+        Row("slot arrays", arrays, "static", f"page tables of {demand.slots:,} slots"),
+        Row(
+            "activations",
+            activation_bytes(spec, demand.forward_tokens, demand.itemsize),
+            "transient",
+            f"one forward of {demand.forward_tokens:,} tokens",
+        ),
+        Row(
+            "logits",
+            logit_bytes(demand.vocab, demand.slots),
+            "transient",
+            f"float32 [{demand.slots:,}, {demand.vocab:,}]",
+        ),
+        Row("attention workspace", WORKSPACE_BYTES, "transient", "reserve"),
+        Row("CUDA graphs", kernels, "transient", f"{demand.graphs} batch sizes" if demand.graphs else "off"),
+    ]
+
+
+def balance(total: int, fraction: float, demand: Demand, max_total_tokens: int | None = None) -> Ledger:
+    """The ledger of a demand on a GPU of `total` bytes."""
+    rows = estimate(demand)
+    static = sum(row.bytes for row in rows if row.kind == "static")
+    transient = sum(row.bytes for row in rows if row.kind == "transient")
+    budget = kv_budget(total, fraction, static, transient)
+    most = budget // demand.page_bytes - SCRATCH_PAGES
+    useful = demand.slots * demand.pages_per_request
+    wanted = None if max_total_tokens is None else -(-max_total_tokens // demand.page_size)
+    pages = max(0, min(most, useful if wanted is None else wanted))
+    missing = max(0, ((wanted or 1) + SCRATCH_PAGES) * demand.page_bytes - budget)
+    limit: Literal["memory", "requests", "setting"] = "memory"
+    if pages < most:
+        limit = "requests" if wanted is None else "setting"
+    kv = (pages + SCRATCH_PAGES) * demand.page_bytes
+    note = f"{pages:,} of {demand.page_size} tokens"
+    at = sum(row.kind == "static" for row in rows)
+    rows.insert(at, Row("KV pages", kv, "static", note))
+    rows.append(Row("left", total - static - transient - kv, "free"))
+    return Ledger(total, rows, demand, pages, missing, limit)

@@ -1,0 +1,195 @@
+"""Throughput of the whole engine without HTTP: requests of random token ids through the embedded Engine.
+
+    python -m actorserve.perf.offline --model qwen2-7b --num-prompts 512 --input-len 1024 --output-len 512 \\
+        --max-running-requests 256
+
+Takes the flags of `actorserve run` as well. --model may be a known shape, which gets dummy weights. All requests are
+submitted at once and go on to their full length; the engine is in processes of its own (--placement inline: a thread).
+Warm-up first: batches of every size, so that graphs are captured, and a long prefill. Field names are those of vLLM's
+`bench throughput`. The floor is perf.roofline's `workload_seconds` with the same lengths and the same most running.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from actorserve import Engine
+from actorserve.config import EngineConfig
+from actorserve.flags import Formatter, Parser, add_config_flags, config_from
+from actorserve.models.ledger import SLOTS
+from actorserve.models.shapes import KNOWN
+from actorserve.perf.processes import CpuShares
+from actorserve.perf.roofline import add_limit_flags, limits_of, spec_of_model, workload_seconds
+from actorserve.perf.shapes import model_folder
+from actorserve.sampler.params import SamplingParams
+
+FIRST_ID = 256
+"""The lowest ids are often special tokens."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, EngineConfig]:
+    """The benchmark's own flags, and the engine's settings."""
+    p = Parser(prog="python -m actorserve.perf.offline", description=__doc__, formatter_class=Formatter)
+    group = p.add_argument_group("workload")
+    group.add_argument("--num-prompts", type=int, default=512)
+    group.add_argument("--input-len", type=int, default=1024)
+    group.add_argument("--output-len", type=int, default=512)
+    group.add_argument("--random-range-ratio", type=float, default=1.0, help="lengths uniform in [ratio * len, len]")
+    group.add_argument("--temperature", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--repeat", type=int, default=1, help="runs after the warm-up; the median is reported")
+    group.add_argument("--no-warmup", action="store_true")
+    group.add_argument("--json", metavar="FILE", help="write the figures there too")
+    add_limit_flags(p)
+    add_config_flags(p)
+    args = p.parse_args(arguments)
+    if min(args.num_prompts, args.input_len, args.output_len, args.repeat) < 1 or not 0 <= args.random_range_ratio <= 1:
+        p.error("counts and lengths must be above 0, the range ratio between 0 and 1")
+    return args, config_from(args, p)
+
+
+def settings_of(args: argparse.Namespace, config: EngineConfig, folder: str) -> dict[str, Any]:
+    """The Engine's keyword arguments: those given, and what a run on random token ids needs."""
+    given = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if hasattr(args, name)}
+    if config.model in KNOWN:
+        given |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    most = max(args.num_prompts, SLOTS["cuda"], config.max_running_requests or 0)
+    given["max_queued_requests"] = max(config.max_queued_requests, most)
+    return {"log_level": "warning"} | given | {"model": folder}
+
+
+def lengths_of(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(prompt, output) tokens of each request."""
+    rng = random.Random(args.seed)
+
+    def draw(longest: int) -> int:
+        return rng.randint(max(1, int(longest * args.random_range_ratio)), longest)
+
+    return [(draw(args.input_len), draw(args.output_len)) for _ in range(args.num_prompts)]
+
+
+async def serve_all(engine: Engine, lengths: Sequence[tuple[int, int]], temperature: float, seed: int) -> list[int]:
+    """Run one request per length, all at once; returns the output tokens of each. No text, no stop at EOS."""
+    rng = random.Random(seed)
+    size = engine.model.vocab_size
+    low = min(FIRST_ID, size // 2)
+
+    async def one(tokens: int, output: int) -> int:
+        ids = rng.choices(range(low, size), k=tokens)
+        params = SamplingParams(
+            max_new_tokens=output, ignore_eos=True, temperature=temperature, seed=rng.getrandbits(32)
+        )
+        return len((await engine.generate(ids, params)).ids)
+
+    return await asyncio.gather(*(one(tokens, output) for tokens, output in lengths))
+
+
+def warmup_lengths(args: argparse.Namespace, running: int) -> list[tuple[int, int]]:
+    """Short requests that end one after another, so that the batch has every size once, and a few long prompts."""
+    count = min(running, args.num_prompts)
+    long = min(count, max(1, 16384 // args.input_len))
+    return [(args.input_len if i < long else min(16, args.input_len), 1 + i) for i in range(count)]
+
+
+async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -> dict[str, Any]:
+    """Start the engine, warm up, run; returns the figures without floors."""
+    lengths = lengths_of(args)
+    began = time.perf_counter()
+    async with Engine(**settings_of(args, config, folder)) as engine:
+        startup = time.perf_counter() - began
+        first = await engine.generate([FIRST_ID], SamplingParams(max_new_tokens=1, ignore_eos=True))
+        assert len(first.ids) == 1
+        first_token = time.perf_counter() - began
+        running = config.max_running_requests or SLOTS["cuda"]
+        if not args.no_warmup:
+            await serve_all(engine, warmup_lengths(args, running), args.temperature, args.seed + 1_000_003)
+        runs = [await timed(engine, args, lengths, args.seed + run) for run in range(args.repeat)]
+    runs.sort(key=lambda run: run["elapsed_time"])
+    middle = runs[len(runs) // 2]
+    seconds = middle["elapsed_time"]
+    prompt_tokens, output_tokens = sum(i for i, _ in lengths), sum(o for _, o in lengths)
+    return {
+        **middle,
+        "all_elapsed_times": [run["elapsed_time"] for run in runs],
+        "num_requests": len(lengths),
+        "max_running_requests": running,
+        "total_input_tokens": prompt_tokens,
+        "total_output_tokens": output_tokens,
+        "total_num_tokens": prompt_tokens + output_tokens,
+        "requests_per_second": len(lengths) / seconds,
+        "output_throughput": output_tokens / seconds,
+        "tokens_per_second": (prompt_tokens + output_tokens) / seconds,
+        "startup_seconds": startup,
+        "first_token_seconds": first_token,
+    }
+
+
+async def timed(engine: Engine, args: argparse.Namespace, lengths: list[tuple[int, int]], seed: int) -> dict[str, Any]:
+    """One run. Raises SystemExit if an output has not its full length."""
+    used = _own_cpu()
+    with CpuShares(engine._root.pid if engine._root is not None else None) as cpu:
+        began = time.perf_counter()
+        counts = await serve_all(engine, lengths, args.temperature, seed)
+        seconds = time.perf_counter() - began
+    if counts != [output for _, output in lengths]:
+        raise SystemExit("some outputs have another length than asked")
+    return {"elapsed_time": seconds, "cpu_shares": {"client": (_own_cpu() - used) / seconds, **cpu.shares}}
+
+
+def _own_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def add_floor(figures: dict[str, Any], args: argparse.Namespace, model: str) -> None:
+    """Add the floor of the same workload and the share of it that was reached."""
+    running = figures["max_running_requests"]
+    floor = workload_seconds(spec_of_model(model), lengths_of(args), running, limits_of(args), args.kv_bytes)
+    figures["floor_seconds"] = floor
+    figures["share_of_floor"] = floor / figures["elapsed_time"]
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures for people."""
+    rows = [
+        ("requests", "num_requests", ",.0f"),
+        ("at most running", "max_running_requests", ",.0f"),
+        ("seconds", "elapsed_time", ",.2f"),
+        ("requests/s", "requests_per_second", ",.2f"),
+        ("output tokens/s", "output_throughput", ",.0f"),
+        ("total tokens/s", "tokens_per_second", ",.0f"),
+        ("floor, seconds", "floor_seconds", ",.2f"),
+        ("share of the floor", "share_of_floor", ".3f"),
+        ("start, seconds", "startup_seconds", ",.1f"),
+        ("start to first token", "first_token_seconds", ",.1f"),
+    ]
+    lines = [f"{title:<22}{figures[key]:>12{form}}" for title, key, form in rows]
+    if len(figures["all_elapsed_times"]) > 1:
+        lines.append("all runs, seconds     " + "  ".join(f"{s:.2f}" for s in figures["all_elapsed_times"]))
+    shares = "  ".join(f"{name} {share:.2f}" for name, share in figures["cpu_shares"].items())
+    return "\n".join([*lines, f"cores used: {shares}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    args, config = parse(arguments)
+    with model_folder(config.model or "smollm2-135m") as folder:
+        figures = asyncio.run(measure(args, config, folder))
+        add_floor(figures, args, folder)
+    print(report(figures))
+    if args.json:
+        told = {"arguments": sys.argv[1:] if arguments is None else list(arguments), **figures}
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(msgspec.to_builtins(told), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Drawer: the sampler as a step of the engine uses it, the reference on a CPU and the fused kernels on a GPU.
+
+Used by the sampler actor and by perf. Invariant: both draw the same tokens (fused.py says how nearly).
+"""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from .reference import Sampled, sample
+from .state import SamplerState
+
+if TYPE_CHECKING:
+    from .fused import Mode
+
+
+class Drawer:
+    """Draws for the slots of `state`, at most `max_rows` at once."""
+
+    def __init__(self, state: SamplerState, max_rows: int) -> None:
+        self.state = state
+        self.fused = None
+        if state.device.type == "cuda":
+            from .fused import FusedSampler
+
+            self.fused = FusedSampler(state, max_rows)
+
+    def mode(self, host_slots: npt.NDArray[np.int64]) -> Hashable:
+        """Return which work the slots' parameters need: what a CUDA graph must be captured for."""
+        return None if self.fused is None else self.fused.mode_of(host_slots)
+
+    def draw(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        mode: Hashable,
+        host_slots: npt.NDArray[np.int64] | None = None,
+    ) -> Sampled:
+        """Draw a token per row: logits [rows, vocab], slots and positions [rows], `mode` of these slots.
+
+        On a CPU `host_slots` is needed. On a GPU nothing is waited for, and the result lives until the next draw.
+        """
+        if self.fused is None:
+            return sample(logits, slots, positions, self.state, host_slots=host_slots)
+        return self.fused.draw(logits, slots, positions, cast("Mode", mode))

@@ -1,0 +1,163 @@
+"""The attention backends of GPUs against softmax attention written out in float32; on a CPU, Triton's interpreter."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+from actorserve.errors import StartupError
+from actorserve.models.attention import TorchAttention, make_backend
+from actorserve.models.batch import Batch, Chunk
+from actorserve.models.kv_cache import KVCache
+from actorserve.models.spec import Spec
+
+pytest.importorskip("triton")
+from actorserve.models.triton_attention import PROGRAMS, TritonAttention, splits_for
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+PAGE = 16
+LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest relative error: of float32 sums, and of 16-bit inputs to the second product."""
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+def spec_of(group: int, kv_heads: int, head_dim: int, window: int | None = None, cap: float | None = None) -> Spec:
+    return Spec(
+        vocab=10, hidden=8, layers=1, heads=group * kv_heads, kv_heads=kv_heads, head_dim=head_dim, inter=4,
+        windows=() if window is None else (window,), attn_softcap=cap,
+    )  # fmt: skip
+
+
+class Case:
+    """Sequences in random pages; decode rows pick some, chunks extend others."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, decode: list[int], chunks: list[tuple[int, int]], seed: int = 0):
+        torch.manual_seed(seed)
+        self.spec = spec
+        self.lengths = [*decode, *(start + length for start, length in chunks)]
+        counts = [-(-n // PAGE) for n in self.lengths]
+        order = torch.randperm(sum(counts) + 3, dtype=torch.int32)
+        parts = torch.split(order[: sum(counts)], counts)
+        self.kv = KVCache(spec, len(order), PAGE, DEVICE, dtype)
+        self.kv.storage.fill_(float("nan"))  # what no sequence owns must not enter
+        for pages, length in zip(parts, self.lengths, strict=True):
+            at = (pages.long()[:, None] * PAGE + torch.arange(PAGE)).flatten()[:length].to(DEVICE)
+            self.kv.rows[0][at] = torch.randn(length, 2, spec.kv_heads, spec.head_dim, device=DEVICE).to(dtype)
+        self.parts = [p.to(DEVICE) for p in parts]
+        rows = torch.randperm(len(decode) + 2)[: len(decode)]  # rows of a larger table, in any order
+        tables = torch.full((len(decode) + 2, max([*counts[: len(decode)], 1])), len(order) - 1, dtype=torch.int32)
+        for row, pages in zip(rows.tolist(), parts, strict=False):
+            tables[row, : len(pages)] = pages
+        tokens = len(decode) + sum(length for _, length in chunks)
+        empty = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+        self.batch = Batch(
+            ids=empty, positions=empty, kv_slots=empty, decode_tables=tables.to(DEVICE),
+            decode_rows=rows.int().to(DEVICE), decode_lengths=torch.tensor(decode, dtype=torch.int32, device=DEVICE),
+            max_decode_length=max(decode, default=0), logit_rows=None,
+            chunks=[
+                Chunk(start, length, pages)
+                for (start, length), pages in zip(chunks, self.parts[len(decode) :], strict=True)
+            ],
+        )  # fmt: skip
+        heads = spec.heads + 2 * spec.kv_heads
+        self.q = torch.randn(tokens, heads, spec.head_dim, device=DEVICE).to(dtype)[:, : spec.heads]  # a strided view
+        self.spans = [(i, n - 1, 1) for i, n in enumerate(decode)]
+        self.spans += [(len(decode) + i, start, length) for i, (start, length) in enumerate(chunks)]
+
+    def expected(self) -> torch.Tensor:
+        """Softmax attention in float32, sequence by sequence."""
+        spec, out, row = self.spec, [], 0
+        window = spec.window(0)
+        for number, start, length in self.spans:
+            at = (self.parts[number].long()[:, None] * PAGE + torch.arange(PAGE, device=DEVICE)).flatten()
+            k, v = self.kv.rows[0][at[: start + length]].float().repeat_interleave(spec.group, 2).unbind(1)
+            q = self.q[row : row + length].float()
+            scores = torch.einsum("qhd,khd->hqk", q, k) * spec.attention_scale
+            if spec.attn_softcap is not None:
+                scores = spec.attn_softcap * torch.tanh(scores / spec.attn_softcap)
+            distance = torch.arange(start, start + length)[:, None] - torch.arange(start + length)[None]
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            scores.masked_fill_(hidden.to(DEVICE), float("-inf"))
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+            row += length
+        return torch.cat(out)
+
+    def check(self, backend: object, limit: float) -> None:
+        plan = backend.plan(self.batch, self.kv, self.spec)  # type: ignore[attr-defined]
+        expected = self.expected()
+        for _ in range(2):  # the second time with what the first left in the workspace
+            got = plan.run(0, self.q)
+            assert got.dtype == self.q.dtype and got.shape == expected.shape
+            assert (got.float() - expected).norm() / expected.norm() < limit
+            assert (got.float() - expected).abs().max() < 20 * limit
+
+
+SHAPES = [(1, 2, 64), (4, 1, 128), (7, 2, 64), (8, 1, 256), (3, 2, 24)]
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(group: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    lengths = [1, 16, 17, 8192, 700, 64] if CUDA else [1, 16, 150]
+    Case(spec_of(group, kv_heads, head_dim), dtype, lengths, []).check(TritonAttention(), LIMIT[dtype])
+
+
+@pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 5.0), (33, 5.0), (1, None)])
+def test_window_and_softcap(window: int | None, cap: float | None) -> None:
+    spec = spec_of(2, 2, 32, window, cap)
+    Case(spec, torch.float32, [1, 19, 20, 21, 130], [(0, 45), (70, 30)]).check(TritonAttention(), 1e-5)
+
+
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), SHAPES[:3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_and_mixed_batches(group: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    chunks = [(0, 1000), (37, 1), (4000, 513)] if CUDA else [(0, 70), (37, 1), (40, 30)]
+    Case(spec_of(group, kv_heads, head_dim), dtype, [5, 40], chunks, seed=1).check(TritonAttention(), LIMIT[dtype])
+    Case(spec_of(group, kv_heads, head_dim), dtype, [], chunks[1:], seed=2).check(TritonAttention(), LIMIT[dtype])
+
+
+def test_more_rows_than_programs_are_not_split() -> None:
+    assert splits_for(PROGRAMS + 1) == 1 and splits_for(1) > 1 and splits_for(0) == 1
+    for problems in range(1, 2 * PROGRAMS):
+        splits = splits_for(problems)
+        assert splits == 1 or problems * splits <= PROGRAMS  # that much room there is
+    if CUDA:
+        Case(spec_of(4, 8, 64), torch.bfloat16, list(range(1, 200)), []).check(TritonAttention(), 1e-2)
+
+
+def test_float8_cache() -> None:
+    case = Case(spec_of(4, 2, 64), torch.float32, [1, 30, 90], [(20, 30)])
+    wide, narrow = case.kv, KVCache(case.spec, case.kv.num_pages, PAGE, DEVICE, torch.float8_e4m3fn, torch.float32)
+    narrow.storage.copy_(wide.storage.nan_to_num(0.0).to(torch.float8_e4m3fn))
+    wide.storage.copy_(torch.where(wide.storage.isnan(), wide.storage, narrow.storage.float()))
+    expected = case.expected()
+    backends = [TorchAttention()] + ([TritonAttention()] if CUDA else [])  # the interpreter does not know float8
+    for backend in backends:
+        got = backend.plan(case.batch, narrow, case.spec).run(0, case.q.contiguous())
+        assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+def test_the_choice_of_backend() -> None:
+    cpu, spec = torch.device("cpu"), spec_of(1, 1, 64)
+    assert isinstance(make_backend("auto", cpu, spec, torch.float32, torch.float32), TorchAttention)
+    with pytest.raises(StartupError, match="needs a GPU"):
+        make_backend("triton", cpu, spec, torch.float32, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)  # its kernels are compiled on first use
+@pytest.mark.skipif(not CUDA or importlib.util.find_spec("flashinfer") is None, reason="needs a GPU and flashinfer")
+def test_flashinfer() -> None:
+    for window, chunks in itertools.product((None,), ([(0, 300), (40, 77)], [])):
+        spec = spec_of(7, 4, 128, window)
+        case = Case(spec, torch.bfloat16, [1, 33, 500], chunks)
+        case.batch.decode_lengths_host = case.batch.decode_lengths.cpu().numpy().astype("int64")
+        for name in ("auto", "flashinfer"):
+            case.check(make_backend(name, DEVICE, spec, torch.bfloat16, torch.bfloat16), 1e-2)

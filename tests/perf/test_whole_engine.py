@@ -1,0 +1,93 @@
+"""The benchmarks of the whole engine, on a tiny model with dummy weights: they run, and count what they asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from actorserve.perf import offline, serve
+from actorserve.perf.processes import launched
+from actorserve.perf.shapes import main as shapes
+from actorserve.perf.shapes import model_folder, shape_folder
+
+TINY = (
+    "hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "intermediate_size=128",
+    "vocab_size=512",
+)  # fmt: skip
+ENGINE = ["--load-format", "dummy", "--skip-tokenizer-init", "--device", "cpu", "--max-total-tokens", "8000"]
+ENGINE += ["--cpu-threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(shape_folder("smollm2-135m", tmp_path_factory.mktemp("tiny"), TINY))
+
+
+def test_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes(["qwen2-0.5b", str(tmp_path / "x"), "--set", "num_hidden_layers=3"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (3, 896)
+    with pytest.raises(SystemExit):
+        shapes(["qwen2-0.5b", str(tmp_path / "y"), "--set", "num_hidden_layers"])
+    with model_folder("qwen2-7b") as folder:
+        assert (Path(folder) / "config.json").exists()
+    assert not Path(folder).exists()
+    with model_folder(str(tmp_path)) as folder:
+        assert folder == str(tmp_path)
+
+
+@pytest.mark.parametrize("placement", ["process", "inline"])
+def test_offline(tiny: str, placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    workload = ["--num-prompts", "6", "--input-len", "40", "--output-len", "20", "--random-range-ratio", "0.5"]
+    more = ["--max-running-requests", "4", "--placement", placement, "--repeat", "3", "--json", str(file)]
+    offline.main(["--model", tiny, *ENGINE, *workload, *more])
+    figures = json.loads(file.read_text())
+    args, _ = offline.parse(["--model", tiny, *workload])
+    lengths = offline.lengths_of(args)
+    assert all(20 <= i <= 40 and 10 <= o <= 20 for i, o in lengths)
+    assert figures["total_output_tokens"] == sum(o for _, o in lengths)
+    assert figures["total_num_tokens"] == sum(i + o for i, o in lengths)
+    assert figures["elapsed_time"] == sorted(figures["all_elapsed_times"])[1]
+    assert figures["max_running_requests"] == 4
+    assert 0 < figures["floor_seconds"] < figures["elapsed_time"]
+    assert set(figures["cpu_shares"]) >= (
+        {"client", "exec.0", "sched", "text"} if placement == "process" else {"client"}
+    )
+    assert "share of the floor" in capsys.readouterr().out
+
+
+def test_offline_warm_up_has_every_batch_size() -> None:
+    args, _ = offline.parse(["--num-prompts", "512", "--input-len", "1024"])
+    lengths = offline.warmup_lengths(args, 256)
+    assert [o for _, o in lengths] == list(range(1, 257))
+    assert sum(i == 1024 for i, _ in lengths) == 16 and min(i for i, _ in lengths) == 16
+
+
+def test_serve_starts_a_server_and_measures_it(tiny: str) -> None:
+    workload = ["--num-prompts", "8", "--random-input-len", "20", "--random-output-len", "30", "--clients", "2"]
+    args = serve.parse(["--launch", " ".join(["--model", tiny, *ENGINE]), "--shape", tiny, *workload])
+    assert (args.api, args.vocab_size) == ("generate", 512)
+    figures = serve.run(args)
+    assert (figures["completed"], figures["failed"]) == (8, 0), figures["errors"]
+    assert (figures["total_input_tokens"], figures["total_output_tokens"]) == (160, 240)
+    assert 0 < figures["startup_seconds"] < figures["first_token_seconds"]
+    assert 0 < figures["share_of_floor"] < 1
+    assert figures["cpu_shares"]["exec.0"] > 0
+    assert "exec.0" in serve.report(figures)
+
+
+def test_serve_join(tiny: str) -> None:
+    workload = ["--join", "--max-concurrency", "3", "--random-input-len", "20", "--random-output-len", "4000"]
+    joining = ["--join-count", "2", "--join-every", "0.2", "--join-settle", "0.8", "--join-input-len", "30"]
+    args = serve.parse(["--launch", " ".join(["--model", tiny, *ENGINE]), "--shape", tiny, *workload, *joining])
+    figures = serve.run(args)
+    assert (figures["streams"], figures["joined"], figures["failed"]) == (3, 2, 0), figures["errors"]
+    assert figures["p50_join_ttft_ms"] > 0 and figures["p50_joining_itl_ms"] > 0
+    assert figures["stream_context"] > 20
+
+
+def test_a_server_that_does_not_start_is_quoted() -> None:
+    with pytest.raises(RuntimeError, match="no such file or folder"), launched("--model /no/where"):
+        pass
