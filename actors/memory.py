@@ -17,8 +17,9 @@ from ..errors import StartupError
 from ..models import ledger
 from ..models.batch import plain_batch
 from ..models.decoder import Decoder
+from ..models.floors import GIB
 from ..models.kv_cache import KVCache, kv_dtype
-from ..models.ledger import FRACTION, GIB, SLOTS
+from ..models.ledger import FRACTION, SLOTS
 
 MALLOC: Final = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
 """glibc's parameters: (number, bytes); 32 MiB is the most that it takes as a threshold for mmap."""

@@ -8,7 +8,7 @@ host; its intermediates lie in a pool that all graphs share, since they run one 
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,17 +16,11 @@ from torch import Tensor
 
 from ..sampler.reference import Sampled
 from ..sampler.upload import upload
+from .ledger import ladder
 from .runner import Runner
 
 if TYPE_CHECKING:
     from .stepper import Drawer
-
-LADDER: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-
-
-def ladder(largest: int) -> list[int]:
-    """Return the batch sizes to capture, rising, the last being `largest`."""
-    return [b for b in LADDER if b < largest] + [largest]
 
 
 @dataclass(slots=True)

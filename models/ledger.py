@@ -17,7 +17,6 @@ from ..config import EngineConfig
 from ..errors import StartupError
 from .spec import Spec
 
-GIB: Final = 1 << 30
 MIB: Final = 1 << 20
 ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1}
 FRACTION: Final = {"cpu": 0.25, "cuda": 0.88}

@@ -15,6 +15,7 @@ import torch
 from actorserve.actors.memory import largest_forward, measure_activation_peak
 from actorserve.config import EngineConfig
 from actorserve.models import ledger
+from actorserve.models.floors import GIB
 from actorserve.models.shapes import KNOWN, write_shape
 from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import Bench
@@ -75,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure(config, str(write_shape(a.shape, Path(scratch))), a.max_running_requests)
     total = torch.cuda.mem_get_info()[1]
-    print(f"{a.shape}; the device has {total / ledger.GIB:.2f} GiB\n{'MiB':<24}{'estimated':>12}{'measured':>12}")
+    print(f"{a.shape}; the device has {total / GIB:.2f} GiB\n{'MiB':<24}{'estimated':>12}{'measured':>12}")
     for name, (estimate, measured) in rows.items():
         print(f"{name:<24}{estimate / ledger.MIB:>12,.0f}{measured / ledger.MIB:>12,.0f}")
 

@@ -16,18 +16,31 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import filter_kernels as filters
+from . import scan_kernels as kernels
 from .reference import Sampled, most_likely
 from .state import INTS, SamplerState
 
-SPLITS: Final = 16
-"""Programs that share a row in the scan."""
 BLOCK: Final = 2048
 """Logits that a program looks at at once."""
+MOST_SPLITS: Final = 64
+PROGRAMS: Final = 2048
+"""A row is split so that a pass has about this many programs: twice what is resident at once on an H100."""
+GROUPS: Final = 64
+"""Groups of lanes whose largest logits a program of the scan leaves for top_k."""
+FEW: Final = 256
 MOST: Final = 4096
-"""Candidates of a filtered row that are held in registers; rows with more are passed over again and again."""
+"""Candidates of a row with top_k: usual and most; a row with more is passed over again and again."""
+ROUNDS: Final = 2
+"""Further rounds of the race that all programs take part in, for rows whose winner was filtered out."""
 TOP_NS: Final = (0, 5, 20)
 """Numbers of most likely tokens that are computed: the next one that is enough for the batch."""
+
+
+def splits_for(rows: int, vocab: int) -> int:
+    """Programs that share a row: a power of two, as many as there are blocks at most."""
+    wanted = min(MOST_SPLITS, max(1, PROGRAMS // max(1, rows)), -(-vocab // BLOCK))
+    return 1 << (wanted.bit_length() - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +49,10 @@ class Mode:
 
     edited: bool
     random: bool
-    filtered: bool
+    ranked: bool
+    """Some row has top_k."""
+    raced: bool
+    """Some row has top_p or min_p, but no top_k."""
     top_n: int
     """-1: no logprobs."""
 
@@ -51,10 +67,17 @@ class FusedSampler:
         def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.best, self.largest = (numbers(max_rows, SPLITS, dtype=torch.float32) for _ in range(2))
-        self.best_ids, self.bad = (numbers(max_rows, SPLITS) for _ in range(2))
+        splits = max(n * splits_for(n, state.vocab_size) for n in range(1, max_rows + 1))  # of all rows together
+        self.best, self.largest = (numbers(splits, dtype=torch.float32) for _ in range(2))
+        self.best_ids, self.bad = (numbers(splits) for _ in range(2))
+        self.group_tops = numbers(splits * GROUPS, dtype=torch.float32)
         self.candidates, self.candidate_ids = numbers(max_rows, MOST, dtype=torch.float32), numbers(max_rows, MOST)
-        self.counts, self.masses = numbers(max_rows), numbers(max_rows, dtype=torch.int64)
+        self.bounds, self.counts = numbers(max_rows, dtype=torch.float32), numbers(max_rows)
+        # Of each round of the race among filtered rows: the winner, its weight, the mass above it.
+        self.wins = [numbers(max_rows) for _ in range(ROUNDS + 1)]
+        self.win_weights = [numbers(max_rows, dtype=torch.float32) for _ in range(ROUNDS + 1)]
+        self.aboves = [numbers(splits, dtype=torch.int64) for _ in range(ROUNDS + 1)]
+        self.totals = numbers(splits, dtype=torch.int64)
         self.drawn, self.ids = numbers(max_rows), numbers(max_rows)
         self.finish = numbers(max_rows, dtype=torch.uint8)
 
@@ -65,7 +88,8 @@ class FusedSampler:
         return Mode(
             edited=bool(flags.penalty.any() or flags.bias.any() or (flags.min_until > 0).any()),
             random=not flags.greedy.all(),
-            filtered=bool(flags.filtered.any()),
+            ranked=bool((flags.filtered & flags.ranked).any()),
+            raced=bool((flags.filtered & ~flags.ranked).any()),
             top_n=-1 if most < 0 else next(n for n in TOP_NS if n >= most),
         )
 
@@ -86,33 +110,57 @@ class FusedSampler:
                 logits, slots, positions, s.ints, s.bias_ids, s.bias_values, s.stop_ids, s.eos_ids, logits.stride(0),
                 s.bias_ids.shape[1], s.stop_ids.shape[1], len(s.eos_ids), BLOCK=128, num_warps=4,
             )  # fmt: skip
-        part = triton.cdiv(triton.cdiv(vocab, SPLITS), BLOCK) * BLOCK
-        kernels.scan[(rows, SPLITS)](
+        splits, fast = splits_for(rows, vocab), logits.device.type == "cuda"
+        part = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
+        kernels.scan[(rows, splits)](
             logits, slots, positions, s.ints, s.floats, s.marks, bitmask, self.best, self.best_ids, self.largest,
-            self.bad, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
-            EDITED=mode.edited or bitmask is not None, MASKED=bitmask is not None, RANDOM=mode.random, BLOCK=BLOCK,
-            SPLITS=SPLITS, num_warps=8,
+            self.group_tops, self.bad, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
+            EDITED=mode.edited or bitmask is not None, MASKED=bitmask is not None, RANDOM=mode.random,
+            RANKED=mode.ranked, FAST=fast, BLOCK=BLOCK, GROUPS=GROUPS, num_warps=8,
         )  # fmt: skip
-        if mode.filtered:
-            self._filter(logits, slots, positions)
+        filtering = mode.ranked or mode.raced
+        if filtering:
+            self._filter(logits, slots, positions, mode, splits, part, fast)
         kernels.finish_rows[(rows,)](
-            slots, s.ints, s.floats, self.best, self.best_ids, self.largest, self.bad, self.drawn, s.stop_ids, s.marks,
-            drawn.ids, drawn.finish, vocab, s.stop_ids.shape[1], FILTERING=mode.filtered, EDITED=mode.edited,
-            SPLITS=SPLITS, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
+            slots, s.ints, self.best, self.best_ids, self.largest, self.bad, self.drawn, s.stop_ids, s.marks,
+            drawn.ids, drawn.finish, vocab, s.stop_ids.shape[1], FILTERING=filtering, EDITED=mode.edited,
+            SPLITS=splits, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
         if mode.top_n >= 0:
             self._add_logprobs(drawn, raw, slots, mode.top_n)
         return drawn
 
-    def _filter(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
-        (rows, vocab), s = logits.shape, self.state
-        kernels.gather_candidates[(rows,)](
-            logits, slots, s.ints, s.floats, self.largest, self.candidates, self.candidate_ids, self.counts,
-            self.masses, vocab, logits.stride(0), MOST=MOST, BLOCK=BLOCK, SPLITS=SPLITS, num_warps=16,
+    def _filter(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Mode, splits: int, part: int, fast: bool
+    ) -> None:
+        """Leave in `drawn` what filtered rows draw."""
+        (rows, vocab), s, stride = logits.shape, self.state, logits.stride(0)
+        wins, weights, aboves, end = self.wins, self.win_weights, self.aboves, 0
+        filters.bound_rows[(rows,)](
+            logits, slots, s.ints, s.floats, self.best, self.best_ids, self.largest, self.group_tops, self.bounds,
+            self.counts, wins[0], weights[0], vocab, stride, RANKED=mode.ranked, SPLITS=splits, GROUPS=GROUPS,
+            num_warps=4,
         )  # fmt: skip
-        kernels.draw_kept[(rows,)](
-            logits, slots, positions, s.ints, s.floats, self.largest, self.candidates, self.candidate_ids, self.counts,
-            self.masses, self.drawn, vocab, logits.stride(0), MOST=MOST, BLOCK=BLOCK, SPLITS=SPLITS, num_warps=16,
+        filters.filter_pass[(rows, splits)](
+            logits, slots, s.ints, s.floats, self.largest, self.bounds, self.counts, self.candidates,
+            self.candidate_ids, weights[0], self.totals, aboves[0], vocab, stride, part, MOST=MOST, BLOCK=BLOCK,
+            SPLITS=splits, num_warps=8,
+        )  # fmt: skip
+        for now in range(ROUNDS if mode.raced else 0):
+            end = now + 1
+            filters.race_pass[(rows, splits)](
+                logits, slots, positions, s.ints, s.floats, self.largest, weights[now], self.totals, aboves[now],
+                self.best, self.best_ids, vocab, stride, part, FAST=fast, BLOCK=BLOCK, SPLITS=splits, num_warps=8,
+            )  # fmt: skip
+            filters.mass_pass[(rows, splits)](
+                logits, slots, s.ints, s.floats, self.largest, wins[now], weights[now], self.totals, aboves[now],
+                self.best, self.best_ids, wins[end], weights[end], aboves[end], vocab, stride, part, BLOCK=BLOCK,
+                SPLITS=splits, num_warps=8,
+            )  # fmt: skip
+        filters.settle_rows[(rows,)](
+            logits, slots, positions, s.ints, s.floats, self.largest, self.counts, self.candidates,
+            self.candidate_ids, wins[end], weights[end], self.totals, aboves[end], self.drawn, vocab, stride,
+            FAST=fast, FEW=FEW, MOST=MOST, BLOCK=BLOCK, SPLITS=splits, num_warps=8,
         )  # fmt: skip
 
     def _add_logprobs(self, drawn: Sampled, raw: Tensor, slots: Tensor, n: int) -> None:

@@ -49,6 +49,8 @@ class Flags:
     bias: npt.NDArray[np.bool_]
     filtered: npt.NDArray[np.bool_]
     """top_k, top_p or min_p cut something off."""
+    ranked: npt.NDArray[np.bool_]
+    """There is a top_k."""
     min_until: npt.NDArray[np.int64]
     """No stop token may be drawn at positions below this."""
     logprobs: npt.NDArray[np.int64]
@@ -62,6 +64,7 @@ class Flags:
             penalty=np.zeros(slots, np.bool_),
             bias=np.zeros(slots, np.bool_),
             filtered=np.zeros(slots, np.bool_),
+            ranked=np.zeros(slots, np.bool_),
             min_until=np.zeros(slots, np.int64),
             logprobs=np.full(slots, -1, np.int64),
         )
@@ -73,6 +76,7 @@ class Flags:
             self.penalty[rows],
             self.bias[rows],
             self.filtered[rows],
+            self.ranked[rows],
             self.min_until[rows],
             self.logprobs[rows],
         )
@@ -158,6 +162,7 @@ class SamplerState:
         flags.penalty[slot] = params.has_penalty
         flags.bias[slot] = bool(params.logit_bias)
         flags.filtered[slot] = not params.greedy and bool(top_k or params.top_p < 1 or params.min_p > 0)
+        flags.ranked[slot] = top_k > 0
         flags.min_until[slot] = min_until
         flags.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         needs = GREEDY * params.greedy + PENALTY * params.has_penalty + BIAS * bool(params.logit_bias)

@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"config", "errors"}
 """Root modules that every layer may import."""
 MAY_IMPORT = {
+    "fsm": set[str](),
     "kvstore": set[str](),
     "sampler": set[str](),
-    "models": {"kvstore", "sampler"},
-    "actors": {"kvstore", "sampler", "models"},
-    "http": {"kvstore", "sampler", "models", "actors"},
+    "models": {"fsm", "kvstore", "sampler"},
+    "actors": {"fsm", "kvstore", "sampler", "models"},
+    "http": {"fsm", "kvstore", "sampler", "models", "actors"},
 }
 FREE = {"perf", "tests"}
 FOLDERS = set(MAY_IMPORT) | {"perf"}

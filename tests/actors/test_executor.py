@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
-from live_server import wait_until
 
 import actorserve.actors.executor
 from actorserve import Engine, SamplingParams
@@ -102,8 +101,11 @@ def test_running_ahead_changes_nothing(folder: str, plain: list, ahead: None, k:
 
 def test_retraction_while_steps_run_ahead(folder: str, plain: list, ahead: None) -> None:
     with engine(folder, max_total_tokens=320, schedule_conservativeness=0.0, num_continuous_decode_steps=4) as e:
-        assert answers(e) == plain
-        wait_until(lambda: e.stats().retractions > 0, 5.0, "a retraction")
+        for _ in range(20):  # requests that come in slowly on a busy machine need no retraction
+            assert answers(e) == plain
+            if e.stats().retractions > 0:
+                return
+        pytest.fail("no retraction")
 
 
 def test_aborts_while_steps_run_ahead(folder: str, plain: list, ahead: None) -> None:

@@ -62,11 +62,11 @@ def test_big_tables_come_with_their_first_use():
     state.admit(0, P(seed=0, temperature=0.7, top_p=0.9), NONE, NONE, 1, 0)
     assert state.output_counts is None
     assert state.seen is None
-    assert state.bias_ids.shape == (4, 0)
+    assert state.bias_ids.shape == (5, 0)
     state.admit(1, EVERYTHING, ids(7, 7, 8), ids(9, 9, 1), 3, 3)
     assert state.output_counts[1].tolist() == [{1: 1, 9: 2}.get(i, 0) for i in range(VOCAB)]
     assert state.seen[1].nonzero().flatten().tolist() == [1, 7, 8, 9]
-    assert state.bias_ids.shape == (4, 2)
+    assert state.bias_ids.shape == (5, 2)
 
 
 def test_a_slot_forgets_its_last_request():

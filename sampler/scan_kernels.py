@@ -1,0 +1,186 @@
+"""The fused sampler's Triton kernels that every batch needs: edits, one pass over the logits, and the result.
+
+Used by fused.py; filter_kernels.py continues for rows with top_k, top_p or min_p. They do what reference.py says, row
+by row, each row only what its parameters need: no sort, no probabilities in memory, no host. Differences from the
+reference are those of rounding (log and exp are the GPU's, and a score is x / T - log E instead of being relative to
+the largest logit: about 1e-6 apart for usual logits), so ids differ only where the best two scores are that near.
+"""
+
+import triton
+import triton.language as tl
+
+INTS = tl.constexpr(7)
+SEED, TOP_K, TOP_P, MIN_WEIGHT, MIN_UNTIL, NEEDS = (tl.constexpr(i) for i in range(6))
+FLOATS = tl.constexpr(4)
+GREEDY, PENALTY, BIAS, FILTERED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+IN_PROMPT = tl.constexpr(1 << 14)
+WHOLE = tl.constexpr(1 << 24)
+POISON = tl.constexpr(3)
+NO_ID = tl.constexpr(2147483647)
+
+
+@triton.jit
+def row_words(seed, position):
+    """Philox words 0 and 1 of stream 0, block 0 at this seed and position (see philox.py)."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = (position >> 32).to(tl.uint32)
+    zero = low * 0
+    word0, word1, _, _ = tl.philox(seed.to(tl.uint64, bitcast=True), low, high, zero, zero)
+    return word0, word1
+
+
+@triton.jit
+def log(x, FAST: tl.constexpr):
+    """Natural logarithm; FAST: the GPU's, right to 2**-22 absolutely near 1 and relatively elsewhere."""
+    if FAST:
+        return 0.6931471805599453 * tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log(x)
+
+
+@triton.jit
+def log_times(ids, word0, word1, FAST: tl.constexpr):
+    """log E of each id (race.hashes, race.log_times); a series for small v, which winners have."""
+    h = ids.to(tl.uint32) * 0x9E3779B1 + word0
+    h = (h ^ (h >> 16)) * 0x21F0AAAD
+    h = ((h ^ (h >> 15)) ^ word1) * 0x735A2D97
+    h = h ^ (h >> 15)
+    v = tl.minimum((h.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), 1.0 - 1.0 / 16777216.0)
+    series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * 0.16666667)))))
+    return log(tl.where(v < 0.0625, series, -log(1.0 - v, FAST)), FAST)
+
+
+@triton.jit
+def winner_of(scores, ids):
+    """(the largest score, its id, the lowest among equals)."""
+    best = tl.max(scores, 0)
+    return best, tl.min(tl.where(scores == best, ids, NO_ID), 0)
+
+
+@triton.jit
+def edit_few(
+    logits, slots, positions, ints, bias_ids, bias_values, stop_ids, eos_ids, stride, biases, stops, eos,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row by row, in place: add logit_bias; forbid stop tokens while fewer tokens than min_new_tokens were drawn."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    x = logits + row.to(tl.int64) * stride
+    i = tl.arange(0, BLOCK)
+    if (tl.load(ints + slot * INTS + NEEDS) & BIAS) != 0:
+        for at in range(0, biases, BLOCK):
+            token = tl.load(bias_ids + slot * biases + at + i, at + i < biases, other=-1)
+            value = tl.load(bias_values + slot * biases + at + i, at + i < biases, other=0.0)
+            tl.store(x + token, tl.load(x + token, token >= 0, other=0.0) + value, token >= 0)
+    if tl.load(positions + row).to(tl.int64) < tl.load(ints + slot * INTS + MIN_UNTIL):
+        tl.debug_barrier()
+        for at in range(0, stops + eos, BLOCK):
+            own = at + i < stops
+            token = tl.load(stop_ids + slot * stops + at + i, own, other=-1)
+            end = tl.load(eos_ids + at + i - stops, (at + i >= stops) & (at + i < stops + eos), other=-1)
+            token = tl.where(own, token, end)
+            before = tl.load(x + token, token >= 0, other=0.0)
+            tl.store(x + token, tl.where(before < float("inf"), float("-inf"), before), token >= 0)  # poison stays
+
+
+@triton.jit
+def _edited(
+    x, x_at, i, live, needs, slot, floats, marks, bitmask_row, vocab, MASKED: tl.constexpr
+):  # fmt: skip
+    """Penalise and mask logits x at the ids i, and write what changed back, for the filters, which see it rounded."""
+    if (needs & PENALTY) != 0:
+        mark = tl.load(marks + slot * vocab + i, live, other=0).to(tl.int32)
+        repetition = tl.load(floats + slot * FLOATS + 1)
+        count = (mark & (IN_PROMPT - 1)).to(tl.float32)
+        x = tl.where(mark != 0, tl.where(x > 0, x / repetition, x * repetition), x)
+        x -= tl.load(floats + slot * FLOATS + 2) * count
+        x -= tl.where(count > 0, tl.load(floats + slot * FLOATS + 3), 0.0)
+        rounded = x.to(x_at.dtype.element_ty)
+        tl.store(x_at + i, rounded, live & (mark != 0))
+        x = rounded.to(tl.float32)
+    if MASKED:
+        word = tl.load(bitmask_row + i // 32, live, other=0)
+        x = tl.where(((word >> (i % 32)) & 1) != 0, x, float("-inf"))
+        tl.store(x_at + i, x.to(x_at.dtype.element_ty), live)
+    return x
+
+
+@triton.jit
+def scan(
+    logits, slots, positions, ints, floats, marks, bitmask, best, best_ids, largest, group_tops, bad, vocab, stride,
+    words, part,
+    EDITED: tl.constexpr, MASKED: tl.constexpr, RANDOM: tl.constexpr, RANKED: tl.constexpr, FAST: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Program (row, split): the split's winner, its largest logit, and whether a logit is poison.
+
+    Everything is kept lane by lane and reduced once, at the end: a reduction in the loop would make its warps wait for
+    each other. Rows with top_k do not race; RANKED: they leave the largest logit of each of GROUPS groups of lanes.
+    """
+    row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    needs = tl.load(ints + slot * INTS + NEEDS)
+    top_k = tl.load(ints + slot * INTS + TOP_K)
+    x_row = logits + row.to(tl.int64) * stride
+    bitmask_row = bitmask + row.to(tl.int64) * words if MASKED else bitmask
+    racing = ((needs & GREEDY) == 0) & (top_k == 0)
+    scale = tl.load(floats + slot * FLOATS)
+    word0, word1 = row_words(tl.load(ints + slot * INTS + SEED), tl.load(positions + row).to(tl.int64))
+    lane = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    score = tl.full([BLOCK], float("-inf"), tl.float32)
+    winner = tl.full([BLOCK], NO_ID, tl.int32)
+    poison = tl.zeros([BLOCK], tl.int32)
+    first = split * part
+    for at in range(first, tl.minimum(first + part, vocab), BLOCK):
+        i = at + lane
+        live = i < vocab
+        x = tl.load(x_row + i, live, other=float("-inf")).to(tl.float32)
+        poison |= (~(x < float("inf"))).to(tl.int32)
+        if EDITED:
+            x = _edited(x, x_row, i, live, needs, slot, floats, marks, bitmask_row, vocab, MASKED)
+        top = tl.maximum(top, x)
+        s = x
+        if RANDOM and racing:
+            s = x * scale - log_times(i, word0, word1, FAST)
+        better = s > score
+        score = tl.where(better, s, score)
+        winner = tl.where(better, i, winner)
+    place = row * splits + split
+    reached, token = winner_of(score, winner)
+    tl.store(largest + place, tl.max(top, 0))
+    tl.store(best + place, reached)
+    tl.store(best_ids + place, token)
+    tl.store(bad + place, tl.max(poison, 0))
+    if RANKED and top_k > 0:
+        tops = tl.max(tl.reshape(top, (GROUPS, BLOCK // GROUPS)), 1)
+        tl.store(group_tops + place * GROUPS + tl.arange(0, GROUPS), tops)
+
+
+@triton.jit
+def finish_rows(
+    slots, ints, best, best_ids, largest, bad, drawn, stop_ids, marks, ids, finish, vocab, stops,
+    FILTERING: tl.constexpr, EDITED: tl.constexpr, SPLITS: tl.constexpr, STOPS: tl.constexpr,
+):  # fmt: skip
+    """Row by row: the winner of all splits, whether it stops the request or the row is poison; count it."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    needs = tl.load(ints + slot * INTS + NEEDS)
+    place = row * SPLITS + tl.arange(0, SPLITS)
+    poison = (tl.max(tl.load(bad + place), 0) != 0) | ~(tl.max(tl.load(largest + place), 0) > float("-inf"))
+    _, token = winner_of(tl.load(best + place), tl.load(best_ids + place))
+    if FILTERING and (needs & FILTERED) != 0:
+        token = tl.load(drawn + row)
+    poison = poison | (token >= vocab)
+    token = tl.where(poison, 0, token)
+    j = tl.arange(0, STOPS)
+    stop = tl.load(stop_ids + slot * stops + j, j < stops, other=-1)
+    stopped = tl.max((stop == token).to(tl.int32), 0)
+    tl.store(ids + row, token)
+    tl.store(finish + row, tl.where(poison, POISON, stopped).to(tl.uint8))
+    if EDITED and (needs & PENALTY) != 0:
+        mark = tl.load(marks + slot * vocab + token)
+        full = (mark & (IN_PROMPT - 1)) == IN_PROMPT - 1
+        tl.store(marks + slot * vocab + token, tl.where(full, mark, mark + 1).to(tl.int16))
