@@ -1,6 +1,6 @@
 """The fused sampler on a GPU beside FlashInfer's, torch's argmax and torch's sort, and beside the floor.
 
-`python -m actorserve.perf.sampler [--batch 128] [--vocab 152064] [--step-ms 6.7] [--json FILE]`. Each figure is a CUDA
+`python -m actorserve.perf.sampler [--batch 128] [--vocab 152064] [--step-ms 6.7] [--only REGEX]`. Each figure is a CUDA
 graph of launches over logits that rotate, so that they come from memory and not from the L2. The floor reads the
 logits once. Ours is measured on bfloat16 and on float32 logits (the engine's); FlashInfer takes float32. Logits are
 normal with a spread of 2.5, which is about a model's; `flat` are those of random weights, the worst case of filters.
@@ -8,6 +8,7 @@ normal with a spread of 2.5, which is about a model's; `flat` are those of rando
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,25 +73,35 @@ class Bench:
         mode = fused.mode_of(np.arange(self.batch))
         return self.microseconds(lambda logits: fused.draw(logits, slots, slots, mode))
 
+    def theirs(self, run: Callable[[Tensor], object]) -> float | None:
+        """A reference's time; None where it is not installed or does not take the dtype."""
+        try:
+            return self.microseconds(run)
+        except (ImportError, RuntimeError, TypeError, ValueError):
+            torch.cuda.synchronize()
+            return None
 
-def references(bench: Bench) -> dict[str, Callable[[Tensor], object]]:
-    """What others do: torch's argmax and sort, and FlashInfer's kernels where it is installed."""
-    found: dict[str, Callable[[Tensor], object]] = {
-        "torch argmax": lambda logits: logits.argmax(-1),
-        "torch softmax + sort": lambda logits: torch.softmax(logits, -1).sort(-1, descending=True),
-    }
-    if bench.logits[0].dtype != torch.float32:
-        return found
-    try:
-        import flashinfer.sampling as theirs
-    except ImportError:
-        print("flashinfer is not installed: left out")
-        return found
-    found["FlashInfer from logits"] = theirs.sampling_from_logits
-    found["FlashInfer softmax, top-k, top-p"] = lambda logits: theirs.top_k_top_p_sampling_from_probs(
-        torch.softmax(logits, -1), 50, 0.9
-    )
-    return found
+
+def flashinfer_from_logits(logits: Tensor) -> Tensor:
+    """One fused kernel, seeds from torch's generator."""
+    import flashinfer.sampling as theirs
+
+    return theirs.sampling_from_logits(logits)
+
+
+def flashinfer_filtered(logits: Tensor) -> Tensor:
+    """Softmax, then sampling by rejection."""
+    import flashinfer.sampling as theirs
+
+    return theirs.top_k_top_p_sampling_from_probs(torch.softmax(logits, -1), 50, 0.9)
+
+
+REFERENCES: dict[str, Callable[[Tensor], object]] = {
+    "torch argmax": lambda logits: logits.argmax(-1),
+    "torch softmax + sort": lambda logits: torch.softmax(logits, -1).sort(-1, descending=True),
+    "FlashInfer from logits": flashinfer_from_logits,
+    "FlashInfer softmax, top-k, top-p": flashinfer_filtered,
+}
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -100,15 +111,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"{'logits':<20}{'':<34}{'us':>8}{'floor':>8}{'of a step':>11}")
     for kind, spread in SPREAD.items():
         for dtype in (torch.bfloat16, torch.float32):
+            title = f"{kind}, {str(dtype).removeprefix('torch.')}"
+            names = [f"ours: {name}" for name in WORKLOADS] + ([*REFERENCES] if kind == "peaked" else [])
+            names = [name for name in names if re.search(args.only, f"{title} {name}")]
+            if not names:
+                continue
             bench = Bench(args.batch, args.vocab, dtype, spread, args.repeat)
             floor = 1e6 * bench.logits[0].nbytes / limits.bandwidth
-            for name, run in {
-                **{f"ours: {name}": None for name in WORKLOADS},
-                **(references(bench) if kind == "peaked" else {}),
-            }.items():
-                us = bench.microseconds(run) if run else bench.ours(**WORKLOADS[name.removeprefix("ours: ")])
+            for name in names:
+                run = REFERENCES.get(name)
+                if run is None:
+                    us = bench.ours(**WORKLOADS[name.removeprefix("ours: ")])
+                elif (us := bench.theirs(run)) is None:
+                    continue
                 share = us / (1e3 * args.step_ms)
-                title = f"{kind}, {str(dtype).removeprefix('torch.')}"
                 print(f"{title:<20}{name:<34}{us:>8.1f}{floor:>8.1f}{share:>10.2%}", flush=True)
                 rows.append({"logits": title, "name": name, "us": us, "floor_us": floor})
             del bench
@@ -122,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, default=152064)
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--step-ms", type=float, default=6.7, help="a decode step of this batch, for the share of it")
+    parser.add_argument("--only", default="", help="regular expression: which rows of the table")
     parser.add_argument("--json", help="write the figures to this file")
     add_limit_flags(parser)
     args = parser.parse_args(arguments)

@@ -16,13 +16,15 @@ import torch
 import triton
 from torch import Tensor
 
-from . import filter_kernels as filters
+from . import race_kernels, rank_kernels
 from . import scan_kernels as kernels
 from .reference import Sampled, most_likely
 from .state import INTS, SamplerState
 
 BLOCK: Final = 2048
 """Logits that a program looks at at once."""
+WARPS: Final = 8
+"""Warps of a program, but for finish_rows' one."""
 MOST_SPLITS: Final = 64
 PROGRAMS: Final = 2048
 """A row is split so that a pass has about this many programs: twice what is resident at once on an H100."""
@@ -69,10 +71,9 @@ class FusedSampler:
 
         splits = max(n * splits_for(n, state.vocab_size) for n in range(1, max_rows + 1))  # of all rows together
         self.best, self.largest = (numbers(splits, dtype=torch.float32) for _ in range(2))
-        self.best_ids, self.bad = (numbers(splits) for _ in range(2))
-        self.group_tops = numbers(splits * GROUPS, dtype=torch.float32)
+        self.best_ids = numbers(splits)
+        self.group_tops, self.chosen = numbers(splits * GROUPS, dtype=torch.float32), numbers(splits * GROUPS)
         self.candidates, self.candidate_ids = numbers(max_rows, MOST, dtype=torch.float32), numbers(max_rows, MOST)
-        self.bounds, self.counts = numbers(max_rows, dtype=torch.float32), numbers(max_rows)
         # Of each round of the race among filtered rows: the winner, its weight, the mass above it.
         self.wins = [numbers(max_rows) for _ in range(ROUNDS + 1)]
         self.win_weights = [numbers(max_rows, dtype=torch.float32) for _ in range(ROUNDS + 1)]
@@ -114,15 +115,15 @@ class FusedSampler:
         part = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
         kernels.scan[(rows, splits)](
             logits, slots, positions, s.ints, s.floats, s.marks, bitmask, self.best, self.best_ids, self.largest,
-            self.group_tops, self.bad, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
+            self.group_tops, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
             EDITED=mode.edited or bitmask is not None, MASKED=bitmask is not None, RANDOM=mode.random,
-            RANKED=mode.ranked, FAST=fast, BLOCK=BLOCK, GROUPS=GROUPS, num_warps=8,
+            RANKED=mode.ranked, FAST=fast, BLOCK=BLOCK, GROUPS=GROUPS, num_warps=WARPS,
         )  # fmt: skip
         filtering = mode.ranked or mode.raced
         if filtering:
             self._filter(logits, slots, positions, mode, splits, part, fast)
         kernels.finish_rows[(rows,)](
-            slots, s.ints, self.best, self.best_ids, self.largest, self.bad, self.drawn, s.stop_ids, s.marks,
+            slots, s.ints, self.best, self.best_ids, self.largest, self.drawn, s.stop_ids, s.marks,
             drawn.ids, drawn.finish, vocab, s.stop_ids.shape[1], FILTERING=filtering, EDITED=mode.edited,
             SPLITS=splits, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
@@ -135,32 +136,31 @@ class FusedSampler:
     ) -> None:
         """Leave in `drawn` what filtered rows draw."""
         (rows, vocab), s, stride = logits.shape, self.state, logits.stride(0)
-        wins, weights, aboves, end = self.wins, self.win_weights, self.aboves, 0
-        filters.bound_rows[(rows,)](
-            logits, slots, s.ints, s.floats, self.best, self.best_ids, self.largest, self.group_tops, self.bounds,
-            self.counts, wins[0], weights[0], vocab, stride, RANKED=mode.ranked, SPLITS=splits, GROUPS=GROUPS,
-            num_warps=4,
-        )  # fmt: skip
-        filters.filter_pass[(rows, splits)](
-            logits, slots, s.ints, s.floats, self.largest, self.bounds, self.counts, self.candidates,
-            self.candidate_ids, weights[0], self.totals, aboves[0], vocab, stride, part, MOST=MOST, BLOCK=BLOCK,
-            SPLITS=splits, num_warps=8,
-        )  # fmt: skip
-        for now in range(ROUNDS if mode.raced else 0):
-            end = now + 1
-            filters.race_pass[(rows, splits)](
-                logits, slots, positions, s.ints, s.floats, self.largest, weights[now], self.totals, aboves[now],
-                self.best, self.best_ids, vocab, stride, part, FAST=fast, BLOCK=BLOCK, SPLITS=splits, num_warps=8,
+        if mode.ranked:
+            rank_kernels.settle_ranked[(rows,)](
+                logits, slots, positions, s.ints, s.floats, self.largest, self.group_tops, self.chosen,
+                self.candidates, self.candidate_ids, self.drawn, vocab, stride, part, FAST=fast, FEW=FEW, MOST=MOST,
+                BLOCK=BLOCK, SPLITS=splits, GROUPS=GROUPS, num_warps=WARPS,
             )  # fmt: skip
-            filters.mass_pass[(rows, splits)](
+        if not mode.raced:
+            return
+        wins, weights, aboves = self.wins, self.win_weights, self.aboves
+        for end in range(ROUNDS + 1):
+            now = max(0, end - 1)
+            if end:
+                race_kernels.race_pass[(rows, splits)](
+                    logits, slots, positions, s.ints, s.floats, self.largest, weights[now], self.totals, aboves[now],
+                    self.best, self.best_ids, vocab, stride, part, FAST=fast, BLOCK=BLOCK, SPLITS=splits,
+                    num_warps=WARPS,
+                )  # fmt: skip
+            race_kernels.mass_pass[(rows, splits)](
                 logits, slots, s.ints, s.floats, self.largest, wins[now], weights[now], self.totals, aboves[now],
-                self.best, self.best_ids, wins[end], weights[end], aboves[end], vocab, stride, part, BLOCK=BLOCK,
-                SPLITS=splits, num_warps=8,
+                self.best, self.best_ids, wins[end], weights[end], aboves[end], vocab, stride, part, FIRST=end == 0,
+                BLOCK=BLOCK, SPLITS=splits, num_warps=WARPS,
             )  # fmt: skip
-        filters.settle_rows[(rows,)](
-            logits, slots, positions, s.ints, s.floats, self.largest, self.counts, self.candidates,
-            self.candidate_ids, wins[end], weights[end], self.totals, aboves[end], self.drawn, vocab, stride,
-            FAST=fast, FEW=FEW, MOST=MOST, BLOCK=BLOCK, SPLITS=splits, num_warps=8,
+        race_kernels.settle_raced[(rows,)](
+            logits, slots, positions, s.ints, s.floats, self.largest, wins[ROUNDS], weights[ROUNDS], self.totals,
+            aboves[ROUNDS], self.drawn, vocab, stride, FAST=fast, BLOCK=BLOCK, SPLITS=splits, num_warps=WARPS,
         )  # fmt: skip
 
     def _add_logprobs(self, drawn: Sampled, raw: Tensor, slots: Tensor, n: int) -> None:

@@ -1,9 +1,10 @@
 """The fused sampler's Triton kernels that every batch needs: edits, one pass over the logits, and the result.
 
-Used by fused.py; filter_kernels.py continues for rows with top_k, top_p or min_p. They do what reference.py says, row
-by row, each row only what its parameters need: no sort, no probabilities in memory, no host. Differences from the
-reference are those of rounding (log and exp are the GPU's, and a score is x / T - log E instead of being relative to
-the largest logit: about 1e-6 apart for usual logits), so ids differ only where the best two scores are that near.
+Used by fused.py; rank_kernels.py and race_kernels.py continue for rows with top_k, top_p or min_p. They do what
+reference.py says, row by row, each row only what its parameters need: no sort, no probabilities in memory, no host.
+Differences from the reference are those of rounding (log and exp are the GPU's, and a score is x / T - log E instead of
+being relative to the largest logit: about 1e-6 apart for usual logits), so ids differ only where the best two scores
+are that near.
 """
 
 import triton
@@ -29,27 +30,60 @@ def row_words(seed, position):
     return word0, word1
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+UNIT = tl.constexpr(1099511627776.0)  # 2**40: weights are integers in units of 2**-40
+
+
 @triton.jit
-def log(x, FAST: tl.constexpr):
-    """Natural logarithm; FAST: the GPU's, right to 2**-22 absolutely near 1 and relatively elsewhere."""
+def log2(x, FAST: tl.constexpr):
+    """Binary logarithm; FAST: the GPU's, right to 2**-22 absolutely near 1 and relatively elsewhere."""
     if FAST:
-        return 0.6931471805599453 * tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.log(x)
+        return tl.log2(x)
 
 
 @triton.jit
 def log_times(ids, word0, word1, FAST: tl.constexpr):
-    """log E of each id (race.hashes, race.log_times); a series for small v, which winners have."""
+    """log2 of (E * log2 e) of each id (race.hashes, race.log_times); a series for small v, which winners have."""
     h = ids.to(tl.uint32) * 0x9E3779B1 + word0
     h = (h ^ (h >> 16)) * 0x21F0AAAD
     h = ((h ^ (h >> 15)) ^ word1) * 0x735A2D97
     h = h ^ (h >> 15)
-    v = tl.minimum((h.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), 1.0 - 1.0 / 16777216.0)
-    series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * (0.25 + v * (0.2 + v * 0.16666667)))))
-    return log(tl.where(v < 0.0625, series, -log(1.0 - v, FAST)), FAST)
+    # (h + 0.5) * 2**-32 in one step: scaling by a power of two does not round, so it is the same.
+    v = tl.minimum(h.to(tl.float32) * (1.0 / 4294967296.0) + 0.5 / 4294967296.0, 1.0 - 1.0 / 16777216.0)
+    series = v * (
+        1.44269504 + v * (0.72134752 + v * (0.48089835 + v * (0.36067376 + v * (0.28853901 + v * 0.2404492))))
+    )
+    return log2(tl.where(v < 0.0625, series, -log2(1.0 - v, FAST)), FAST)
+
+
+@triton.jit
+def weight(z):
+    """q of reference.py, step 6, as a float32 that holds the integer exactly."""
+    return tl.floor(tl.exp(z) * UNIT)
+
+
+@triton.jit
+def share(total, fraction):
+    """floor(total * fraction / 2**24) without overflow (weights.share)."""
+    return (total >> 24) * fraction + (((total & (WHOLE - 1)) * fraction) >> 24)
+
+
+@triton.jit
+def load_clean(x_row, i, live):
+    """Logits of a row; -inf in the place of NaN and inf, whose row is poison anyway."""
+    x = tl.load(x_row + i, live, other=float("-inf")).to(tl.float32)
+    return tl.where(x < float("inf"), x, float("-inf"))
+
+
+@triton.jit
+def top_of(largest, row, SPLITS: tl.constexpr):
+    """The row's largest logit, 0 for one without."""
+    top = tl.max(tl.load(largest + row * SPLITS + tl.arange(0, SPLITS)), 0)
+    return tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0)
 
 
 @triton.jit
@@ -108,13 +142,33 @@ def _edited(
 
 
 @triton.jit
+def _look(
+    at, lane, top, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1, racing, vocab,
+    EDITED: tl.constexpr, MASKED: tl.constexpr, RANDOM: tl.constexpr, FAST: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Take the block of logits at `at` into the scan's state; TAIL: it may end beyond the vocabulary."""
+    i = at + lane
+    live = (i < vocab) if TAIL else None
+    other = float("-inf") if TAIL else None
+    x = tl.load(x_row + i, live, other=other).to(tl.float32)
+    if EDITED:
+        x = _edited(x, x_row, i, i < vocab, needs, slot, floats, marks, bitmask_row, vocab, MASKED)
+    top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
+    s = x
+    if RANDOM and racing:
+        s = x * scale - log_times(i, word0, word1, FAST)
+    better = s > score
+    return top, tl.where(better, s, score), tl.where(better, i, winner)
+
+
+@triton.jit
 def scan(
-    logits, slots, positions, ints, floats, marks, bitmask, best, best_ids, largest, group_tops, bad, vocab, stride,
-    words, part,
+    logits, slots, positions, ints, floats, marks, bitmask, best, best_ids, largest, group_tops, vocab, stride, words,
+    part,
     EDITED: tl.constexpr, MASKED: tl.constexpr, RANDOM: tl.constexpr, RANKED: tl.constexpr, FAST: tl.constexpr,
     BLOCK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, split): the split's winner, its largest logit, and whether a logit is poison.
+    """Program (row, split): the split's winner, and its largest logit, NaN if one is.
 
     Everything is kept lane by lane and reduced once, at the end: a reduction in the loop would make its warps wait for
     each other. Rows with top_k do not race; RANKED: they leave the largest logit of each of GROUPS groups of lanes.
@@ -126,34 +180,31 @@ def scan(
     x_row = logits + row.to(tl.int64) * stride
     bitmask_row = bitmask + row.to(tl.int64) * words if MASKED else bitmask
     racing = ((needs & GREEDY) == 0) & (top_k == 0)
-    scale = tl.load(floats + slot * FLOATS)
+    scale = tl.load(floats + slot * FLOATS) * LOG2E
     word0, word1 = row_words(tl.load(ints + slot * INTS + SEED), tl.load(positions + row).to(tl.int64))
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     score = tl.full([BLOCK], float("-inf"), tl.float32)
     winner = tl.full([BLOCK], NO_ID, tl.int32)
-    poison = tl.zeros([BLOCK], tl.int32)
     first = split * part
-    for at in range(first, tl.minimum(first + part, vocab), BLOCK):
-        i = at + lane
-        live = i < vocab
-        x = tl.load(x_row + i, live, other=float("-inf")).to(tl.float32)
-        poison |= (~(x < float("inf"))).to(tl.int32)
-        if EDITED:
-            x = _edited(x, x_row, i, live, needs, slot, floats, marks, bitmask_row, vocab, MASKED)
-        top = tl.maximum(top, x)
-        s = x
-        if RANDOM and racing:
-            s = x * scale - log_times(i, word0, word1, FAST)
-        better = s > score
-        score = tl.where(better, s, score)
-        winner = tl.where(better, i, winner)
+    last = tl.minimum(first + part, vocab)
+    whole = first + tl.maximum(last - first, 0) // BLOCK * BLOCK
+    for at in range(first, whole, BLOCK):
+        top, score, winner = _look(
+            at, lane, top, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1, racing,
+            vocab, EDITED, MASKED, RANDOM, FAST, False,
+        )  # fmt: skip
+    if whole < last:
+        top, score, winner = _look(
+            whole, lane, top, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1,
+            racing, vocab, EDITED, MASKED, RANDOM, FAST, True,
+        )  # fmt: skip
     place = row * splits + split
     reached, token = winner_of(score, winner)
-    tl.store(largest + place, tl.max(top, 0))
+    poison = tl.max((~(top < float("inf"))).to(tl.int32), 0) != 0
+    tl.store(largest + place, tl.where(poison, float("nan"), tl.max(top, 0)))
     tl.store(best + place, reached)
     tl.store(best_ids + place, token)
-    tl.store(bad + place, tl.max(poison, 0))
     if RANKED and top_k > 0:
         tops = tl.max(tl.reshape(top, (GROUPS, BLOCK // GROUPS)), 1)
         tl.store(group_tops + place * GROUPS + tl.arange(0, GROUPS), tops)
@@ -161,7 +212,7 @@ def scan(
 
 @triton.jit
 def finish_rows(
-    slots, ints, best, best_ids, largest, bad, drawn, stop_ids, marks, ids, finish, vocab, stops,
+    slots, ints, best, best_ids, largest, drawn, stop_ids, marks, ids, finish, vocab, stops,
     FILTERING: tl.constexpr, EDITED: tl.constexpr, SPLITS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
     """Row by row: the winner of all splits, whether it stops the request or the row is poison; count it."""
@@ -169,7 +220,9 @@ def finish_rows(
     slot = tl.load(slots + row).to(tl.int64)
     needs = tl.load(ints + slot * INTS + NEEDS)
     place = row * SPLITS + tl.arange(0, SPLITS)
-    poison = (tl.max(tl.load(bad + place), 0) != 0) | ~(tl.max(tl.load(largest + place), 0) > float("-inf"))
+    tops = tl.load(largest + place)
+    clean = tl.min((tops < float("inf")).to(tl.int32), 0) != 0
+    poison = ~(clean & (tl.max(tops, 0) > float("-inf")))
     _, token = winner_of(tl.load(best + place), tl.load(best_ids + place))
     if FILTERING and (needs & FILTERED) != 0:
         token = tl.load(drawn + row)
