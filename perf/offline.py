@@ -181,6 +181,7 @@ def report(figures: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     args, config = parse(arguments)
+    limits_of(args)  # measured while the GPU is free, and remembered
     with model_folder(config.model or "smollm2-135m") as folder:
         figures = asyncio.run(measure(args, config, folder))
         add_floor(figures, args, folder)

@@ -152,6 +152,8 @@ def warm_up(args: argparse.Namespace, model: str) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Warm up, run, and return the figures."""
+    if args.shape:
+        limits_of(args)  # measured while the GPU is free, and remembered
     with server_of(args) as started:
         model = served_model(args)
         warm_up(args, model)
