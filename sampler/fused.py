@@ -21,10 +21,14 @@ from . import scan_kernels as kernels
 from .reference import Sampled, most_likely
 from .state import INTS, SamplerState
 
-BLOCK: Final = 2048
+BLOCK: Final = 1024
 """Logits that a program looks at at once."""
 WARPS: Final = 8
-"""Warps of a program, but for finish_rows' one."""
+"""Warps of a program, but for finish_rows' one.
+
+Measured on an H100, 128 rows of 152,064 logits, greedy / at a temperature, in microseconds: 32 / 36 (float32) and
+20 / 36 (bfloat16); with blocks of 2,048 34 / 42 and 21 / 39; of 4,096 42 / 69.
+"""
 MOST_SPLITS: Final = 64
 PROGRAMS: Final = 2048
 """A row is split so that a pass has about this many programs: twice what is resident at once on an H100."""

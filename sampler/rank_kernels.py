@@ -30,7 +30,8 @@ from .scan_kernels import (
     winner_of,
 )
 
-TILE = tl.constexpr(32)
+TILE = tl.constexpr(64)  # groups that are looked at at once
+PAIRS = tl.constexpr(32)  # candidates that all are compared with at once
 
 
 @triton.jit
@@ -89,8 +90,8 @@ def _settle_pairs(z_at, ids_at, count, top_k, top_p, least, word0, word1, FAST: 
     mass = q.to(tl.int64)
     above = tl.zeros([SIZE], tl.int32)
     mass_above = tl.zeros([SIZE], tl.int64)
-    for at in range(0, count, TILE):
-        j = at + tl.arange(0, TILE)
+    for at in range(0, count, PAIRS):
+        j = at + tl.arange(0, PAIRS)
         other = weight(tl.load(z_at + j, j < count, other=float("-inf")))
         higher = other[None, :] > q[:, None]
         above += tl.sum(higher.to(tl.int32), 1)
