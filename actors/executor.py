@@ -6,12 +6,14 @@ scheduling happens once a window. On a GPU a window is launched whole while the 
 for the device and wakes the actor. Invariant: it holds nothing that the scheduler could not send again.
 """
 
+import contextlib
 import os
 import queue
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
@@ -30,6 +32,7 @@ from .ref import Gone
 from .sampler import Sampler
 
 NOTHING: Final = memoryview(b"")
+COMPILER_SECONDS: Final = 5.0
 
 
 def ints(view: memoryview) -> np.ndarray:
@@ -105,12 +108,22 @@ class Executor(Actor):
 
     async def start(self) -> None:
         """Load the weights, size the KV pool, and prepare the device."""
-        await trio.to_thread.run_sync(self._prepare)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_of_compilers)
+            await trio.to_thread.run_sync(self._prepare)
+            nursery.cancel_scope.cancel()
         assert self.stepper is not None
         if not self.stepper.exact:
             self.waiter = DeviceWaiter()
             self.stepper.on_launch(self.waiter.add)
             self.context.inbox.watch(self.waiter.fileno(), self)
+
+    async def _tell_of_compilers(self) -> None:
+        """While compilers run for us, minutes for a library's kernels, the start is not stuck."""
+        while True:
+            await trio.sleep(COMPILER_SECONDS)
+            if await trio.to_thread.run_sync(has_children):
+                self.context.report("compiling kernels (once)", 1.0)
 
     def _sampler(self) -> Sampler:
         sampler = self.context.local(self.context.name.replace("exec.", "sampler."))
@@ -273,6 +286,15 @@ def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> 
         top_logprobs=raw(rows.top_logprobs),
         step_ns=took_ns,
     )
+
+
+def has_children() -> bool:
+    """Whether this process has child processes (Linux)."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            if task.joinpath("children").read_text().strip():
+                return True
+    return False
 
 
 def set_threads(config: EngineConfig) -> None:

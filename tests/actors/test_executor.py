@@ -5,6 +5,7 @@ which rows finished until then, so rows that are done go on in the batch: the sl
 """
 
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,8 @@ import pytest
 import tiny
 import torch
 
-import actorserve.actors.executor
 from actorserve import Engine, SamplingParams
+from actorserve.actors import executor
 from actorserve.models.runner import StepLogits
 from actorserve.models.stepper import Step, Stepper
 from actorserve.sampler.reference import Sampled
@@ -69,7 +70,7 @@ def engine(folder: str, **options: object) -> object:
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actorserve.actors.executor, "Stepper", AheadStepper)
+    monkeypatch.setattr(executor, "Stepper", AheadStepper)
 
 
 PROMPTS = [tiny.prompt(5 + 9 * i, seed=i) for i in range(14)]
@@ -117,6 +118,30 @@ def test_aborts_while_steps_run_ahead(folder: str, plain: list, ahead: None) -> 
                 next(stream, None)
             stream.close()
         assert answers(e) == plain
+
+
+def test_compilers_are_children_of_the_executor() -> None:
+    assert not executor.has_children()
+    with subprocess.Popen(["sleep", "60"]) as compiler:
+        assert executor.has_children()
+        compiler.kill()
+    assert not executor.has_children()
+
+
+def test_a_start_with_compilers_says_so(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    plain = executor.Executor._prepare
+
+    def slow(self: executor.Executor) -> None:
+        self.context.reporter = lambda stage, _: told.append(stage)
+        time.sleep(0.2)
+        plain(self)
+
+    monkeypatch.setattr(executor, "COMPILER_SECONDS", 0.01)
+    monkeypatch.setattr(executor, "has_children", lambda: True)
+    monkeypatch.setattr(executor.Executor, "_prepare", slow)
+    with engine(folder):
+        assert "compiling kernels (once)" in told
 
 
 def test_a_device_error_ends_the_executor_not_the_request(
