@@ -26,12 +26,16 @@ def decode(
     q, cache, tables, rows, lengths, out, partial, partial_lse, counters, scale, cap, window, q_stride, width,
     HAS_ROWS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, split, row): the group's queries over a share of the row's keys.
 
-    Partial results are merged by the last program of a (row, head) to arrive; `counters` go back to zero.
+    Partial results are merged by the last program of a (row, head) to arrive; `counters` go back to zero. SPLITS is a
+    power of two. PDL: launched before its predecessor ends, and lets its successor be.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0)
     split = tl.program_id(1)
     b = tl.program_id(2)

@@ -17,7 +17,7 @@ from .attention import AttentionBackend, AttentionPlan
 from .batch import Batch
 from .head import Head
 from .kv_cache import KVCache
-from .layers import LinearMap, Ops, TorchOps
+from .layers import Hidden, LinearMap, Ops, TorchOps
 from .rope import inverse_frequencies
 from .spec import Norm, Spec
 
@@ -108,26 +108,28 @@ class Decoder:
         residual = F.embedding(batch.ids, weights.embed)
         if spec.embed_scale != 1.0:
             residual = residual * spec.embed_scale
-        x = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
+        hidden: Hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
         for i, layer in enumerate(weights.layers):
             last = i + 1 == spec.layers
-            x = self._attend(i, layer, x, batch, kv, plan, table if spec.rotates(i) else None)
+            x = self._attend(i, layer, hidden, batch, kv, plan, table if spec.rotates(i) else None)
             if last and batch.logit_rows is not None:
                 if not len(batch.logit_rows):  # only keys and values were wanted
                     return x.new_empty(0, spec.vocab, dtype=torch.float32)
                 x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
-            x = layer.o(x)
-            x, residual = ops.add_rms_norm(x, residual, spec.residual_scale, layer.mlp_norm, eps)
-            x = layer.down(ops.act_mul(layer.gate_up(x), spec.act))
-            next_norm = weights.norm if last else weights.layers[i + 1].attention_norm
-            x, residual = ops.add_rms_norm(x, residual, spec.residual_scale, next_norm, eps)
-        return self._logits(x)
+            scale = spec.residual_scale
+            hidden, residual = ops.add_norm(layer.o, x, residual, scale, layer.mlp_norm, eps, layer.gate_up)
+            x = ops.gated(layer.gate_up, hidden, spec.act)
+            norm, into = weights.norm, weights.head.product
+            if not last:
+                norm, into = weights.layers[i + 1].attention_norm, weights.layers[i + 1].qkv
+            hidden, residual = ops.add_norm(layer.down, x, residual, scale, norm, eps, into)
+        return self._logits(hidden)
 
     def _attend(
         self,
         index: int,
         layer: LayerWeights,
-        x: Tensor,
+        hidden: Hidden,
         batch: Batch,
         kv: KVCache,
         plan: AttentionPlan,
@@ -135,14 +137,13 @@ class Decoder:
     ) -> Tensor:
         """Normed hidden states [T, hidden] -> heads' outputs [T, heads * head_dim], before the output projection."""
         spec = self.spec
-        qkv = layer.qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
         weight, eps = (None, 0.0) if spec.qk_norm is None else (layer.qk_norm, spec.qk_norm.eps)
-        queries = self.ops.qk_norm_rope_and_write(qkv, weight, eps, table, spec, batch.kv_slots, kv.rows[index])
+        queries = self.ops.heads(layer.qkv, hidden, weight, eps, table, spec, batch.kv_slots, kv.rows[index])
         return plan.run(index, queries)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, hidden: Hidden) -> Tensor:
         """Normed hidden states [R, hidden] -> [R, vocab]."""
-        logits = self.weights.head(x)
+        logits = self.weights.head(hidden)
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         if self.spec.logit_softcap is not None:

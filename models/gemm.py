@@ -2,13 +2,15 @@
 
 Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplied with at how many rows; what is not in
 it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table. Nothing is tuned at run time.
-Tried on an H200 and not kept: gate, up and the activation in one kernel never beat cuBLAS and the activation after it;
-prefetching the weight into the L2 while the predecessor ends made steps slower (4.26 to 4.50 ms for 4.20 at 32 rows).
+With a tile, the work between this GEMM and the next is done in its epilogue: rotation and KV write, activation,
+residual and norm (`Heads`, `act`, `Add`); a norm's division follows in the next GEMM (`Unscaled`).
+Tried on an H200 and not kept: prefetching the weight into the L2 while the predecessor ends made steps slower (4.26 to
+4.50 ms for 4.20 at 32 rows).
 Invariant: a call does no host synchronisation and launches what depends on shapes only, so it can be captured.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,11 @@ class Tile:
     """A configuration of `linear_kernel`; the numbers are elements."""
 
     rows: int
-    """Rows of x of a program: 16 or more, padded."""
+    """Rows of x of a program: 16 or more, padded; or 1, multiplied without tensor cores."""
     outputs: int
     """Rows of the weight of a program."""
     depth: int
-    """Columns of a pipeline stage; divides the weight's columns."""
+    """Columns of a pipeline stage."""
     split: int = 1
     """Programs that share a tile, each with its part of the columns."""
     warps: int = 4
@@ -41,6 +43,8 @@ class Tile:
     swap: bool = True
     """The weight is the left operand of the tensor cores."""
     tma: bool = False
+    ahead: int = 0
+    """With PDL: stages of the weight that are loaded, into registers, before the predecessor ends. Not with tma."""
 
 
 Choices = tuple[tuple[int, Tile | None], ...]
@@ -48,10 +52,11 @@ Choices = tuple[tuple[int, Tile | None], ...]
 
 GEMMS: Final[dict[tuple[int, int], Choices]] = {
     (3584, 3584): ((1, Tile(16, 64, 256, 2, 4, 3)), (32, Tile(32, 64, 256, 2, 4, 3))),
-    (37888, 3584): ((1, Tile(16, 32, 256, 1, 4, 4)), (32, Tile(32, 64, 128, 1, 4, 4, tma=True))),
+    (37888, 3584): ((1, Tile(16, 64, 256, 1, 4, 3)), (32, Tile(32, 128, 128, 1, 4, 4, tma=True))),
     (3584, 18944): ((1, Tile(16, 64, 256, 2, 4, 3)),),
     (152064, 3584): ((1, Tile(16, 64, 128, 1, 4, 4)), (32, Tile(32, 64, 128, 1, 4, 4, tma=True))),
     (1152, 896): ((8, Tile(16, 64, 128, 3, 4, 5, tma=True)),),
+    (9728, 896): ((1, Tile(1, 16, 1024, 1, 4, 3, ahead=1)), (8, Tile(16, 64, 128, 1, 4, 4, ahead=2))),
     (896, 896): ((8, Tile(16, 64, 128, 3, 4, 5, tma=True)),),
     (896, 4864): ((8, Tile(16, 64, 128, 8, 4, 4)),),
     (151936, 896): ((8, Tile(16, 64, 128, 1, 4, 5, tma=True)), (64, Tile(64, 128, 64, 1, 4, 4))),
@@ -72,43 +77,135 @@ def arrivals(device: torch.device) -> Tensor:
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
+@dataclass(slots=True)
+class Unscaled:
+    """Hidden states between the two halves of a norm: the rows' division by their root mean square is outstanding."""
+
+    x: Tensor
+    """[T, hidden], times the norm's weight."""
+    squares: Tensor
+    """float32 [T, parts]: sums of squares of parts of the rows before that."""
+    eps: float
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+
+@dataclass(slots=True)
+class Add:
+    """Epilogue: the product, times `scale`, is added to the residual, and the sum prepared for a norm with `gain`."""
+
+    residual: Tensor
+    scale: float
+    gain: Tensor
+    new_residual: Tensor
+    squares: Tensor
+    """float32 [T, tiles of the outputs]"""
+
+
+@dataclass(slots=True)
+class Heads:
+    """Epilogue of a QKV product: QK-norm, rotation, keys and values to the cache. See Ops.heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool
+    qk_norm: Tensor | None
+    eps: float
+    table: Tensor | None
+    kv_slots: Tensor
+    kv_rows: Tensor
+
+    def fits(self, tile: Tile) -> bool:
+        """Whether a tile has whole heads that the kernel knows how to cut."""
+        return tile.outputs % self.head_dim == 0 and self.head_dim & (self.head_dim - 1) == 0
+
+
 def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
     """Whether `tile` can multiply a weight [outputs, inputs] with this many rows."""
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
-    return inputs % tile.depth == 0 and (tile.split == 1 or tiles <= MAX_TILES)
+    return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Unscaled,
     weight: Tensor,
     bias: Tensor | None,
     tile: Tile,
     arrived: Tensor,
     pdl: bool,
     dtype: torch.dtype | None = None,
+    act: str = "",
+    add: Add | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """x [rows, inputs] @ weight [outputs, inputs].T + bias, in `dtype` (x's); contiguous, `tile` fits.
 
-    `pdl`: launch before the predecessor ends.
+    One epilogue at most. With `act`, act(first half) * second half; with `add`, what an Unscaled holds; with `heads`,
+    the queries. `pdl`: launch before the predecessor ends.
     """
+    norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape
-    outputs = len(weight)
-    out = torch.empty(rows, outputs, dtype=dtype or x.dtype, device=x.device)
-    tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
+    outputs, width = (len(weight) // 2, tile.outputs // 2) if act else (len(weight), tile.outputs)
+    columns = heads.heads * heads.head_dim if heads else outputs
+    out = torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
+    tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None
     if tile.split > 1:
         parts = torch.empty(tiles * tile.split * tile.rows * tile.outputs, dtype=torch.float32, device=x.device)
     x_blocks = w_blocks = None
     if tile.tma:
         x_blocks = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
-        w_blocks = TensorDescriptor.from_tensor(weight, [tile.outputs, tile.depth])
+        w_blocks = TensorDescriptor.from_tensor(weight, [width, tile.depth])
+    share = triton.cdiv(triton.cdiv(inputs, tile.depth), tile.split)
     linear_kernel[(tiles, tile.split)](
         x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs,
-        int(weight.nbytes <= EARLY_BYTES), BM=tile.rows, BN=tile.outputs, BK=tile.depth, SPLIT=tile.split,
-        SWAP=tile.swap, TMA=tile.tma, BIAS=bias is not None, PDL=pdl,
-        num_warps=tile.warps, num_stages=tile.stages, **({"launch_pdl": True} if pdl else {}),
+        int(weight.nbytes <= EARLY_BYTES), *_epilogue_arguments(norm, add, heads),
+        BM=tile.rows, BN=width, BK=tile.depth, SPLIT=tile.split, SWAP=tile.swap, TMA=tile.tma,
+        EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share), LOOP=share > tile.ahead,
+        STAGES=tile.stages if tile.rows == 1 else None, BIAS=bias is not None, PDL=pdl, ACT=act,
+        **_epilogue_constants(norm, add, heads), num_warps=tile.warps, num_stages=tile.stages,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
+
+
+def _epilogue_arguments(norm: Unscaled | None, add: Add | None, heads: Heads | None) -> tuple[Any, ...]:
+    """The part of `linear_kernel`'s arguments from `squares` to `kv_heads`."""
+    of_norm = (norm.squares, norm.squares.shape[1], norm.eps) if norm else (None, 0, 0.0)
+    of_add = (
+        (add.residual, add.scale, add.gain, add.new_residual, add.squares) if add else (None, 1.0, None, None, None)
+    )
+    if heads is None:
+        return (*of_norm, *of_add, None, 0.0, None, None, None, 0, 0, 0)
+    return (
+        *of_norm, *of_add, heads.qk_norm, heads.eps, heads.table, heads.kv_slots, heads.kv_rows,
+        heads.kv_rows.stride(0), heads.heads, heads.kv_heads,
+    )  # fmt: skip
+
+
+def _epilogue_constants(norm: Unscaled | None, add: Add | None, heads: Heads | None) -> dict[str, Any]:
+    """The constants of `linear_kernel` that say which epilogue it has."""
+    saturates = heads is not None and heads.kv_rows.dtype == torch.float8_e4m3fn
+    return {
+        "SQUARES": triton.next_power_of_2(norm.squares.shape[1]) if norm else 0,
+        "ADD": add is not None,
+        "HEADS": heads is not None,
+        "D": heads.head_dim if heads else 0,
+        "QK_NORM": heads is not None and heads.qk_norm is not None,
+        "ROTATE": heads is not None and heads.table is not None,
+        "INTERLEAVED": heads is not None and heads.interleaved,
+        "KV_LIMIT": int(torch.finfo(torch.float8_e4m3fn).max) if saturates else 0,
+    }
 
 
 def can_multiply(weight: Tensor) -> bool:
@@ -122,7 +219,10 @@ def can_multiply(weight: Tensor) -> bool:
 
 
 class TritonLinear:
-    """x [T, in] -> [T, out] with weight [out, in]; float32 results with dtype=torch.float32; PDL up to `pdl_rows`."""
+    """x [T, in] -> [T, out] with weight [out, in]; float32 results with dtype=torch.float32; PDL up to `pdl_rows`.
+
+    The other methods are for as many rows as there is a `tile` for.
+    """
 
     __slots__ = ("arrived", "bias", "choices", "dtype", "pdl_rows", "weight")
 
@@ -139,12 +239,40 @@ class TritonLinear:
         outputs, inputs = weight.shape
         self.choices = gemms.get((outputs, inputs), ()) if can_multiply(weight) else ()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        tile = choose(self.choices, len(x))
-        if tile is not None and len(x):
-            pdl = len(x) <= self.pdl_rows
-            return linear(x.contiguous(), self.weight, self.bias, tile, self.arrived, pdl, self.dtype)
+    def tile(self, rows: int) -> Tile | None:
+        """What this many rows are multiplied with, None for cuBLAS."""
+        return choose(self.choices, rows) if rows else None
+
+    def __call__(self, x: Tensor | Unscaled) -> Tensor:
+        if self.tile(len(x)) is not None:
+            return self._run(x)
+        assert isinstance(x, Tensor)  # who makes an Unscaled has asked for a tile
         if self.dtype is None or self.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
         y = torch.mm(x, self.weight.t(), out_dtype=self.dtype)
         return y if self.bias is None else y + self.bias
+
+    def gated(self, x: Tensor | Unscaled, act: str) -> Tensor:
+        """act(gate) * up of the product [T, 2 * inter]; returns [T, inter]."""
+        return self._run(x, act=act)
+
+    def add(self, x: Tensor, residual: Tensor, scale: float, gain: Tensor, eps: float) -> tuple[Unscaled, Tensor]:
+        """Return (norm of r with weight `gain`, r) with r = residual + scale * product."""
+        tile = self.tile(len(x))
+        assert tile is not None
+        parts = triton.cdiv(len(self.weight), tile.outputs)
+        squares = torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
+        residual = residual.contiguous()
+        add = Add(residual, scale, gain, torch.empty_like(residual), squares)
+        return Unscaled(self._run(x, add=add), squares, eps), add.new_residual
+
+    def heads(self, x: Tensor | Unscaled, heads: Heads) -> Tensor:
+        """The queries [T, H, D] of a QKV product; keys and values are written."""
+        return self._run(x, heads=heads).view(len(x), heads.heads, heads.head_dim)
+
+    def _run(self, x: Tensor | Unscaled, act: str = "", add: Add | None = None, heads: Heads | None = None) -> Tensor:
+        tile = self.tile(len(x))
+        assert tile is not None
+        x = x.contiguous() if isinstance(x, Tensor) else x
+        pdl = len(x) <= self.pdl_rows
+        return linear(x, self.weight, self.bias, tile, self.arrived, pdl, self.dtype, act, add, heads)

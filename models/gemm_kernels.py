@@ -3,94 +3,242 @@
 Used by gemm.py, which chooses its tiles. At 1 to 64 rows the arithmetic is nothing and the weight everything, so all
 programs are resident at once with deep pipelines, whether or not their number divides the SMs: those that are
 left share the bandwidth. Narrow weights are split along K; the last program of a tile to arrive adds the parts up, in
-a fixed order, so that results do not depend on who was last.
+a fixed order, so that results do not depend on who was last. What a layer does between two GEMMs is done where the
+first one stores its tile (gemm_epilogues.py): the second then reads its operand as it is, and needs one number a row.
 Invariant: results are a function of the row, the weight and the tile; `arrived` is all zeros between launches.
 """
 
 import triton
 import triton.language as tl
 
+from .gemm_epilogues import (
+    add_to_residual,
+    by_column,
+    by_row,
+    cosines_and_sines,
+    residual_tile,
+    rms_factors,
+    rounded,
+    store_heads,
+    store_tile,
+)
+from .layer_kernels import activate
+
 
 @triton.jit
-def _store_tile(acc, bias, out, rn, rm, n, rows, SWAP: tl.constexpr, BIAS: tl.constexpr):
-    """Add the bias, round and store a tile of out [rows, n]."""
-    if BIAS:
-        added = tl.load(bias + rn, rn < n, other=0.0).to(tl.float32)
-        acc += added[:, None] if SWAP else added[None, :]
-    at_m = rm.to(tl.int64) * n
-    if SWAP:
-        at = rn[:, None] + at_m[None, :]
-        live = (rn < n)[:, None] & (rm < rows)[None, :]
+def _multiply(w_tile, x_tile, acc, BM: tl.constexpr, SWAP: tl.constexpr):
+    """acc + the product of w_tile [BN, BK] and x_tile [BM, BK].
+
+    One row is multiplied without tensor cores: acc [BN, BK / 8] holds sums of what a thread has loaded at once. If BK
+    is 256 for each warp, a thread's elements of both tiles are in the same columns, and none goes to another thread.
+    """
+    if BM == 1:
+        products = w_tile.to(tl.float32) * x_tile.to(tl.float32)
+        acc += tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // 8, 8)), 2)
+    elif SWAP:
+        acc = tl.dot(w_tile, x_tile.T, acc, input_precision="ieee")
     else:
-        at = at_m[:, None] + rn[None, :]
-        live = (rm < rows)[:, None] & (rn < n)[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), live)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    return acc
 
 
-@triton.jit(do_not_specialize=["rows", "early"])
+@triton.jit
+def _total(parts, SPLIT: tl.constexpr, SIZE: tl.constexpr, SMALL: tl.constexpr):
+    """The sum of a tile's parts, SIZE elements apart."""
+    total = tl.load(parts, cache_modifier=".cg")
+    if SMALL:
+        for other in tl.static_range(1, SPLIT):
+            total += tl.load(parts + other * SIZE, cache_modifier=".cg")
+    else:  # all at once do not fit into the registers
+        for other in range(1, SPLIT):
+            total += tl.load(parts + other * SIZE, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _finish(
+    acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
+    SWAP: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
+    HEADS: tl.constexpr, LATE: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """From a tile's sums to what is stored; `up` is the second half of a gate-up weight and used with ACT.
+
+    LATE: `old` and `turn` are where the residual and the table lie; else they are what was loaded from there.
+    """
+    if NORMED:
+        acc *= by_row(factors, SWAP)
+    if BIAS:
+        acc += by_column(biases[0], SWAP)
+    if ACT != "":
+        if NORMED:
+            up *= by_row(factors, SWAP)
+        if BIAS:
+            up += by_column(biases[1], SWAP)
+        acc = activate(rounded(acc, out), ACT) * rounded(up, out)
+    if ADD:
+        gains, scale, new_residual, new_squares = add
+        if LATE:
+            old = residual_tile(old, rn, rm, rows, n, SWAP)
+        parts = (scale, new_residual, new_squares)
+        add_to_residual(acc, old, gains, out, rn, rm, rows, n, tile_n, tiles_n, parts, SWAP)
+    elif HEADS:
+        slot, gains, eps, kv, kv_stride, count, kv_count = heads
+        if LATE and ROTATE:
+            turn = cosines_and_sines(turn, rm, rows, D)
+        operands = (gains, eps, kv, kv_stride, count, kv_count)
+        store_heads(acc, turn, slot, out, rn, rm, rows, operands, SWAP, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT)
+    else:
+        store_tile(acc, out, rn, rm, rows, n, SWAP)
+
+
+@triton.jit(do_not_specialize=["rows", "early", "square_parts"])
 def linear_kernel(
     x, w, x_blocks, w_blocks, bias, out, parts, arrived, rows, n, k, early,
+    squares, square_parts, eps, residual, scale, gain, new_residual, new_squares,
+    qk_gains, qk_eps, table, slots, kv, kv_stride, heads, kv_heads,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, SQUARES: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, n] = x [rows, k] @ w [n, k].T + bias.
+    """out [rows, n] = x [rows, k] @ w [n, k].T + bias; with ACT w is [2 n, k] and out = ACT(first half) * second half.
 
-    BK divides k; grid (tiles of n * tiles of rows, SPLIT). SWAP: the weight is the left operand, which is padded to
-    64 (tensor cores of sm_90), so that few rows cost little. TMA: tiles come through the descriptors x_blocks and
-    w_blocks, with blocks [BM, BK] and [BN, BK]. parts float32 [tiles, SPLIT, BM * BN] and arrived int32 [tiles] are
-    used with SPLIT > 1 only. PDL: what comes next is launched at once if `early`, else as the weight has been read.
+    Grid (tiles of n * tiles of rows, SPLIT). SWAP: the weight is the left operand, which is padded to 64 (tensor cores
+    of sm_90), so that few rows cost little; BM 1 goes without tensor cores. TMA: tiles come through the descriptors
+    x_blocks and w_blocks, with blocks [BM, BK] and [BN, BK]. parts float32 [tiles, SPLIT, BM * BN (twice with ACT)] and
+    arrived int32 [tiles] are used with SPLIT > 1 only.
+    SQUARES: x is to be divided by its rows' root mean squares, which follow from squares float32 [rows, square_parts]
+    (SQUARES: that rounded up to a power of two); the product is. ADD, HEADS: see gemm_epilogues.py. EVEN: BK divides k.
+    PDL: what comes next is launched at once if `early`, else as the weight has been read. The first AHEAD steps of the
+    weight, which no kernel writes, are loaded before the predecessor ends; LOOP: there are more.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     row_tiles = tl.cdiv(rows, BM)
-    first_n, first_m = (tile // row_tiles) * BN, (tile % row_tiles) * BM
+    tile_n, tile_m = tile // row_tiles, tile % row_tiles
+    first_n, first_m = tile_n * BN, tile_m * BM
     rn, rm = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
-    share = tl.cdiv(k // BK, SPLIT)
+    steps = tl.cdiv(k, BK)
+    share = tl.cdiv(steps, SPLIT)
     begin = part * share
-    end = tl.minimum(begin + share, k // BK)
-    if PDL:
+    end = tl.minimum(begin + share, steps)
+    limit = tl.minimum(end * BK, k)
+    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
         if early > 0:
             tl.extra.cuda.gdc_launch_dependents()
+
+    kk = begin * BK + tl.arange(0, BK)
+    row_live = (rm < rows)[:, None]  # masked, not clamped: a row that all programs read BM times is a hot spot
+    w_at = w + tl.minimum(rn, n - 1).to(tl.int64)[:, None] * k + kk[None, :]
+    up_at = w_at + n.to(tl.int64) * k
+    x_at = x + rm.to(tl.int64)[:, None] * k + kk[None, :]
+    ahead = ()
+    ahead_up = ()
+    for j in tl.static_range(AHEAD):
+        there = (kk + j * BK < limit)[None, :]
+        ahead = ahead + (tl.load(w_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        if ACT != "":
+            ahead_up = ahead_up + (tl.load(up_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    biases = (0.0, 0.0)
+    if BIAS:
+        biases = (tl.load(bias + rn, rn < n, other=0.0).to(tl.float32), 0.0)
+        if ACT != "":
+            biases = (biases[0], tl.load(bias + n + rn, rn < n, other=0.0).to(tl.float32))
+    gains = 0.0
+    if ADD:
+        gains = tl.load(gain + rn, rn < n, other=0.0).to(tl.float32)
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
-    if not TMA:
-        kk = begin * BK + tl.arange(0, BK)
-        row_live = (rm < rows)[:, None]  # masked, not clamped: a row that all programs read BM times is a hot spot
-        x_at = x + rm.to(tl.int64)[:, None] * k + kk[None, :]
-        w_at = w + tl.minimum(rn, n - 1).to(tl.int64)[:, None] * k + kk[None, :]
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
-    for step in range(begin, end):
-        if TMA:
-            x_tile = x_blocks.load([first_m, step * BK])
-            w_tile = w_blocks.load([first_n, step * BK])
-        else:
-            x_tile = tl.load(x_at, row_live, other=0.0)
-            w_tile = tl.load(w_at)
-            x_at += BK
-            w_at += BK
-        if SWAP:
-            acc = tl.dot(w_tile, x_tile.T, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    acc = tl.zeros((BN, BK // 8) if BM == 1 else (BN, BM) if SWAP else (BM, BN), tl.float32)
+    up = acc
+    x_tiles = ()
+    for j in tl.static_range(AHEAD):
+        there = (kk + j * BK < limit)[None, :]
+        x_ahead = tl.load(x_at + j * BK, row_live & there, other=0.0)
+        x_tiles = x_tiles + (x_ahead,)  # type: ignore[assignment]  # noqa: RUF005
+    if LOOP:
+        x_at += AHEAD * BK
+        w_at += AHEAD * BK
+        up_at += AHEAD * BK
+        for step in tl.range(begin + AHEAD, end, num_stages=STAGES):
+            if TMA:
+                x_tile = x_blocks.load([first_m, step * BK])
+                w_tile = w_blocks.load([first_n, step * BK])
+                if ACT != "":
+                    up_tile = w_blocks.load([n + first_n, step * BK])
+            else:
+                if EVEN:
+                    x_tile = tl.load(x_at, row_live, other=0.0)
+                    w_tile = tl.load(w_at)
+                    if ACT != "":
+                        up_tile = tl.load(up_at)
+                else:
+                    live = (step * BK + tl.arange(0, BK) < k)[None, :]
+                    x_tile = tl.load(x_at, row_live & live, other=0.0)
+                    w_tile = tl.load(w_at, live, other=0.0)
+                    if ACT != "":
+                        up_tile = tl.load(up_at, live, other=0.0)
+                x_at += BK
+                w_at += BK
+                if ACT != "":
+                    up_at += BK
+            acc = _multiply(w_tile, x_tile, acc, BM, SWAP)
+            if ACT != "":
+                up = _multiply(up_tile, x_tile, up, BM, SWAP)
+
+    # What the epilogue reads is loaded here: late enough not to hold up the weight, early enough to come beside the x
+    # of the steps ahead, which are multiplied last.
+    LATE: tl.constexpr = BM * BN > 2048  # it would fill the registers: not before it is needed
+    old = residual
+    if ADD and not LATE:
+        old = residual_tile(residual, rn, rm, rows, n, SWAP)
+    slot = 0
+    turn = table
+    if HEADS:
+        slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
+        if ROTATE and not LATE:
+            turn = cosines_and_sines(table, rm, rows, D)
+    factors = 0.0
+    if SQUARES > 0:
+        factors = rms_factors(squares, square_parts, eps, rm, rows, k, SQUARES)
+    for j in tl.static_range(AHEAD):
+        acc = _multiply(ahead[j], x_tiles[j], acc, BM, SWAP)
+        if ACT != "":
+            up = _multiply(ahead_up[j], x_tiles[j], up, BM, SWAP)
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if BM == 1:
+        acc = tl.sum(acc, 1, keep_dims=True)
+        up = tl.sum(up, 1, keep_dims=True) if ACT != "" else acc
+    tiles_n = tl.num_programs(0) // row_tiles
+    add = (gains, scale, new_residual, new_squares)
+    head = (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads)
     if SPLIT == 1:
-        _store_tile(acc, bias, out, rn, rm, n, rows, SWAP, BIAS)
+        _finish(
+            acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, head,
+            SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+        )  # fmt: skip
     else:
+        SIZE: tl.constexpr = 2 * BM * BN if ACT != "" else BM * BN
         if SWAP:
             within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         else:
             within = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        tile_parts = parts + tile.to(tl.int64) * SPLIT * BM * BN + within
-        tl.store(tile_parts + part * BM * BN, acc)
+        tile_parts = parts + tile.to(tl.int64) * SPLIT * SIZE + within
+        tl.store(tile_parts + part * SIZE, acc)
+        if ACT != "":
+            tl.store(tile_parts + part * SIZE + BM * BN, up)
         tl.debug_barrier()  # all threads' parts are written before the arrival says so
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
             tl.store(arrived + tile, 0)
-            total = tl.load(tile_parts, cache_modifier=".cg")
-            if BM * BN < 32768:
-                for other in tl.static_range(1, SPLIT):
-                    total += tl.load(tile_parts + other * BM * BN, cache_modifier=".cg")
-            else:  # all at once do not fit into the registers
-                for other in range(1, SPLIT):
-                    total += tl.load(tile_parts + other * BM * BN, cache_modifier=".cg")
-            _store_tile(total, bias, out, rn, rm, n, rows, SWAP, BIAS)
+            total = _total(tile_parts, SPLIT, SIZE, SIZE < 32768)
+            total_up = total
+            if ACT != "":
+                total_up = _total(tile_parts + BM * BN, SPLIT, SIZE, SIZE < 32768)
+            _finish(
+                total, total_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, head,
+                SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+            )  # fmt: skip

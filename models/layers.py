@@ -1,8 +1,8 @@
 """The pieces of a layer: the Ops that a decoder runs on, here in plain torch, and the linear map as an object.
 
 Used by the decoder, which holds no arithmetic of its own. `TorchOps` is what CPUs run and the reference of the GPU's
-`TritonOps` (triton_ops.py), whose fused kernels have the same boundaries (add+RMSNorm, RoPE+KV write, act*up).
-Every operation is free of host synchronisation.
+`TritonOps` (triton_ops.py), whose fused kernels have the same boundaries (add+RMSNorm, RoPE+KV write, act*up), or do
+that work at the end of the GEMM before it. Every operation is free of host synchronisation.
 Legend: T tokens, H query heads, K KV heads, D head_dim.
 """
 
@@ -67,8 +67,12 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
+Hidden = Any
+"""Normed hidden states [T, hidden]: a Tensor, or what Ops.add_norm made of them for the linear map that comes next."""
+
+
 class Ops(Protocol):
-    """What a forward is made of, besides GEMMs and attention."""
+    """What a forward is made of, besides attention: GEMMs with what follows each, and these parts by themselves."""
 
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> Any:
         """Return what `rope_and_write` needs to rotate tokens at positions [T]: made once a forward."""
@@ -98,6 +102,34 @@ class Ops(Protocol):
 
     def act_mul(self, gate_up: Tensor, act: str) -> Tensor:
         """activation(gate) * up of gate_up [T, 2 * inter]; returns [T, inter]."""
+
+    def heads(
+        self,
+        qkv: LinearMap,
+        x: Hidden,
+        qk_norm: Tensor | None,
+        eps: float,
+        table: Any,
+        spec: Spec,
+        kv_slots: Tensor,
+        kv_rows: Tensor,
+    ) -> Tensor:
+        """`qk_norm_rope_and_write` of qkv(x)."""
+
+    def add_norm(
+        self,
+        linear: LinearMap,
+        x: Tensor,
+        residual: Tensor,
+        residual_scale: float,
+        weight: Tensor,
+        eps: float,
+        into: LinearMap,
+    ) -> tuple[Hidden, Tensor]:
+        """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other."""
+
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+        """`act_mul` of gate_up(x)."""
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
@@ -197,6 +229,38 @@ class TorchOps:
         """See Ops."""
         y: Tensor = self._act_mul(gate_up, ACTIVATIONS[act])
         return y
+
+    def heads(
+        self,
+        qkv: LinearMap,
+        x: Hidden,
+        qk_norm: Tensor | None,
+        eps: float,
+        table: Any,
+        spec: Spec,
+        kv_slots: Tensor,
+        kv_rows: Tensor,
+    ) -> Tensor:
+        """See Ops."""
+        heads = qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        return self.qk_norm_rope_and_write(heads, qk_norm, eps, table, spec, kv_slots, kv_rows)
+
+    def add_norm(
+        self,
+        linear: LinearMap,
+        x: Tensor,
+        residual: Tensor,
+        residual_scale: float,
+        weight: Tensor,
+        eps: float,
+        into: LinearMap,
+    ) -> tuple[Hidden, Tensor]:
+        """See Ops."""
+        return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
+
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+        """See Ops."""
+        return self.act_mul(gate_up(x), act)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""

@@ -1,8 +1,8 @@
 """Attention on a GPU by our Triton kernels: split-KV decode without host planning, and prefill of ragged chunks.
 
 Used by the decoder. Decode reads lengths and page tables on the device, at a launch grid that depends on the number of
-rows alone, so a step can be replayed as a CUDA graph while lengths grow. Invariant: results are TorchAttention's, up to
-rounding (tests/models/test_gpu_attention.py).
+rows alone, so a step can be replayed as a CUDA graph while lengths grow; how it is launched is a small table.
+Invariant: results are TorchAttention's, up to rounding (tests/models/test_gpu_attention.py).
 """
 
 from dataclasses import dataclass
@@ -18,48 +18,81 @@ from . import attention_kernels as kernels
 from .batch import Batch
 from .kv_cache import KVCache
 from .spec import Spec
+from .triton_ops import has_pdl, pdl_rows
 
-PROGRAMS: Final = 132 * 4
-"""Programs that a decode launch aims at: four for each multiprocessor of an H200."""
-MOST_SPLITS: Final = 16
-FEW: Final = 64
-"""Up to this many (row, KV head) pairs latency decides, and 8 warps with 3 stages are best; above 4 and 2.
-
-Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 with other sizes), 23.5 for 32, 67.5 for
-128 (floor 62.4), 134 for 256 (124.9).
-"""
+MOST_SPLITS: Final = 64
+"""No table entry may split a row into more parts."""
+MOST_PROGRAMS: Final = 132 * 8
+"""No table entry may ask for more programs: there is room for the partial results of as many."""
 QUERIES: Final = 64
 """Queries in one prefill tile."""
 
 
-class TritonAttention:
-    """See attention.AttentionBackend."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How decode is launched."""
 
-    def __init__(self) -> None:
+    block: int
+    """Keys of a step of the loop."""
+    warps: int
+    stages: int
+    programs: int = 132 * 4
+    """Programs that a launch aims at: some for each of the 132 multiprocessors of an H100 or H200."""
+    most: int = 16
+    """Most parts of a row."""
+
+
+Launches = tuple[tuple[int, Launch], ...]
+"""(most problems, launch) in rising order; a problem is a (row, KV head) pair. The last is for all above, too."""
+
+DECODE: Final[dict[int, Launches]] = {
+    64: ((64, Launch(64, 8, 3)), (128, Launch(64, 4, 2))),
+    128: ((64, Launch(64, 8, 3)), (128, Launch(64, 4, 2))),
+}
+"""By head_dim; that of 128 for others. perf/attention.py finds and prints it.
+
+Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 with other sizes), 23.5 for 32, 67.5 for
+128 (floor 62.4), 134 for 256 (124.9).
+"""
+
+
+def launch_for(head_dim: int, problems: int) -> Launch:
+    """Return how `problems` (row, KV head) pairs are launched."""
+    launches = DECODE.get(head_dim, DECODE[128])
+    return next((launch for most, launch in launches if problems <= most), launches[-1][1])
+
+
+def splits_for(problems: int, launch: Launch) -> int:
+    """Return into how many parts each problem is split: a power of two, as the kernel's merge needs."""
+    wanted = min(launch.most, launch.programs // max(1, problems))
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
+class TritonAttention:
+    """See attention.AttentionBackend. With `launch` decode is launched so whatever the batch (measurements)."""
+
+    def __init__(self, launch: Launch | None = None) -> None:
+        self._launch = launch
         self._partial: Tensor | None = None
         self._lse: Tensor | None = None
         self._counters: Tensor | None = None
 
     def plan(self, batch: Batch, kv: KVCache, spec: Spec) -> "TritonPlan":
         """Prepare a batch; nothing is launched for decode rows."""
-        splits = splits_for(batch.num_decode * spec.kv_heads)
+        launch = self._launch or launch_for(spec.head_dim, batch.num_decode * spec.kv_heads)
         self._reserve(spec, kv.storage.device)
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)
-        return TritonPlan(batch, kv, spec, splits, workspace, prefill_tiles(batch))
+        pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec.hidden)
+        return TritonPlan(batch, kv, spec, launch, workspace, prefill_tiles(batch), pdl)
 
     def _reserve(self, spec: Spec, device: torch.device) -> None:
-        """Room for the partial results of PROGRAMS programs, more never split; at a fixed address, for graphs."""
+        """Room for the partial results of MOST_PROGRAMS, more never split; at a fixed address, for graphs."""
         if self._partial is None:
-            spots = PROGRAMS * spec.group
+            spots = MOST_PROGRAMS * spec.group
             self._partial = torch.empty(spots, spec.head_dim, dtype=torch.float32, device=device)
             self._lse = torch.empty(spots, dtype=torch.float32, device=device)
-            self._counters = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-
-
-def splits_for(problems: int) -> int:
-    """Return into how many parts each of `problems` (row, KV head) pairs is split."""
-    return 1 if not problems else max(1, min(MOST_SPLITS, PROGRAMS // problems))
+            self._counters = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
 
 
 @dataclass(slots=True)
@@ -93,9 +126,11 @@ class TritonPlan:
     batch: Batch
     kv: KVCache
     spec: Spec
-    splits: int
+    launch: Launch
     workspace: tuple[Tensor, Tensor, Tensor]
     tiles: Tiles | None
+    pdl: bool
+    """Decode is launched before its predecessor ends."""
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         """See AttentionPlan.run; q [T, H, D] may have any row stride."""
@@ -112,12 +147,13 @@ class TritonPlan:
         batch = self.batch
         if batch.num_decode:
             partial, lse, counters = self.workspace
-            few = batch.num_decode * spec.kv_heads <= FEW
-            kernels.decode[(spec.kv_heads, self.splits, batch.num_decode)](
+            launch, splits = self.launch, splits_for(batch.num_decode * spec.kv_heads, self.launch)
+            kernels.decode[(spec.kv_heads, splits, batch.num_decode)](
                 q, cache, batch.decode_tables, q if batch.decode_rows is None else batch.decode_rows,
                 batch.decode_lengths, out, partial, lse, counters, *numbers, batch.decode_tables.stride(0),
-                HAS_ROWS=batch.decode_rows is not None, GP=max(16, triton.next_power_of_2(spec.group)), BLOCK=64,
-                SPLITS=self.splits, STAGES=3 if few else 2, num_warps=8 if few else 4, **shared,
+                HAS_ROWS=batch.decode_rows is not None, GP=max(16, triton.next_power_of_2(spec.group)),
+                BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, PDL=self.pdl, num_warps=launch.warps,
+                **({"launch_pdl": True} if self.pdl else {}), **shared,
             )  # fmt: skip
         if self.tiles is not None:
             large = q.dtype != torch.float32 and spec.head_dim <= 128

@@ -1,8 +1,10 @@
-"""TritonOps: the Ops of a decoder on a GPU, one fused kernel each, GEMMs from gemm.py.
+"""TritonOps: the Ops of a decoder on a GPU, one fused kernel each or in the epilogue of a GEMM; GEMMs from gemm.py.
 
-Used by the decoder through the protocol in layers.py, whose TorchOps is the reference. In the smallest decode steps a
-kernel is launched before its predecessor ends (PDL). Tried and not kept: while such a small kernel runs, asking the L2
-for the start of the weight that the next GEMM reads made every step slower, whatever the amount (perf/layer.py).
+Used by the decoder through the protocol in layers.py, whose TorchOps is the reference. Where our GEMM multiplies, a
+layer of a decode step is five kernels: QKV with rotation and KV write, attention, output and down projection each with
+the residual and half of the norm, gate-up with the activation. Elsewhere cuBLAS and a kernel for what follows.
+In small decode steps a kernel is launched before its predecessor ends (PDL). Tried and not kept: while such a kernel
+runs, asking the L2 for the start of the weight that the next GEMM reads made every step slower (perf/layer.py).
 Invariant: no host synchronisation; what is launched depends on shapes, dtypes and the Spec only.
 """
 
@@ -12,31 +14,49 @@ import torch
 import triton
 from torch import Tensor
 
-from .gemm import GEMMS, Choices, TritonLinear, arrivals
+from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
-from .layers import LinearMap
+from .layers import Hidden, LinearMap
 from .spec import Rope, Spec
 
 PDL_ROWS: Final = 16
-"""Up to here kernels are launched with PDL, from sm_90 on.
+"""Up to here kernels are launched with PDL where a token has PDL_HIDDEN numbers; more rows where it has fewer.
 
 Measured on an H200, a step of Qwen2-7B without attention: 3.96 ms without and 3.86 ms with it at 1 row, 4.20 and 4.22
 at 32; at 128 and 256 rows it costs 1 to 3 %. Prefetching beside it: 3.89 (4 MiB) to 4.06 ms (16 MiB) at 1 row.
 """
+PDL_HIDDEN: Final = 3584
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether the device overlaps kernels so; Triton's interpreter does not."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def pdl_rows(hidden: int) -> int:
+    """Up to how many rows kernels are launched with PDL."""
+    return PDL_ROWS * PDL_HIDDEN // hidden
 
 
 class TritonOps:
-    """See Ops. `pdl_rows` and `gemms` are for measurements; kernels in Triton's interpreter have no PDL."""
+    """See Ops. `pdl_rows`: see above; `gemms`, `fuse` (work in the GEMMs' epilogues) and `defer` are for measurements.
+
+    `defer`: dtypes in which a norm may be cut in two. The half-normed numbers have the range of the residual times the
+    norm's weight, which float16 need not hold.
+    """
 
     def __init__(
         self,
         device: torch.device,
         pdl_rows: int = PDL_ROWS,
         gemms: dict[tuple[int, int], Choices] = GEMMS,
+        fuse: bool = True,
+        defer: tuple[torch.dtype, ...] = (torch.bfloat16,),
     ) -> None:
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.pdl_rows = pdl_rows if hopper else 0
+        self.pdl_rows = pdl_rows if has_pdl(device) else 0
         self.gemms = gemms
+        self.fuse = fuse
+        self.defer = defer
         self.arrived = arrivals(device)
 
     # ------------------------------------------------------------------ the kernels between GEMMs
@@ -124,7 +144,59 @@ class TritonOps:
         pdl = rows <= self.pdl_rows
         return {"PDL": pdl, "num_warps": warps, **({"launch_pdl": True} if pdl else {})}
 
-    # ------------------------------------------------------------------ GEMMs
+    # ------------------------------------------------------------------ GEMMs, and what follows each
+
+    def heads(
+        self,
+        qkv: LinearMap,
+        x: Hidden,
+        qk_norm: Tensor | None,
+        eps: float,
+        table: Any,
+        spec: Spec,
+        kv_slots: Tensor,
+        kv_rows: Tensor,
+    ) -> Tensor:
+        """See Ops."""
+        ours = self._fusing(qkv, len(x))
+        rope = spec.rope if table is not None else None
+        if ours is not None and (rope is None or rope.dim == spec.head_dim):
+            interleaved = bool(rope and rope.interleaved)
+            epilogue = Heads(
+                spec.heads, spec.kv_heads, spec.head_dim, interleaved, qk_norm, eps, table, kv_slots, kv_rows
+            )
+            tile = ours.tile(len(x))
+            if tile is not None and epilogue.fits(tile):
+                return ours.heads(x, epilogue)
+        heads = qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        return self.qk_norm_rope_and_write(heads, qk_norm, eps, table, spec, kv_slots, kv_rows)
+
+    def add_norm(
+        self,
+        linear: LinearMap,
+        x: Tensor,
+        residual: Tensor,
+        residual_scale: float,
+        weight: Tensor,
+        eps: float,
+        into: LinearMap,
+    ) -> tuple[Hidden, Tensor]:
+        """See Ops."""
+        ours, rows = self._fusing(linear, len(x)), len(x)
+        if ours is not None and x.dtype in self.defer and self._fusing(into, rows) is not None:
+            return ours.add(x, residual, residual_scale, weight, eps)
+        return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
+
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+        """See Ops."""
+        ours = self._fusing(gate_up, len(x))
+        return self.act_mul(gate_up(x), act) if ours is None else ours.gated(x, act)
+
+    def _fusing(self, linear: LinearMap, rows: int) -> TritonLinear | None:
+        """`linear`, if it is a GEMM of ours at this many rows."""
+        if self.fuse and isinstance(linear, TritonLinear) and linear.tile(rows) is not None:
+            return linear
+        return None
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""

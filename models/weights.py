@@ -62,20 +62,20 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
         fill_dummy(places.values(), config.random_seed, device)
     else:
         _fill(places, folder, spec, progress)
-    ops = make_ops(config, device)
+    ops = make_ops(config, device, spec)
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
     return Decoder(spec, weights, attention, device, dtype, ops)
 
 
-def make_ops(config: EngineConfig, device: torch.device) -> Ops:
+def make_ops(config: EngineConfig, device: torch.device, spec: Spec) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them."""
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
-    from .triton_ops import TritonOps
+    from .triton_ops import TritonOps, pdl_rows
 
-    return TritonOps(device)
+    return TritonOps(device, pdl_rows(spec.hidden))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

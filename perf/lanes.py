@@ -1,14 +1,15 @@
 """What a message between two processes costs: our lanes against pyzmq + pickle, multiprocessing and a unix socket.
 
-    python -m actorserve.perf.lanes [--rounds 5] [--json FILE]
+    python -m actorserve.perf.lanes [--rounds 5] [--cores own shared] [--json FILE]
 
-Two processes, each blocking in the way its transport offers (and also with a receiver on trio, as actors are). Per
+Two processes, on a core each ("own", as actors are on a server) or both on one ("shared"); left to itself the kernel
+moves between the two in the middle of a run. Like is compared with like: a receiver that blocks in a plain thread, one
+that serves four peers (a bare socket serves one only, an inbox any number), and one in a trio loop, as actors are. Per
 size: one way to a receiver that sleeps and to one that polls (medians over messages sent 1 ms apart), the round trip,
-a stream without pauses, and the CPU time of both processes per message, in the round trips (every message wakes
-somebody) and in the stream. A bare socket serves one peer only; an inbox takes from many, so there is a row with that.
-Rounds go over all transports in turn, so that a noisy neighbour hits all of them; medians over rounds are shown, and
-in brackets how many times better the lane on the same row's measure is. The comparators are treated kindly: pickle
-gets a tuple of an int and bytes, zmq no asyncio.
+a stream without pauses, and the CPU time of both processes per message, in the round trips (every message finds the
+other side waiting) and in the stream. Rounds go over all transports in turn, so that a noisy neighbour hits all of
+them; medians over rounds are shown, and in brackets how many times better the lane used in the same way is. The
+comparators are treated kindly: pickle gets a tuple of an int and bytes, zmq no asyncio, sockets a buffer that fits.
 """
 
 import argparse
@@ -39,7 +40,9 @@ from ..actors.ref import Ref
 
 SIZES = {100: 4000, 1024: 4000, 65536: 800}
 """Payload bytes -> messages in the stream."""
-ROUND_TRIPS = 300
+LARGEST = 65536 + 4096
+"""Bytes that a comparator's buffer takes: the largest message fits, and malloc does not need to map memory for it."""
+ROUND_TRIPS = 1000
 PACED = 100
 WARM_UP = 30
 
@@ -85,7 +88,7 @@ class LaneChannel:
             self.room.poll()
 
     def receive(self) -> tuple[int, bytes | memoryview]:
-        while (item := self.inbox.poll()) is None:
+        while (item := self.inbox.poll(look=False)) is None:
             self.inbox.wait_in_thread()
         return item[0].stamp, item[0].ids
 
@@ -100,6 +103,15 @@ class LaneChannel:
             while item is not None:
                 yield item[0].stamp, item[0].ids
                 item = self.inbox.poll(look=False)
+
+
+class LanesChannel(LaneChannel):
+    """The same among three other peers, which are silent."""
+
+    def __init__(self, out: Any, into: Any) -> None:
+        super().__init__(out, into)
+        for number in range(3):
+            self.inbox.add_ring(f"silent {number}", LaneReceiver(create_lane()))
 
 
 class ZmqChannel:
@@ -171,12 +183,12 @@ class SocketChannel:
         self.socket.send(msgspec.msgpack.encode(Batch(stamp, memoryview(payload))))
 
     def receive(self) -> tuple[int, bytes | memoryview]:
-        message = self.decode(self.socket.recv(1 << 17))
+        message = self.decode(self.socket.recv(LARGEST))
         return message.stamp, message.ids
 
     def poll(self) -> tuple[int, bytes | memoryview] | None:
         try:
-            message = self.decode(self.socket.recv(1 << 17, socket.MSG_DONTWAIT))
+            message = self.decode(self.socket.recv(LARGEST, socket.MSG_DONTWAIT))
         except BlockingIOError:
             return None
         return message.stamp, message.ids
@@ -184,7 +196,7 @@ class SocketChannel:
     async def receive_on_trio(self) -> AsyncIterator[tuple[int, memoryview]]:
         sock = trio.socket.from_stdlib_socket(self.socket.dup())
         while True:
-            message = self.decode(await sock.recv(1 << 17))
+            message = self.decode(await sock.recv(LARGEST))
             yield message.stamp, message.ids
 
 
@@ -207,7 +219,7 @@ class SocketInboxChannel(SocketChannel):
 
     def take(self, timeout: float) -> tuple[int, bytes | memoryview] | None:
         for descriptor, _ in self.epoll.poll(timeout, 1):
-            message = self.decode(self.peers[descriptor].recv(1 << 17, socket.MSG_DONTWAIT))
+            message = self.decode(self.peers[descriptor].recv(LARGEST, socket.MSG_DONTWAIT))
             return message.stamp, message.ids
         return None
 
@@ -216,6 +228,12 @@ def open_lanes() -> Open:
     """Two fresh lanes of the usual size."""
     lanes = create_lane(), create_lane()
     return lambda side: LaneChannel(lanes[side], lanes[1 - side])
+
+
+def open_lanes_of_four() -> Open:
+    """Two fresh lanes, received among others."""
+    lanes = create_lane(), create_lane()
+    return lambda side: LanesChannel(lanes[side], lanes[1 - side])
 
 
 def open_zmq() -> Open:
@@ -304,17 +322,21 @@ class Transport:
     name: str
     open: Callable[[], Open]
     serve: Callable[[Channel, int], dict[str, Any]] = serve
+    against: str = "lane"
+    """The lane that is used in the same way: the ratios are to this one."""
 
 
+TRIO, FOUR = "lane, receiver on trio", "lanes of 4 peers"
 TRANSPORTS = (
     Transport("lane", open_lanes),
-    Transport("lane, receiver on trio", open_lanes, serve_on_trio),
     Transport("unix seqpacket + msgspec", open_socket),
-    Transport("unix seqpacket + msgspec, receiver on trio", open_socket, serve_on_trio),
-    Transport("unix seqpackets of 4 peers + msgspec", open_sockets),
     Transport("multiprocessing.Pipe", open_pipe),
     Transport("multiprocessing.Queue", open_queues),
     Transport("pyzmq ipc + pickle", open_zmq),
+    Transport(FOUR, open_lanes_of_four, against=FOUR),
+    Transport("unix seqpackets of 4 peers + msgspec", open_sockets, against=FOUR),
+    Transport(TRIO, open_lanes, serve_on_trio, TRIO),
+    Transport("unix seqpacket + msgspec, receiver on trio", open_socket, serve_on_trio, TRIO),
 )
 MEASURES = {
     "one_way_us": "one way, asleep",
@@ -326,15 +348,14 @@ MEASURES = {
 }
 
 
-def measure(transport: Transport, size: int, pin: bool) -> dict[str, float]:
+def measure(transport: Transport, size: int, shared: bool) -> dict[str, float]:
     """One round of one transport at one payload size; times in us per message."""
     streamed = SIZES[size]
     opened = transport.open()
     reading, writing = os.pipe()
     cores = sorted(os.sched_getaffinity(0))
     child = os.fork()
-    if pin:
-        os.sched_setaffinity(0, {cores[0] if child else cores[-1]})
+    os.sched_setaffinity(0, {cores[0] if child or shared else cores[-1]})
     if child == 0:
         try:
             found = transport.serve(opened(1), streamed)
@@ -378,13 +399,13 @@ def measure(transport: Transport, size: int, pin: bool) -> dict[str, float]:
     }
 
 
-def run(rounds: int, pin: bool) -> dict[int, dict[str, dict[str, float]]]:
+def run(rounds: int, shared: bool) -> dict[int, dict[str, dict[str, float]]]:
     """Medians over interleaved rounds: size -> transport -> measure."""
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for size in SIZES:
             for transport in TRANSPORTS:
-                found.setdefault((size, transport.name), []).append(measure(transport, size, pin))
+                found.setdefault((size, transport.name), []).append(measure(transport, size, shared))
     return {
         size: {
             transport.name: {
@@ -400,9 +421,9 @@ def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
     """Markdown, with the lane's advantage in brackets."""
     lines = [f"| bytes | transport | {' | '.join(MEASURES.values())} |", "|--:|---" + "|--:" * len(MEASURES) + "|"]
     for size, rows in results.items():
-        base = rows[TRANSPORTS[0].name]
-        for name, row in rows.items():
-            cells = []
+        for transport in TRANSPORTS:
+            name, cells = transport.name, []
+            row, base = rows[name], rows[transport.against]
             for measure_name, value in row.items():
                 rate = measure_name == "messages_per_s"
                 ratio = base[measure_name] / value if rate else value / base[measure_name]
@@ -417,12 +438,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write the medians there")
-    parser.add_argument("--realtime", action="store_true", help="SCHED_RR and a core each: on a busy machine (root)")
+    parser.add_argument("--cores", nargs="+", choices=["own", "shared"], default=["own", "shared"])
+    parser.add_argument("--realtime", action="store_true", help="SCHED_RR: on a busy machine (root)")
     arguments = parser.parse_args()
     if arguments.realtime:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    results = run(arguments.rounds, pin=arguments.realtime)
-    print(table(results))
+    results: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+    for cores in arguments.cores:
+        results[cores] = run(arguments.rounds, cores == "shared")
+        where = "the same core" if cores == "shared" else "a core of its own"
+        print(f"\nEach process on {where}:\n\n{table(results[cores])}")
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(

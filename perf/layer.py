@@ -2,8 +2,8 @@
 
 `python -m actorserve.perf.layer [--model qwen2-7b] [--rows 1 32 128 256] [--gemm FILE] [--json FILE]`. All layers and
 the head of a dummy model, with the decoder's calls; a copy of the queries stands for attention. Variants: plain torch,
-our kernels, with our GEMMs (of models/gemm.py or perf.gemm's JSON), with PDL at all of these rows. The floor is that of
-the weights (models/floors.py).
+our kernels, with our GEMMs (of models/gemm.py or perf.gemm's JSON), with the work between them in their epilogues, with
+PDL at all of these rows; and what a decoder does. The floor is that of the weights (models/floors.py).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from actorserve.models.layers import Ops, TorchOps
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.shapes import KNOWN
 from actorserve.models.spec import Spec
-from actorserve.models.triton_ops import TritonOps
+from actorserve.models.triton_ops import TritonOps, pdl_rows
 from actorserve.perf import limits
 from actorserve.perf.gemm import read_table
 
@@ -87,15 +87,15 @@ class Model:
         def run() -> Tensor:
             table = ops.rotation(positions, self.frequencies, spec.rope, torch.bfloat16)
             residual = start
-            x = ops.rms_norm(residual, self.layers[0].norm, eps)
-            for layer, (qkv, o, gate_up, down) in zip(self.layers, maps, strict=True):
-                heads = qkv(x).view(rows, -1, spec.head_dim)
-                queries = ops.qk_norm_rope_and_write(heads, None, 0.0, table, spec, slots, self.cache)
-                x = o(queries.reshape(rows, -1))
-                x, residual = ops.add_rms_norm(x, residual, 1.0, layer.norm, eps)
-                x = down(ops.act_mul(gate_up(x), spec.act))
-                x, residual = ops.add_rms_norm(x, residual, 1.0, layer.norm, eps)
-            return head(x)
+            hidden = ops.rms_norm(residual, self.layers[0].norm, eps)
+            for i, (layer, (qkv, o, gate_up, down)) in enumerate(zip(self.layers, maps, strict=True)):
+                queries = ops.heads(qkv, hidden, None, 0.0, table, spec, slots, self.cache)
+                x = queries.clone(memory_format=torch.contiguous_format).view(rows, -1)
+                hidden, residual = ops.add_norm(o, x, residual, 1.0, layer.norm, eps, gate_up)
+                x = ops.gated(gate_up, hidden, spec.act)
+                into = maps[i + 1][0] if i + 1 < len(maps) else head
+                hidden, residual = ops.add_norm(down, x, residual, 1.0, layer.norm, eps, into)
+            return head(hidden)
 
         return run
 
@@ -104,13 +104,16 @@ def _maps(layer: Layer) -> tuple[tuple[Tensor, Tensor | None], ...]:
     return (layer.qkv, layer.bias), (layer.o, None), (layer.gate_up, None), (layer.down, None)
 
 
-def variants(device: torch.device, gemms: dict[tuple[int, int], Choices], pdl_rows: int) -> list[Variant]:
-    """What to compare, each with one thing more than the one before; PDL up to `pdl_rows`."""
+def variants(device: torch.device, gemms: dict[tuple[int, int], Choices], most: int, hidden: int) -> list[Variant]:
+    """What to compare, first each with one thing more than the one before; PDL up to `most` rows."""
     return [
         Variant("plain torch", TorchOps),
         Variant("our kernels", lambda: TritonOps(device, 0, {})),
-        Variant("+ our GEMMs", lambda: TritonOps(device, 0, gemms)),
-        Variant("+ PDL", lambda: TritonOps(device, pdl_rows, gemms)),
+        Variant("+ our GEMMs", lambda: TritonOps(device, 0, gemms, fuse=False)),
+        Variant("+ epilogues", lambda: TritonOps(device, 0, gemms)),
+        Variant("+ PDL", lambda: TritonOps(device, most, gemms)),
+        Variant("PDL without epilogues", lambda: TritonOps(device, most, gemms, fuse=False)),
+        Variant("as a decoder", lambda: TritonOps(device, pdl_rows(hidden), gemms)),
     ]
 
 
@@ -178,7 +181,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         model = Model(spec_of(KNOWN[args.model]), device)
-        todo = variants(device, gemms, max(args.rows))
+        todo = variants(device, gemms, max(args.rows), model.spec.hidden)
         for rows in args.rows:
             if time.monotonic() - started < args.seconds:
                 results += measure(model, rows, todo, args)

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from actorserve.models import gemm
 from actorserve.models.gemm import Choices, Tile, TritonLinear, arrivals, choose, fits, linear
-from actorserve.perf.gemm import candidates, cases, table
+from actorserve.perf.gemm import table
+from actorserve.perf.gemm_tiles import candidates, cases
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -31,6 +32,12 @@ TILES = [
     Tile(64, 64, 64, split=2, swap=False, stages=3),
     Tile(16, 64, 64, tma=True),
     Tile(64, 64, 64, split=2, swap=False, tma=True),
+    Tile(16, 32, 256, ahead=1),  # the depth does not divide the columns
+    Tile(16, 64, 64, split=2, stages=3, ahead=2),
+    Tile(16, 64, 128, split=4, ahead=2),  # all stages, and more than there are
+    Tile(1, 16, 128, split=2, ahead=1),
+    Tile(1, 32, 256, ahead=4),
+    Tile(1, 16, 64),
     *([Tile(128, 128, 64, split=3, warps=8, swap=False), Tile(256, 128, 64, 1, 8, 3, False, True)] if CUDA else []),
 ]
 
@@ -47,7 +54,7 @@ def operands(rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tens
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_a_tile(tile: Tile) -> None:
     for outputs, inputs in SHAPES:
-        for rows in (1, 17, *([16, 64, 128, 250] if CUDA else [])):
+        for rows in (1, 3) if tile.rows == 1 else (1, 17, *([16, 64, 128, 250] if CUDA else [])):
             assert fits(tile, outputs, inputs, rows)
             x, weight, bias = operands(rows, outputs, inputs)
             exact = F.linear(x.float(), weight.float())
@@ -83,7 +90,7 @@ def test_what_it_is_not_for_goes_to_cublas() -> None:
     turned = weight.to(DTYPE).t().contiguous().t()
     assert TritonLinear(turned, None, ARRIVED, PDL_ROWS, gemms=gemms).choices == ()
     assert TritonLinear(weight.to(DTYPE), None, ARRIVED, PDL_ROWS, gemms=gemms).choices
-    assert not fits(Tile(16, 32, 128), 96, 64, 1)
+    assert not fits(Tile(16, 32, 64, tma=True, ahead=1), 96, 64, 1)
 
 
 def test_the_table_is_sound() -> None:

@@ -13,7 +13,15 @@ from actorserve.models.kv_cache import KVCache
 from actorserve.models.spec import Spec
 
 pytest.importorskip("triton")
-from actorserve.models.triton_attention import PROGRAMS, TritonAttention, splits_for
+from actorserve.models.triton_attention import (
+    DECODE,
+    MOST_PROGRAMS,
+    MOST_SPLITS,
+    Launch,
+    TritonAttention,
+    launch_for,
+    splits_for,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -123,11 +131,36 @@ def test_chunks_and_mixed_batches(group: int, kv_heads: int, head_dim: int, dtyp
     Case(spec_of(group, kv_heads, head_dim), dtype, [], chunks[1:], seed=2).check(TritonAttention(), LIMIT[dtype])
 
 
+def test_splits_are_powers_of_two_that_there_is_room_for() -> None:
+    """The merge of a number that is no power of two does not compile; 12 rows of 4 KV heads once gave 11."""
+    launches = {launch for table in DECODE.values() for _, launch in table} | {Launch(64, 4, 2, 132, 16)}
+    for launch in launches:
+        assert launch.programs <= MOST_PROGRAMS and launch.most <= MOST_SPLITS
+        for problems in range(2 * MOST_PROGRAMS):
+            splits = splits_for(problems, launch)
+            assert splits >= 1 and splits & (splits - 1) == 0 and splits <= launch.most
+            assert splits == 1 or problems * splits <= launch.programs
+        assert splits_for(1, launch) > 1 and splits_for(launch.programs + 1, launch) == 1
+
+
+def test_the_table_of_launches_is_sound() -> None:
+    for head_dim, table in DECODE.items():
+        limits = [most for most, _ in table]
+        assert limits == sorted(set(limits))
+        for most, launch in table:
+            assert launch_for(head_dim, most) == launch and launch_for(head_dim + 1, 1) == DECODE[128][0][1]
+        assert launch_for(head_dim, 1 << 20) == table[-1][1]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("launch", [Launch(16, 4, 1, 264, 64), Launch(128, 4, 2, 132, 8), Launch(32, 8, 3)], ids=str)
+def test_every_launch_gives_the_same(rows: int, launch: Launch) -> None:
+    lengths = [1, 40, 129, 33, 7, 64, 65, 100, 3, 2, 31][-rows:]
+    dtype = torch.float16
+    Case(spec_of(3, 1, 32), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
+
+
 def test_more_rows_than_programs_are_not_split() -> None:
-    assert splits_for(PROGRAMS + 1) == 1 and splits_for(1) > 1 and splits_for(0) == 1
-    for problems in range(1, 2 * PROGRAMS):
-        splits = splits_for(problems)
-        assert splits == 1 or problems * splits <= PROGRAMS  # that much room there is
     if CUDA:
         Case(spec_of(4, 8, 64), torch.bfloat16, list(range(1, 200)), []).check(TritonAttention(), 1e-2)
 

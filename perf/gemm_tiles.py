@@ -1,0 +1,152 @@
+"""Which tiles are worth measuring: the weights of a model as cases, and for each some tiles by the number of rows.
+
+Used by perf/gemm.py, which times them. A case knows what follows its product in a layer, since that is done in the
+tile's epilogue. Invariant: every candidate fits the weight, has whole heads where it must, and fits an SM.
+"""
+
+from dataclasses import dataclass, replace
+
+from actorserve.models.families import spec_of
+from actorserve.models.gemm import MAX_TILES, Tile, fits
+from actorserve.models.shapes import KNOWN
+
+SHARED = 227 << 10
+"""Bytes of shared memory that a program may have."""
+AHEAD_BYTES = 320
+"""Bytes of weight that a thread may hold in registers while it waits for the predecessor."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight of a model, and what follows: `heads`, `add` (and norm), `gated` or `logits` (float32)."""
+
+    model: str
+    name: str
+    outputs: int
+    inputs: int
+    follows: str
+    head_dim: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 * self.outputs * self.inputs
+
+    @property
+    def normed(self) -> bool:
+        """Its input comes from a norm."""
+        return self.follows != "add"
+
+
+def cases(model: str) -> list[Case]:
+    """A model's weights, those first that a step spends most on."""
+    spec = spec_of(KNOWN[model])
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    found = [
+        ("gate_up", 2 * spec.inter, spec.hidden, "gated"),
+        ("down", spec.hidden, spec.inter, "add"),
+        ("qkv", q + 2 * kv, spec.hidden, "heads"),
+        ("o", spec.hidden, q, "add"),
+        ("head", spec.vocab, spec.hidden, "logits"),
+    ]
+    return [Case(model, name, outputs, inputs, follows, spec.head_dim) for name, outputs, inputs, follows in found]
+
+
+def bases(rows: int) -> list[Tile]:
+    """Tiles for tensor cores at this many rows, before splitting: (rows, outputs, depth, split, warps, stages, ...)."""
+    if rows <= 16:
+        return [
+            Tile(16, 64, 128, 1, 4, 4),
+            Tile(16, 64, 128, 1, 4, 4, ahead=2),
+            Tile(16, 64, 128, 1, 4, 5, tma=True),
+            Tile(16, 32, 256, 1, 4, 4, ahead=1),
+            Tile(16, 128, 128, 1, 4, 4, ahead=1),
+            Tile(16, 64, 256, 1, 4, 3),
+            Tile(16, 16, 256, 1, 2, 5, ahead=1),
+        ]
+    if rows <= 32:
+        return [
+            Tile(32, 64, 128, 1, 4, 4),
+            Tile(32, 64, 128, 1, 4, 4, ahead=1),
+            Tile(32, 64, 128, 1, 4, 4, tma=True),
+            Tile(32, 128, 64, 1, 4, 5),
+            Tile(32, 64, 256, 1, 4, 3),
+            Tile(32, 32, 128, 1, 2, 5),
+        ]
+    if rows <= 64:
+        return [
+            Tile(64, 128, 64, 1, 4, 5, tma=True),
+            Tile(64, 64, 128, 1, 4, 3, ahead=1),
+            Tile(64, 64, 64, 1, 4, 6, tma=True),
+            Tile(64, 128, 128, 1, 8, 3, tma=True),
+            Tile(64, 64, 128, 1, 4, 3),
+            Tile(64, 128, 64, 1, 4, 4),
+            Tile(64, 128, 128, 1, 4, 3, swap=False, tma=True),
+            Tile(32, 64, 128, 1, 4, 4, tma=True),
+        ]
+    if rows <= 128:
+        return [
+            Tile(128, 128, 64, 1, 8, 6, swap=False, tma=True),
+            Tile(128, 256, 64, 1, 8, 4, swap=False, tma=True),
+            Tile(128, 128, 64, 1, 8, 4, tma=True),
+            Tile(128, 64, 128, 1, 4, 4, swap=False, tma=True),
+        ]
+    return [
+        Tile(128, 256, 64, 1, 8, 4, swap=False, tma=True),
+        Tile(256, 128, 64, 1, 8, 4, swap=False, tma=True),
+        Tile(256, 128, 64, 1, 8, 4, tma=True),
+        Tile(128, 128, 64, 1, 4, 3, swap=False, tma=True),
+        Tile(128, 256, 64, 1, 8, 4, tma=True),
+        Tile(128, 128, 128, 1, 8, 3, swap=False, tma=True),
+    ]
+
+
+def single_row(case: Case, sms: int) -> list[Tile]:
+    """Tiles without tensor cores, each warp with 256 columns; as much of the weight ahead as a thread may hold."""
+    if case.follows == "heads":  # a tile of a whole head has too many outputs for this
+        return []
+    found = []
+    for warps, outputs in ((4, 8), (4, 4), (4, 16), (2, 8), (2, 4), (8, 4), (8, 8), (2, 16)):
+        if case.follows == "logits" and outputs < 8:
+            continue
+        outputs *= 2 if case.follows == "gated" else 1
+        depth = 256 * warps
+        tiles, steps = -(-case.outputs // outputs), -(-case.inputs // depth)
+        for split in whole_splits(steps)[:3]:
+            if tiles <= MAX_TILES and (split == 1 or split * tiles <= 4 * sms):
+                ahead = min(-(-steps // split), AHEAD_BYTES // (16 * outputs))
+                found.append(Tile(1, outputs, depth, split, warps, 3, ahead=ahead))
+            elif split == 1:
+                found.append(Tile(1, outputs, depth, split, warps, 3))
+    return [tile for tile in found if shared_bytes(tile) <= SHARED]
+
+
+def whole_splits(steps: int) -> list[int]:
+    """Numbers of parts of `steps` steps of which none is left empty."""
+    return [s for s in range(1, min(steps, 16) + 1) if -(-steps // -(-steps // s)) == s]
+
+
+def shared_bytes(tile: Tile) -> int:
+    return 2 * tile.stages * tile.depth * (tile.rows + tile.outputs)
+
+
+def splits(tile: Tile, case: Case, rows: int, sms: int) -> list[int]:
+    """Numbers of parts that make about as many programs as are resident at once."""
+    tiles = -(-case.outputs // tile.outputs) * -(-rows // tile.rows)
+    if tiles >= 2 * sms or tiles > MAX_TILES:
+        return [1]
+    resident = sms * max(1, min(SHARED // shared_bytes(tile), 12 // tile.warps))
+    filling = [s for s in whole_splits(-(-case.inputs // tile.depth)) if s * tiles <= resident] or [1]
+    return filling[-2:]
+
+
+def candidates(case: Case, rows: int, sms: int) -> list[Tile]:
+    """Tiles to try for a case; the head, where there is less to gain, gets a few only."""
+    found = single_row(case, sms)[: 4 if case.follows == "logits" else None] if rows == 1 else []
+    for base in bases(rows)[: 3 if case.follows == "logits" or rows == 1 else None]:
+        if case.follows == "heads" and base.outputs % case.head_dim:
+            base = replace(base, outputs=case.head_dim, stages=max(2, base.stages - 1))
+        if base.tma and case.inputs % base.depth:
+            base = replace(base, depth=64, stages=min(6, 2 * base.stages))
+        if shared_bytes(base) <= SHARED:
+            found += [replace(base, split=s) for s in splits(base, case, rows, sms)]
+    return [t for t in dict.fromkeys(found) if fits(t, case.outputs, case.inputs, rows)]
