@@ -189,7 +189,7 @@ def measure_other(pattern: str, vocabulary: Vocabulary) -> str:
 
 def real(folder: str) -> Vocabulary:
     tokenizer = load_tokenizer(folder)
-    tokens = [None if i in tokenizer.special_ids else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     other = None
     if llguidance is not None:
         other = llguidance.LLTokenizer(str(Path(folder) / "tokenizer.json"), eos_token=list(tokenizer.eos_ids))
@@ -199,7 +199,7 @@ def real(folder: str) -> Vocabulary:
 def made_up(size: int) -> Vocabulary:
     """SmolLM2's tokens, and as many joined pairs of its words as are missing. Its encoding is SmolLM2's."""
     tokenizer = load_tokenizer(embedded_model())
-    tokens = [None if i in tokenizer.special_ids else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     words = [token for token in tokens if token and token[:1] == b" " and token[1:].isalpha()]
     tails = [token for token in tokens if token and token.isalpha()]
     known = set(tokens)

@@ -1,0 +1,54 @@
+"""Budget: how much one compilation may take.
+
+Handed through all stages from pattern text to token table; each asks it in its loops. Invariant: no stage allocates or
+computes much more than its budget before it notices, so the blow-up patterns of regular expressions end in a
+BudgetError, soon.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from .errors import BudgetError
+
+
+@dataclass(slots=True)
+class Budget:
+    """Limits of one compilation; the clock starts when it is made."""
+
+    pattern: int = 1 << 16
+    """Characters of a regular expression."""
+    nfa_states: int = 100_000
+    """Characters and classes after unrolling counted repeats."""
+    dfa_states: int = 32_000
+    """States of an automaton, over characters and over bytes alike; at most 32,767, for states are int16."""
+    table_bytes: int = 64 << 20
+    """Of a token table's transitions."""
+    seconds: float = 5.0
+    """Wall time."""
+    _end: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.dfa_states < 1 << 15:
+            raise ValueError(f"dfa_states must be from 1 to 32767, not {self.dfa_states}")
+        self._end = time.monotonic() + self.seconds
+
+    def check(self) -> None:
+        """Raises BudgetError when the time is up."""
+        if time.monotonic() > self._end:
+            raise BudgetError("seconds", self.seconds)
+
+    def need_pattern(self, length: int) -> None:
+        if length > self.pattern:
+            raise BudgetError("characters of pattern", self.pattern)
+
+    def need_nfa_states(self, number: int) -> None:
+        if number > self.nfa_states:
+            raise BudgetError("nfa states", self.nfa_states)
+
+    def need_dfa_states(self, number: int) -> None:
+        if number > self.dfa_states:
+            raise BudgetError("dfa states", self.dfa_states)
+
+    def need_table_bytes(self, number: int) -> None:
+        if number > self.table_bytes:
+            raise BudgetError("bytes of transitions", self.table_bytes)
