@@ -3,7 +3,8 @@
 Every actor has one Inbox; its node adds and drops lanes, the actor polls it and waits for it from trio, asyncio or
 anything that can wait for a descriptor. Invariant: after `poll` returned None, `fileno()` is readable if and only if
 something arrived since, be it in shared memory, from an actor of the same node, from the supervisor, or credit for a
-message that waits behind a full lane. Lanes take turns, so that a busy one cannot starve another.
+message that waits behind a full lane. Lanes take turns, so that a busy one cannot starve another. A lane's header
+words spare most looks into the kernel, and some sleeps (spin.py), but only say where to look first.
 """
 
 import os
@@ -18,6 +19,7 @@ import msgspec
 import trio
 
 from .lane import LaneCorrupt, LaneReceiver
+from .spin import DISTURBED, LONGEST, Spin
 
 SUPERVISOR = "supervisor"
 """Source of PeerUp, PeerDown and Drain."""
@@ -38,6 +40,8 @@ class InboxStatistics:
     """[i]: messages that waited 2**(i-1) to 2**i - 1 ns."""
     parks: int
     """How often `wait` really slept."""
+    caught: int
+    """How often it did not have to, because a look into the lanes' memory before showed a message."""
     decode_errors: int
     corrupt_lanes: int
 
@@ -55,12 +59,13 @@ class LocalLane:
     A message goes over as it is, so its arrays belong to the receiver once sent.
     """
 
-    __slots__ = ("closed", "codec", "inbox", "limit", "queue", "ready", "sent_ns", "source", "space")
+    __slots__ = ("closed", "codec", "feed", "inbox", "limit", "queue", "ready", "sent_ns", "source", "space")
 
     def __init__(self, source: str, inbox: "Inbox", limit: int, codec: bool) -> None:
         self.source, self.inbox, self.limit, self.codec = source, inbox, limit, codec
         self.queue: deque[tuple[Any, int]] = deque()
         self.ready = self.closed = False
+        self.feed = self
         self.sent_ns = 0
         self.space = trio.lowlevel.ParkingLot()
 
@@ -78,7 +83,12 @@ class LocalLane:
             self.inbox.queue_lane(self)
             self.inbox.ring()
 
-    def take(self) -> Any:
+    @property
+    def drained(self) -> bool:
+        """`next` would return None."""
+        return not self.queue
+
+    def next(self) -> Any:
         """The next message, or None; when it was sent is `sent_ns`."""
         if not self.queue:
             return None
@@ -91,20 +101,11 @@ class LocalLane:
 class RingLane:
     """A lane from another node."""
 
-    __slots__ = ("_decode", "ready", "receiver", "sent_ns", "source")
+    __slots__ = ("feed", "ready", "source")
 
-    def __init__(self, source: str, receiver: LaneReceiver, decode: Callable[[memoryview], Any]) -> None:
-        self.source, self.receiver, self._decode = source, receiver, decode
+    def __init__(self, source: str, feed: LaneReceiver) -> None:
+        self.source, self.feed = source, feed
         self.ready = False
-        self.sent_ns = 0
-
-    def take(self) -> Any:
-        """The next message, or None; when it was sent is `sent_ns`. Raises LaneCorrupt, or what the decoder raises."""
-        payload = self.receiver.next()
-        if payload is None:
-            return None
-        self.sent_ns = self.receiver.sent_ns
-        return self._decode(payload)
 
 
 class Inbox:
@@ -117,6 +118,7 @@ class Inbox:
         self.on_corrupt: Callable[[str, str], None] | None = None
         """Called with (source, detail) when a lane is given up; without it `poll` raises LaneCorrupt."""
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._descriptor = self._epoll.fileno()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._rung = False
@@ -126,6 +128,10 @@ class Inbox:
         self._system: deque[Any] = deque()
         self._ready: deque[RingLane | LocalLane] = deque()
         self._turn = 0
+        self._spin = Spin()
+        self._slept_at = 0  # when the last wait fell asleep; 0 once its first message told how it went
+        self._glances = 0  # since everything was looked at
+        self._caught = 0
         self._wait_ns = self._parks = self._decode_errors = self._corrupt_lanes = 0
         self._histogram = [0] * _BUCKETS
 
@@ -135,22 +141,25 @@ class Inbox:
         """The next (message, name of the actor that sent it), or None. Never blocks.
 
         System messages come first, with source "supervisor". memoryview fields of the message are valid until the
-        next poll. Costs one epoll_wait per turn of 32 messages, and per None unless look=False: that None means that
-        all which was there at the last look is taken, enough for who waits for `fileno()` next.
+        next poll. Costs at most one epoll_wait per turn of 32 messages, and one per None unless look=False: that None
+        means that all which was there at the last look is taken, enough for who waits for `fileno()` next.
         """
         if self._system:
             return self._system.popleft(), SUPERVISOR
         while True:
             if self._turn <= 0 or not self._ready:
-                if look or self._ready or self._rung:
+                if (look or self._ready or self._rung) and not (look and self._glance()):
                     self._look(0)
                 if self._system:
                     return self._system.popleft(), SUPERVISOR
                 if not self._ready:
                     return None
             lane = self._ready[0]
+            feed = lane.feed
             try:
-                message = lane.take()
+                message = feed.next()
+                if message is not None and feed is not lane:
+                    message = self.decode(message)
             except (LaneCorrupt, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 self._give_up(lane, error)
                 continue
@@ -159,11 +168,20 @@ class Inbox:
                 lane.ready = False
                 self._turn = TURN
                 continue
-            waited = time.monotonic_ns() - lane.sent_ns
+            now = time.monotonic_ns()
+            waited = now - feed.sent_ns
+            if self._slept_at:
+                if feed is not lane:
+                    self._spin.slept(self._slept_at, feed.sent_ns, now)
+                self._slept_at = 0
             self._wait_ns += waited
             self._histogram[waited.bit_length()] += 1
             self._turn -= 1
-            if self._turn <= 0:
+            if feed.drained:
+                self._ready.popleft()
+                lane.ready = False
+                self._turn = TURN
+            elif self._turn <= 0:
                 self._ready.rotate(-1)
             return message, lane.source
 
@@ -171,15 +189,28 @@ class Inbox:
         """Return when `poll` may return something; also after credit came. Always a checkpoint."""
         if self._ready or self._system:
             self.ring()  # the descriptor is readable then, so this is one checkpoint under any loop
-        else:
-            self._parks += 1
-        await self.wait_readable(self._epoll.fileno())
+            await self.wait_readable(self._descriptor)
+            return
+        if self.wait_readable is trio.lowlevel.wait_readable:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if self._glance() or (self._spin.on and self._watch()):
+                self._caught += 1
+                await trio.lowlevel.cancel_shielded_checkpoint()  # cheaper than asking the kernel for what we know
+                return
+        self._parks += 1
+        self._slept_at = time.monotonic_ns()
+        await self.wait_readable(self._descriptor)
 
     def wait_in_thread(self, seconds: float | None = None) -> None:
         """`wait` for a thread without a loop: blocks until `poll` may return something, or for `seconds`."""
-        if not self._ready and not self._system:
-            self._parks += 1
-            self._look(seconds)
+        if self._ready or self._system:
+            return
+        if self._glance() or (self._spin.on and self._watch()):
+            self._caught += 1
+            return
+        self._parks += 1
+        self._slept_at = time.monotonic_ns()
+        self._look(seconds)
 
     def fileno(self) -> int:
         """A descriptor that is readable when `poll` may return something, for the time until poll returned None."""
@@ -198,6 +229,7 @@ class Inbox:
             self._wait_ns,
             tuple(self._histogram),
             self._parks,
+            self._caught,
             self._decode_errors,
             self._corrupt_lanes,
         )
@@ -212,7 +244,7 @@ class Inbox:
     def add_ring(self, source: str, receiver: LaneReceiver) -> None:
         """Listen to a lane of another node; replaces an older one of the same source."""
         self.drop(source)
-        self._rings[receiver.fds.data] = RingLane(source, receiver, self.decode)
+        self._rings[receiver.fds.data] = RingLane(source, receiver)
         self._epoll.register(receiver.fds.data, select.EPOLLIN)
 
     def add_local(self, source: str, limit: int, codec: bool) -> LocalLane:
@@ -257,19 +289,68 @@ class Inbox:
 
     # ------------------------------------------------------------------ inside
 
+    def _watch(self) -> bool:
+        """Watch the lanes' header words for at most LONGEST ns. True: a message is there.
+
+        Nothing of this node can come meanwhile, as we are its thread.
+        """
+        if self._rung or self._credits:
+            return False
+        receivers = [ring.feed for ring in self._rings.values()]
+        now = time.monotonic_ns
+        before = now()
+        deadline, undisturbed = before + LONGEST, True
+        while (instant := now()) < deadline:
+            if instant - before > DISTURBED:
+                undisturbed = False  # somebody else had our core meanwhile, perhaps the sender itself
+            before = instant
+            for receiver in receivers:
+                if receiver.hinted:
+                    found = self._glance()
+                    self._spin.watched(found and undisturbed)
+                    return found
+        self._spin.watched(False)
+        return False
+
+    def _glance(self) -> bool:
+        """Look only at lanes whose header words hint at news. True if there are some; False says nothing.
+
+        Spares the epoll_wait of most wake-ups. Each time after TURN of them everything is looked at, as hints can be
+        missing: a sender may be stopped between its publication and its hint.
+        """
+        if self._rung or self._credits:
+            return False
+        if self._glances >= TURN:
+            self._look(0)
+            return bool(self._ready)
+        for ring in self._rings.values():
+            if ring.feed.hinted and not ring.ready:
+                if not self._refresh(ring):
+                    return False
+                self._glances += 1
+                self._turn = TURN
+                return True  # other lanes are seen when this one is empty
+        return False
+
+    def _refresh(self, ring: RingLane) -> bool:
+        """Queue a lane if something arrived in it."""
+        try:
+            arrived = ring.feed.refresh()
+        except LaneCorrupt as error:
+            self._give_up(ring, error)
+            return False
+        if arrived and not ring.ready:
+            self.queue_lane(ring)
+        return arrived
+
     def _look(self, timeout: float | None) -> None:
         """See what arrived in which lane."""
         self._turn = TURN
+        self._glances = 0
         for descriptor, _ in self._epoll.poll(timeout, 64):
             ring = self._rings.get(descriptor)
             if ring is not None:
-                try:
-                    arrived = ring.receiver.refresh()
-                except LaneCorrupt as error:
-                    self._give_up(ring, error)
-                    continue
-                if arrived and not ring.ready:
-                    self.queue_lane(ring)
+                self._refresh(ring)
             elif descriptor == self._bell:
                 os.eventfd_read(self._bell)
                 self._rung = False
@@ -294,7 +375,7 @@ class Inbox:
         self._epoll.unregister(descriptor)
         del self._rings[descriptor]
         self._unready(ring)
-        ring.receiver.close()
+        ring.feed.close()
 
     def _unready(self, lane: RingLane | LocalLane) -> None:
         if lane.ready:

@@ -4,8 +4,9 @@ The sender end lives in a `Ref`, the receiver end in an `Inbox`, and the supervi
 page of every lane. Invariant: publication and credit travel in two eventfd counters, never in shared indices, so what
 the receiver looks at was written completely before (the kernel's lock orders it on every architecture), and a sender
 that is killed at any instant leaves either a whole frame or nothing. The words of the header page are hints for
-metrics and the hang watchdog; nothing is decided by them here. Every number that comes from the other side is checked
-before it is used: a broken or hostile peer causes LaneCorrupt, never an access outside the mapping.
+metrics, the hang watchdog and where to look first; no frame is read because of them. Every number that comes from the
+other side is checked before it is used: a broken or hostile peer causes LaneCorrupt, never an access outside the
+mapping.
 
     page 0     header: constants, then the sender's and the receiver's hints on cache lines of their own
     page 1..   the ring: frames of [u64 length | flags][u64 send time, ns][payload][padding to 8 bytes]
@@ -42,6 +43,9 @@ _REST = 1 << 34
 _LENGTH = (1 << 32) - 1
 _FLAGS = (0, _FIRST, _REST)
 _PAIR = struct.Struct("=QQ")  # two words at once, native order: one call is cheaper than two items of a memoryview
+_pack_pair = _PAIR.pack_into
+
+_OVERRUN = "the data counter was driven to its limit"
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS = 0x0001 | 0x0002 | 0x0004  # SEAL, SHRINK, GROW: the peer cannot cut the file under us (SIGBUS)
@@ -121,8 +125,11 @@ class LaneSender(_End):
 
     __slots__ = (
         "_acknowledged",
+        "_doorbell",
+        "_free_until",
         "_full",
         "_position",
+        "_quarter",
         "_rest",
         "_rest_sent",
         "_sent",
@@ -133,6 +140,9 @@ class LaneSender(_End):
     def __init__(self, fds: LaneFds) -> None:
         super().__init__(fds)
         self._position = self._acknowledged = self._unpublished = self._sent = self._full = 0
+        self._doorbell = fds.data
+        self._free_until = self.capacity  # the position up to which the receiver is known to have made room
+        self._quarter = self.capacity >> 2
         self._rest = memoryview(b"")  # a large message that is under way
         self._rest_sent = 0
         self.busy = False
@@ -150,10 +160,32 @@ class LaneSender(_End):
         `busy` ends. With publish=False the receiver sees it at the next publish. Raises ValueError above MAX_MESSAGE,
         LaneCorrupt when the receiver gave credit for more than it got.
         """
+        size = len(payload)
+        position = self._position
+        offset = position & (self.capacity - 1)
+        need = (size + (FRAME_HEADER + 7)) & ~7
+        if need > self._quarter or need > self.capacity - offset or position + need > self._free_until or self.busy:
+            return self._try_slowly(payload, size, publish)
+        start = HEADER + offset
+        self._bytes[start + FRAME_HEADER : start + FRAME_HEADER + size] = payload
+        _pack_pair(self._bytes, start, size, time.monotonic_ns())
+        self._position = position = position + need
+        self._sent = sent = self._sent + 1
+        self._unpublished += need
+        if publish:
+            try:
+                os.eventfd_write(self._doorbell, self._unpublished)
+            except BlockingIOError:
+                raise LaneCorrupt(_OVERRUN) from None
+            self._unpublished = 0
+            _pack_pair(self._bytes, _W_HEAD * 8, position, sent)
+        return True
+
+    def _try_slowly(self, payload: bytes | bytearray | memoryview, size: int, publish: bool) -> bool:
+        """`try_send` at the ring's end, without known room, in fragments or behind them."""
         if self.busy and not self.pump():
             return False
-        size = len(payload)
-        if size > (self.capacity >> 2) - FRAME_HEADER:
+        if size > self.max_frame:
             return self._start_fragments(memoryview(payload).cast("B"))
         if not self._put(payload, size, 0):
             return False
@@ -167,10 +199,10 @@ class LaneSender(_End):
         if count:
             self._unpublished = 0
             try:
-                os.eventfd_write(self.fds.data, count)
+                os.eventfd_write(self._doorbell, count)
             except BlockingIOError:
-                raise LaneCorrupt("the data counter was driven to its limit") from None
-            _PAIR.pack_into(self._bytes, _W_HEAD * 8, self._position, self._sent)
+                raise LaneCorrupt(_OVERRUN) from None
+            _pack_pair(self._bytes, _W_HEAD * 8, self._position, self._sent)
 
     def pump(self) -> bool:
         """Go on with a large message. True when nothing is left of it."""
@@ -199,14 +231,14 @@ class LaneSender(_End):
         offset = position & (capacity - 1)
         if need > capacity - offset:
             need += capacity - offset  # padding first
-        if position + need - self._acknowledged > capacity and not self._has_credit_for(need):
+        if position + need > self._free_until and not self._has_credit_for(need):
             return False
         if need > capacity - offset:
             self._words[(HEADER + offset) >> 3] = _PAD
             offset = 0
         start = HEADER + offset + FRAME_HEADER
         self._bytes[start : start + size] = payload
-        _PAIR.pack_into(self._bytes, HEADER + offset, size | flags, time.monotonic_ns())
+        _pack_pair(self._bytes, HEADER + offset, size | flags, time.monotonic_ns())
         self._position = position + need
         self._unpublished += need
         self._sent += 1
@@ -218,7 +250,8 @@ class LaneSender(_End):
             self._acknowledged += os.eventfd_read(self.fds.credit)
         if self._acknowledged > self._position:
             raise LaneCorrupt("credit for more than was sent")
-        if self._position + need - self._acknowledged <= self.capacity:
+        self._free_until = self._acknowledged + self.capacity
+        if self._position + need <= self._free_until:
             return True
         self.publish()
         self._full += 1
@@ -229,21 +262,45 @@ class LaneSender(_End):
 class LaneReceiver(_End):
     """The receiving end; used by one thread."""
 
-    __slots__ = ("_credit", "_joined", "_joined_size", "_limit", "_position", "_quarter", "_received", "sent_ns")
+    __slots__ = (
+        "_credit",
+        "_doorbell",
+        "_joined",
+        "_joined_size",
+        "_limit",
+        "_position",
+        "_quarter",
+        "_received",
+        "sent_ns",
+    )
 
     def __init__(self, fds: LaneFds) -> None:
         super().__init__(fds)
         self._position = self._limit = self._credit = self._received = 0
+        self._doorbell = fds.data
         self._quarter = self.capacity >> 2
         self._joined: bytearray | None = None
         self._joined_size = 0
         self.sent_ns = 0
         """CLOCK_MONOTONIC at which the message of the last `next` was sent."""
 
+    @property
+    def hinted(self) -> bool:
+        """The sender's header words speak of frames that were not taken: `refresh` is likely to find some.
+
+        Costs a look into memory. Only a hint: the words may be late, or never come when the sender dies.
+        """
+        return self._words[_W_SENT] != self._received
+
+    @property
+    def drained(self) -> bool:
+        """`next` would return None and has no credit to give: it need not be called before the next `refresh`."""
+        return self._position == self._limit and self._credit < self._quarter
+
     def refresh(self) -> bool:
         """Learn what was published since; this also makes `fds.data` unreadable. True if there is any frame."""
         try:
-            self._limit += os.eventfd_read(self.fds.data)
+            self._limit += os.eventfd_read(self._doorbell)
         except BlockingIOError:
             return self._limit != self._position
         if self._limit - self._position > self.capacity or self._limit & 7:
@@ -259,21 +316,38 @@ class LaneReceiver(_End):
         while True:
             if self._credit >= self._quarter:
                 self._give_credit()
-            if self._position == self._limit:
-                self._words[_W_TAIL] = self._position
+            position = self._position
+            if position == self._limit:
                 return None
-            flags, view = self._frame()
-            if not flags and self._joined is None:
-                return view
-            joined = self._join(flags, view)
-            if joined is not None:
+            words = self._words
+            offset = position & (self.capacity - 1)
+            start = HEADER + offset
+            size = words[start >> 3]  # each shared word is read once
+            need = (size + (FRAME_HEADER + 7)) & ~7
+            if need > self.capacity - offset or need > self._limit - position or self._joined is not None:
+                joined = self._next_slowly(size)  # flags make `size` huge
+                if joined is None:
+                    continue
                 return joined
+            self._position = position = position + need
+            self._credit += need
+            self._received = received = self._received + 1
+            _pack_pair(self._bytes, _W_TAIL * 8, position, received)
+            self.sent_ns = words[(start >> 3) + 1]
+            start += FRAME_HEADER
+            return self._bytes[start : start + size]
 
-    def _frame(self) -> tuple[int, memoryview]:
-        """Take one frame. All numbers are range-checked before use; each shared word is read once."""
+    def _next_slowly(self, word: int) -> memoryview | None:
+        """A frame that is not simply a message; None if the message is not whole yet."""
+        flags, view = self._frame(word)
+        if not flags and self._joined is None:
+            return view
+        return self._join(flags, view)
+
+    def _frame(self, word: int) -> tuple[int, memoryview]:
+        """Take the frame that begins with `word`. All numbers are range-checked before use."""
         position, capacity = self._position, self.capacity
         offset = position & (capacity - 1)
-        word = self._words[(HEADER + offset) >> 3]
         if word == _PAD:
             pad = capacity - offset
             if not offset or self._limit - position <= pad:
@@ -289,9 +363,9 @@ class LaneReceiver(_End):
         self._position = position + need
         self._credit += need
         self._received += 1
+        _pack_pair(self._bytes, _W_TAIL * 8, self._position, self._received)
         start = HEADER + offset
         self.sent_ns = self._words[(start >> 3) + 1]
-        self._words[_W_RECEIVED] = self._received
         start += FRAME_HEADER
         return word - size, self._bytes[start : start + size]
 
@@ -315,7 +389,6 @@ class LaneReceiver(_End):
     def _give_credit(self) -> None:
         """Everything taken so far may be overwritten. Told a quarter ring at a time: fewer wake-ups."""
         credit, self._credit = self._credit, 0
-        self._words[_W_TAIL] = self._position
         try:
             os.eventfd_write(self.fds.credit, credit)
         except BlockingIOError:

@@ -62,7 +62,14 @@ class Ref:
             raise Gone(self.name)
         if (self._backlog or self._sending or ring.busy) and not self._flush():
             return False
-        return self._push(_encode(message))
+        try:
+            sent = ring.try_send(_encode(message))
+        except LaneCorrupt as error:
+            self._corrupt(error)
+            raise Gone(self.name) from error
+        if ring.busy:
+            self._watch()
+        return sent
 
     def post(self, message: Any) -> None:
         """Send now, or keep the message, in order, until there is room; never drops, never blocks. Raises Gone.

@@ -166,6 +166,15 @@ def test_a_busy_lane_does_not_starve_others(pair: Pair) -> None:
     quiet.disconnect()
 
 
+def test_all_room_comes_back_when_the_inbox_is_emptied(pair: Pair) -> None:
+    """The credit for the last quarter too, although no message follows that would give it."""
+    for _ in range(3):
+        sent = 0
+        while pair.ref.try_send(note(sent, 490)):  # frames of 512 bytes, two to the quarter
+            sent += 1
+        assert sent == 8 and numbers(pair.inbox) == [*range(8)]
+
+
 def test_system_messages_come_first(pair: Pair) -> None:
     pair.ref.post(note(1))
     pair.inbox.put_system(PeerUp("here", 1))

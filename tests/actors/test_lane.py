@@ -104,6 +104,16 @@ def test_unpublished_frames_are_invisible() -> None:
     receiver.close()
 
 
+def test_no_frame_is_larger_than_a_quarter() -> None:
+    sender, receiver = make_lane()
+    gauge = LaneGauge(receiver.fds)
+    assert sender.try_send(bytes(sender.max_frame)) and gauge.read().sent == 1
+    assert sender.try_send(bytes(sender.max_frame + 1)) and gauge.read().sent > 2
+    gauge.close()
+    sender.close()
+    receiver.close()
+
+
 def test_a_message_of_many_rings_goes_through_in_fragments() -> None:
     sender, receiver = make_lane()
     message = random.Random(1).randbytes(1_000_003)
