@@ -72,7 +72,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float, Meta(ge=0, description="scales the expected new tokens at admission; higher retracts less")
     ] = 1.0
     chunked_prefill_size: Annotated[
-        int | None, Meta(description="prompt tokens per forward; <= 0 disables chunking; default 8192, 256 on CPU")
+        int | None,
+        Meta(
+            description="prompt tokens per forward; <= 0 disables chunking; default 256 on CPU, on a GPU 8192, "
+            "512 while others decode"
+        ),
     ] = None
     max_prefill_tokens: Annotated[Positive, Meta(description="prompt tokens per forward without chunking")] = 16384
     num_continuous_decode_steps: Annotated[Positive, Meta(description="most decode steps per schedule (k)")] = 16

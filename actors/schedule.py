@@ -94,16 +94,24 @@ class Schedule:
     """Waiting requests, slots and pages of one executor group. See the module's text for the invariants."""
 
     def __init__(
-        self, config: EngineConfig, num_pages: int, max_slots: int, chunk_tokens: int, window_ms: float
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        max_slots: int,
+        chunk_tokens: int,
+        window_ms: float,
+        mixed_tokens: int | None = None,
     ) -> None:
         """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
 
-        `window_ms`: see EngineConfig; 0 is no limit.
+        `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with decode rows, if
+        that is fewer.
         """
         self.config = config
         self.window_ms = window_ms
         self.page = config.page_size
         self.chunk_tokens = chunk_tokens
+        self.mixed_tokens = mixed_tokens
         self.pool = PagePool(num_pages)
         policy = make_policy(config.eviction_policy)
         self.tree = RadixTree(self.pool, self.page, policy, enabled=not config.disable_radix_cache)
@@ -247,7 +255,10 @@ class Schedule:
     def _chunk_budget(self, rows: int) -> int:
         if self.chunk_tokens <= 0:
             return self.config.max_prefill_tokens
-        return max(self.chunk_tokens - rows, self.page)
+        budget = self.chunk_tokens - rows
+        if rows and self.mixed_tokens is not None:
+            budget = min(budget, self.mixed_tokens)
+        return max(budget, self.page)
 
     def _add_chunk(self, window: Window, request: Request) -> None:
         start = request.planned

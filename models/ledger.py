@@ -127,7 +127,7 @@ def kv_budget(total: int, fraction: float, static: int, transient: int) -> int:
 
 def forward_tokens(config: EngineConfig, slots: int, device: str = "cuda") -> int:
     """Tokens of the largest forward: a chunk of prompts, and a decode row of every slot."""
-    chunk = config.chunked_prefill_size or CHUNK[device]
+    chunk = CHUNK[device] if config.chunked_prefill_size is None else config.chunked_prefill_size
     return (chunk if chunk > 0 else config.max_prefill_tokens) + slots
 
 

@@ -20,9 +20,11 @@ from actorserve.sampler.params import SamplingParams
 class Engine:
     """A Schedule, a simulated executor, and what every request must produce."""
 
-    def __init__(self, *, pages: int = 64, slots: int = 8, chunk: int = 64, **config: object) -> None:
+    def __init__(
+        self, *, pages: int = 64, slots: int = 8, chunk: int = 64, mixed: int | None = None, **config: object
+    ) -> None:
         self.config = EngineConfig(**{"window_ms": 0.0, **config})  # type: ignore[arg-type]
-        self.schedule = Schedule(self.config, pages, slots, chunk, self.config.window_ms or 0.0)
+        self.schedule = Schedule(self.config, pages, slots, chunk, self.config.window_ms or 0.0, mixed)
         self.executor = SimulatedExecutor(pages)
         self.requests: dict[int, Request] = {}
         self.live: set[int] = set()
@@ -113,6 +115,23 @@ def test_priority_goes_first() -> None:
     low, high = e.add(prompt_of(1, 20)), e.add(prompt_of(2, 20), priority=5)
     window = e.schedule.plan()
     assert window is not None and window.admits[0].request is high and low.stage is Stage.WAITING
+
+
+def test_prompts_come_in_smaller_chunks_while_others_decode() -> None:
+    e = Engine(pages=128, chunk=512, mixed=32)
+    e.add(prompt_of(1, 200), max_new=40)
+    first = e.schedule.plan()
+    assert first is not None and [c.end - c.start for c in first.chunks] == [200]
+    e.executor.run(first)
+    e.add(prompt_of(2, 200))
+    sizes = []
+    while (window := e.schedule.plan()) is not None:
+        e.executor.run(window)
+        sizes += [c.end - c.start for c in window.chunks]
+        while e.report():
+            pass
+    assert sizes == [32] * 6 + [8]
+    assert not e.live
 
 
 def test_sharers_wait_for_the_first_to_compute_the_prefix() -> None:
@@ -243,14 +262,17 @@ class Machine(RuleBasedStateMachine):
         pages=st.sampled_from([8, 12, 40]),
         slots=st.sampled_from([1, 3, 8]),
         chunk=st.sampled_from([0, 16, 40]),
+        mixed=st.sampled_from([None, 16]),
         k=st.sampled_from([1, 2, 5]),
         plans=st.sampled_from([1, 2, 3]),
         policy=st.sampled_from(["lpm", "fcfs", "dfs-weight", "random"]),
         off=st.booleans(),
     )
-    def start(self, pages: int, slots: int, chunk: int, k: int, plans: int, policy: str, off: bool) -> None:
+    def start(
+        self, pages: int, slots: int, chunk: int, mixed: int | None, k: int, plans: int, policy: str, off: bool
+    ) -> None:
         self.e = Engine(
-            pages=pages, slots=slots, chunk=chunk, num_continuous_decode_steps=k, plans_in_flight=plans,
+            pages=pages, slots=slots, chunk=chunk, mixed=mixed, num_continuous_decode_steps=k, plans_in_flight=plans,
             schedule_policy=policy, disable_radix_cache=off, schedule_conservativeness=0.3,
         )  # fmt: skip
 

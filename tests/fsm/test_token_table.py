@@ -1,115 +1,34 @@
-"""Token tables: masks against the reference, walks under masks, bytes that no token spells, canonical tokens."""
+"""Token tables: masks against the reference, walks under masks, bytes that no token spells, the arrays."""
 
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import grammars
 import numpy as np
 import pytest
-import tiny_tokenizers
+import vocabularies
+from vocabularies import Vocabulary, Walker, bits, make, table_of
 
 from actorserve.fsm import reference
 from actorserve.fsm.budget import Budget
 from actorserve.fsm.compiler import compile_bytes, compile_pattern
-from actorserve.fsm.errors import BudgetError, EmptyLanguage, Unspellable
+from actorserve.fsm.errors import BudgetError, Unspellable
 from actorserve.fsm.pattern import parse_pattern
-from actorserve.fsm.token_table import END, TokenTable, mask_key
-from actorserve.fsm.vocabulary import TokenizerTables, build_tables
-from actorserve.models.tokenizer import load_tokenizer
+from actorserve.fsm.token_table import END, mask_key
+from actorserve.fsm.vocabulary import build_tables
 
 GENERATED = grammars.random_patterns(120, seed=3)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    tokens: list[bytes | None]
-    tables: TokenizerTables
-    encode: Callable[[str], list[int]]
-    end: int
-
-
-def make(tokens: list[bytes | None], encode: Callable[[str], list[int]] | None = None) -> Vocabulary:
-    """The last id ends an output."""
-    end = len(tokens) - 1
-    return Vocabulary(tokens, build_tables(tokens, [end]), encode or grammars.longest_first(tokens), end)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    """A byte-level tokenizer with merges and a pre-tokenizer, trained on a few sentences."""
-    tokenizer = load_tokenizer(tiny_tokenizers.byte_level(Path(tmp_path_factory.mktemp("tiny"))))
-    tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    return make([*tokens, None], lambda text: tokenizer.encode(text, add_special_tokens=False))
+    return vocabularies.trained(Path(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
 def plain() -> Vocabulary:
-    pieces = [
-        "ab",
-        "abc",
-        "abab",
-        "aa",
-        "th",
-        "the",
-        " the",
-        "  ",
-        "    ",
-        '"',
-        '",',
-        '":',
-        ': "',
-        "日本",
-        "é!",
-        "ing",
-        "Hel",
-        "lo",
-        "1",
-        "12",
-    ]
-    return make(grammars.bytes_vocabulary(*pieces, b"\xe6\x97", b"\x97\xa5", b"\xe6", b"\x9c\xac\xe8", b"\xf0\x9f"))
-
-
-def table_of(pattern: str, vocabulary: Vocabulary, canonical: bool = True) -> TokenTable | None:
-    try:
-        return compile_pattern(pattern, vocabulary.tables, vocabulary.encode if canonical else None)
-    except EmptyLanguage:
-        return None
-
-
-def bits(table: TokenTable, state: int) -> list[bool]:
-    """The mask of a state, a bool per token id."""
-    mask = table.masks([int(table.row[state])])[0]
-    unpacked = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
-    assert not unpacked[len(table.token_class) :].any()
-    return unpacked[: len(table.token_class)].tolist()
-
-
-class Walker:
-    """Random walks under the masks of a table."""
-
-    def __init__(self, table: TokenTable, vocabulary: Vocabulary) -> None:
-        self.table, self.vocabulary = table, vocabulary
-        masks = np.unpackbits(table.masks(range(table.rows)).view(np.uint8), axis=1, bitorder="little")
-        self.allowed = [np.flatnonzero(mask).tolist() for mask in masks]
-
-    def walk(self, rng: random.Random, most: int = 40) -> tuple[list[int], bool]:
-        """(tokens, whether the output ended)"""
-        state, tokens = 0, []
-        for _ in range(most):
-            allowed = self.allowed[self.table.row[state]]
-            assert allowed, "an empty mask"
-            if self.vocabulary.end in allowed and rng.random() < 0.3:
-                return tokens, True
-            token = rng.choice(allowed)
-            if token == self.vocabulary.end:
-                return tokens, True
-            tokens.append(token)
-            state = self.table.step(state, token)
-            assert state >= 0
-        return tokens, False
+    return vocabularies.listed()
 
 
 @pytest.mark.parametrize("patterns", [grammars.PATTERNS, GENERATED], ids=["fixed", "generated"])
@@ -261,19 +180,6 @@ def test_longer_tokens_spell_what_single_bytes_cannot() -> None:
     assert bits(table, state) == [False, True, True, False, False]
 
 
-def test_canonical_tokens_never_lead_astray() -> None:
-    """X has no token of its own, so after the canonical "cab" one could only go round: then nothing is canonical."""
-    tokens: list[bytes | None] = [b"c", b"a", b"ab", b"cab", b"bX", None]
-    vocabulary = make(tokens)
-    table = table_of("(cab)+X", vocabulary)
-    assert table is not None
-    assert (table.canonical == -1).all()
-    state = 0
-    for token in (3, 0, 1, 4):
-        state = table.step(state, token)
-    assert table.final[state]
-
-
 def test_every_mask_leads_to_the_end() -> None:
     """Vocabularies with holes: whatever the masks allow can be completed."""
     rng = random.Random(5)
@@ -294,97 +200,6 @@ def test_every_mask_leads_to_the_end() -> None:
             live |= (live[table.transitions] & (table.transitions >= 0)).any(1)
         assert live.all(), pattern
     assert refused > 10
-
-
-# ------------------------------------------------------------------ canonical tokens
-
-
-def spelled(table: TokenTable, vocabulary: Vocabulary) -> list[bytes | None]:
-    """The canonical tokens from the start on."""
-    state, found = 0, []
-    while (token := int(table.canonical[state])) >= 0:
-        found.append(vocabulary.tokens[token])
-        state = table.step(state, token)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("pattern", "pieces", "expected"),
-    [
-        ("orderId|orderName", ["order", "orderId", "Id"], []),
-        ("orderId|orderName", ["order", "Id"], [b"order"]),
-        ('"name": "[a-z]+"', ['"name', '":', ' "', ' "a'], [b'"name', b'":']),
-        ('"name": "[A-Z]+"', ['"name', '":', ' "', ' "a'], [b'"name', b'":', b' "']),
-        ("abcd[0-9]", ["abc", "d", "cd1x", "cd1"], [b"abc", b"d"]),
-        ("abcd[0-9]", ["abc", "d", "abcd1"], []),
-        ("abcd[0-9]", ["abc", "d", "abcd1x"], [b"abc", b"d"]),
-        ("日本[a語]", ["日本", b"\xe6\x9c"], [b"\xe6\x97\xa5\xe6\x9c\xac"]),
-        ("日(本|木)", [], [b"\xe6", b"\x97", b"\xa5"]),
-        ("a", [], [b"a"]),
-        ("a?", [], []),
-    ],
-)
-def test_forced_tokens(pattern: str, pieces: list[str | bytes], expected: list[bytes]) -> None:
-    vocabulary = make(grammars.bytes_vocabulary(*pieces))
-    table = table_of(pattern, vocabulary)
-    assert table is not None
-    assert spelled(table, vocabulary) == expected
-
-
-def test_long_runs_are_canonical_throughout(tiny: Vocabulary) -> None:
-    """Runs are encoded a window at a time, but come out as if encoded whole."""
-    text = "The quick brown fox jumps over the lazy dog. Hello there, how are you today? I am fine.\n" * 30
-    table = table_of(re.escape(text), tiny)
-    assert table is not None
-    assert b"".join(t or b"" for t in spelled(table, tiny)) == text.encode()
-    state, tokens = 0, []
-    while (token := int(table.canonical[state])) >= 0:
-        tokens.append(token)
-        state = table.step(state, token)
-    assert tokens == tiny.encode(text)
-
-
-def test_what_the_tokenizer_cannot_spell_is_not_forced() -> None:
-    """A tokenizer that normalises, or returns a control token, says nothing about these bytes."""
-    tokens = grammars.bytes_vocabulary()
-    upper = make(tokens, lambda text: [ord(c) for c in text.upper()])
-    table = table_of("Hello", upper)
-    assert table is not None and spelled(table, upper) == [b"H"]
-    silent = make(tokens, lambda text: [256])
-    table = table_of("Hello", silent)
-    assert table is not None and spelled(table, silent) == []
-
-
-def test_sentencepiece(tmp_path: Path) -> None:
-    """Spaces at the start of words, byte tokens for the rest; texts are encoded behind a line break, not at a start."""
-    tokenizer = load_tokenizer(tiny_tokenizers.sentencepiece(tmp_path / "model", bos=False))
-    tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    before = len(tokenizer.encode("\n"))
-    vocabulary = make([*tokens, None], lambda text: tokenizer.encode("\n" + text)[before:])
-    table = table_of("Oh, Hello there(!|\\?) 日本", vocabulary)
-    assert table is not None
-    assert spelled(table, vocabulary)[-3:] == [b",", b" Hello", b" there"]
-    walker, rng = Walker(table, vocabulary), random.Random(0)
-    for _ in range(20):
-        output, ended = walker.walk(rng)
-        text = b"".join(vocabulary.tokens[t] or b"" for t in output).decode()
-        assert ended and text in ("Oh, Hello there! 日本", "Oh, Hello there? 日本")
-
-
-def test_unknown_ends_change_the_tail() -> None:
-    """A tokenizer that looks ahead: of spaces in a row it leaves the last one to the word behind, if there is one."""
-    tokens = grammars.bytes_vocabulary("  ", "   ", " a")
-
-    def encode(text: str) -> list[int]:
-        found: list[int] = []
-        for piece in re.findall(r" ?[a-z]+| +(?=$)| +(?= [a-z])| +|.", text, re.S):
-            found += [tokens.index(piece.encode())] if piece.encode() in tokens else list(piece.encode())
-        return found
-
-    vocabulary = make(tokens, encode)
-    table = table_of(":   [a-z]", vocabulary)
-    assert table is not None
-    assert spelled(table, vocabulary) == [b":"]
 
 
 # ------------------------------------------------------------------ the arrays
