@@ -52,7 +52,8 @@ DECODE: Final[dict[int, Launches]] = {
 """By head_dim; that of 128 for others. perf/attention.py finds and prints it.
 
 Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 with other sizes), 23.5 for 32, 67.5 for
-128 (floor 62.4), 134 for 256 (124.9). On an H100, Qwen2-0.5B shape, 64 rows: 17.7 us (19.96 with blocks of 64; floor 11.2).
+128 (floor 62.4), 134 for 256 (124.9). On an H100, Qwen2-0.5B shape, 64 rows: 17.7 us (with blocks of 64 19.96; floor
+11.2).
 """
 
 
