@@ -59,6 +59,8 @@ class Mode:
     """Some row has top_k."""
     raced: bool
     """Some row has top_p or min_p, but no top_k."""
+    constrained: bool
+    """Some row follows a grammar."""
     top_n: int
     """-1: no logprobs."""
 
@@ -95,6 +97,7 @@ class FusedSampler:
             random=not flags.greedy.all(),
             ranked=bool((flags.filtered & flags.ranked).any()),
             raced=bool((flags.filtered & ~flags.ranked).any()),
+            constrained=bool(flags.constrained.any()),
             top_n=-1 if most < 0 else next(n for n in TOP_NS if n >= most),
         )
 
@@ -107,9 +110,10 @@ class FusedSampler:
         """
         rows, vocab = logits.shape
         raw = logits
-        if mode.top_n >= 0 and (mode.edited or bitmask is not None):
+        if mode.top_n >= 0 and (mode.edited or mode.constrained or bitmask is not None):
             logits = logits.clone()
         s, drawn = self.state, Sampled(self.ids[:rows], self.finish[:rows])
+        grammars = (s.grammars.bound, s.grammars.state, s.grammars.directory)
         if mode.edited:
             kernels.edit_few[(rows,)](
                 logits, slots, positions, s.ints, s.bias_ids, s.bias_values, s.stop_ids, s.eos_ids, logits.stride(0),
@@ -118,18 +122,18 @@ class FusedSampler:
         splits, fast = splits_for(rows, vocab), logits.device.type == "cuda"
         part = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
         kernels.scan[(rows, splits)](
-            logits, slots, positions, s.ints, s.floats, s.marks, bitmask, self.best, self.best_ids, self.largest,
-            self.group_tops, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
-            EDITED=mode.edited or bitmask is not None, MASKED=bitmask is not None, RANDOM=mode.random,
-            RANKED=mode.ranked, FAST=fast, BLOCK=BLOCK, GROUPS=GROUPS, num_warps=WARPS,
+            logits, slots, positions, s.ints, s.floats, s.marks, bitmask, *grammars, self.best, self.best_ids,
+            self.largest, self.group_tops, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
+            EDITED=mode.edited or bitmask is not None, MASKED=bitmask is not None, CONSTRAINED=mode.constrained,
+            RANDOM=mode.random, RANKED=mode.ranked, FAST=fast, BLOCK=BLOCK, GROUPS=GROUPS, num_warps=WARPS,
         )  # fmt: skip
         filtering = mode.ranked or mode.raced
         if filtering:
             self._filter(logits, slots, positions, mode, splits, part, fast)
         kernels.finish_rows[(rows,)](
-            slots, s.ints, self.best, self.best_ids, self.largest, self.drawn, s.stop_ids, s.marks,
+            slots, s.ints, self.best, self.best_ids, self.largest, self.drawn, s.stop_ids, s.marks, *grammars,
             drawn.ids, drawn.finish, vocab, s.stop_ids.shape[1], FILTERING=filtering, EDITED=mode.edited,
-            SPLITS=splits, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
+            CONSTRAINED=mode.constrained, SPLITS=splits, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
         if mode.top_n >= 0:
             self._add_logprobs(drawn, raw, slots, mode.top_n)

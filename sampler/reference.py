@@ -5,7 +5,7 @@ result is a function of its logits, its slot's state and its position. It never 
 device, but looks at results on the host in a few places, for which a GPU waits.
 
 In this order, on the row's logits in float32 (V: vocabulary size):
- 1. bitmask: a token whose bit is 0 gets -inf.
+ 1. bitmask: a token whose bit is 0 gets -inf; so does one that the state of the slot's grammar does not allow.
  2. logit_bias is added.
  3. repetition penalty r, tokens of prompt or output: x / r if x > 0, else x * r. Then, output tokens only (count c):
     x - frequency * c, then - presence if c > 0. (As OpenAI, vLLM and SGLang define them.)
@@ -34,7 +34,9 @@ e**-25.7 (7e-12) of its probability is never drawn, and near that limit the step
 Why integers in 6: which ids are kept is then exact, and sums of integers are the same in any order. 40 bits:
 V < 2**22 weights of at most 2**40 and sums stay below 2**62; what is cut off could not be drawn anyway.
 
-Poison (finish 3, id 0): NaN or +inf anywhere in the row, or no token left with a finite value.
+Poison (finish 3, id 0): NaN or +inf anywhere in the row, or no token left with a finite value. Where a grammar leaves
+none (finish 4, id 0), as when min_new_tokens forbids the end that is all it allows, that is not the model's fault.
+A grammar advances by the drawn token, and its end tokens stop the request whatever ignore_eos says.
 Logprobs are of the model's raw distribution: log_softmax of the unmodified logits in float32.
 """
 
@@ -54,6 +56,7 @@ from .weights import race_kept
 
 STOP: Final = 1
 POISON: Final = 3
+DEAD: Final = 4
 
 Mask = npt.NDArray[np.bool_]
 
@@ -65,7 +68,7 @@ class Sampled:
     ids: Tensor
     """int64 [rows]."""
     finish: Tensor
-    """uint8 [rows]: 0 none, 1 the token stops the request, 3 poison (values of messages.Finish)."""
+    """uint8 [rows]: 0 none, 1 the token stops the request, 3 poison, 4 a grammar without a way (messages.Finish)."""
     logprobs: Tensor | None = None
     """float32 [rows], NaN where not asked; None if no row asked."""
     top_n: int = 0
@@ -121,11 +124,15 @@ def sample(
     active_min = flags.min_until > 0
     if positions.device.type == "cpu" and active_min.any():
         active_min &= positions.numpy() < flags.min_until
+    if flags.constrained.any():
+        bitmask = state.grammars.mask(at, bitmask)
     ids, poison = _draw(_Rows(logits, slots, positions, bitmask, flags, active_min), state)
     ids = ids.masked_fill(poison, 0)
     stopped = (ids[:, None] == state.stop_ids.index_select(0, slots)).any(-1)
     finish = stopped.to(torch.uint8) * STOP
     finish.masked_fill_(poison, POISON)
+    if flags.constrained.any():
+        _follow(ids, finish, logits, at, state)
     if flags.penalty.any():
         chosen = _index(flags.penalty, logits.device)
         state.count(slots.index_select(0, chosen), ids.index_select(0, chosen))
@@ -133,6 +140,18 @@ def sample(
     if (flags.logprobs >= 0).any():
         _add_logprobs(drawn, logits, flags.logprobs)
     return drawn
+
+
+def _follow(ids: Tensor, finish: Tensor, logits: Tensor, at: npt.NDArray[np.int64], state: SamplerState) -> None:
+    """Advance the grammars of the rows that have one, and say in `finish` which of them end."""
+    bound = state.flags.constrained[at]
+    poison = (finish == POISON).numpy()
+    for row in np.flatnonzero(bound & poison).tolist():
+        if bool(logits[row].amax().isfinite()):
+            finish[row] = DEAD
+    rows = np.flatnonzero(bound & ~poison)
+    ended = state.grammars.advance(at[rows], ids[torch.from_numpy(rows)])
+    finish[torch.from_numpy(rows[ended])] = STOP
 
 
 def argmax(x: Tensor) -> tuple[Tensor, Tensor]:

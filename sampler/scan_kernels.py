@@ -16,8 +16,10 @@ FLOATS = tl.constexpr(4)
 GREEDY, PENALTY, BIAS, FILTERED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 IN_PROMPT = tl.constexpr(1 << 14)
 WHOLE = tl.constexpr(1 << 24)
-POISON = tl.constexpr(3)
+STOP, POISON, DEAD = tl.constexpr(1), tl.constexpr(3), tl.constexpr(4)
 NO_ID = tl.constexpr(2147483647)
+COLUMNS = tl.constexpr(4)  # of a grammar in the directory: addresses of its three tables, number of classes
+END = tl.constexpr(1)  # the class of tokens that end a grammar's output
 
 
 @triton.jit
@@ -82,8 +84,9 @@ def load_clean(x_row, i, live):
 @triton.jit
 def top_of(largest, row, SPLITS: tl.constexpr):
     """The row's largest logit, 0 for one without."""
-    top = tl.max(tl.load(largest + row * SPLITS + tl.arange(0, SPLITS)), 0)
-    return tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0)
+    tops = tl.load(largest + row * SPLITS + tl.arange(0, SPLITS))
+    top = tl.max(tl.where(tops < float("inf"), tops, float("-inf")), 0)  # NaN where the row is poison
+    return tl.where(top > float("-inf"), top, 0.0)
 
 
 @triton.jit
@@ -142,33 +145,63 @@ def _edited(
 
 
 @triton.jit
+def _grammar_of(slot, bound, states, directory):
+    """(whether there is a grammar, classes of the tokens, transitions by class, canonical token, state).
+
+    The canonical token is -1 where there is none, the state -1 where no token can come.
+    """
+    number = tl.load(bound + slot)
+    has = number >= 0
+    place = directory + tl.maximum(number, 0) * COLUMNS
+    state = tl.load(states + slot)
+    classes = tl.load(place).to(tl.pointer_type(tl.int16))
+    transitions = tl.load(place + 1).to(tl.pointer_type(tl.int16)) + state * tl.load(place + 3)
+    canonical = tl.load(place + 2).to(tl.pointer_type(tl.int32)) + state
+    state = tl.where(has, state, -1)
+    return has, classes, transitions, tl.load(canonical, state >= 0, other=-1), state
+
+
+@triton.jit
 def _look(
-    at, lane, top, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1, racing, vocab,
-    EDITED: tl.constexpr, MASKED: tl.constexpr, RANDOM: tl.constexpr, FAST: tl.constexpr, TAIL: tl.constexpr,
+    at, lane, top, raw, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1, racing,
+    bound, states, directory, vocab,
+    EDITED: tl.constexpr, MASKED: tl.constexpr, CONSTRAINED: tl.constexpr, RANDOM: tl.constexpr, FAST: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Take the block of logits at `at` into the scan's state; TAIL: it may end beyond the vocabulary."""
     i = at + lane
     live = (i < vocab) if TAIL else None
     other = float("-inf") if TAIL else None
     x = tl.load(x_row + i, live, other=other).to(tl.float32)
+    if EDITED or CONSTRAINED:
+        raw = tl.maximum(raw, x, propagate_nan=tl.PropagateNan.ALL)
     if EDITED:
         x = _edited(x, x_row, i, i < vocab, needs, slot, floats, marks, bitmask_row, vocab, MASKED)
+    if CONSTRAINED:
+        has, classes, transitions, canonical, state = _grammar_of(slot, bound, states, directory)
+        if has:
+            known = i < tl.where(state >= 0, vocab, 0)
+            after = tl.load(transitions + tl.load(classes + i, known, other=0), known, other=-1)
+            free = tl.where(canonical >= 0, i == canonical, after >= 0)
+            x = tl.where(free, x, float("-inf"))
+            if (needs & FILTERED) != 0:  # the filters read the logits again
+                tl.store(x_row + i, x.to(x_row.dtype.element_ty), (i < vocab) & ~free)
     top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
     s = x
     if RANDOM and racing:
         s = x * scale - log_times(i, word0, word1, FAST)
     better = s > score
-    return top, tl.where(better, s, score), tl.where(better, i, winner)
+    return top, raw, tl.where(better, s, score), tl.where(better, i, winner)
 
 
 @triton.jit
 def scan(
-    logits, slots, positions, ints, floats, marks, bitmask, best, best_ids, largest, group_tops, vocab, stride, words,
-    part,
-    EDITED: tl.constexpr, MASKED: tl.constexpr, RANDOM: tl.constexpr, RANKED: tl.constexpr, FAST: tl.constexpr,
-    BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    logits, slots, positions, ints, floats, marks, bitmask, bound, states, directory, best, best_ids, largest,
+    group_tops, vocab, stride, words, part,
+    EDITED: tl.constexpr, MASKED: tl.constexpr, CONSTRAINED: tl.constexpr, RANDOM: tl.constexpr,
+    RANKED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, split): the split's winner, and its largest logit, NaN if one is.
+    """Program (row, split): the split's winner, and its largest logit, NaN if one is before edits and masks.
 
     Everything is kept lane by lane and reduced once, at the end: a reduction in the loop would make its warps wait for
     each other. Rows with top_k do not race; RANKED: they leave the largest logit of each of GROUPS groups of lanes.
@@ -184,25 +217,29 @@ def scan(
     word0, word1 = row_words(tl.load(ints + slot * INTS + SEED), tl.load(positions + row).to(tl.int64))
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
-    score = tl.full([BLOCK], float("-inf"), tl.float32)
+    raw = top
+    score = top
     winner = tl.full([BLOCK], NO_ID, tl.int32)
     first = split * part
     last = tl.minimum(first + part, vocab)
     whole = first + tl.maximum(last - first, 0) // BLOCK * BLOCK
     for at in range(first, whole, BLOCK):
-        top, score, winner = _look(
-            at, lane, top, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1, racing,
-            vocab, EDITED, MASKED, RANDOM, FAST, False,
+        top, raw, score, winner = _look(
+            at, lane, top, raw, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1,
+            racing, bound, states, directory, vocab, EDITED, MASKED, CONSTRAINED, RANDOM, FAST, False,
         )  # fmt: skip
     if whole < last:
-        top, score, winner = _look(
-            whole, lane, top, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1,
-            racing, vocab, EDITED, MASKED, RANDOM, FAST, True,
+        top, raw, score, winner = _look(
+            whole, lane, top, raw, score, winner, x_row, slot, needs, floats, marks, bitmask_row, scale, word0, word1,
+            racing, bound, states, directory, vocab, EDITED, MASKED, CONSTRAINED, RANDOM, FAST, True,
         )  # fmt: skip
+    if not (EDITED or CONSTRAINED):
+        raw = top
     place = row * splits + split
     reached, token = winner_of(score, winner)
-    poison = tl.max((~(top < float("inf"))).to(tl.int32), 0) != 0
-    tl.store(largest + place, tl.where(poison, float("nan"), tl.max(top, 0)))
+    poison = tl.max((~(raw < float("inf")) | ~(top < float("inf"))).to(tl.int32), 0) != 0
+    peak = tl.max(tl.where(top < float("inf"), top, float("-inf")), 0)
+    tl.store(largest + place, tl.where(poison, float("nan"), peak))
     tl.store(best + place, reached)
     tl.store(best_ids + place, token)
     if RANKED and top_k > 0:
@@ -212,8 +249,8 @@ def scan(
 
 @triton.jit
 def finish_rows(
-    slots, ints, best, best_ids, largest, drawn, stop_ids, marks, ids, finish, vocab, stops,
-    FILTERING: tl.constexpr, EDITED: tl.constexpr, SPLITS: tl.constexpr, STOPS: tl.constexpr,
+    slots, ints, best, best_ids, largest, drawn, stop_ids, marks, bound, states, directory, ids, finish, vocab, stops,
+    FILTERING: tl.constexpr, EDITED: tl.constexpr, CONSTRAINED: tl.constexpr, SPLITS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
     """Row by row: the winner of all splits, whether it stops the request or the row is poison; count it."""
     row = tl.program_id(0)
@@ -222,7 +259,8 @@ def finish_rows(
     place = row * SPLITS + tl.arange(0, SPLITS)
     tops = tl.load(largest + place)
     clean = tl.min((tops < float("inf")).to(tl.int32), 0) != 0
-    poison = ~(clean & (tl.max(tops, 0) > float("-inf")))
+    empty = ~(tl.max(tl.where(tops < float("inf"), tops, float("-inf")), 0) > float("-inf"))
+    poison = ~clean | empty
     _, token = winner_of(tl.load(best + place), tl.load(best_ids + place))
     if FILTERING and (needs & FILTERED) != 0:
         token = tl.load(drawn + row)
@@ -232,7 +270,15 @@ def finish_rows(
     stop = tl.load(stop_ids + slot * stops + j, j < stops, other=-1)
     stopped = tl.max((stop == token).to(tl.int32), 0)
     tl.store(ids + row, token)
-    tl.store(finish + row, tl.where(poison, POISON, stopped).to(tl.uint8))
+    verdict = tl.where(poison, POISON, stopped * STOP)
+    if CONSTRAINED:
+        has, classes, transitions, _, state = _grammar_of(slot, bound, states, directory)
+        if has:
+            kind = tl.load(classes + token)
+            after = tl.load(transitions + kind, tl.where(poison, -1, state) >= 0, other=-1)
+            tl.store(states + slot, tl.where(poison, state, after.to(tl.int32)))
+            verdict = tl.where(poison, tl.where(clean & empty, DEAD, POISON), tl.where(kind == END, STOP, verdict))
+    tl.store(finish + row, verdict.to(tl.uint8))
     if EDITED and (needs & PENALTY) != 0:
         mark = tl.load(marks + slot * vocab + token)
         full = (mark & (IN_PROMPT - 1)) == IN_PROMPT - 1

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .grammar import NONE, Grammars, Int16Array, Int32Array, UInt16Array
 from .params import MAX_BIASES, MAX_STOP_IDS, SamplingParams
 from .philox import row_keys
 from .race import id_terms
@@ -53,6 +54,8 @@ class Flags:
     """There is a top_k."""
     min_until: npt.NDArray[np.int64]
     """No stop token may be drawn at positions below this."""
+    constrained: npt.NDArray[np.bool_]
+    """The output follows a grammar."""
     logprobs: npt.NDArray[np.int64]
     """-1: none wanted; n: the chosen token's and the n most likely ones'."""
 
@@ -66,6 +69,7 @@ class Flags:
             filtered=np.zeros(slots, np.bool_),
             ranked=np.zeros(slots, np.bool_),
             min_until=np.zeros(slots, np.int64),
+            constrained=np.zeros(slots, np.bool_),
             logprobs=np.full(slots, -1, np.int64),
         )
 
@@ -78,6 +82,7 @@ class Flags:
             self.filtered[rows],
             self.ranked[rows],
             self.min_until[rows],
+            self.constrained[rows],
             self.logprobs[rows],
         )
 
@@ -122,6 +127,7 @@ class SamplerState:
         self.output_counts: Tensor | None = None
         self.seen: Tensor | None = None
         self.id_terms = id_terms(vocab_size, device)
+        self.grammars = Grammars(rows, vocab_size, device)
         # The keys of a block of positions, and the block's number in the last column.
         self._ahead = torch.full((rows, AHEAD + 1), -1, dtype=torch.int64, device=device)
         self.flags = Flags.empty(rows)
@@ -134,9 +140,12 @@ class SamplerState:
         output_ids: npt.NDArray[np.int32],
         prompt_length: int,
         output_length: int,
+        grammar: int = NONE,
+        grammar_state: int = 0,
     ) -> None:
         """Set everything of a slot for a request that comes (or comes back, with the tokens it has generated).
 
+        grammar: the handle of a loaded one, which the output follows from `grammar_state` on.
         The token arrays may be empty unless the parameters have a penalty. Raises ValueError if then they do not
         hold the whole sequence, or if the seed is not resolved.
         """
@@ -152,6 +161,22 @@ class SamplerState:
             self.bias_values = _set_padded(self.bias_values, slot, list(params.logit_bias.values()), 0.0)
         if params.has_penalty:
             self._set_counts(slot, prompt_ids, output_ids)
+        self.grammars.bind(slot, grammar, grammar_state)
+        self.flags.constrained[slot] = grammar != NONE
+
+    def load_grammar(
+        self, handle: int, token_class: UInt16Array, transitions: Int16Array, canonical: Int32Array
+    ) -> None:
+        """See Grammars.load."""
+        self.grammars.load(handle, token_class, transitions, canonical)
+
+    def drop_grammar(self, handle: int) -> None:
+        """See Grammars.drop."""
+        self.grammars.drop(handle)
+
+    def set_grammar_state(self, slot: int, state: int) -> None:
+        """See Grammars.set_state."""
+        self.grammars.set_state(slot, state)
 
     def _set_numbers(self, slot: int, params: SamplingParams, prompt_length: int) -> None:
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
