@@ -78,7 +78,7 @@ class Grammars:
         classes[: len(token_class)] = token_class.view(np.int16)
         arrays = (classes, np.array(transitions, np.int16, order="C"), np.array(canonical, np.int32))
         tables = [upload(array, self.device) for array in arrays]
-        self._loaded[handle] = self._by_number[number] = Grammar(number, *tables)
+        self._loaded[handle] = self._by_number[number] = Grammar(number, tables[0], tables[1], tables[2])
         entry = [*(table.data_ptr() for table in tables), transitions.shape[1]]
         self.directory[number] = upload(np.array(entry, dtype=np.int64), self.device)
 
