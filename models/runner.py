@@ -20,8 +20,8 @@ from .slots import SlotArrays
 
 @dataclass(slots=True)
 class ChunkWork:
-    """These tokens follow the first `start` ones of a slot, of its prompt or, in a slot that decodes, forced ones behind
-    its last token; with `draws` the last one's logits are wanted."""
+    """These tokens follow the first `start` ones of a slot: of its prompt, or in a slot that decodes its last token and
+    forced ones; with `draws` the last one's logits are wanted."""
 
     slot: int
     start: int
@@ -49,7 +49,7 @@ class Runner:
         self.index_dtype = torch.int64 if decoder.device.type == "cpu" else torch.int32
         self.slots = SlotArrays(max_slots, max_pages, kv.num_pages - 1, kv.page_size, decoder.device)
         self.lengths = np.zeros(max_slots + 1, dtype=np.int64)
-        """`slots.length` as the host knows it: exact for all slots where steps do not run ahead, of no use elsewhere."""
+        """`slots.length` as the host knows it: exact where steps do not run ahead, of no use elsewhere."""
 
     def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int) -> None:
         """Seat a sequence; see SlotArrays.admit. Takes effect with `flush`."""

@@ -117,7 +117,8 @@ class SimulatedExecutor:
             ids = [token for token, _ in drawn]
             self.states.update(zip(drawing, (state for _, state in drawn), strict=True))
             finish = [
-                1 if t == EOS or t in self.stops[s] else 2 * (self.length[s] + 1 >= self.limit[s]) for s, t in zip(drawing, ids, strict=True)
+                1 if t == EOS or t in self.stops[s] else 2 * (self.length[s] + 1 >= self.limit[s])
+                for s, t in zip(drawing, ids, strict=True)
             ]
             self.last.update(zip(drawing, ids, strict=True))
             self.decoding = [s for s, f in zip(drawing, finish, strict=True) if not f]

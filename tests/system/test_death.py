@@ -101,7 +101,7 @@ def test_a_dead_root_takes_all_with_it(smollm: str, tmp_path: Path) -> None:
     before = shared_memory()
     with live_server(tmp_path, "--model", smollm, "--max-total-tokens", "4096") as server:
         pids = list(server.children().values())
-        assert len(pids) == 4
+        assert len(pids) == 5
         server.process.kill()
         server.process.wait()
         wait_until(lambda: not any(map(alive, pids)), 2, "no orphans")
