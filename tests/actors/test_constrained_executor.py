@@ -129,12 +129,12 @@ def test_a_request_that_leaves_while_its_grammar_compiles(folder: str, monkeypat
     async def main() -> None:
         async with Engine(folder, **SETTINGS) as e:
             stream = e.stream(tiny.prompt(9), SamplingParams(), regex="slow")
-            while (await e.stats()).waiting != 1:
+            while (await e.stats()).waiting != 1:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             other = await e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=4), choice=["Hello"])
             assert other.text == "Hello" and not discarded
             await stream.aclose()
-            while not discarded or (await e.stats()).waiting:
+            while not discarded or (await e.stats()).waiting:  # noqa: ASYNC110
                 await trio.sleep(0.01)
 
     trio.run(main)
