@@ -94,11 +94,6 @@ class Fsm(Actor):
             case PeerUp() | Drain():
                 pass  # the scheduler asks again for what it needs
 
-    async def stop(self) -> None:
-        """End the compilers."""
-        for worker in self.workers:
-            worker.close()
-
     # ------------------------------------------------------------------ requests
 
     def _compile(self, m: Compile) -> None:

@@ -97,11 +97,14 @@ def test_jumps_change_nothing(smollm: str, plain: Any, still: bool, k: int, cach
 
 def test_retraction_in_the_middle_of_runs(smollm: str, plain: Any) -> None:
     seeded, expected = plain
-    options = {"max_total_tokens": 640, "schedule_conservativeness": 0.0, "num_continuous_decode_steps": 4}
+    options = {"max_total_tokens": 256, "schedule_conservativeness": 0.0, "num_continuous_decode_steps": 4}
     with Engine.sync(smollm, **{**BASE, **options}) as engine:
-        outputs = answers(engine, seeded, len(expected))
-        assert engine.stats().retractions > 0
-    assert [o.ids for o in outputs] == [o.ids for o in expected]
+        for _ in range(10):  # requests that come in slowly on a busy machine need no retraction
+            outputs = answers(engine, seeded, len(expected))
+            assert [o.ids for o in outputs] == [o.ids for o in expected]
+            if engine.stats().retractions > 0:
+                return
+    pytest.fail("no retraction")
 
 
 @pytest.fixture(scope="module")
