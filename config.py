@@ -91,6 +91,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = None
     plans_in_flight: Annotated[int, Meta(ge=1, le=4, description="windows queued ahead on the executor")] = 2
+    disable_jump_forward: Annotated[
+        bool, Meta(description="draw tokens that a grammar forces one by one; the output is the same")
+    ] = False
+    grammar_seconds: Annotated[
+        float, Meta(gt=0, description="time to compile a request's grammar; one that needs more is refused")
+    ] = 1.0
     disable_radix_cache: Annotated[bool, Meta(description="compute every prompt from its first token")] = False
     eviction_policy: Annotated[Literal["lru", "lfu"], Meta(description="which cached prefix goes first")] = "lru"
 

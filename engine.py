@@ -23,6 +23,7 @@ from .actors.attach import Attachment, Detached, drive
 from .actors.client import Client, LoopWakeup, Stream, Submission, token_prompt
 from .actors.conversation import ChatMessage, chat_prompt
 from .actors.embedded_host import Root
+from .actors.grammar_fields import FIELDS, grammar_spec
 from .actors.lifeline import Failed, Progress, Up
 from .actors.messages import FrontInbox, PeerUp, Prompt, Stats, TextPrompt
 from .config import EngineConfig, ModelInfo
@@ -188,8 +189,10 @@ class Engine:
     ) -> Output | list[Output]:
         """Continue a text or token ids, or each of a list of them, n times.
 
-        `overrides` are fields of SamplingParams that replace those of `params`. Returns one Output for one prompt
-        and n 1, otherwise a list, prompt by prompt with n each. Cancelling the call stops the work.
+        `overrides` are fields of SamplingParams that replace those of `params`, and one of `regex`, `json_schema` (a
+        dict or its JSON text) and `choice` (a list of texts), which each output then matches as a whole. Returns one
+        Output for one prompt and n 1, otherwise a list, prompt by prompt with n each. Cancelling the call stops the
+        work.
         """
         prompts, is_batch = self._prompts(prompt)
         stream = self._submit(prompts, params, overrides, n, cache_salt, priority)
@@ -235,7 +238,7 @@ class Engine:
         **options: Any,
     ) -> Output | list[Output]:
         """Answer a conversation. `options`: `add_generation_prompt`, `continue_final_message`,
-        `chat_template_kwargs`, and fields of SamplingParams. Without `max_new_tokens` the answer may go on to the end
+        `chat_template_kwargs`, and those of `generate`. Without `max_new_tokens` the answer may go on to the end
         of the context. Returns an Output, or a list for n above 1.
         """
         prompt, params, overrides = _conversation(messages, params, options)
@@ -289,8 +292,9 @@ class Engine:
     ) -> Stream:
         if n < 1:
             raise RequestError("n must be at least 1", param="n")
+        grammar = grammar_spec({name: overrides.pop(name, None) for name in FIELDS})
         checked = _sampling(params, overrides)
-        return self._client.submit_all([Submission(p, checked, n) for p in prompts], cache_salt, priority)
+        return self._client.submit_all([Submission(p, checked, n, grammar) for p in prompts], cache_salt, priority)
 
 
 class _Guest(Actor):

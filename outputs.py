@@ -26,6 +26,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV came from the prefix cache."""
     logprobs: list[TokenLogprob]
     """One a token, if `SamplingParams.logprobs` asked for them."""
+    forced_tokens: int = 0
+    """Completion tokens that a grammar forced and no step had to draw."""
+    jumps: int = 0
+    """In how many runs they came."""
 
 
 class Output(Delta, frozen=True, kw_only=True):
@@ -88,4 +92,6 @@ def _fields(stream: Stream, chunk: Chunk) -> dict[str, Any]:
         "completion_tokens": chunk.completion_tokens,
         "cached_tokens": chunk.cached_tokens,
         "logprobs": chunk.logprobs,
+        "forced_tokens": chunk.forced_tokens,
+        "jumps": chunk.jumps,
     }

@@ -70,6 +70,7 @@ class Submission:
     prompt: messages.Prompt
     params: SamplingParams
     n: int = 1
+    grammar: messages.GrammarSpec | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -224,9 +225,10 @@ class Client:
         n: int = 1,
         cache_salt: str = "",
         priority: int = 0,
+        grammar: messages.GrammarSpec | None = None,
     ) -> Stream:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
-        return self.submit_all([Submission(prompt, params, n)], cache_salt, priority)
+        return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
 
     def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
         """Ask for continuations of several prompts, read as one stream.
@@ -304,7 +306,7 @@ class Client:
     def _post_all(self, stream: Stream, submissions: Sequence[Submission], salt: str, priority: int) -> None:
         arrival = stream.choices[0].arrival_ns
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
-            self._text.post(messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival))
+            self._text.post(messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival, s.grammar))
 
     def _deliver(self, chunks: list[messages.Chunk]) -> None:
         while self.orphans:
@@ -356,6 +358,8 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.prompt_tokens,
         last.completion_tokens,
         last.cached_tokens,
+        last.forced_tokens,
+        last.jumps,
     )
 
 

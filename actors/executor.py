@@ -217,6 +217,9 @@ class Executor(Actor):
         chunks = self._apply(plan)
         for number in range(plan.k):
             work = chunks if number == 0 else []
+            if work:  # a slot that jumps has its chunk instead of a row
+                jumping = {c.slot for c in work}
+                self.decoding = [s for s in self.decoding if s not in jumping]
             started = time.perf_counter_ns()
             step = self.stepper.launch(np.array(self.decoding, dtype=np.int64), work)
             rids = np.array([self.rid_of[s] for s in step.slots.tolist()], dtype=np.int64)
@@ -237,13 +240,13 @@ class Executor(Actor):
         for a in plan.admits:
             self.rid_of[a.slot] = a.rid
             runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
-        sampler.sync(plan.window, len(plan.admits))
+        sampler.sync(plan.window, plan.sampler_changes)
         runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))
         runner.slots.flush()
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
-        work = zip(slots.tolist(), parts, last.tolist(), strict=True)
-        return [ChunkWork(slot, ids, bool(draws)) for slot, ids, draws in work]
+        work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), strict=True)
+        return [ChunkWork(slot, start, ids, bool(draws)) for slot, start, ids, draws in work]
 
     def _publish_ready(self) -> None:
         while self.launched and self.launched[0].step.ready:

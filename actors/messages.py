@@ -8,6 +8,8 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
     front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
+                                    sched  --LoadGrammar, DropGrammar, GrammarStates-->  sampler.r
+                                         fsm  --Compiled, CompileFailed-->  sched  --Compile, Discard-->  fsm
 """
 
 from enum import IntEnum
@@ -27,6 +29,7 @@ class Finish(IntEnum):
     STOP = 1  # EOS or a stop_token_id, which is the row's token
     LENGTH = 2  # max_new_tokens, or the end of the context
     POISON = 3  # NaN or no token allowed: the request fails, its pages are not kept
+    GRAMMAR = 4  # the grammar left no token: the request fails
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
@@ -81,6 +84,15 @@ class ChatPrompt(Message, frozen=True, tag=6):
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 
 
+class GrammarSpec(Message, frozen=True, tag=7):
+    """What an output must match. Part of Generate, Submit and Compile; equal specs are one grammar."""
+
+    kind: Literal["regex", "json_schema", "choice"]
+    """Also the name of the field that errors are about."""
+    text: str
+    """The pattern; the schema as JSON; a JSON array of texts."""
+
+
 class Generate(Message, frozen=True, tag=10):
     """Front asks for n continuations, with ids `rid` to `rid + n - 1`.
 
@@ -95,6 +107,8 @@ class Generate(Message, frozen=True, tag=10):
     priority: int = 0
     arrival_ns: int = 0
     """CLOCK_MONOTONIC when the front took the request."""
+    grammar: GrammarSpec | None = None
+    """What each output must match."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -118,6 +132,7 @@ class Submit(Message, frozen=True, tag=20):
     cache_salt: str = ""
     priority: int = 0
     arrival_ns: int = 0
+    grammar: GrammarSpec | None = None
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -134,6 +149,8 @@ class Tokens(Message, frozen=True, tag=30):
 
     rids int64 [rows], ids int32 [rows], finish uint8 [rows] (Finish). With logprobs (else empty arrays):
     logprobs float32 [rows], NaN where not asked; top_ids int32 and top_logprobs float32 [rows, top_n].
+    `forced`: these tokens were not drawn, since grammars leave no other; a request has several rows, one a token, and
+    all of them are of one jump.
     """
 
     rids: memoryview
@@ -143,6 +160,7 @@ class Tokens(Message, frozen=True, tag=30):
     top_n: int
     top_ids: memoryview
     top_logprobs: memoryview
+    forced: bool = False
 
 
 class Started(Message, frozen=True, tag=31):
@@ -219,6 +237,10 @@ class Chunk(Message, frozen=True, tag=35):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    forced_tokens: int = 0
+    """Of the completion's, those that a grammar forced and no step had to draw."""
+    jumps: int = 0
+    """In how many runs they came."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -258,7 +280,8 @@ class Plan(Message, frozen=True, tag=51):
     """One window: apply the deltas in the order of the fields, then run k steps.
 
     Step 0 runs the prefill chunks and all decoding slots in one forward; steps 1 to k-1 the decoding slots that are
-    not done. A slot decodes once its last chunk ran. All arrays int32 unless said.
+    not done. A slot decodes once its last chunk ran. A slot that decodes may get a chunk too, of its last token and
+    forced ones: then it has no other row in step 0. All arrays int32 unless said.
     Owed: one StepOut a step, also for steps in which no row was left (empty arrays).
     """
 
@@ -273,12 +296,16 @@ class Plan(Message, frozen=True, tag=51):
     """[n] slots that get one more page each (a slot may come several times)."""
     grow_pages: memoryview
     chunk_slots: memoryview
-    """[chunks] slots with prompt tokens to compute."""
+    """[chunks] slots with tokens to compute."""
     chunk_lengths: memoryview
     chunk_last: memoryview
     """[chunks] 1 where the chunk ends the prompt, so that a token is drawn and the slot decodes from now on."""
     chunk_ids: memoryview
     """The chunks' tokens, one after another."""
+    chunk_starts: memoryview
+    """[chunks] tokens of the slot before the chunk."""
+    sampler_changes: int
+    """Messages that the sampler was sent for this window."""
 
 
 class SlotParams(Message, frozen=True, tag=52):
@@ -294,6 +321,43 @@ class SlotParams(Message, frozen=True, tag=52):
     """int32, tokens generated before (after a retraction); same condition."""
     prompt_length: int
     output_length: int
+    grammar: int = -1
+    """Handle of a grammar that was loaded before; -1: the output is free."""
+    grammar_state: int = 0
+    """Its state before the next token."""
+
+
+class LoadGrammar(Message, frozen=True, tag=53):
+    """Scheduler to sampler: a grammar's tables (fsm/token_table.py), once in an executor's life, before its first use
+    in the window `window`."""
+
+    window: int
+    handle: int
+    """Given by the scheduler."""
+    token_class: memoryview
+    """uint16 [V]"""
+    transitions: memoryview
+    """int16 [S, K]"""
+    canonical: memoryview
+    """int32 [S]"""
+
+
+class DropGrammar(Message, frozen=True, tag=54):
+    """Scheduler to sampler: forget a grammar; from the window `window` on no slot follows it."""
+
+    window: int
+    handle: int
+
+
+class GrammarStates(Message, frozen=True, tag=55):
+    """Scheduler to sampler: the states of slots that jump in the window `window`, before the token that it draws.
+
+    Arrays int32 [rows].
+    """
+
+    window: int
+    slots: memoryview
+    states: memoryview
 
 
 # ------------------------------------------------------------------ exec.0 -> sched
@@ -324,9 +388,48 @@ class StepOut(Message, frozen=True, tag=61):
     """Time of the step on the executor."""
 
 
+# ------------------------------------------------------------------ sched -> fsm
+
+
+class Compile(Message, frozen=True, tag=70):
+    """Scheduler to fsm: compile a grammar. Owed: one Compiled or CompileFailed with the handle, unless discarded."""
+
+    handle: int
+    spec: GrammarSpec
+
+
+class Discard(Message, frozen=True, tag=71):
+    """Scheduler to fsm: nobody waits for this grammar any more. Nothing is owed."""
+
+    handle: int
+
+
+# ------------------------------------------------------------------ fsm -> sched
+
+
+class Compiled(Message, frozen=True, tag=72):
+    """fsm to scheduler: the token table of a grammar; arrays as in LoadGrammar. Its state 0 is the start."""
+
+    handle: int
+    token_class: memoryview
+    transitions: memoryview
+    canonical: memoryview
+
+
+class CompileFailed(Message, frozen=True, tag=73):
+    """fsm to scheduler: the grammar cannot be used. `status` is HTTP's (400, 503), `message` says where in it."""
+
+    handle: int
+    status: int
+    code: str
+    message: str
+
+
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats
 TextInbox: TypeAlias = SystemMessage | Generate | Cancel | Tokens | Started | Ended | Stats
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | ExecutorReady | StepOut
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | ExecutorReady | StepOut | Compiled | CompileFailed
 ExecutorInbox: TypeAlias = SystemMessage | Plan
-SamplerInbox: TypeAlias = SystemMessage | SlotParams
+SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates
+SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
+FsmInbox: TypeAlias = SystemMessage | Compile | Discard

@@ -29,7 +29,9 @@ class Output:
         "cached_tokens",
         "completion_tokens",
         "finish",
+        "forced_tokens",
         "front",
+        "jumps",
         "matched",
         "prompt_tokens",
         "rid",
@@ -45,6 +47,8 @@ class Output:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         self.completion_tokens = 0
+        self.forced_tokens = 0
+        self.jumps = 0
         self.top_logprobs = params.logprobs
         """SamplingParams.logprobs: None means that no logprobs are wanted."""
         self.finish: Literal["stop", "length", "abort"] | None = None
@@ -106,6 +110,8 @@ class Output:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
+            forced_tokens=self.forced_tokens,
+            jumps=self.jumps,
         )
         self._new_text, self._new_ids, self._new_logprobs = "", [], []
         return chunk

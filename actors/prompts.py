@@ -88,6 +88,7 @@ class Prompts:
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
+                grammar=request.grammar,
             )
             for i in range(request.n)
         ]

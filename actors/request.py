@@ -12,6 +12,7 @@ import numpy as np
 
 from ..kvstore.radix import Node
 from ..sampler.params import SamplingParams
+from .constraint import Constraint
 
 
 class Stage(Enum):
@@ -60,6 +61,8 @@ class Request:
     """Executor deaths while it held a slot."""
     matched: tuple[int, int] = (-1, 0)
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
+    constraint: Constraint | None = None
+    """What the output must match; its state is that after all of `tokens`."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:
@@ -67,6 +70,17 @@ class Request:
         if self._ids is None or len(self._ids) != len(self.tokens):
             self._ids = np.array(self.tokens, dtype=np.int32)
         return self._ids
+
+    def append(self, token: int) -> None:
+        """Take in a generated token."""
+        self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.state = self.constraint.grammar.step(self.constraint.state, token)
+
+    @property
+    def jumps(self) -> bool:
+        """Whether forced tokens may come as chunks; see jumps.py."""
+        return self.constraint is not None and self.params.logprobs is None and not self.params.has_penalty
 
     @property
     def generated(self) -> int:

@@ -1,14 +1,15 @@
 """The sampler: the actor that owns how each slot of the batch draws. It lives in its executor's process and thread.
 
-The scheduler sends it SlotParams over a lane of its own; the executor calls `sync` at the start of a window and
-`draw` in each step, so logits never leave the device. Invariant: parameters take effect with the window they are
-sent for, since the slot may still run for another request in the windows before.
+The scheduler sends it SlotParams and grammars over a lane of its own; the executor calls `sync` at the start of a
+window and `draw` in each step, so logits never leave the device. Invariant: all of it takes effect with the window it
+is sent for, since the slot may still run for another request in the windows before.
 """
 
 import time
 from collections import deque
-from collections.abc import Hashable
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, ClassVar, Final, assert_never
 
 import numpy as np
 import torch
@@ -18,7 +19,17 @@ from ..sampler.drawer import Drawer
 from ..sampler.reference import Sampled
 from ..sampler.state import SamplerState
 from .actor import Actor, Context
-from .messages import Drain, PeerDown, PeerUp, SamplerInbox, SlotParams
+from .messages import (
+    Drain,
+    DropGrammar,
+    GrammarStates,
+    LoadGrammar,
+    PeerDown,
+    PeerUp,
+    SamplerInbox,
+    SamplerMessage,
+    SlotParams,
+)
 
 SYNC_SECONDS: Final = 5.0
 
@@ -32,22 +43,52 @@ class Sampler(Actor):
         super().__init__(context)
         self.state: SamplerState | None = None
         self.drawer: Drawer | None = None
-        self.pending: deque[tuple[SlotParams, np.ndarray, np.ndarray]] = deque()
+        self.pending: deque[tuple[int, Callable[[SamplerState], None]]] = deque()
+        """(window, change) in the order of arrival."""
+        self.grammars: set[int] = set()
+        """Handles of the loaded ones."""
 
     def receive(self, message: Any, source: str) -> None:
-        """Keep SlotParams for their window; forget all of a scheduler that died."""
+        """Keep changes for their window; forget all of a scheduler that died."""
         match message:
-            case SlotParams():
-                prompt = np.frombuffer(message.prompt_ids, dtype=np.int32).copy()
-                output = np.frombuffer(message.output_ids, dtype=np.int32).copy()
-                self.pending.append((message, prompt, output))
+            case SlotParams() | LoadGrammar() | DropGrammar() | GrammarStates():
+                self.pending.append((message.window, self._change(message)))
             case PeerDown():
                 self.pending.clear()
+                for handle in list(self.grammars):
+                    assert self.state is not None
+                    self._drop(handle, self.state)
             case PeerUp() | Drain():
                 pass  # nothing of the sampler's depends on it
 
-    def sync(self, window: int, admits: int) -> None:
-        """Apply the parameters sent for `window`: one message for each of its admits.
+    def _change(self, m: SamplerMessage) -> Callable[[SamplerState], None]:
+        """What the message does to the state, with copies of its arrays."""
+        match m:
+            case SlotParams():
+                return partial(_admit, m, array(m.prompt_ids, np.int32), array(m.output_ids, np.int32))
+            case LoadGrammar():
+                classes, canonical = array(m.token_class, np.uint16), array(m.canonical, np.int32)
+                transitions = array(m.transitions, np.int16).reshape(len(canonical), -1)
+                return partial(self._load, m.handle, classes, transitions, canonical)
+            case DropGrammar():
+                return partial(self._drop, m.handle)
+            case GrammarStates():
+                return partial(_set_states, array(m.slots, np.int32).tolist(), array(m.states, np.int32).tolist())
+            case _:
+                assert_never(m)
+
+    def _load(
+        self, handle: int, classes: np.ndarray, transitions: np.ndarray, canonical: np.ndarray, state: SamplerState
+    ) -> None:
+        state.load_grammar(handle, classes, transitions, canonical)
+        self.grammars.add(handle)
+
+    def _drop(self, handle: int, state: SamplerState) -> None:
+        state.drop_grammar(handle)
+        self.grammars.discard(handle)
+
+    def sync(self, window: int, changes: int) -> None:
+        """Apply what was sent for `window`, so many messages.
 
         They were sent before the plan, but through another lane, so they may be a moment late.
 
@@ -56,15 +97,15 @@ class Sampler(Actor):
         """
         assert self.state is not None
         deadline = time.monotonic() + SYNC_SECONDS
-        while admits:
+        while changes:
             while (item := self.context.inbox.poll()) is not None:
                 self.receive(*item)
-            while admits and self.pending and self.pending[0][0].window <= window:
-                m, prompt, output = self.pending.popleft()
-                self.state.admit(m.slot, m.params, prompt, output, m.prompt_length, m.output_length)
-                admits -= m.window == window
-            if admits and time.monotonic() > deadline:
-                raise RuntimeError(f"{admits} SlotParams missing for window {window}")
+            while changes and self.pending and self.pending[0][0] <= window:
+                number, change = self.pending.popleft()
+                change(self.state)
+                changes -= number == window
+            if changes and time.monotonic() > deadline:
+                raise RuntimeError(f"{changes} messages to the sampler are missing for window {window}")
 
     def prepare(self, max_slots: int, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
         """Make the state; called by the executor, which knows the device."""
@@ -82,3 +123,18 @@ class Sampler(Actor):
         """Draw a token per row: logits [rows, vocab], slots and positions [rows]; see stepper.Drawer."""
         assert self.drawer is not None
         return self.drawer.draw(logits, slots, positions, mode, host_slots)
+
+
+def array(view: memoryview, dtype: type[Any]) -> np.ndarray:
+    """A copy of a message's array."""
+    return np.frombuffer(view, dtype=dtype).copy()
+
+
+def _admit(m: SlotParams, prompt: np.ndarray, output: np.ndarray, state: SamplerState) -> None:
+    length, generated = m.prompt_length, m.output_length
+    state.admit(m.slot, m.params, prompt, output, length, generated, m.grammar, m.grammar_state)
+
+
+def _set_states(slots: list[int], states: list[int], state: SamplerState) -> None:
+    for slot, value in zip(slots, states, strict=True):
+        state.set_grammar_state(slot, value)

@@ -10,7 +10,6 @@ whatever the results say, so a window can be planned before the results of the l
 """
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -20,67 +19,18 @@ from ..errors import RequestError
 from ..kvstore.eviction import make_policy
 from ..kvstore.pages import PagePool
 from ..kvstore.radix import Match, RadixTree
+from . import jumps
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
 from .request import Request, Stage
 from .slot_table import SlotTable
+from .window import Counters, JumpChunk, PrefillChunk, Seat, Window
 
 IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
 EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
 MAX_CRASHES: Final = 2
-
-
-@dataclass(slots=True)
-class PrefillChunk:
-    """Tokens [start, end) of a request, in its `admission`-th life."""
-
-    request: Request
-    admission: int
-    start: int
-    end: int
-    draws: bool
-    """The prompt ends here and a token is wanted: the slot decodes from now on."""
-
-
-@dataclass(slots=True)
-class Seat:
-    """A request's admission: `cached` tokens have KV in the first of `pages`, which cover its prompt."""
-
-    request: Request
-    cached: int
-    pages: list[int]
-
-
-@dataclass(slots=True)
-class Window:
-    """A plan before it becomes a message: what the executor is to do in k steps."""
-
-    number: int
-    k: int = 1
-    release: list[int] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(source page, destination page, tokens)"""
-    admits: list[Seat] = field(default_factory=list)
-    grow_slots: list[int] = field(default_factory=list)
-    grow_pages: list[int] = field(default_factory=list)
-    chunks: list[PrefillChunk] = field(default_factory=list)
-    budget: int = 0
-    """Prompt tokens that still fit."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start, in tokens unless said."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    prefilled_tokens: int = 0
-    generated_tokens: int = 0
-    retractions: int = 0
-    windows: int = 0
-    steps: int = 0
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -116,7 +66,7 @@ class Schedule:
         policy = make_policy(config.eviction_policy)
         self.tree = RadixTree(self.pool, self.page, policy, enabled=not config.disable_radix_cache)
         self.tree_state = 0
-        self.slots = SlotTable(max_slots)
+        self.slots = SlotTable(max_slots, jumps=not config.disable_jump_forward)
         self.requests: dict[int, Request] = {}
         self.waiting: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
@@ -128,6 +78,8 @@ class Schedule:
         self.in_flight: deque[Window] = deque()
         self.next_window = 0
         self.step_us = 0.0
+        self.landed: list[JumpChunk] = []
+        """Jumps whose forced tokens the last report appended, before the tokens that it brought."""
         self._last_k = 1
         self._release: list[int] = []
 
@@ -195,10 +147,13 @@ class Schedule:
             if chunk.request.slot >= 0:
                 chunk.request.confirmed = chunk.end
         requests = self.requests
+        self.landed = [j for j in current.jumps if j.request.rid in requests] if step == 0 else []
+        for jump in self.landed:
+            self._land(jump)
         for rid, token in zip(rids, ids, strict=True):
             request = requests.get(rid)
             if request is not None:
-                request.tokens.append(token)
+                request.append(token)
         for row in np.flatnonzero(finish):
             request = requests.get(rids[row])
             if request is not None:
@@ -210,6 +165,15 @@ class Schedule:
         if step == current.k - 1:
             self.in_flight.popleft()
         return complete
+
+    def _land(self, jump: JumpChunk) -> None:
+        """The forced tokens have their KV: they are the request's now, wherever it is meanwhile."""
+        for token in jump.tokens[1:]:
+            jump.request.append(token)
+        forced = len(jump.tokens) - 1
+        self.counters.jumps += 1
+        self.counters.forced_tokens += forced
+        self.counters.generated_tokens += forced
 
     def step_took(self, step_us: float) -> None:
         """Learn the time of a decode step, from which k follows."""
@@ -233,15 +197,20 @@ class Schedule:
         """Return the next window to send, or None while enough are in flight or nothing is to be done."""
         if len(self.in_flight) >= self.config.plans_in_flight:
             return None
-        rows = self._make_room(self.slots.decoding_rows())
+        rows = self.slots.decoding_rows()
+        if self.in_flight and jumps.all_jump(rows, self.slots) and jumps.unknown_rows(rows, self.slots):
+            return None  # what is in flight will tell; rows that cannot jump never wait for that
+        rows = self._make_room(rows)
         window = Window(self.next_window, budget=self._chunk_budget(len(rows)))
+        rows, landing = self._jump(window, rows)
         for request in self.prefilling.values():
             if request.planned < request.target and window.budget > 0:
                 self._add_chunk(window, request)
         more_waits = self._admit(window, reserved=self._pages_needed(rows, 1))
-        if not len(rows) and not window.chunks:
+        if not len(rows) and not window.chunks and not window.jumps:
             return None
-        joining = np.array([c.request.slot for c in window.chunks if c.draws], dtype=np.int64)
+        joined = [c.request.slot for c in window.chunks if c.draws]
+        joining = np.array([*landing, *joined], dtype=np.int64)
         window.k = self._choose_k(rows, joining, more_waits)
         self._grow(window, rows, window.k)
         self._grow(window, joining, window.k - 1)
@@ -251,6 +220,28 @@ class Schedule:
         self._last_k = window.k
         self.counters.windows += 1
         return window
+
+    def _jump(self, window: Window, rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Plan the jumps of the window, and give them their pages; (the rows that go on step by step, those that jump)
+
+        Every row keeps its next page obtainable.
+        """
+        landing: list[int] = []
+        reserved = self._pages_needed(rows, 1)
+        for slot in rows[self.slots.jumps[rows]].tolist():
+            request = self.slots.requests[slot]
+            assert request is not None
+            plan = jumps.planned(request, self.slots, window.budget)
+            if plan is None:
+                continue
+            row, (tokens, state) = np.array([slot]), plan
+            if self._pages_needed(row, len(tokens)) + reserved > self._obtainable():
+                continue
+            window.jumps.append(JumpChunk(request, int(self.slots.horizon[slot]), tuple(tokens), state))
+            window.budget -= len(tokens)
+            self._grow(window, row, len(tokens))
+            landing.append(slot)
+        return (rows[~np.isin(rows, landing)] if landing else rows), landing
 
     def _chunk_budget(self, rows: int) -> int:
         if self.chunk_tokens <= 0:
@@ -280,7 +271,9 @@ class Schedule:
         if self.window_ms:
             affordable = int(self.window_ms * 1000 / self.step_us) if self.step_us else 1
             k = max(1, min(k, 2 * self._last_k, affordable))
-        left = (self.slots.cap - self.slots.horizon)[np.concatenate([rows, joining])]
+        drawing = np.concatenate([rows, joining])
+        k = jumps.most_steps(k, drawing, self.slots, self.step_us, adaptive=bool(self.window_ms))
+        left = (self.slots.cap - self.slots.horizon)[drawing]
         k = max(1, min(k, int(left.max(initial=0)) + (1 if len(joining) else 0)))
         while k > 1 and self._pages_needed(rows, k) + self._pages_needed(joining, k - 1) > self._obtainable():
             k //= 2

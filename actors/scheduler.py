@@ -17,17 +17,25 @@ import trio
 from ..errors import RequestError
 from ..models.ledger import CHUNK
 from .actor import Actor, Context
+from .grammar_store import GrammarStore
 from .messages import (
     NO_STATS,
     Abort,
     Admit,
+    Compile,
+    Compiled,
+    CompileFailed,
+    Discard,
     Drain,
     Ended,
     ExecutorReady,
     Finish,
+    GrammarSpec,
+    GrammarStates,
     PeerDown,
     PeerUp,
     Plan,
+    SamplerMessage,
     SchedulerInbox,
     SlotParams,
     Started,
@@ -38,10 +46,12 @@ from .messages import (
 )
 from .ref import Gone
 from .request import Request
-from .schedule import Schedule, Window
+from .schedule import Schedule
+from .window import JumpChunk, Window
 
 STATS_SECONDS: Final = 0.25
 NOTHING: Final = memoryview(b"")
+FSM: Final = "fsm"
 MIXED_CHUNK: Final = {"cpu": None, "cuda": 512}
 """Prompt tokens beside decode rows, unless --chunked-prefill-size is given.
 
@@ -74,8 +84,17 @@ def tokens_of(m: StepOut) -> Tokens:
     )
 
 
+def forced_tokens_of(jumps: list[JumpChunk]) -> Tokens:
+    """Return the rows of the tokens that jumps have added."""
+    rids = array("q", [jump.request.rid for jump in jumps for _ in jump.tokens[1:]])
+    ids = int32([token for jump in jumps for token in jump.tokens[1:]])
+    finish = memoryview(bytes(len(rids)))
+    return Tokens(memoryview(rids.tobytes()), ids, finish, NOTHING, 0, NOTHING, NOTHING, forced=True)
+
+
 class Scheduler(Actor):
-    """See the module's text. Until the executor has reported its capacity, requests wait in `early`."""
+    """See the module's text. Until the executor has reported its capacity, requests wait in `early`, and until its
+    grammar is compiled one waits in `grammars`."""
 
     inbox_type: ClassVar[Any] = SchedulerInbox
 
@@ -83,6 +102,7 @@ class Scheduler(Actor):
         super().__init__(context)
         self.schedule: Schedule | None = None
         self.early: list[Request] = []
+        self.grammars = GrammarStore()
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
@@ -101,12 +121,20 @@ class Scheduler(Actor):
                 self._submit(message)
             case Abort():
                 self._abort(message.rid)
+            case Compiled():
+                for request in self.grammars.compiled(message):
+                    self._add(request)
+            case CompileFailed():
+                self._compile_failed(message)
             case ExecutorReady():
                 self._executor_ready(message)
             case PeerDown():
                 self._peer_down(message)
-            case PeerUp():
+            case PeerUp(name=name):
                 self.sent_stats = None  # an executor says itself when it is ready, a text actor wants to know
+                if name == FSM:
+                    for entry in self.grammars.unsent():
+                        self._to_fsm(Compile(entry.handle, entry.spec))
             case Drain():
                 pass  # the fronts send nothing new
 
@@ -137,19 +165,44 @@ class Scheduler(Actor):
             arrival_ns=m.arrival_ns,
             limit=len(ids) + m.params.max_new_tokens,
         )
+        if m.grammar is None:
+            self._add(request)
+        else:
+            self._constrain(request, m.grammar)
+
+    def _constrain(self, request: Request, spec: GrammarSpec) -> None:
+        """Queue the request when its grammar is there; meanwhile others go on."""
+        if FSM not in self.context.peers():
+            text = f"this server runs without a tokenizer: {spec.kind} needs one"
+            self._to_text(Ended(request.rid, 400, "unsupported_value", text, spec.kind))
+            return
+        entry = self.grammars.ask(spec, request)
+        if request.constraint is not None:
+            self._add(request)
+        elif entry is not None:
+            self._to_fsm(Compile(entry.handle, entry.spec))
+            self.grammars.trim([] if self.schedule is None else self.schedule.requests.values())
+
+    def _compile_failed(self, m: CompileFailed) -> None:
+        kind = self.grammars.kind(m.handle)
+        for request in self.grammars.failed(m.handle):
+            self._to_text(Ended(request.rid, m.status, m.code, m.message, kind))
+
+    def _add(self, request: Request) -> None:
         if self.schedule is None:
             self.early.append(request)
-        else:
-            self._add(self.schedule, request)
-
-    def _add(self, schedule: Schedule, request: Request) -> None:
+            return
         try:
-            schedule.add(request)
+            self.schedule.add(request)
         except RequestError as e:
             self._to_text(Ended(request.rid, e.status, e.code, e.message, e.param))
 
     def _abort(self, rid: int) -> None:
         known = self.schedule is not None and self.schedule.abort(rid)
+        if not known:
+            known, unwanted = self.grammars.abandon(rid)
+            if unwanted is not None:
+                self._to_fsm(Discard(unwanted))
         if not known:
             before = len(self.early)
             self.early = [r for r in self.early if r.rid != rid]
@@ -163,6 +216,12 @@ class Scheduler(Actor):
         except Gone:
             return  # its requests are dropped when PeerDown arrives
 
+    def _to_fsm(self, message: Compile | Discard) -> None:
+        try:
+            self.context.ref(FSM).post(message)
+        except Gone:
+            return  # it is asked again when it is back
+
     # ------------------------------------------------------------------ peers
 
     def _executor_ready(self, m: ExecutorReady) -> None:
@@ -173,21 +232,24 @@ class Scheduler(Actor):
                 chunk, mixed = CHUNK[m.device], MIXED_CHUNK[m.device]
             window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms
             self.schedule = Schedule(config, m.num_pages, m.max_slots, chunk, window_ms, mixed)
-            for request in self.early:
-                self._add(self.schedule, request)
-            self.early = []
+            early, self.early = self.early, []
+            for request in early:
+                self._add(request)
         self.executor_up = True
         self._send_stats()
 
     def _peer_down(self, m: PeerDown) -> None:
         if m.name in self.executors:
             self.executor_up = False
+            self.grammars.loaded.clear()
             self._send_stats()
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
                 text = "the executor died twice while it ran this request; it is not tried again"
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
         elif m.name == "text":
             self.early = []
+            for handle in self.grammars.abandon_all():
+                self._to_fsm(Discard(handle))
             if self.schedule is not None:
                 for rid in list(self.schedule.requests):
                     self.schedule.abort(rid)
@@ -198,11 +260,15 @@ class Scheduler(Actor):
         schedule = self.schedule
         if schedule is None or not schedule.in_flight or schedule.in_flight[0].number != m.window:
             return  # from before an executor's death
-        has_chunks = m.step == 0 and bool(schedule.in_flight[0].chunks)
+        window = schedule.in_flight[0]
+        has_chunks = m.step == 0 and bool(window.chunks or window.jumps)
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
+        complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish)
+        if schedule.landed:
+            self._to_text(forced_tokens_of(schedule.landed))
         if rids:
             self._to_text(tokens_of(m))
-        for request in schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish):
+        for request in complete:
             self._complete_without_token(request)
         if rids and not has_chunks:
             schedule.step_took(m.step_ns / 1000)
@@ -218,15 +284,29 @@ class Scheduler(Actor):
     def _send(self, window: Window) -> None:
         now = time.monotonic_ns()
         for seat in window.admits:
-            request = seat.request
-            if request.admissions == 1:
-                self._to_text(Started(request.rid, seat.cached, max(0, now - request.arrival_ns)))
-            params = self._slot_params(window.number, request)
-            for name in self.samplers:
-                self.context.ref(name).post(params)
-        plan = self._plan(window)
+            if seat.request.admissions == 1:
+                self._to_text(Started(seat.request.rid, seat.cached, max(0, now - seat.request.arrival_ns)))
+        changes = self._sampler_changes(window)
+        for name in self.samplers:
+            for message in changes:
+                self.context.ref(name).post(message)
+        plan = self._plan(window, len(changes))
         for name in self.executors:
             self.context.ref(name).post(plan)
+
+    def _sampler_changes(self, window: Window) -> list[SamplerMessage]:
+        """What the samplers must know before the window, in this order."""
+        assert self.schedule is not None
+        slots = self.schedule.slots
+        admitted = [seat.request for seat in window.admits]
+        changes: list[SamplerMessage] = []
+        if any(request.constraint is not None for request in admitted):
+            changes += self.grammars.load(window.number, admitted, slots.running(), slots.size)
+        changes += [self._slot_params(window.number, request) for request in admitted]
+        if window.jumps:
+            jumping, states = [j.request.slot for j in window.jumps], [j.state for j in window.jumps]
+            changes.append(GrammarStates(window.number, int32(jumping), int32(states)))
+        return changes
 
     def _slot_params(self, number: int, request: Request) -> SlotParams:
         looks_at_tokens = request.params.has_penalty
@@ -239,11 +319,16 @@ class Scheduler(Actor):
             output_ids=memoryview(output.tobytes()) if looks_at_tokens else NOTHING,
             prompt_length=request.prompt_length,
             output_length=request.generated,
+            grammar=-1 if request.constraint is None else request.constraint.grammar.handle,
+            grammar_state=0 if request.constraint is None else request.constraint.state,
         )
 
-    def _plan(self, w: Window) -> Plan:
+    def _plan(self, w: Window, sampler_changes: int) -> Plan:
         admits = [Admit(a.request.slot, a.request.rid, int32(a.pages), a.cached, a.request.limit) for a in w.admits]
-        ids = array("i", chain.from_iterable(c.request.tokens[c.start : c.end] for c in w.chunks))
+        prompts = (c.request.tokens[c.start : c.end] for c in w.chunks)
+        ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
+        chunks = [(c.request.slot, c.start, c.end - c.start, int(c.draws)) for c in w.chunks]
+        chunks += [(j.request.slot, j.start, len(j.tokens), 1) for j in w.jumps]
         return Plan(
             window=w.number,
             k=w.k,
@@ -252,10 +337,12 @@ class Scheduler(Actor):
             admits=admits,
             grow_slots=int32(w.grow_slots),
             grow_pages=int32(w.grow_pages),
-            chunk_slots=int32([c.request.slot for c in w.chunks]),
-            chunk_lengths=int32([c.end - c.start for c in w.chunks]),
-            chunk_last=int32([int(c.draws) for c in w.chunks]),
+            chunk_slots=int32([slot for slot, _, _, _ in chunks]),
+            chunk_lengths=int32([length for _, _, length, _ in chunks]),
+            chunk_last=int32([draws for _, _, _, draws in chunks]),
             chunk_ids=memoryview(ids.tobytes()),
+            chunk_starts=int32([start for _, start, _, _ in chunks]),
+            sampler_changes=sampler_changes,
         )
 
     # ------------------------------------------------------------------ statistics
@@ -275,10 +362,10 @@ class Scheduler(Actor):
         """Return the present state and the totals."""
         s = self.schedule
         if s is None:
-            return msgspec.structs.replace(NO_STATS, waiting=len(self.early))
+            return msgspec.structs.replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
         c = s.counters
         return Stats(
-            waiting=len(s.waiting),
+            waiting=len(s.waiting) + self.grammars.waiting,
             running=s.slots.size - len(s.slots.free),
             pages_total=s.pool.num_pages,
             pages_free=s.pool.num_free,

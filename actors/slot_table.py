@@ -12,8 +12,10 @@ from .request import Request
 class SlotTable:
     """`horizon`, `cap` in tokens of KV; `pages` in pages; all int64 [size]."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, jumps: bool = True) -> None:
+        """`jumps` False: nobody jumps (jumps.py)."""
         self.size = size
+        self._jumps = jumps
         self.free = list(range(size - 1, -1, -1))
         self.requests: list[Request | None] = [None] * size
         self.decoding = np.zeros(size, dtype=bool)
@@ -22,6 +24,8 @@ class SlotTable:
         self.cap = np.zeros(size, dtype=np.int64)
         """Where `horizon` ends: the last token's KV is never needed."""
         self.pages = np.zeros(size, dtype=np.int64)
+        self.jumps = np.zeros(size, dtype=bool)
+        """The request may jump over forced tokens."""
 
     def take(self, request: Request) -> None:
         """Seat a request whose pages cover its prompt."""
@@ -32,11 +36,12 @@ class SlotTable:
         self.cap[slot] = max(request.limit - 1, request.target)
         self.pages[slot] = len(request.pages)
         self.decoding[slot] = False
+        self.jumps[slot] = self._jumps and request.jumps
 
     def give_back(self, slot: int) -> None:
         """Free a slot. Its row may still run in windows under way; the executor applies the release in order."""
         self.requests[slot] = None
-        self.decoding[slot] = False
+        self.decoding[slot] = self.jumps[slot] = False
         self.horizon[slot] = self.cap[slot] = self.pages[slot] = 0
         self.free.append(slot)
 

@@ -44,7 +44,10 @@ from .ref import Gone
 SCHEDULER: Final = "sched"
 SCHEDULER_DOWN: Final = "the scheduler is not running at the moment; send the request again"
 SCHEDULER_DIED: Final = "the scheduler restarted; send the request again"
-POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
+FAILURES: Final[dict[int, str]] = {
+    Finish.POISON: "the model's output for this request was not a number, or no token was allowed",
+    Finish.GRAMMAR: "the grammar left no token that could come next, as when it ends before min_new_tokens",
+}
 
 
 class Text(Actor):
@@ -190,13 +193,16 @@ class Text(Actor):
             if output is None:
                 continue  # cancelled, or ended by a stop string
             finish = finishes[row]
-            if finish == Finish.POISON:
+            if finish in FAILURES:
                 self._forget(rid)
-                self._refuse(rid, 1, output.front, ActorserveError(POISONED))
+                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[finish]))
                 continue
             logprob = None
             if logprobs is not None and output.top_logprobs is not None and ids[row] >= 0:
                 logprob = self._logprob(m, row, ids[row], logprobs[row], output.top_logprobs)
+            if m.forced:
+                output.forced_tokens += 1
+                output.jumps += not row or rids[row - 1] != rid
             output.push(ids[row], finish, logprob)
             self._mark_changed(output)
             if output.finish is not None:

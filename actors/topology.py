@@ -95,8 +95,8 @@ def engine_topology(
 ) -> Topology:
     """The engine of the configuration with these fronts (`http_front`, `attached_client`), each of one actor.
 
-    `placement` (default: the configuration's) moves text, scheduler and executors between processes of their own and
-    one node "engine" in the supervisor's loop. Fronts are what they are in both.
+    `placement` (default: the configuration's) moves text, scheduler, fsm and executors between processes of their own
+    and one node "engine" in the supervisor's loop. Fronts are what they are in both.
     """
     front_nodes = tuple(fronts)
     ranks = range(config.tp_size)
@@ -109,12 +109,15 @@ def engine_topology(
     }
     sched = ActorSpec("sched", "actorserve.actors.scheduler:Scheduler")
     text = ActorSpec("text", "actorserve.actors.text:Text")
+    # Without a tokenizer nobody knows what tokens spell: there are no grammars.
+    fsm = () if config.skip_tokenizer_init else (ActorSpec("fsm", "actorserve.actors.fsm:Fsm"),)
     if (placement or config.placement) == "inline":
         inside = tuple(actor for pair in executors.values() for actor in pair)
-        nodes: tuple[NodeSpec, ...] = (NodeSpec("engine", (*inside, sched, text), kind="inline"),)
+        nodes: tuple[NodeSpec, ...] = (NodeSpec("engine", (*inside, *fsm, sched, text), kind="inline"),)
     else:
         nodes = (
             *(NodeSpec(f"exec.{rank}", executors[rank], group="executors") for rank in ranks),
+            *(NodeSpec(actor.name, (actor,)) for actor in fsm),
             NodeSpec("sched", (sched,)),
             NodeSpec("text", (text,)),
         )
@@ -123,8 +126,10 @@ def engine_topology(
         LaneSpec("sched", "text", BIG_LANE),
         LaneSpec("exec.0", "sched", BIG_LANE),
         *(LaneSpec("sched", f"exec.{rank}", BIG_LANE) for rank in ranks),
-        *(LaneSpec("sched", f"sampler.{rank}") for rank in ranks),
+        *(LaneSpec("sched", f"sampler.{rank}", BIG_LANE) for rank in ranks),
     ]
+    for actor in fsm:
+        lanes += [LaneSpec("sched", actor.name, BIG_LANE), LaneSpec(actor.name, "sched", BIG_LANE)]
     for node in front_nodes:
         for actor in node.actors:
             lanes += [LaneSpec(actor.name, "text", BIG_LANE), LaneSpec("text", actor.name, BIG_LANE)]

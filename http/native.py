@@ -14,7 +14,10 @@ import msgspec
 from msgspec import UNSET
 
 from ..actors.client import Choice, Stream, Submission, token_prompt
-from ..actors.messages import Chunk, Prompt, TextPrompt
+from ..actors.grammar_fields import FIELDS as GRAMMAR_FIELDS
+from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
+from ..actors.grammar_fields import grammar_spec
+from ..actors.messages import Chunk, GrammarSpec, Prompt, TextPrompt
 from ..errors import RequestError
 from ..sampler.params import SamplingParams
 from .error_replies import decode_body
@@ -46,6 +49,7 @@ class Continuation:
     num_top: int
     with_text: bool
     index: int | None
+    constrained: bool = False
     texts: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     rows: list[TokenRow] = field(default_factory=list)
@@ -71,6 +75,8 @@ class Continuation:
             (time.monotonic_ns() - choice.arrival_ns) / 1e9,
             self.rows if self.with_logprobs else UNSET,
             self.top_rows if self.with_logprobs and self.num_top else UNSET,
+            chunk.forced_tokens if self.constrained else UNSET,
+            chunk.jumps if self.constrained else UNSET,
         )
         return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
 
@@ -134,12 +140,14 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
     is_list = is_batch or sampling[0].n > 1
     for i, prompt in enumerate(prompts):
         params = _sampling(sampling[i], with_logprobs[i], num_top[i])
-        submissions.append(Submission(prompt, params, sampling[i].n))
+        grammar = _grammar(sampling[i])
+        submissions.append(Submission(prompt, params, sampling[i].n, grammar))
         for _ in range(sampling[i].n):
             rid = rids[i] or uuid.uuid4().hex
             index = len(continuations) if is_list else None
             shown = params.logprobs is not None
-            continuations.append(Continuation(rid, shown, params.logprobs or 0, request.return_text_in_logprobs, index))
+            num, with_text = params.logprobs or 0, request.return_text_in_logprobs
+            continuations.append(Continuation(rid, shown, num, with_text, index, grammar is not None))
     return submissions, continuations, is_list
 
 
@@ -196,13 +204,18 @@ def _sampling(wire: NativeSampling, with_logprobs: bool, num_top: int) -> Sampli
     if num_top < 0:
         raise RequestError("top_logprobs_num must not be negative", param="top_logprobs_num")
     fields = msgspec.structs.asdict(wire)
-    del fields["n"]
+    for name in ("n", *GRAMMAR_FIELDS, *GRAMMAR_UNSUPPORTED):
+        del fields[name]
     fields["stop"] = (wire.stop,) if isinstance(wire.stop, str) else wire.stop or ()
     fields["stop_token_ids"] = wire.stop_token_ids or ()
     fields["logit_bias"] = wire.logit_bias or {}
     if with_logprobs:
         fields["logprobs"] = num_top
     return SamplingParams(**fields)
+
+
+def _grammar(wire: NativeSampling) -> GrammarSpec | None:
+    return grammar_spec({name: getattr(wire, name) for name in (*GRAMMAR_FIELDS, *GRAMMAR_UNSUPPORTED)})
 
 
 def _finish(chunk: Chunk) -> NativeFinish | None:

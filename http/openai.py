@@ -20,6 +20,7 @@ from ..sampler.params import SamplingParams
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import MAX_N, split_ids
+from .openai_grammar import requested_grammar
 from .openai_replies import ChatWriter, CompletionWriter, Head
 from .protocol import (
     CHAT_REFUSED,
@@ -70,9 +71,10 @@ async def completions(service: Service, exchange: Exchange) -> None:
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     with_usage = _wants_usage(request)
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-    with _renamed(names):
+    grammar, grammar_names = requested_grammar(request)
+    with _renamed(names | grammar_names):
         params = _sampling(request, max_tokens, request.logprobs)
-        submissions = [Submission(prompt, params, n) for prompt in prompts]
+        submissions = [Submission(prompt, params, n, grammar) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = CompletionWriter(head, stream, n, echoes, request.logprobs, with_usage)
@@ -88,9 +90,6 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     request = decode_body(_chat_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
     _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
-    if request.response_format is not None and request.response_format.type != "text":
-        what = f"response_format {request.response_format.type} is not supported yet"
-        raise RequestError(what, param="response_format", code="unsupported_value")
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     n, with_usage = _choices(request), _wants_usage(request)
@@ -101,7 +100,8 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         "min_new_tokens": "min_tokens",
         "logprobs": "top_logprobs",
     }
-    with _renamed(names):
+    grammar, grammar_names = requested_grammar(request, request.response_format)
+    with _renamed(names | grammar_names):
         params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
         prompt = chat_prompt(
             request.messages,
@@ -109,7 +109,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
             continue_final_message=bool(request.continue_final_message),
             chat_template_kwargs=request.chat_template_kwargs,
         )
-        stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0)
+        stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0, grammar)
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = ChatWriter(head, stream, bool(request.logprobs), with_usage)
         async with exchange.watched(stream):

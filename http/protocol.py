@@ -41,6 +41,13 @@ class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed: int | None = None
     logit_bias: dict[int, float] | None = None
     logprobs: int | None = None
+    regex: str | None = None
+    json_schema: str | bool | dict[str, Any] | None = None
+    """JSON text, or the schema itself."""
+    choice: tuple[str, ...] | None = None
+    ebnf: Refusable = None
+    structural_tag: Refusable = None
+    whitespace_pattern: Refusable = None
 
 
 class GenerateRequest(Struct, frozen=True, kw_only=True):
@@ -93,7 +100,10 @@ class NativeFinish(Struct, frozen=True):
 
 
 class MetaInfo(Struct, frozen=True):
-    """What SGLang says beside the text. `finish_reason` is null until the last frame; latency in seconds."""
+    """What SGLang says beside the text. `finish_reason` is null until the last frame; latency in seconds.
+
+    With a grammar also our own: how many of the completion's tokens it forced ahead of the model, in how many jumps.
+    """
 
     id: str
     finish_reason: NativeFinish | None
@@ -103,6 +113,8 @@ class MetaInfo(Struct, frozen=True):
     e2e_latency: float
     output_token_logprobs: list[TokenRow] | UnsetType = UNSET
     output_top_logprobs: list[list[TokenRow]] | UnsetType = UNSET
+    forced_tokens: int | UnsetType = UNSET
+    jumps: int | UnsetType = UNSET
 
 
 class GenerateReply(Struct, frozen=True):
@@ -149,27 +161,27 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: Priority | None = None
 
-    regex: Refusable = None
+    regex: str | None = None
+    json_schema: str | bool | dict[str, Any] | None = None
+    choice: tuple[str, ...] | None = None
+    guided_regex: str | None = None
+    guided_json: str | bool | dict[str, Any] | None = None
+    guided_choice: tuple[str, ...] | None = None
     ebnf: Refusable = None
-    json_schema: Refusable = None
     structural_tag: Refusable = None
     structured_outputs: Refusable = None
-    guided_json: Refusable = None
-    guided_regex: Refusable = None
-    guided_choice: Refusable = None
+    whitespace_pattern: Refusable = None
     guided_grammar: Refusable = None
+    guided_whitespace_pattern: Refusable = None
 
 
 OPENAI_REFUSED = (
-    "regex",
     "ebnf",
-    "json_schema",
     "structural_tag",
     "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
+    "whitespace_pattern",
     "guided_grammar",
+    "guided_whitespace_pattern",
 )
 
 
@@ -226,8 +238,18 @@ class Completion(Struct, frozen=True):
 # ------------------------------------------------------------------ POST /v1/chat/completions
 
 
+class JsonSchemaFormat(Struct, frozen=True):
+    """`strict` has no effect: an output always matches the whole schema."""
+
+    schema: bool | dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Struct, frozen=True):
     type: str
+    json_schema: JsonSchemaFormat | None = None
 
 
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):

@@ -20,9 +20,11 @@ from .slots import SlotArrays
 
 @dataclass(slots=True)
 class ChunkWork:
-    """A prefill chunk: these tokens follow what the slot has; with `draws` its last one's logits are wanted."""
+    """These tokens follow the first `start` ones of a slot: of its prompt, or in a slot that decodes its last token and
+    forced ones; with `draws` the last one's logits are wanted."""
 
     slot: int
+    start: int
     ids: np.ndarray
     draws: bool
 
@@ -47,7 +49,7 @@ class Runner:
         self.index_dtype = torch.int64 if decoder.device.type == "cpu" else torch.int32
         self.slots = SlotArrays(max_slots, max_pages, kv.num_pages - 1, kv.page_size, decoder.device)
         self.lengths = np.zeros(max_slots + 1, dtype=np.int64)
-        """`slots.length` as the host knows it: exact for slots in prefill, and for all where steps do not run ahead."""
+        """`slots.length` as the host knows it: exact where steps do not run ahead, of no use elsewhere."""
 
     def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int) -> None:
         """Seat a sequence; see SlotArrays.admit. Takes effect with `flush`."""
@@ -89,7 +91,7 @@ class Runner:
     # ------------------------------------------------------------------ prefill chunks, mixed with decode
 
     def mixed(self, host_rows: np.ndarray, chunks: list[ChunkWork], exact: bool) -> StepLogits:
-        """Run one forward over the decoding slots `host_rows` [B] and the chunks.
+        """Run one forward over the decoding slots `host_rows` [B] and the chunks, of other slots.
 
         Logits are those of the decode rows, then of the chunks that draw. `exact`: the host's lengths are (a CPU's).
         """
@@ -113,16 +115,15 @@ class Runner:
         if exact:
             self._add_host_lengths(batch, host_rows)
         for chunk in chunks:
-            self.lengths[chunk.slot] += len(chunk.ids)
+            self.lengths[chunk.slot] = chunk.start + len(chunk.ids)
         logits = self.decoder.forward(batch, self.kv)
         return StepLogits(logits, torch.cat([rows, slots]), torch.cat([inputs.draw_positions, draw_positions]))
 
     def _chunks(self, chunks: list[ChunkWork]) -> list[Chunk]:
         parts = []
         for c in chunks:
-            start = int(self.lengths[c.slot])
-            pages = -(-(start + len(c.ids)) // self.page_size)
-            parts.append(Chunk(start, len(c.ids), self.slots.tables[c.slot, :pages]))
+            pages = -(-(c.start + len(c.ids)) // self.page_size)
+            parts.append(Chunk(c.start, len(c.ids), self.slots.tables[c.slot, :pages]))
         return parts
 
     def _chunk_inputs(self, chunks: list[ChunkWork], decode_rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -132,8 +133,7 @@ class Runner:
         draw_positions = []
         at = decode_rows
         for c in chunks:
-            start = int(self.lengths[c.slot])
-            place = np.arange(start, start + len(c.ids))
+            place = np.arange(c.start, c.start + len(c.ids))
             pages = self.slots.host_tables[c.slot, place // self.page_size].astype(np.int64)
             ids.append(c.ids)
             positions.append(place)
@@ -141,6 +141,6 @@ class Runner:
             at += len(c.ids)
             if c.draws:
                 wanted.append(at - 1)
-                draw_positions.append(start + len(c.ids))
+                draw_positions.append(c.start + len(c.ids))
         tokens = [np.concatenate(part).astype(np.int64) for part in (ids, positions, kv_slots)]
         return tokens, [np.array(part, dtype=np.int64) for part in (wanted, drawing, draw_positions)]

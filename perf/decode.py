@@ -85,7 +85,7 @@ class Bench:
             self.seat(prompts, 0, params)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            self.stepper.launch(np.empty(0, dtype=np.int64), [ChunkWork(i, ids[i], True) for i in range(prompts)])
+            self.stepper.launch(np.empty(0, dtype=np.int64), [ChunkWork(i, 0, ids[i], True) for i in range(prompts)])
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return float(np.median(seconds[1:]))

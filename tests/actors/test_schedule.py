@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from simulated_executor import EOS, PAGE, VOCAB, SimulatedExecutor, expected
+from simulated_grammars import grammar_of
 
+from actorserve.actors.constraint import Constraint, Grammar
 from actorserve.actors.queue_order import depth_first_weight
 from actorserve.actors.request import Request, Stage
 from actorserve.actors.schedule import Schedule
@@ -29,11 +31,15 @@ class Engine:
         self.requests: dict[int, Request] = {}
         self.live: set[int] = set()
 
-    def add(self, prompt: list[int], max_new: int = 8, namespace: str = "", priority: int = 0) -> Request:
+    def add(
+        self, prompt: list[int], max_new: int = 8, namespace: str = "", priority: int = 0,
+        grammar: Grammar | None = None, params: SamplingParams | None = None,
+    ) -> Request:  # fmt: skip
         rid = len(self.requests) + 1
         r = Request(
-            rid=rid, tokens=array("i", prompt), prompt_length=len(prompt), params=SamplingParams(),
+            rid=rid, tokens=array("i", prompt), prompt_length=len(prompt), params=params or SamplingParams(),
             namespace=namespace, priority=priority, arrival_ns=0, limit=len(prompt) + max_new,
+            constraint=None if grammar is None else Constraint(grammar),
         )  # fmt: skip
         self.schedule.add(r)
         self.requests[rid] = r
@@ -54,7 +60,9 @@ class Engine:
             r = self.requests[rid]
             if r.stage is Stage.ENDED:
                 self.live.discard(rid)
-                assert r.tokens.tolist() == expected(r.tokens[: r.prompt_length].tolist(), r.limit - r.prompt_length)
+                prompt, most = r.tokens[: r.prompt_length].tolist(), r.limit - r.prompt_length
+                grammar = None if r.constraint is None else r.constraint.grammar
+                assert r.tokens.tolist() == expected(prompt, most, grammar, r.params.stop_token_ids)
         return True
 
     def drain(self) -> None:
@@ -267,21 +275,30 @@ class Machine(RuleBasedStateMachine):
         plans=st.sampled_from([1, 2, 3]),
         policy=st.sampled_from(["lpm", "fcfs", "dfs-weight", "random"]),
         off=st.booleans(),
+        still=st.booleans(),
     )
     def start(
-        self, pages: int, slots: int, chunk: int, mixed: int | None, k: int, plans: int, policy: str, off: bool
-    ) -> None:
+        self, pages: int, slots: int, chunk: int, mixed: int | None, k: int, plans: int, policy: str, off: bool,
+        still: bool,
+    ) -> None:  # fmt: skip
         self.e = Engine(
             pages=pages, slots=slots, chunk=chunk, mixed=mixed, num_continuous_decode_steps=k, plans_in_flight=plans,
             schedule_policy=policy, disable_radix_cache=off, schedule_conservativeness=0.3,
+            disable_jump_forward=still,
         )  # fmt: skip
 
     @rule(
         stem=st.integers(0, 2), n=st.integers(0, 50), tail=st.integers(1, 20), seed=st.integers(0, 3),
-        max_new=st.integers(1, 40), namespace=st.sampled_from(["", "x"]),
+        max_new=st.integers(1, 40), namespace=st.sampled_from(["", "x"]), grammar=st.integers(-1, 3),
+        stops=st.sampled_from([(), (), (50, 51, 52)]),
     )  # fmt: skip
-    def add(self, stem: int, n: int, tail: int, seed: int, max_new: int, namespace: str) -> None:
-        self.e.add(prompt_of(stem, n) + prompt_of(10 + seed, tail), max_new, namespace)
+    def add(
+        self, stem: int, n: int, tail: int, seed: int, max_new: int, namespace: str, grammar: int,
+        stops: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        made = None if grammar < 0 else grammar_of(grammar)
+        params = SamplingParams(stop_token_ids=stops) if made else None
+        self.e.add(prompt_of(stem, n) + prompt_of(10 + seed, tail), max_new, namespace, grammar=made, params=params)
 
     @rule(pick=st.integers(0, 10))
     def continue_a_finished_one(self, pick: int) -> None:

@@ -40,7 +40,7 @@ QUICK = RestartPolicy(intensity=99, pause=0.01, factor=1.0)
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Node processes find the demo actors."""
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent), prepend=os.pathsep)
 
 
 @pytest.fixture(autouse=True)
@@ -400,13 +400,14 @@ def test_the_engine_topology() -> None:
     fronts = [http_front(0, 5), attached_client()]
     config = demo_config()
     process = engine_topology(config, fronts)
-    assert [node.name for node in process.nodes] == ["exec.0", "sched", "text", "front.0", "client"]
+    assert [node.name for node in process.nodes] == ["exec.0", "fsm", "sched", "text", "front.0", "client"]
     assert [actor.name for actor in process.nodes[0].actors] == ["exec.0", "sampler.0"]
     assert {(lane.source, lane.target) for lane in process.lanes} == {
         *[("text", "sched"), ("sched", "text"), ("sched", "exec.0"), ("sched", "sampler.0"), ("exec.0", "sched")],
         *[("front.0", "text"), ("text", "front.0"), ("client", "text"), ("text", "client")],
+        *[("sched", "fsm"), ("fsm", "sched")],
     }
-    assert process.nodes[3].files == {"listen": 5} and process.nodes[4].kind == "attached"
+    assert process.nodes[4].files == {"listen": 5} and process.nodes[5].kind == "attached"
     inline = engine_topology(config, fronts, "inline")
     assert [(node.name, node.kind) for node in inline.nodes] == [
         ("engine", "inline"),
@@ -414,6 +415,8 @@ def test_the_engine_topology() -> None:
         ("client", "attached"),
     ]
     assert inline.lanes == process.lanes
+    blind = engine_topology(demo_config(skip_tokenizer_init=True), fronts)
+    assert [node.name for node in blind.nodes] == ["exec.0", "sched", "text", "front.0", "client"]
 
 
 def test_a_topology_is_checked() -> None:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from actorserve.actors.messages import Chunks, TextPrompt, TokenPrompt
+from actorserve.actors.messages import Chunks, GrammarSpec, TextPrompt, TokenPrompt
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -179,3 +179,31 @@ async def test_refused_with_the_field(rig, body, param):
     assert error["message"]
     assert rig.text.got == []
     assert rig.front.client.table == {}
+
+
+async def test_grammars(rig):
+    params = {"regex": "a+", "max_new_tokens": 5}
+    reply = (await rig.http.post("/generate", json={"text": "x", "sampling_params": params})).json()
+    assert rig.text.generates[0].grammar == GrammarSpec("regex", "a+")
+    assert (reply["meta_info"]["forced_tokens"], reply["meta_info"]["jumps"]) == (0, 0)
+    body = {"text": ["x", "y"], "sampling_params": [{"json_schema": '{"type": "null"}'}, {}]}
+    replies = (await rig.http.post("/generate", json=body)).json()
+    assert [g.grammar for g in rig.text.generates[1:]] == [GrammarSpec("json_schema", '{"type":"null"}'), None]
+    assert "jumps" in replies[0]["meta_info"] and "jumps" not in replies[1]["meta_info"]
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"ebnf": "root ::= a"}, "ebnf"),
+        ({"structural_tag": {}}, "structural_tag"),
+        ({"whitespace_pattern": " *"}, "whitespace_pattern"),
+        ({"regex": "a", "choice": ["a"]}, "choice"),
+        ({"json_schema": "nonsense"}, "json_schema"),
+        ({"choice": "a"}, "choice"),
+    ],
+)
+async def test_bad_grammars_are_refused(rig, params, param):
+    reply = await rig.http.post("/generate", json={"text": "x", "sampling_params": params})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert rig.text.got == []

@@ -6,11 +6,12 @@ import numpy as np
 import openai
 import pytest
 
-from actorserve.actors.messages import Chunks, TextPrompt
+from actorserve.actors.messages import Chunks, Refused, TextPrompt
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
 USER = [{"role": "user", "content": "Hi"}]
+SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}}}
 
 
 @pytest.fixture
@@ -198,8 +199,21 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": USER, "stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": USER, "json_schema": "{}"}, "json_schema"),
-        ({"messages": USER, "regex": "a+"}, "regex"),
+        ({"messages": USER, "response_format": {"type": "grammar"}}, "response_format"),
+        ({"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format",
+        ),
+        ({"messages": USER, "json_schema": "{"}, "json_schema"),
+        ({"messages": USER, "guided_json": "3"}, "guided_json"),
+        ({"messages": USER, "regex": 5}, "regex"),
+        ({"messages": USER, "choice": []}, "choice"),
+        ({"messages": USER, "guided_choice": []}, "guided_choice"),
+        ({"messages": USER, "ebnf": "root ::= a"}, "ebnf"),
+        ({"messages": USER, "whitespace_pattern": " *"}, "whitespace_pattern"),
+        ({"messages": USER, "regex": "a", "guided_regex": "a"}, "guided_regex"),
+        ({"messages": USER, "regex": "a", "response_format": SCHEMA_FORMAT}, "response_format"),
         ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
         (
             {"messages": ASSISTANT, "continue_final_message": True, "add_generation_prompt": True},
@@ -214,6 +228,37 @@ async def test_chat_refused_with_the_field(rig, body, param):
     assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert "max_new_tokens" not in error["message"]
     assert (rig.text.got, rig.front.client.table) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"regex": "a+"}, "regex", "a+"),
+        ({"guided_regex": "a+"}, "regex", "a+"),
+        ({"choice": ["a", "b"]}, "choice", '["a","b"]'),
+        ({"guided_choice": ["a", "b"]}, "choice", '["a","b"]'),
+        ({"json_schema": ' {"type":  "integer"}'}, "json_schema", '{"type":"integer"}'),
+        ({"guided_json": {"type": "integer"}}, "json_schema", '{"type":"integer"}'),
+        ({"response_format": SCHEMA_FORMAT}, "json_schema", '{"type":"integer"}'),
+        ({"response_format": {"type": "text"}}, None, None),
+    ],
+)
+async def test_grammars_travel_to_the_text_actor(rig, fields, kind, text):
+    reply = await rig.http.post("/v1/chat/completions", json={"messages": USER, **fields})
+    assert reply.status_code == 200
+    grammar = rig.text.generates[0].grammar
+    assert (kind, text) == (None, None) if grammar is None else (grammar.kind, grammar.text) == (kind, text)
+
+
+async def test_a_refused_grammar_names_the_clients_field(rig):
+    text = "json_schema: not is not supported (at /not of the schema)"
+    rig.text.script = lambda g: [Refused(g.rid, g.n, 400, "unsupported_json_schema", text, "json_schema")]
+    body = {"messages": USER, "response_format": SCHEMA_FORMAT}
+    for stream in (False, True):
+        reply = await rig.http.post("/v1/chat/completions", json={**body, "stream": stream})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, "response_format", "unsupported_json_schema")
+        assert error["message"] == "response_format: not is not supported (at /not of the schema)"
 
 
 async def test_nulls_mean_defaults(rig):

@@ -8,7 +8,8 @@ from collections import deque
 
 import numpy as np
 
-from actorserve.actors.schedule import Window
+from actorserve.actors.constraint import Grammar
+from actorserve.actors.window import Window
 
 VOCAB = 200
 EOS = 0
@@ -23,11 +24,29 @@ def next_token(tokens: list[int]) -> int:
     return h % VOCAB
 
 
-def expected(prompt: list[int], max_new_tokens: int) -> list[int]:
-    """Return prompt and continuation, ended by EOS or length."""
-    tokens = list(prompt)
+def draw(tokens: list[int], grammar: Grammar | None, state: int) -> tuple[int, int]:
+    """Return the next token and the grammar's state after it: of what it allows, one that depends on all tokens."""
+    token = next_token(tokens)
+    if grammar is None:
+        return token, 0
+    if grammar.forced(state) >= 0:
+        token = grammar.forced(state)
+    else:
+        allowed = np.flatnonzero(grammar.transitions[state, grammar.token_class] >= 0)
+        token = int(allowed[token % len(allowed)])
+    return token, grammar.step(state, token)
+
+
+def expected(
+    prompt: list[int], max_new_tokens: int, grammar: Grammar | None = None, stops: tuple[int, ...] = ()
+) -> list[int]:
+    """Return prompt and continuation, ended by EOS, a stop token or length."""
+    tokens, state = list(prompt), 0
     while len(tokens) < len(prompt) + max_new_tokens:
-        tokens.append(next_token(tokens))
+        token, state = draw(tokens, grammar, state)
+        tokens.append(token)
+        if token in stops:
+            break
         if tokens[-1] == EOS:
             break
     return tokens
@@ -43,6 +62,10 @@ class SimulatedExecutor:
         self.limit: dict[int, int] = {}
         self.last: dict[int, int] = {}
         self.rids: dict[int, int] = {}
+        self.grammars: dict[int, Grammar | None] = {}
+        self.states: dict[int, int] = {}
+        self.stops: dict[int, tuple[int, ...]] = {}
+        self.forwards = 0
         self.decoding: list[int] = []
         self.out: deque[tuple[int, int, list[int], list[int], np.ndarray]] = deque()
 
@@ -65,10 +88,16 @@ class SimulatedExecutor:
             assert slot not in self.decoding
             self.tables[slot], self.length[slot] = list(seat.pages), seat.cached
             self.limit[slot], self.rids[slot] = seat.request.limit, seat.request.rid
+            constraint = seat.request.constraint
+            self.grammars[slot], self.states[slot] = (constraint.grammar, constraint.state) if constraint else (None, 0)
+            self.stops[slot] = seat.request.params.stop_token_ids
         for slot, page in zip(w.grow_slots, w.grow_pages, strict=True):
             self.tables[slot].append(page)
         for step in range(w.k):
-            drawing = list(self.decoding)
+            self.forwards += 1
+            jumping = {j.request.slot for j in w.jumps} if step == 0 else set()
+            assert jumping <= set(self.decoding), "a row that is not decoding jumps"
+            drawing = [s for s in self.decoding if s not in jumping]
             for slot in drawing:
                 self.write(slot, self.last[slot])
             if step == 0:
@@ -77,9 +106,19 @@ class SimulatedExecutor:
                         self.write(c.request.slot, token)
                     if c.draws:
                         drawing.append(c.request.slot)
-            ids = [next_token(self.read(slot)) for slot in drawing]
+                for j in w.jumps:
+                    slot = j.request.slot
+                    assert (j.start, j.tokens[0]) == (self.length[slot], self.last[slot])
+                    for token in j.tokens:
+                        self.write(slot, token)
+                    self.states[slot] = j.state
+                    drawing.append(slot)
+            drawn = [draw(self.read(slot), self.grammars[slot], self.states[slot]) for slot in drawing]
+            ids = [token for token, _ in drawn]
+            self.states.update(zip(drawing, (state for _, state in drawn), strict=True))
             finish = [
-                1 if t == EOS else 2 * (self.length[s] + 1 >= self.limit[s]) for s, t in zip(drawing, ids, strict=True)
+                1 if t == EOS or t in self.stops[s] else 2 * (self.length[s] + 1 >= self.limit[s])
+                for s, t in zip(drawing, ids, strict=True)
             ]
             self.last.update(zip(drawing, ids, strict=True))
             self.decoding = [s for s, f in zip(drawing, finish, strict=True) if not f]

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from characters import CHARACTER, WORDS
 from live_server import LiveServer, alive, live_server, shared_memory, wait_until
 
 from actorserve.perf.engines import free_port
@@ -44,7 +47,8 @@ class Stream(threading.Thread):
 
 @pytest.fixture(scope="module")
 def server(smollm: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    with live_server(tmp_path_factory.mktemp("death"), "--model", smollm, "--max-total-tokens", "16384") as s:
+    flags = ("--model", smollm, "--max-total-tokens", "16384", "--grammar-seconds", "60")
+    with live_server(tmp_path_factory.mktemp("death"), *flags) as s:
         yield s
 
 
@@ -90,6 +94,45 @@ def test_streams_continue_after_an_executors_death(server: LiveServer) -> None:
     server.assert_pages_add_up()
 
 
+def kill_fsm(server: LiveServer) -> None:
+    """And wait until it is back."""
+    pid = server.children()["fsm"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.children().get("fsm", pid) != pid, 30, "fsm is started again")
+
+
+def constrained(server: LiveServer, regex: str, tokens: int) -> dict[str, Any]:
+    params = {"temperature": 0, "max_new_tokens": tokens, "regex": regex}
+    reply = httpx.post(server.url + "/generate", json={"text": TEXT, "sampling_params": params}, timeout=120)
+    assert reply.status_code == 200, reply.text
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def test_constrained_streams_go_on_without_the_fsm_actor(server: LiveServer) -> None:
+    pattern = "([a-z]{1,9}, and then )*the end"
+    undisturbed = constrained(server, pattern, 200)
+    assert undisturbed["meta_info"]["forced_tokens"] > 0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(constrained, server, pattern, 200)
+        wait_until(lambda: server.metrics()["actorserve_running_requests"] == 1 or answer.done(), 30, "it runs")
+        kill_fsm(server)
+        assert answer.result()["text"] == undisturbed["text"]
+    assert constrained(server, "after it [a-z]+", 8)["text"].startswith("after it ")
+
+
+def test_a_grammar_is_compiled_again_when_the_fsm_actor_is_back(server: LiveServer) -> None:
+    """Words of all of Unicode make it take some seconds."""
+    pattern = CHARACTER.replace(WORDS, r"[\w\d\s]{1,16}")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(constrained, server, pattern, 6)
+        wait_until(lambda: server.metrics()["actorserve_waiting_requests"] == 1 or answer.done(), 30, "it waits")
+        kill_fsm(server)
+        others = constrained(server, "yes|no", 4)
+        assert others["text"] in ("yes", "no")
+        assert answer.result()["text"].startswith("{\n")
+
+
 def test_a_dead_front_drops_its_connections_and_comes_back(server: LiveServer) -> None:
     stream, killed = kill_in_mid_stream(server, "front.0")
     stream.join(10)
@@ -101,7 +144,7 @@ def test_a_dead_root_takes_all_with_it(smollm: str, tmp_path: Path) -> None:
     before = shared_memory()
     with live_server(tmp_path, "--model", smollm, "--max-total-tokens", "4096") as server:
         pids = list(server.children().values())
-        assert len(pids) == 4
+        assert len(pids) == 5
         server.process.kill()
         server.process.wait()
         wait_until(lambda: not any(map(alive, pids)), 2, "no orphans")

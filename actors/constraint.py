@@ -1,0 +1,68 @@
+"""A request's grammar as the scheduler follows it: compiled tables, and the state after the tokens so far.
+
+Used by schedule.py, which advances it with every token that it appends, and by the grammar store, which shares one
+Grammar between all requests that have it. Invariant: the state is a function of the generated tokens, as everything of
+a request is; so no round trip is needed to know what the sampler knows.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+DEAD: Final = -1
+
+
+@dataclass(slots=True, eq=False)
+class Grammar:
+    """Tables of one grammar (fsm/token_table.py): V token ids, S states, K token classes."""
+
+    handle: int
+    """What the sampler knows it by."""
+    token_class: np.ndarray
+    """uint16 [V]"""
+    transitions: np.ndarray
+    """int16 [S, K]; -1: the token can't come."""
+    canonical: np.ndarray
+    """int32 [S]: the only token of a state, or -1."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return self.token_class.nbytes + self.transitions.nbytes + self.canonical.nbytes
+
+    def step(self, state: int, token: int) -> int:
+        """The state after a token, DEAD if it can't come."""
+        if state < 0 or not 0 <= token < len(self.token_class):
+            return DEAD
+        return int(self.transitions.item(state, self.token_class.item(token)))
+
+    def forced(self, state: int) -> int:
+        """The only token that may come, -1 if there is a choice."""
+        return int(self.canonical.item(state)) if state >= 0 else -1
+
+
+@dataclass(slots=True, eq=False)
+class Constraint:
+    """A grammar and a place in it."""
+
+    grammar: Grammar
+    state: int = 0
+
+    def foresee(self, count: int, stops: tuple[int, ...]) -> tuple[int, int] | None:
+        """(state, last token) after the next `count` tokens (-1 for none), if all of them are forced and none stops."""
+        state, last = self.state, -1
+        for _ in range(count):
+            last = self.grammar.forced(state)
+            if last < 0 or last in stops:
+                return None
+            state = self.grammar.step(state, last)
+        return state, last
+
+    def run(self, state: int, most: int, stops: tuple[int, ...]) -> tuple[list[int], int]:
+        """(the forced tokens after a state, at most so many and before one that stops; the state after them)"""
+        tokens: list[int] = []
+        while len(tokens) < most and (token := self.grammar.forced(state)) >= 0 and token not in stops:
+            tokens.append(token)
+            state = self.grammar.step(state, token)
+        return tokens, state

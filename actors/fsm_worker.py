@@ -1,0 +1,161 @@
+"""A compiler of grammars: a process that can be killed, for patterns and schemas of strangers may take any time.
+
+Started by the fsm actor (compile_pool.py), spoken to through a socket, one job at a time. It builds the tokenizer's
+tables once, says Ready, and answers each Job with Made or Failed. Invariant: it holds nothing that matters; its memory
+is bounded (RLIMIT_AS), and it dies with the process that started it.
+"""
+
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from .messages import GrammarSpec
+
+TABLE_BYTES: Final = 16 << 20
+"""Most of a grammar's transitions: a lane and a GPU take them."""
+MEMORY: Final = 2 << 30
+"""Bytes that compiling may take beside the tokenizer's tables."""
+LENGTH: Final = struct.Struct("<I")
+"""Before each message, its bytes."""
+
+
+class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """First to the worker: where the tokenizer is, which tokens end an output, the size of the model's vocabulary,
+    and the seconds that a grammar may take."""
+
+    tokenizer: str
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    seconds: float
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """To the worker: compile this."""
+
+    spec: GrammarSpec
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """From the worker: the tables are built. `refusal`: why this tokenizer can have no grammars."""
+
+    refusal: str | None = None
+
+
+class Made(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """From the worker: arrays as in messages.LoadGrammar."""
+
+    token_class: bytes
+    transitions: bytes
+    canonical: bytes
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """From the worker: the grammar cannot be used. `late`: another time it might have been ready."""
+
+    code: str
+    message: str
+    late: bool = False
+
+
+Answer: TypeAlias = Ready | Made | Failed
+encode: Final = msgspec.msgpack.Encoder().encode
+decode_answer: Final = msgspec.msgpack.Decoder(Answer).decode
+_decode_order: Final = msgspec.msgpack.Decoder(Setup | Job).decode
+
+
+def framed(message: msgspec.Struct) -> bytes:
+    """A message as it goes through the socket."""
+    data = encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+class Compiler:
+    """The tables of one tokenizer, and the compilations with them."""
+
+    def __init__(self, setup: Setup) -> None:
+        from ..fsm.vocabulary import build_tables
+        from ..models.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(setup.tokenizer)
+        size = min(tokenizer.vocab_size, setup.vocab_size)
+        tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(size)]
+        self.seconds = setup.seconds
+        self.tokenizer = tokenizer
+        self.tables = build_tables(tokens, setup.eos_ids or tokenizer.eos_ids)
+        self.refusal: str | None = None
+        if tokenizer.scheme is None:
+            self.refusal = "the tokens of this model's tokenizer have no fixed bytes: outputs cannot be constrained"
+        elif not self.tables.eos:
+            self.refusal = "this model has no token that ends an output: outputs cannot be constrained"
+
+    def compile(self, spec: GrammarSpec) -> Made | Failed:
+        """Compile a grammar; never raises."""
+        from ..fsm.errors import BudgetError, GrammarError
+
+        try:
+            return self._made(spec)
+        except BudgetError as error:
+            return Failed(error.code, f"{spec.kind}: {error.message}", late=error.resource == "seconds")
+        except GrammarError as error:
+            return Failed(error.code, f"{spec.kind}: {error.message}")
+        except (MemoryError, RecursionError):
+            return Failed("grammar_too_large", f"{spec.kind}: the grammar is too large")
+
+    def _made(self, spec: GrammarSpec) -> Made:
+        from ..fsm.budget import Budget
+        from ..fsm.compiler import compile_pattern, compile_tokens
+        from ..fsm.json_schema import choices, schema_to_syntax
+
+        budget = Budget(seconds=self.seconds, table_bytes=TABLE_BYTES)
+        if spec.kind == "regex":
+            table = compile_pattern(spec.text, self.tables, self._spell, budget)
+        else:
+            value: Any = msgspec.json.decode(spec.text)
+            node = choices(value) if spec.kind == "choice" else schema_to_syntax(value)
+            table = compile_tokens(node, self.tables, self._spell, budget)
+        return Made(table.token_class.tobytes(), table.transitions.tobytes(), table.canonical.tobytes())
+
+    def _spell(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def limit_memory() -> None:
+    """Let this process take MEMORY more than it has."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer until the other end closes."""
+    stream = channel.makefile("rb")
+    compiler: Compiler | None = None
+    while len(head := stream.read(LENGTH.size)) == LENGTH.size:
+        order = _decode_order(stream.read(LENGTH.unpack(head)[0]))
+        if isinstance(order, Setup):
+            compiler = Compiler(order)
+            limit_memory()
+            answer: Answer = Ready(compiler.refusal)
+        else:
+            assert compiler is not None
+            answer = compiler.compile(order.spec)
+        channel.sendall(framed(answer))
+
+
+def main() -> None:
+    """Entry: `python -c "...; main()" SOCKET_FD PARENT_PID`. Never returns."""
+    from .node import die_with_parent
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # terminals send them to everybody; we end with our parent
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    die_with_parent(int(sys.argv[2]))
+    serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)

@@ -1,0 +1,73 @@
+"""The fields by which requests ask for a grammar: exactly one of them, made a GrammarSpec.
+
+Used by the HTTP protocols and the embedded API, which name the fields alike. Invariant: specs of one meaning are equal
+however the client wrote the JSON, but for the order of members, which is part of the meaning.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from ..errors import RequestError
+from .messages import GrammarSpec
+
+FIELDS: Final = ("regex", "json_schema", "choice")
+UNSUPPORTED: Final = ("ebnf", "structural_tag", "whitespace_pattern")
+
+
+def grammar_spec(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> GrammarSpec | None:
+    """The spec of `given` (values of FIELDS and UNSUPPORTED, None where absent); None if there is none.
+
+    regex: str. json_schema: a schema as JSON text, or parsed. choice: texts. `names`: what the client called them.
+    Raises RequestError naming the field.
+    """
+    names = names or {}
+    for name in UNSUPPORTED:
+        if given.get(name) is not None:
+            raise RequestError(f"{name} is not supported yet", param=name, code="unsupported_value")
+    present = [name for name in FIELDS if given.get(name) is not None]
+    if not present:
+        return None
+    if len(present) > 1:
+        one, other = (names.get(name, name) for name in present[:2])
+        raise RequestError(f"{one} and {other} exclude each other: an output has one grammar", param=other)
+    name = present[0]
+    value, shown = given[name], names.get(name, name)
+    match name:
+        case "regex":
+            if not isinstance(value, str):
+                raise RequestError(f"{shown} must be a string", param=shown, code="invalid_type")
+            _json(value, shown)
+            return GrammarSpec("regex", value)
+        case "json_schema":
+            return GrammarSpec("json_schema", _schema(value, shown))
+        case _:
+            return GrammarSpec("choice", _choices(value, shown))
+
+
+def _schema(value: Any, name: str) -> str:
+    """The schema as JSON without whitespace."""
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(f"{name} is not JSON: {error}", param=name, code="invalid_json_schema") from None
+    if not isinstance(value, dict | bool):
+        raise RequestError(f"{name} must be a JSON schema: an object", param=name, code="invalid_type")
+    return _json(value, name)
+
+
+def _choices(value: Any, name: str) -> str:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise RequestError(f"{name} must be a list of strings", param=name, code="invalid_type")
+    if not value:
+        raise RequestError(f"{name} is empty: there is nothing to choose from", param=name)
+    return _json(list(value), name)
+
+
+def _json(value: Any, name: str) -> str:
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError, UnicodeError):
+        raise RequestError(f"{name} is no JSON of Unicode text", param=name, code="invalid_type") from None

@@ -1,0 +1,163 @@
+"""The scheduler's grammars: which are known, who waits for one, and which the samplers have.
+
+Used by the scheduler actor, which sends what `unsent` and `load` say. A grammar is compiled once for all requests that
+have it, and kept a while beyond the last of them. Invariants: a request waits here until its grammar came or failed,
+or it is forgotten; a grammar is never forgotten while a request has it; what the samplers have is `loaded`, in the
+order of their messages.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from .constraint import Constraint, Grammar
+from .messages import Compiled, DropGrammar, GrammarSpec, LoadGrammar
+from .request import Request
+
+IDLE_BYTES: Final = 64 << 20
+"""Of tables that no request has, here and as much on the device."""
+IDLE_MOST: Final = 64
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A grammar, or the wish for one."""
+
+    handle: int
+    spec: GrammarSpec
+    grammar: Grammar | None = None
+    waiting: dict[int, Request] = field(default_factory=dict)
+    """By request id, until the grammar comes."""
+
+
+class GrammarStore:
+    """See the module's text."""
+
+    def __init__(self) -> None:
+        self.loaded: OrderedDict[int, Grammar] = OrderedDict()
+        """What the samplers have, by handle, least recently admitted first."""
+        self._entries: OrderedDict[GrammarSpec, Entry] = OrderedDict()
+        """Least recently asked for first."""
+        self._by_handle: dict[int, Entry] = {}
+        self._next = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their grammar."""
+        return sum(len(entry.waiting) for entry in self.unsent())
+
+    def unsent(self) -> list[Entry]:
+        """The grammars that are still to be compiled: what an fsm actor that comes up must be asked for."""
+        return [entry for entry in self._by_handle.values() if entry.grammar is None]
+
+    def ask(self, spec: GrammarSpec, request: Request) -> Entry | None:
+        """Give the request its constraint, or let it wait. Returns an entry that must be compiled now."""
+        entry = self._entries.get(spec)
+        if entry is not None and entry.grammar is not None:
+            self._entries.move_to_end(spec)
+            request.constraint = Constraint(entry.grammar)
+            return None
+        new = entry is None
+        if entry is None:
+            entry = self._entries[spec] = self._by_handle[self._next] = Entry(self._next, spec)
+            self._next += 1
+        entry.waiting[request.rid] = request
+        return entry if new else None
+
+    def compiled(self, m: Compiled) -> list[Request]:
+        """Take a grammar in; returns the requests that waited for it, now with their constraints."""
+        entry = self._by_handle.get(m.handle)
+        if entry is None or entry.grammar is not None:
+            return []
+        classes, canonical = (np.frombuffer(a, t).copy() for a, t in ((m.token_class, np.uint16), (m.canonical, "i4")))
+        transitions = np.frombuffer(m.transitions, np.int16).reshape(len(canonical), -1).copy()
+        entry.grammar = Grammar(m.handle, classes, transitions, canonical)
+        requests = list(entry.waiting.values())
+        entry.waiting.clear()
+        for request in requests:
+            request.constraint = Constraint(entry.grammar)
+        return requests
+
+    def kind(self, handle: int) -> str | None:
+        """Which field of a request it came from."""
+        entry = self._by_handle.get(handle)
+        return None if entry is None else entry.spec.kind
+
+    def failed(self, handle: int) -> list[Request]:
+        """Forget a grammar that cannot be; returns the requests that waited for it."""
+        entry = self._by_handle.get(handle)
+        if entry is None:
+            return []
+        self._forget(entry)
+        return list(entry.waiting.values())
+
+    def abandon(self, rid: int) -> tuple[bool, int | None]:
+        """(whether the request waited here, the handle that nobody waits for any more)"""
+        for entry in self.unsent():
+            if entry.waiting.pop(rid, None) is not None:
+                if entry.waiting:
+                    return True, None
+                self._forget(entry)
+                return True, entry.handle
+        return False, None
+
+    def abandon_all(self) -> list[int]:
+        """Forget all that wait; returns the handles that must not be compiled any more."""
+        entries = self.unsent()
+        for entry in entries:
+            self._forget(entry)
+        return [entry.handle for entry in entries]
+
+    def trim(self, requests: Iterable[Request]) -> None:
+        """Forget the grammars that have not been asked for longest, as far as none of these requests has them."""
+        idle = [e for e in self._entries.values() if e.grammar is not None]
+        if len(idle) <= IDLE_MOST and sum(e.grammar.nbytes for e in idle if e.grammar) <= IDLE_BYTES:
+            return
+        used = {r.constraint.grammar.handle for r in requests if r.constraint is not None}
+        idle = [entry for entry in idle if entry.handle not in used]
+        size = sum(entry.grammar.nbytes for entry in idle if entry.grammar)
+        for number, entry in enumerate(idle):
+            if len(idle) - number <= IDLE_MOST and size <= IDLE_BYTES:
+                break
+            assert entry.grammar is not None
+            size -= entry.grammar.nbytes
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.spec], self._by_handle[entry.handle]
+
+    # ------------------------------------------------------------------ what the samplers have
+
+    def load(
+        self, window: int, admitted: list[Request], running: list[Request], slots: int
+    ) -> list[DropGrammar | LoadGrammar]:
+        """What the samplers must be sent before the window admits these requests. `running`: they among others.
+
+        The samplers have room for twice as many grammars as `slots`.
+        """
+        wanted = {r.constraint.grammar.handle: r.constraint.grammar for r in admitted if r.constraint is not None}
+        new = [grammar for handle, grammar in wanted.items() if handle not in self.loaded]
+        for handle in wanted.keys() & self.loaded.keys():
+            self.loaded.move_to_end(handle)
+        messages: list[DropGrammar | LoadGrammar] = self._drops(window, running, min(slots, IDLE_MOST)) if new else []
+        for g in new:
+            self.loaded[g.handle] = g
+            arrays = (memoryview(a.tobytes()) for a in (g.token_class, g.transitions, g.canonical))
+            messages.append(LoadGrammar(window, g.handle, *arrays))
+        return messages
+
+    def _drops(self, window: int, running: list[Request], most: int) -> list[DropGrammar | LoadGrammar]:
+        """Make room: those that no slot follows, least recently admitted first."""
+        used = {r.constraint.grammar.handle for r in running if r.constraint is not None}
+        idle = [grammar for handle, grammar in self.loaded.items() if handle not in used]
+        size, drops = sum(g.nbytes for g in idle), list[DropGrammar | LoadGrammar]()
+        for number, grammar in enumerate(idle):
+            if len(idle) - number <= most and size <= IDLE_BYTES:
+                break
+            size -= grammar.nbytes
+            del self.loaded[grammar.handle]
+            drops.append(DropGrammar(window, grammar.handle))
+        return drops

@@ -1,0 +1,78 @@
+"""A window as the scheduler's decisions make it, before it becomes a message: data only.
+
+Made by schedule.py; the scheduler actor turns it into a Plan and what the sampler must know; tests run it on a
+simulated executor. Invariant: what is in it is not looked at again once the window is reported.
+"""
+
+from dataclasses import dataclass, field
+
+from .request import Request
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """Tokens [start, end) of a request, in its `admission`-th life."""
+
+    request: Request
+    admission: int
+    start: int
+    end: int
+    draws: bool
+    """The prompt ends here and a token is wanted: the slot decodes from now on."""
+
+
+@dataclass(slots=True)
+class JumpChunk:
+    """A decoding request's last token, which has no KV yet, and the forced ones behind it; then it draws as before.
+
+    The forced tokens become the request's when the window is reported: until then nothing of it has changed.
+    """
+
+    request: Request
+    start: int
+    """Tokens before."""
+    tokens: tuple[int, ...]
+    state: int
+    """Of its grammar, after them."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """A request's admission: `cached` tokens have KV in the first of `pages`, which cover its prompt."""
+
+    request: Request
+    cached: int
+    pages: list[int]
+
+
+@dataclass(slots=True)
+class Window:
+    """A plan before it becomes a message: what the executor is to do in k steps."""
+
+    number: int
+    k: int = 1
+    release: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(source page, destination page, tokens)"""
+    admits: list[Seat] = field(default_factory=list)
+    grow_slots: list[int] = field(default_factory=list)
+    grow_pages: list[int] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
+    jumps: list[JumpChunk] = field(default_factory=list)
+    budget: int = 0
+    """Prompt tokens that still fit."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, in tokens unless said."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    retractions: int = 0
+    windows: int = 0
+    steps: int = 0
+    forced_tokens: int = 0
+    jumps: int = 0

@@ -1,0 +1,140 @@
+"""Grammars through the whole engine with a tiny model: jumps on executors that wait for steps and that run ahead."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_tokenizers
+import trio
+from test_executor import AheadStepper
+
+from actorserve import Engine, SamplingParams
+from actorserve.actors import executor
+from actorserve.actors.compile_pool import Worker
+from actorserve.actors.fsm import Fsm
+from actorserve.actors.messages import GrammarSpec
+
+PATTERN = r'\{"Hello there": "[a-z ]{1,12}", "The quick brown fox": (true|false), "today": [0-9]{1,3}\}'
+SCHEMA = {
+    "type": "object",
+    "properties": {"user": {"enum": ["system", "assistant"]}, "imagine": {"type": "integer", "maximum": 99}},
+    "required": ["user", "imagine"],
+}
+GRAMMARS: list[dict[str, Any]] = [
+    {"regex": PATTERN}, {}, {"json_schema": SCHEMA}, {"choice": ["Hello there, how are you", "I am fine"]},
+]  # fmt: skip
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32", "placement": "inline", "max_total_tokens": 2048, "max_running_requests": 6,
+    "window_ms": 0.0, "cpu_threads": 1, "chunked_prefill_size": 48, "grammar_seconds": 20.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model with the vocabulary of a byte-level tokenizer; id 2 ends outputs in both."""
+    path: Path = tmp_path_factory.mktemp("words")
+    tiny_tokenizers.byte_level(path)
+    kind, fields = tiny.FAMILIES["llama"]
+    tiny.FAMILIES["llama-words"] = (kind, {**fields, "vocab_size": 416})
+    return tiny.save(tiny.build("llama-words"), path)
+
+
+def engine(folder: str, **options: object) -> Any:
+    return Engine.sync(folder, **SETTINGS | options)
+
+
+def answers(running: Any, temperature: float = 0.9) -> list[tuple[list[int], str, str, int]]:
+    def ask(i: int) -> tuple[list[int], str, str, int]:
+        params = SamplingParams(temperature=temperature, seed=i, max_new_tokens=10 + 14 * (i % 6))
+        o = running.generate(tiny.prompt(5 + 9 * i, seed=i), params, **GRAMMARS[i % len(GRAMMARS)])
+        return o.ids, o.text, o.finish_reason, o.jumps
+
+    with ThreadPoolExecutor(12) as pool:
+        return list(pool.map(ask, range(12)))
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.9])
+def plain(folder: str, request: pytest.FixtureRequest) -> tuple[float, list[list[int]]]:
+    options = {"num_continuous_decode_steps": 1, "plans_in_flight": 1, "disable_jump_forward": True}
+    with engine(folder, **options) as e:
+        found = answers(e, request.param)
+    for i, (_, text, reason, jumps) in enumerate(found):
+        assert not jumps
+        if reason == "stop" and not i % 4:
+            assert re.fullmatch(PATTERN, text)
+    return request.param, [ids for ids, *_ in found]
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_jumps_change_nothing(
+    folder: str, plain: Any, k: int, in_flight: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ahead:
+        monkeypatch.setattr(executor, "Stepper", AheadStepper)
+    temperature, expected = plain
+    with engine(folder, num_continuous_decode_steps=k, plans_in_flight=in_flight) as e:
+        for _ in range(2):  # with slots, pages and grammars used before, and prefixes cached
+            found = answers(e, temperature)
+            assert [ids for ids, *_ in found] == expected
+            assert any(jumps for *_, jumps in found)
+
+
+def test_aborts_and_retractions_while_steps_run_ahead(folder: str, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "Stepper", AheadStepper)
+    temperature, expected = plain
+    with engine(folder, num_continuous_decode_steps=4, max_total_tokens=240, schedule_conservativeness=0.0) as e:
+        for i in range(8):
+            stream = iter(e.stream(tiny.prompt(9, seed=i), SamplingParams(seed=i), **GRAMMARS[i % 4]))
+            if i % 3:
+                next(stream, None)
+            stream.close()
+        assert [ids for ids, *_ in answers(e, temperature)] == expected
+
+
+def test_many_grammars_come_and_go(folder: str) -> None:
+    with engine(folder, max_running_requests=2) as e:
+        for i in range(12):
+            text = e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=60), regex=f"start{i}( end){{1,3}}").text
+            assert re.fullmatch(f"start{i}( end){{1,3}}", text)
+
+
+def test_without_a_tokenizer_there_are_no_grammars(folder: str) -> None:
+    with engine(folder, skip_tokenizer_init=True) as e, pytest.raises(Exception, match="without a tokenizer"):
+        e.generate(tiny.prompt(9), regex="a")
+
+
+def test_a_request_that_leaves_while_its_grammar_compiles(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compilation is called off; one of others goes on beside it."""
+    discarded: list[int] = []
+    discard, made = Fsm._discard, Fsm._made
+
+    def noted(self: Fsm, handle: int) -> None:
+        discarded.append(handle)
+        discard(self, handle)
+
+    async def slow(self: Fsm, worker: Worker, spec: GrammarSpec) -> Any:
+        if spec.text == "slow":
+            await trio.sleep_forever()
+        return await made(self, worker, spec)
+
+    monkeypatch.setattr(Fsm, "_discard", noted)
+    monkeypatch.setattr(Fsm, "_made", slow)
+
+    async def main() -> None:
+        async with Engine(folder, **SETTINGS) as e:
+            stream = e.stream(tiny.prompt(9), SamplingParams(), regex="slow")
+            while (await e.stats()).waiting != 1:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            other = await e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=4), choice=["Hello"])
+            assert other.text == "Hello" and not discarded
+            await stream.aclose()
+            while not discarded or (await e.stats()).waiting:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+
+    trio.run(main)

@@ -1,0 +1,252 @@
+"""The fsm actor with real compiler processes: answers, single flight, deadlines, deaths, discards."""
+
+import os
+import re
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import tiny_tokenizers
+import trio
+
+from actorserve.actors import fsm as module
+from actorserve.actors.actor import Context, connect
+from actorserve.actors.constraint import Constraint
+from actorserve.actors.fsm import Cache, Fsm
+from actorserve.actors.fsm_worker import Failed, Made
+from actorserve.actors.grammar_store import GrammarStore
+from actorserve.actors.messages import (
+    Compile,
+    Compiled,
+    CompileFailed,
+    Discard,
+    FsmInbox,
+    GrammarSpec,
+    PeerDown,
+    SchedulerInbox,
+)
+from actorserve.config import EngineConfig, ModelInfo
+
+SLOW = "([a-z]{1,40} ?){0,300}x"
+"""Takes seconds."""
+
+
+def regex(text: str) -> GrammarSpec:
+    return GrammarSpec("regex", text)
+
+
+class Bench:
+    """An fsm actor in this loop, and the scheduler's end of its lanes."""
+
+    def __init__(self, folder: str, seconds: float) -> None:
+        config = EngineConfig(placement="inline", grammar_seconds=seconds)
+        model = ModelInfo(name="m", path=folder, model_type="", vocab_size=100_000, context_length=64, eos_ids=(0,))
+        self.context = Context("fsm", config, model, FsmInbox, sends_to=["sched"])
+        self.sched = Context("sched", config, model, SchedulerInbox, sends_to=["fsm"])
+        connect(self.context, self.sched)
+        connect(self.sched, self.context)
+        self.fsm = Fsm(self.context)
+        self.context.host({}, None)
+
+    def send(self, message: Compile | Discard) -> None:
+        self.sched.ref("fsm").post(message)
+
+    async def answer(self) -> Any:
+        """The next Compiled or CompileFailed."""
+        with trio.fail_after(60):
+            while True:
+                while (item := self.sched.inbox.poll()) is not None:
+                    if isinstance(item[0], Compiled | CompileFailed):
+                        return item[0]
+                await self.sched.inbox.wait()
+
+    async def pid(self, number: int) -> int:
+        """Of a compiler that is at work."""
+        with trio.fail_after(60):
+            while not self.fsm._busy[number] or (pid := self.fsm.workers[number].pid) is None:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+        return pid
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer"))
+
+
+@asynccontextmanager
+async def bench(folder: str, seconds: float = 20.0) -> AsyncIterator[Bench]:
+    b = Bench(folder, seconds)
+    async with trio.open_nursery() as nursery:
+        b.context.host({}, nursery)
+        await b.fsm.start()
+        nursery.start_soon(b.fsm.run)
+        yield b
+        nursery.cancel_scope.cancel()
+    assert all(worker.pid is None for worker in b.fsm.workers)
+
+
+def run(main: Callable[[], Any]) -> None:
+    trio.run(main)
+
+
+def test_a_pattern_comes_back_as_tables(folder: str) -> None:
+    async def main() -> None:
+        async with bench(folder) as b:
+            b.send(Compile(7, regex("[0-9]{2}")))
+            m = await b.answer()
+            assert isinstance(m, Compiled) and m.handle == 7
+            assert len(m.transitions) // 2 % (len(m.canonical) // 4) == 0
+            for spec, wanted in (
+                (regex("(?=a)"), "position 0"),
+                (
+                    GrammarSpec("json_schema", '{"type": "object", "properties": {"a": {"not": {}}}}'),
+                    "/properties/a/not",
+                ),
+                (GrammarSpec("choice", "[]"), "nothing to choose"),
+            ):
+                b.send(Compile(8, spec))
+                failed = await b.answer()
+                assert isinstance(failed, CompileFailed) and (failed.handle, failed.status) == (8, 400)
+                assert re.search(wanted, failed.message) and failed.message.startswith(spec.kind)
+
+    run(main)
+
+
+def test_equal_grammars_compile_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    made = Fsm._made
+
+    async def counted(self: Fsm, worker: Any, spec: GrammarSpec) -> Any:
+        compiled.append(spec.text)
+        return await made(self, worker, spec)
+
+    monkeypatch.setattr(Fsm, "_made", counted)
+
+    async def main() -> None:
+        async with bench(folder) as b:
+            for handle in range(20):
+                b.send(Compile(handle, regex("ab*c" if handle % 2 else "[a-f]+")))
+            assert sorted([(await b.answer()).handle for _ in range(20)]) == list(range(20))
+            b.send(Compile(20, regex("ab*c")))
+            assert (await b.answer()).handle == 20
+        assert sorted(compiled) == ["[a-f]+", "ab*c"]
+
+    run(main)
+
+
+def test_what_takes_too_long_is_refused_and_others_go_on(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actorserve.actors.compile_pool.GRACE", -0.3)  # killed before it gives up by itself
+
+    async def main() -> None:
+        async with bench(folder, seconds=0.6) as b:
+            b.send(Compile(1, regex("a")))
+            assert isinstance(await b.answer(), Compiled)
+            b.send(Compile(2, regex(SLOW)))
+            pid = await b.pid(0)
+            failed = await b.answer()
+            assert (failed.handle, failed.status, failed.code) == (2, 400, "grammar_too_large")
+            b.send(Compile(3, regex("b")))
+            assert isinstance(await b.answer(), Compiled)
+            assert b.fsm.workers[0].pid != pid
+
+    run(main)
+
+
+def test_a_killed_compiler_is_tried_again_once(folder: str) -> None:
+    async def main() -> None:
+        async with bench(folder) as b:
+            for kills in (1, 2):
+                b.send(Compile(kills, regex(SLOW + "y" * kills)))
+                for _ in range(kills):
+                    pid = await b.pid(0)
+                    os.kill(pid, signal.SIGKILL)
+                    with trio.fail_after(60):
+                        while b.fsm.workers[0].pid == pid:  # noqa: ASYNC110
+                            await trio.sleep(0.005)
+                m = await b.answer()
+                if kills == 2:
+                    assert isinstance(m, CompileFailed) and (m.status, m.code) == (503, "compiler_crashed")
+                else:
+                    assert isinstance(m, Compiled) or m.status == 400
+            b.send(Compile(9, regex("a")))
+            assert isinstance(await b.answer(), Compiled)
+
+    run(main)
+
+
+def test_a_discarded_grammar_is_not_compiled(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORKERS", 1)
+
+    async def main() -> None:
+        async with bench(folder, seconds=1.0) as b:
+            b.send(Compile(1, regex(SLOW)))
+            await b.pid(0)
+            b.send(Compile(2, regex("[a-c]")))
+            b.send(Compile(3, regex("[a-d]")))
+            b.send(Compile(4, regex("[a-d]")))
+            b.send(Discard(2))
+            b.send(Discard(3))
+            assert (await b.answer()).handle == 1
+            assert (await b.answer()).handle == 4
+            assert not b.fsm.works
+            b.context.inbox.put_system(PeerDown("sched", 1, "test"))
+            b.send(Compile(5, regex("[a-c]")))
+            assert (await b.answer()).handle == 5
+
+    run(main)
+
+
+def test_the_cache_is_bounded() -> None:
+    cache = Cache(10_000)
+    for i in range(10):
+        cache.put(regex(str(i)), Made(b"x" * 1000, b"", b""))
+        assert cache.get(regex("0")) is not None or i > 4
+    assert cache.size <= 10_000 and cache.get(regex("9")) is not None and cache.get(regex("1")) is None
+    cache.put(regex("bad"), Failed("code", "text"))
+    assert cache.get(regex("bad")) == Failed("code", "text")
+
+
+class FakeRequest:
+    def __init__(self, rid: int, constraint: Constraint | None = None) -> None:
+        self.rid, self.constraint = rid, constraint
+
+
+def compiled(handle: int, size: int = 10) -> Compiled:
+    arrays = bytes(2 * size), bytes(2 * size * 3), bytes(4 * size)
+    return Compiled(handle, *map(memoryview, arrays))
+
+
+def test_requests_wait_for_their_grammar() -> None:
+    store, requests = GrammarStore(), [FakeRequest(i) for i in range(4)]
+    entry = store.ask(regex("a"), requests[0])
+    assert entry is not None and store.ask(regex("a"), requests[1]) is None and store.waiting == 2
+    other = store.ask(regex("b"), requests[2])
+    assert other is not None and store.abandon(2) == (True, other.handle) and store.abandon(2) == (False, None)
+    assert store.compiled(compiled(other.handle)) == [], "nobody waits any more"
+    assert store.compiled(compiled(entry.handle)) == requests[:2] and store.waiting == 0
+    assert store.ask(regex("a"), requests[3]) is None and requests[3].constraint is not None
+    failing = store.ask(regex("c"), requests[0])
+    assert failing is not None and store.kind(failing.handle) == "regex"
+    assert store.failed(failing.handle) == [requests[0]] and store.failed(failing.handle) == []
+
+
+def test_samplers_have_what_runs_and_little_more() -> None:
+    store, slots = GrammarStore(), 3
+    loaded: set[int] = set()
+    running: list[FakeRequest] = []
+    for i in range(12):
+        request = FakeRequest(i)
+        entry = store.ask(regex(str(i % 9)), request)
+        if entry is not None:
+            store.compiled(compiled(entry.handle))
+        running = [*running[-2:], request]
+        for message in store.load(i, [request], running, slots):
+            if type(message).__name__ == "DropGrammar":
+                loaded.remove(message.handle)
+            else:
+                assert message.handle not in loaded
+                loaded.add(message.handle)
+        assert loaded == set(store.loaded) and len(loaded) <= 2 * slots
+        assert {r.constraint.grammar.handle for r in running if r.constraint} <= loaded

@@ -1,0 +1,144 @@
+"""Jumping over forced tokens against a simulated executor: the same tokens, fewer forwards, whole pages."""
+
+import numpy as np
+import pytest
+from simulated_executor import SimulatedExecutor
+from simulated_grammars import grammar_of
+from test_schedule import Engine, prompt_of
+
+from actorserve.actors.constraint import Constraint, Grammar
+from actorserve.actors.request import Stage
+from actorserve.sampler.params import SamplingParams
+
+
+def line(length: int) -> Grammar:
+    """A choice, `length` forced tokens 100, 101, ..., a choice, and so on."""
+    states = length + 1
+    token_class = np.full(200, 2, np.uint16)
+    token_class[0] = 1
+    transitions = np.full((states, 3), -1, np.int16)
+    transitions[:, 2] = (np.arange(states) + 1) % states
+    canonical = np.concatenate([[-1], np.arange(length) + 100]).astype(np.int32)
+    return Grammar(0, token_class, transitions, canonical)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("plans", [1, 2, 3])
+@pytest.mark.parametrize("still", [False, True])
+def test_the_same_tokens_with_jumps_and_without(k: int, plans: int, still: bool) -> None:
+    e = Engine(num_continuous_decode_steps=k, plans_in_flight=plans, disable_jump_forward=still)
+    for i in range(16):
+        e.add(prompt_of(i, 5 + 3 * i), max_new=1 + 4 * i, grammar=grammar_of(i % 4) if i % 3 else None)
+    e.drain()  # compares each with `expected`, which knows no jumps
+    assert (e.schedule.counters.jumps > 0) == (not still)
+
+
+def test_a_jump_saves_forwards() -> None:
+    forwards = {}
+    for still in (False, True):
+        e = Engine(num_continuous_decode_steps=1, disable_jump_forward=still)
+        e.add(prompt_of(1, 20), max_new=100, grammar=line(9))
+        e.drain()
+        forwards[still] = e.executor.forwards
+    assert forwards == {False: 11, True: 100}
+
+
+def test_a_chunk_is_the_last_token_and_the_forced_ones() -> None:
+    e = Engine(num_continuous_decode_steps=1)
+    r = e.add(prompt_of(1, 20), max_new=100, grammar=line(5))
+    assert e.plan() and not e.plan(), "nothing is planned behind a choice"
+    assert e.report()
+    window = e.schedule.plan()
+    assert window is not None
+    (jump,) = window.jumps
+    assert (jump.start, jump.tokens, jump.state) == (20, (r.tokens[-1], 100, 101, 102, 103, 104), 0)
+    assert len(r.tokens) == 21, "they are the request's when they are computed"
+    e.executor.run(window)
+    e.report()
+    assert r.tokens[21:26].tolist() == [100, 101, 102, 103, 104] and len(r.tokens) == 27
+    assert [j.request for j in e.schedule.landed] == [r]
+
+
+def test_forced_tokens_under_way_do_not_hide_a_jump() -> None:
+    """The first window draws one forced token; the next is planned on top of it before it is reported."""
+    e = Engine(num_continuous_decode_steps=1, chunk=512)
+    r = e.add(prompt_of(1, 20), max_new=150, grammar=line(100))
+    assert r.constraint is not None
+    r.constraint.state = 1
+    assert e.plan()
+    window = e.schedule.plan()
+    assert window is not None and len(window.jumps[0].tokens) == 65 and window.jumps[0].tokens[0] == 100
+    e.executor.run(window)
+    e.live.clear()  # `expected` begins at state 0
+
+
+def test_in_a_mixed_batch_nobody_waits() -> None:
+    e = Engine(num_continuous_decode_steps=4, plans_in_flight=2)
+    e.add(prompt_of(1, 20), max_new=60)
+    e.add(prompt_of(2, 20), max_new=100, grammar=line(30))
+    e.add(prompt_of(3, 20), max_new=100, grammar=line(3))
+    while e.live:
+        while e.plan():
+            assert len(e.schedule.in_flight) <= 2
+        if len(e.live) == 3:
+            assert len(e.schedule.in_flight) == 2, "a window waits on the executor"
+        e.report()
+    assert e.schedule.counters.jumps > 0
+
+
+@pytest.mark.parametrize("params", [SamplingParams(logprobs=0), SamplingParams(frequency_penalty=0.5)])
+def test_some_requests_do_not_jump(params: SamplingParams) -> None:
+    e = Engine()
+    e.add(prompt_of(1, 20), max_new=50, grammar=line(9), params=params)
+    e.drain()
+    assert e.schedule.counters.jumps == 0
+
+
+@pytest.mark.parametrize("most", range(1, 14))
+def test_a_limit_inside_a_run(most: int) -> None:
+    e = Engine(num_continuous_decode_steps=4)
+    r = e.add(prompt_of(1, 20), max_new=most, grammar=line(9))
+    e.drain()
+    assert len(r.tokens) == 20 + most
+
+
+@pytest.mark.parametrize("stop", [100, 101, 104, 108])
+def test_a_stop_token_inside_a_run(stop: int) -> None:
+    e = Engine(num_continuous_decode_steps=4)
+    r = e.add(prompt_of(1, 20), max_new=60, grammar=line(9), params=SamplingParams(stop_token_ids=(stop,)))
+    e.drain()
+    assert r.tokens[-1] == stop
+
+
+def test_retraction_and_death_in_the_middle_of_a_run() -> None:
+    for what in ("retract", "die", "abort"):
+        e = Engine(num_continuous_decode_steps=1)
+        r = e.add(prompt_of(1, 20), max_new=60, grammar=line(20))
+        assert e.plan() and e.report() and e.plan()
+        if what == "retract":
+            e.schedule.retract(r)
+        elif what == "die":
+            e.executor = SimulatedExecutor(64)
+            e.schedule.executor_lost()
+            assert len(r.tokens) == 21
+        else:
+            e.schedule.abort(r.rid)
+            e.live.clear()
+        e.schedule.check()
+        e.drain()
+        assert r.stage is Stage.ENDED
+
+
+def test_long_runs_come_in_pieces_and_need_few_pages() -> None:
+    e = Engine(pages=14, slots=2, chunk=64, num_continuous_decode_steps=4)
+    for i in range(4):
+        e.add(prompt_of(i, 30), max_new=150, grammar=line(140))
+    e.drain()
+    assert e.schedule.counters.jumps >= 4
+
+
+def test_a_dead_state_is_no_jump() -> None:
+    grammar = line(3)
+    constraint = Constraint(grammar, -1)
+    assert constraint.foresee(1, ()) is None and constraint.run(-1, 10, ()) == ([], -1)
+    assert grammar.step(0, 10_000) == -1 and grammar.step(-1, 5) == -1

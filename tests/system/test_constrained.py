@@ -1,0 +1,177 @@
+"""Grammars with the real model: outputs match, jumps change nothing, errors are the request's, deaths are survived.
+
+Greedy and seeded ids are compared with those of the plainest way: no jumps, one step a window.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jsonschema
+import pytest
+from characters import CHARACTER
+from prompts import PROMPTS
+
+from actorserve import Engine, SamplingParams
+from actorserve.errors import RequestError
+
+BASE = {
+    "dtype": "float32", "placement": "inline", "max_total_tokens": 8192, "window_ms": 0.0, "cpu_threads": 1,
+    "grammar_seconds": 20.0,
+}  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "population": {"type": "integer", "minimum": 0, "maximum": 99999},
+        "capital": {"type": "boolean"},
+        "rivers": {"type": "array", "items": {"enum": ["Rhine", "Elbe", "Danube"]}, "maxItems": 3},
+    },
+    "required": ["city", "population", "capital", "rivers"],
+}
+CHOICES = ["a positive review", "a negative review", "no review at all"]
+GRAMMARS: list[dict[str, Any]] = [
+    {"json_schema": SCHEMA},
+    {"regex": r"The answer is (yes|no), because [a-z ]{5,30}\."},
+    {"regex": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"},
+    {"choice": CHOICES},
+    {"regex": r"<answer>[a-zA-Z ]{3,20}</answer>\n<confidence>(low|medium|high)</confidence>\n"},
+    {"regex": r'\{"tool": "(search|weather)", "arguments": \{"query": "[^"\\\x00-\x1f]{1,24}"\}\}'},
+    {},
+]
+"""The last one is free: it shares batches with the others."""
+
+
+def matches(grammar: dict[str, Any], text: str) -> bool:
+    """Whether a text is what the grammar asks for."""
+    if "json_schema" in grammar:
+        jsonschema.validate(json.loads(text), grammar["json_schema"])
+        return True
+    if "choice" in grammar:
+        return text in grammar["choice"]
+    return re.fullmatch(grammar.get("regex", "(?s).*"), text) is not None
+
+
+def answers(engine: Any, seeded: bool, count: int) -> list[Any]:
+    """An output per (prompt, grammar), all at once."""
+    params = SamplingParams(temperature=1.0 if seeded else 0.0, max_new_tokens=56)
+
+    def ask(i: int) -> Any:
+        return engine.generate(PROMPTS[i % len(PROMPTS)], params, seed=i, **GRAMMARS[i % len(GRAMMARS)])
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(ask, range(count)))
+
+
+@pytest.fixture(scope="module", params=["greedy", "seeded"])
+def plain(request: pytest.FixtureRequest, smollm: str) -> tuple[bool, list[Any]]:
+    """(whether seeded, outputs) of the plainest way."""
+    seeded = request.param == "seeded"
+    options = {"num_continuous_decode_steps": 1, "plans_in_flight": 1, "disable_radix_cache": True}
+    with Engine.sync(smollm, **BASE, **options, disable_jump_forward=True) as engine:
+        outputs = answers(engine, seeded, 14)
+    assert not any(o.jumps for o in outputs)
+    for i, o in enumerate(outputs):
+        if o.finish_reason == "stop":
+            assert matches(GRAMMARS[i % len(GRAMMARS)], o.text), o.text
+    return seeded, outputs
+
+
+@pytest.mark.parametrize("still", [False, True], ids=["jumps", "still"])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("cache_off", [False, True], ids=["cache", "no-cache"])
+def test_jumps_change_nothing(smollm: str, plain: Any, still: bool, k: int, cache_off: bool) -> None:
+    if still and k == 1 and cache_off:
+        pytest.skip("that is how `plain` came about")
+    seeded, expected = plain
+    options = {"num_continuous_decode_steps": k, "disable_radix_cache": cache_off, "disable_jump_forward": still}
+    with Engine.sync(smollm, **BASE, **options) as engine:
+        outputs = answers(engine, seeded, len(expected))
+    assert [(o.ids, o.text, o.finish_reason) for o in outputs] == [(o.ids, o.text, o.finish_reason) for o in expected]
+    for o in outputs:
+        assert o.completion_tokens == len(o.ids) and o.forced_tokens <= len(o.ids)
+    assert any(o.jumps for o in outputs) != still
+
+
+def test_retraction_in_the_middle_of_runs(smollm: str, plain: Any) -> None:
+    seeded, expected = plain
+    options = {"max_total_tokens": 256, "schedule_conservativeness": 0.0, "num_continuous_decode_steps": 4}
+    with Engine.sync(smollm, **{**BASE, **options}) as engine:
+        for _ in range(10):  # requests that come in slowly on a busy machine need no retraction
+            outputs = answers(engine, seeded, len(expected))
+            assert [o.ids for o in outputs] == [o.ids for o in expected]
+            if engine.stats().retractions > 0:
+                return
+    pytest.fail("no retraction")
+
+
+@pytest.fixture(scope="module")
+def engine(smollm: str) -> Iterator[Any]:
+    options = {"num_continuous_decode_steps": 1}
+    with Engine.sync(smollm, **{**BASE, **options}) as e:
+        yield e
+
+
+def test_forwards_of_the_papers_pattern(engine: Any) -> None:
+    """All but the forced tokens are drawn, one a forward; each jump also draws."""
+    for seed in range(3):
+        output = engine.generate("A wizard:\n", temperature=0.8, seed=seed, max_new_tokens=300, regex=CHARACTER)
+        assert output.finish_reason == "stop" and re.fullmatch(CHARACTER, output.text)
+        assert len(output.ids) - output.forced_tokens <= 40 * len(output.ids) / 105
+
+
+def test_what_is_seen_of_a_run_that_is_cut(engine: Any) -> None:
+    whole = engine.generate("A wizard:\n", temperature=0.0, max_new_tokens=300, regex=CHARACTER)
+    for most in (1, 5, 9, 23, 40):
+        cut = engine.generate("A wizard:\n", temperature=0.0, max_new_tokens=most, regex=CHARACTER)
+        assert cut.ids == whole.ids[:most] and cut.finish_reason == "length" and cut.completion_tokens == most
+    stopped = engine.generate("A wizard:\n", temperature=0.0, max_new_tokens=300, regex=CHARACTER, stop=["ood stat"])
+    assert stopped.finish_reason == "stop" and stopped.matched == "ood stat"
+    assert stopped.text == whole.text[: whole.text.index("ood stat")]
+    token = whole.ids[30]
+    ended = engine.generate("A wizard:\n", temperature=0.0, max_new_tokens=300, regex=CHARACTER, stop_token_ids=[token])
+    assert ended.ids == whole.ids[: whole.ids.index(token) + 1] and ended.matched == token
+
+
+@pytest.mark.parametrize("options", [{"logprobs": 2}, {"frequency_penalty": 0.3}], ids=["logprobs", "penalty"])
+def test_requests_that_do_not_jump_are_right_all_the_same(engine: Any, options: dict[str, Any]) -> None:
+    output = engine.generate("A wizard:\n", temperature=0.0, max_new_tokens=300, regex=CHARACTER, **options)
+    assert re.fullmatch(CHARACTER, output.text) and not output.jumps
+    if "logprobs" in options:
+        assert len(output.logprobs) in (len(output.ids), len(output.ids) - 1)
+
+
+def test_n_choices_share_a_grammar(engine: Any) -> None:
+    outputs = engine.generate("A review:\n", temperature=1.0, seed=3, n=4, max_new_tokens=40, json_schema=SCHEMA)
+    assert len({o.text for o in outputs}) > 1
+
+
+def test_a_grammar_that_ends_before_min_new_tokens_fails_alone(engine: Any) -> None:
+    with pytest.raises(Exception, match="grammar left no token"):
+        engine.generate("x", temperature=0.0, min_new_tokens=50, max_new_tokens=60, choice=["yes", "no"])
+    assert engine.generate("x", temperature=0.0, max_new_tokens=9, choice=["yes", "no"]).text in ("yes", "no")
+
+
+BAD = [
+    ({"regex": "a(?=b)"}, "regex", "position 1"),
+    ({"regex": r"(a)\1"}, "regex", "position 3"),
+    ({"regex": "(a"}, "regex", "position"),
+    ({"regex": r"[^\s\S]"}, "regex", "nothing can match"),
+    ({"regex": "\U00050000"}, "regex", "cannot spell"),
+    ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "json_schema", "at "),
+    ({"json_schema": {"type": "object", "properties": {"a": {"not": {}}}}}, "json_schema", "/properties/a/not"),
+    ({"json_schema": "{"}, "json_schema", "not JSON"),
+    ({"choice": []}, "choice", "empty"),
+    ({"regex": "a", "choice": ["a"]}, "choice", "exclude each other"),
+    ({"regex": "(a|b)*a(a|b){30}"}, "regex", "dfa states"),
+    ({"regex": "((a{1,100}){1,100}){1,100}"}, "regex", "nfa states"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "text"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_grammars_are_refused(engine: Any, fields: dict[str, Any], param: str, text: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        engine.generate("x", max_new_tokens=5, **fields)
+    assert caught.value.param == param and text in caught.value.message
