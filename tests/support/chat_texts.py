@@ -96,12 +96,13 @@ def valid_texts(name: str, family: ToolFamily) -> tuple[str, ...]:
             '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g{"b": {}}',
         ),
         "deepseekv3": (
-            f'Hm.\n{begin}{call}function{sep}f\n```json\n{{"a": 1}}\n```{end}\n{call}function{sep}g\n```json\n{{}}\n```{end}{finish}',
+            f'Hm.\n{begin}{call}function{sep}f\n```json\n{{"a": 1}}\n```{end}\n'
+            f"{call}function{sep}g\n```json\n{{}}\n```{end}{finish}",
         ),
         "deepseekv31": (f'Hm.{begin}{call}f{sep}{{"a": "x"}}{end}{call}g{sep}{{}}{end}{finish}',),
         "command-r": (
             'Plan.\nAction: ```json\n[\n    {"tool_name": "f", "parameters": {"a": 1}}\n]\n```',
-            '<|START_ACTION|>[{"tool_name": "f", "parameters": {}}, {"tool_name": "g", "parameters": {"a": 1}}]<|END_ACTION|>',
+            '<|START_ACTION|>[{"tool_name": "f", "parameters": {}},{"tool_name": "g", "parameters": {}}]<|END_ACTION|>',
         ),
         "pythonic": ('[f(a=1, b="it\'s ]"), g()]', "<|python_start|>[f(a={'k': None})]<|python_end|>"),
         "json": (
