@@ -11,7 +11,7 @@ import re
 import warnings
 from typing import Any, Final
 
-from .call_readers import CallSink, Verdict
+from .call_sink import CallSink, Verdict
 from .parse_events import SPACE
 
 MAX_DEPTH: Final = 64

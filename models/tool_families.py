@@ -10,7 +10,8 @@ from typing import Final, Literal, TypeAlias
 
 from msgspec import Struct
 
-from .call_readers import ArgumentsReader, CallKeys, CallReader, CallSink, NameReader, Reader
+from .call_readers import ArgumentsReader, CallKeys, CallReader, NameReader
+from .call_sink import CallSink, Reader
 from .literal_readers import PythonReader, XmlReader
 
 END: Final = "end"

@@ -9,7 +9,7 @@ started, the call ends incomplete and what follows the last good character is co
 Whitespace next to the markup of a call (before, between, after) belongs to the markup.
 """
 
-from .call_readers import CallSink, Reader, Verdict
+from .call_sink import CallSink, Reader, Verdict
 from .markers import first_marker, safe_length
 from .parse_events import SPACE, Event, Known, NewId
 from .tool_families import END, ToolFamily

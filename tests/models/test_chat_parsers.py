@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from chat_texts import counter, cuts, cuttings, run, texts, valid_texts
-from hypothesis import given, settings
+from chat_texts import counter, cuts, cuttings, run, texts, trials, valid_texts
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actorserve.errors import StartupError
@@ -51,7 +51,7 @@ def assembled(deltas: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tools", ["hermes", "llama3", "command-r", None])
 @pytest.mark.parametrize("reasoning", ["qwen3", "deepseek-r1", None])
-@settings(max_examples=40)
+@trials(40)
 @given(data=st.data(), places=cuts, stream=st.booleans())
 def test_streamed_replies_are_the_whole_reply(
     tools: str | None, reasoning: str | None, data: st.DataObject, places: list[int], stream: bool

@@ -5,8 +5,8 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from chat_texts import cut_at, cuts
-from hypothesis import example, given, settings
+from chat_texts import cut_at, cuts, trials
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from actorserve.models.json_scanner import MAX_DEPTH, JsonScanner
@@ -46,7 +46,7 @@ def scan(chunks: list[str]) -> tuple[JsonScanner, int, str]:
     return scanner, taken, out
 
 
-@settings(max_examples=50)
+@trials(50)
 @given(value=values, indent=st.sampled_from([None, 1]), ascii_only=st.booleans(), places=cuts)
 def test_takes_every_value(value: Any, indent: int | None, ascii_only: bool, places: list[int]) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
@@ -54,10 +54,12 @@ def test_takes_every_value(value: Any, indent: int | None, ascii_only: bool, pla
     assert (scanner.done, taken, out) == (True, len(text), text)
 
 
+@trials(100)
 @given(text=pieces.map("".join), places=cuts)
 @example(text='{"a":1,}', places=[])
 @example(text="[1 2]", places=[])
 @example(text="01", places=[])
+@example(text="00", places=[])
 def test_takes_what_json_takes(text: str, places: list[int]) -> None:
     scanner, taken, out = scan(cut_at(text + " ", places))
     try:
@@ -72,7 +74,7 @@ def test_takes_what_json_takes(text: str, places: list[int]) -> None:
             assert json.loads(out) == value
 
 
-@settings(max_examples=50)
+@trials(50)
 @given(text=pieces.map("".join))
 def test_what_is_not_broken_can_be_completed(text: str) -> None:
     scanner = JsonScanner()

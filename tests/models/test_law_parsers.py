@@ -6,8 +6,8 @@ And what they mean is what a plain reference reads.
 import json
 from typing import Any
 
-from chat_texts import counter, cuts, cuttings, run, texts, valid_texts
-from hypothesis import given, settings
+from chat_texts import counter, cuts, cuttings, run, texts, trials, valid_texts
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from plain_tool_parser import plain
@@ -19,7 +19,7 @@ from actorserve.models.tool_parser import ToolParser
 
 
 @each_family
-@settings(max_examples=80)
+@trials(80)
 @given(data=st.data(), places=cuts, known=st.sampled_from([None, {"f": {}}]))
 def test_any_cutting_equals_the_whole(name: str, data: st.DataObject, places: list[int], known: Any) -> None:
     family = TOOL_FAMILIES[name]
@@ -34,7 +34,7 @@ def test_any_cutting_equals_the_whole(name: str, data: st.DataObject, places: li
 
 
 @each_family
-@settings(max_examples=60)
+@trials(60)
 @given(data=st.data(), at=st.integers(0, 300))
 def test_no_text_is_lost_or_doubled(name: str, data: st.DataObject, at: int) -> None:
     """A character that is in no markup comes out once, wherever it stands."""
@@ -48,14 +48,14 @@ def test_no_text_is_lost_or_doubled(name: str, data: st.DataObject, at: int) -> 
 
 
 @each_family
-@settings(max_examples=30)
+@trials(30)
 @given(text=st.text(alphabet="ab1 \n.,<[{🎉", max_size=40))
 def test_text_without_calls_is_content(name: str, text: str) -> None:
     assert content_of(parse(parser(name), text)) == text
 
 
 @each_family
-@settings(max_examples=30)
+@trials(30)
 @given(data=st.data())
 def test_holds_back_only_what_may_be_markup(name: str, data: st.DataObject) -> None:
     """After a letter in prose nothing is held."""
@@ -139,7 +139,7 @@ def written(draw: st.DrawFn, name: str) -> str:
 
 
 @each_family
-@settings(max_examples=50)
+@trials(50)
 @given(data=st.data())
 def test_meaning(name: str, data: st.DataObject) -> None:
     """Calls with prose around them, and markup that leads nowhere, mean what the plain reference reads."""

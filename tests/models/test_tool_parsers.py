@@ -175,6 +175,15 @@ def test_xml_values_by_schema() -> None:
     check("qwen3_coder", f"{text}</function>", "", ("f", arguments, True), known={"f": {"properties": properties}})
 
 
+def test_a_short_xml_parameter_after_a_long_one() -> None:
+    chunks = ["<function=f><parameter=a>" + "x" * 50, "</parameter><parameter=b>1</parameter></function>"]
+    assert calls_of(run(parser("qwen3_coder"), chunks)) == [("f", f'{{"a": "{"x" * 50}", "b": 1}}', True)]
+
+
+def test_a_list_that_does_not_become_calls_is_not_held_for_long() -> None:
+    assert parser("pythonic").feed("[" + "f" * 300) == [Content("[" + "f" * 300)]
+
+
 def test_xml_parameters_come_one_by_one() -> None:
     machine = parser("qwen3_coder")
     assert machine.feed("<tool_call>\n<function=f>\n<para") == []

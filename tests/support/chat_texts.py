@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from actorserve.models.parse_events import Event, Parser, joined
@@ -33,6 +34,11 @@ FRAGMENTS = (
         "<parameter=a>\n1\n</parameter>",
     ),
 )
+
+
+def trials(count: int) -> settings:
+    """That many random texts; how long they take decides nothing."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def counter() -> Callable[[], str]:

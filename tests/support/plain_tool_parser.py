@@ -140,7 +140,7 @@ REGIONS: dict[str, tuple[str, str, Region]] = {
     "deepseekv31": ("<｜tool▁calls▁begin｜>", "", deepseek(rf"({WORD})<｜tool▁sep｜>\s*(?={{)", "")),
     "command-r": (r"<\|START_ACTION\|>|Action:\s*```json", "", command_r),
     "pythonic": (r"<\|python_start\|>", "[", pythonic),
-    "json": ("$.", "{[", generic),
+    "json": ("(?!)", "{[", generic),
     "qwen3_coder": ("<tool_call>", "", xml),
 }
 
