@@ -6,12 +6,15 @@
 # from PyTorch's, and failing both whatever torch the index has.
 
 ARGS ?=
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+EXTRA := $(if $(GPU),[gpu],)
+DEV_EXTRA := $(if $(GPU),[dev$(comma)gpu],[dev])
 TORCH_VERSION := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -72,10 +75,10 @@ endif
 
 $(VENV)/installed: pyproject.toml | $(VENV)/torch
 	@echo "installing actorserve into $(VENV) (once)"
-	@$(PIP) --quiet -e .
+	@$(PIP) --quiet -e '.$(EXTRA)'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/torch
 	@echo "installing actorserve and the development tools into $(VENV) (once)"
-	@$(PIP) --quiet -e '.[dev]'
+	@$(PIP) --quiet -e '.$(DEV_EXTRA)'
 	@touch $@ $(VENV)/installed

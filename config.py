@@ -30,7 +30,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        Meta(description="weights and activations; auto: the checkpoint's, bfloat16 on CPU"),
+        Meta(
+            description="weights and activations; auto: the checkpoint's; on a CPU bfloat16 if it has instructions for "
+            "it, else float32"
+        ),
     ] = "auto"
     context_length: Annotated[Positive | None, Meta(description="default: the model's")] = None
     random_seed: Annotated[int, Meta(ge=0, description="base of the seeds of requests that bring none")] = 0

@@ -42,7 +42,7 @@ def _gpu(gib: float, terabytes: float, teraflops: float, measured: bool = False)
 
 GPUS: Final[dict[str, Gpu]] = {
     "h200": _gpu(139.8, 4.3, 790, measured=True),  # a device copy, cuBLAS on random data
-    "h100": _gpu(79.1, 3.35, 989),
+    "h100": _gpu(79.1, 3.02, 780, measured=True),
     "a100-80g": _gpu(79.1, 2.04, 312),
     "a100-40g": _gpu(39.4, 1.555, 312),
     "l40s": _gpu(44.4, 0.864, 362),

@@ -1,0 +1,36 @@
+"""Our Triton kernels compile for an H100, in the configurations in which they are launched there (no GPU is needed)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = Path(__file__).parent.parent / "support" / "compile_kernels.py"
+
+
+def run(code: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_all_compile(tmp_path: Path) -> None:
+    done = run(f"import runpy; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    assert compiled >= {"scan", "finish_rows", "settle_ranked", "settle_raced", "decode", "prefill", "rope_kernel"}
+
+
+def test_what_the_interpreter_forgives_is_noticed(tmp_path: Path) -> None:
+    code = f"""
+import runpy
+kernels = runpy.run_path({str(PROGRAM)!r})
+kernels["DECODE"].clear()
+kernels["build"](kernels["scan_kernels"].finish_rows, 1, SPLITS=6, STOPS=128, FILTERING=False, EDITED=False,
+                 CONSTRAINED=False)
+"""
+    done = run(code, tmp_path)
+    assert done.returncode and "power of 2" in done.stderr

@@ -1,0 +1,101 @@
+"""Compiles our Triton kernels for an H100 without one, as they are launched there; a program of its own for the tests.
+
+`python compile_kernels.py`, without TRITON_INTERPRET. Prints a line for each kernel and configuration; an error ends
+it. The interpreter runs kernels but forgives what the compiler does not, like a tl.arange that is no power of two.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from triton import compiler
+from triton.backends.compiler import GPUTarget
+
+from actorserve.models import attention_kernels, layer_kernels, slot_kernels
+from actorserve.models.triton_attention import DECODE, splits_for
+from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
+
+TARGET = GPUTarget("cuda", 90, 32)
+INTS = "rows_ptr length_ptr last_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
+POINTERS: dict[str, str] = {
+    **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
+    **dict.fromkeys("partial partial_lse table frequencies".split(), "*fp32"),
+    **dict.fromkeys("ints directory totals aboves new_aboves stop_ids bias_ids eos_ids".split(), "*i64"),
+    **dict.fromkeys("slots positions bitmask bound states best_ids drawn ids chosen".split(), "*i32"),
+    **dict.fromkeys("candidate_ids wins new_wins tables rows lengths counters pages meta".split(), "*i32"),
+    **dict.fromkeys("q cache out qkv gains kv delta residual weight new_residual gate_up".split(), "*bf16"),
+    "marks": "*i16", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
+}  # fmt: skip
+FLOATS = {"scale", "cap", "eps", "factor"}
+
+
+def build(kernel: Any, warps: int, pdl: bool = False, **constants: Any) -> None:
+    """Compile one configuration; names decide the types of arguments."""
+    names = kernel.arg_names
+    types = {n: POINTERS.get(n) or ("fp32" if n in FLOATS else "i32") for n in names if n not in constants}
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    options = {"num_warps": warps, **({"launch_pdl": True} if pdl else {})}
+    compiler.compile(compiler.ASTSource(kernel, signature, values), target=TARGET, options=options)
+    print(kernel.__name__, constants, flush=True)
+
+
+def sampler() -> Iterator[None]:
+    """Every kernel of the fused sampler."""
+    base = {"BLOCK": fused.BLOCK, "GROUPS": fused.GROUPS, "bitmask": None, "MASKED": False, "FAST": True}
+    for edited, constrained, random, ranked in ((0, 0, 1, 0), (1, 0, 0, 0), (0, 1, 1, 1), (1, 1, 1, 0)):
+        flags = {"EDITED": edited, "CONSTRAINED": constrained, "RANDOM": random, "RANKED": ranked}
+        yield build(scan_kernels.scan, fused.WARPS, **base, **{n: bool(f) for n, f in flags.items()})
+    yield build(scan_kernels.edit_few, 4, BLOCK=128)
+    for splits in (1, 16, 64):
+        flags = {"FILTERING": splits > 1, "EDITED": splits > 1, "CONSTRAINED": splits > 1}
+        yield build(scan_kernels.finish_rows, 1, SPLITS=splits, STOPS=128, **flags)
+    size = {"BLOCK": fused.BLOCK, "SPLITS": 16}
+    groups = {"FEW": fused.FEW, "MOST": fused.MOST, "GROUPS": fused.GROUPS, "FAST": True}
+    yield build(rank_kernels.settle_ranked, fused.WARPS, **size, **groups)
+    yield build(race_kernels.race_pass, fused.WARPS, FAST=True, **size)
+    for first in (True, False):
+        yield build(race_kernels.mass_pass, fused.WARPS, FIRST=first, **size)
+    yield build(race_kernels.settle_raced, fused.WARPS, FAST=True, **size)
+
+
+def attention() -> Iterator[None]:
+    """Decode at every launch of the table and some numbers of rows, and prefill."""
+    shape = {"K": 4, "G": 7, "PAGE": 16, "WINDOW": False, "SOFTCAP": False, "PRECISION": "tf32"}
+    seen = set()
+    for head_dim, launches in DECODE.items():
+        for most, launch in launches:
+            for problems in (1, 7, most, 3 * most):
+                splits = splits_for(problems, launch)
+                if (head_dim, launch, splits) in seen:
+                    continue
+                seen.add((head_dim, launch, splits))
+                yield build(
+                    attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
+                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, PDL=True, **shape,
+                )  # fmt: skip
+    for window, cap in ((False, False), (True, True)):
+        yield build(
+            attention_kernels.prefill, 4, D=128, DP=128, M=64, BLOCK=64, STAGES=2,
+            **shape | {"WINDOW": window, "SOFTCAP": cap},
+        )  # fmt: skip
+
+
+def layers() -> Iterator[None]:
+    """What is between the GEMMs, and the slot arrays."""
+    yield build(layer_kernels.rotation_kernel, 4, BLOCK=256)
+    for pdl in (False, True):
+        yield build(layer_kernels.norm_kernel, 8, pdl, ADD=True, BLOCK=4096, PDL=pdl)
+        yield build(layer_kernels.act_mul_kernel, 4, pdl, ACT="silu", BLOCK=1024, PDL=pdl)
+    for interleaved, norm in ((False, False), (True, True)):
+        yield build(
+            layer_kernels.rope_kernel, 1, D=128, DIM=128, HALF=64, REST=0, HEADS=4, BLOCKS=9, SKIP_QUERIES=False,
+            INTERLEAVED=interleaved, NORM=norm, ROTATE=True, KV_LIMIT=0, PDL=False,
+        )  # fmt: skip
+    yield build(slot_kernels._prepare, 4, PAGE=16, BLOCK=256)
+    yield build(slot_kernels._advance, 4, NO_TOKEN=-1, LENGTH=2, BLOCK=256)
+
+
+if __name__ == "__main__":
+    for part in (sampler, attention, layers):
+        for _ in part():
+            pass
