@@ -96,3 +96,10 @@ class Request:
     def wants_tokens(self) -> bool:
         """False for a request that only fills the cache (max_new_tokens 0)."""
         return self.limit > len(self.tokens)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many leading tokens two int32 arrays share."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

@@ -23,7 +23,7 @@ from . import jumps
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
-from .request import Request, Stage
+from .request import Request, Stage, common_prefix
 from .slot_table import SlotTable
 from .window import Counters, JumpChunk, PrefillChunk, Seat, Window
 
@@ -31,13 +31,6 @@ IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiti
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
 EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
 MAX_CRASHES: Final = 2
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Return how many leading tokens two int32 arrays share."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
 
 
 class Schedule:

@@ -3,6 +3,7 @@
 Greedy and seeded ids are compared with those of the plainest way: no jumps, one step a window.
 """
 
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ GRAMMARS: list[dict[str, Any]] = [
     {},
 ]
 """The last one is free: it shares batches with the others."""
+
+
+@pytest.fixture(autouse=True)
+def no_engines_pile_up() -> Iterator[None]:
+    """An engine of the past is a cycle of some GB."""
+    yield
+    gc.collect()
 
 
 def matches(grammar: dict[str, Any], text: str) -> bool:
