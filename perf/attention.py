@@ -30,6 +30,7 @@ from actorserve.models.shapes import KNOWN
 from actorserve.models.spec import Spec
 from actorserve.models.triton_attention import MOST_PROGRAMS, Launch, TritonAttention, launch_for, splits_for
 from actorserve.perf import limits
+from actorserve.perf.replay import median_milliseconds
 
 SHAPES = ("qwen2-0.5b:1,64", "qwen2-7b:256,1,32,128")
 PAGE = 16
@@ -94,16 +95,7 @@ def microseconds(plan: AttentionPlan, case: Inputs) -> float:
     with torch.cuda.graph(graph):
         for layer in layers:
             plan.run(layer, case.q)
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(layers))
-    return sorted(times)[len(times) // 2]
+    return 1e3 * median_milliseconds(graph, 5) / len(layers)
 
 
 def attempt(run: Callable[[], float]) -> tuple[float | None, str]:

@@ -28,6 +28,7 @@ from actorserve.models.rope import inverse_frequencies
 from actorserve.models.shapes import KNOWN
 from actorserve.models.triton_ops import TritonOps, pdl_rows
 from actorserve.perf.gemm_tiles import Case, candidates, cases
+from actorserve.perf.replay import median_milliseconds
 
 ROTATED = 256 << 20
 """Bytes of weights that a graph goes through: several times the L2."""
@@ -124,16 +125,7 @@ class Bench:
         with torch.cuda.graph(graph):
             for linear in maps:
                 run(linear)
-        graph.replay()
-        times = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * start.elapsed_time(end) / len(maps))
-        return sorted(times)[len(times) // 2]
+        return 1e3 * median_milliseconds(graph, 5) / len(maps)
 
 
 Work = list[tuple[Case, int, Tile]]

@@ -28,6 +28,7 @@ from actorserve.models.spec import Spec
 from actorserve.models.triton_ops import TritonOps, pdl_rows
 from actorserve.perf import limits
 from actorserve.perf.gemm import read_table
+from actorserve.perf.replay import median_milliseconds
 
 
 @dataclass
@@ -124,15 +125,7 @@ def milliseconds(run: Callable[[], Any], repeat: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for _ in range(repeat + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[2:])[repeat // 2]
+    return median_milliseconds(graph, repeat, warm=2)
 
 
 def measure(model: Model, rows: int, todo: list[Variant], args: argparse.Namespace) -> list[dict[str, Any]]:

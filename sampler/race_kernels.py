@@ -10,7 +10,7 @@ Invariant: weights are those of reference.py, step 6, integers, so that sums do 
 import triton
 import triton.language as tl
 
-from .rank_kernels import _mass_from, _race_from
+from .rank_kernels import mass_from, race_from
 from .scan_kernels import (
     FILTERED,
     FLOATS,
@@ -156,8 +156,8 @@ def settle_raced(
         kept = _kept(row, slot, ints, totals, aboves, q, SPLITS)
         while (kept == 0) & (token < vocab):  # a poisoned row may have no token
             from_weight = tl.maximum(q.to(tl.int64) + 1, least)
-            token = _race_from(x_row, top, scale, from_weight, word0, word1, vocab, FAST, BLOCK)
+            token = race_from(x_row, top, scale, from_weight, word0, word1, vocab, FAST, BLOCK)
             q = weight((load_clean(x_row, token, token < vocab) - top) * scale)
-            _, above = _mass_from(x_row, top, scale, q.to(tl.int32, bitcast=True) + 1, vocab, BLOCK)
+            _, above = mass_from(x_row, top, scale, q.to(tl.int32, bitcast=True) + 1, vocab, BLOCK)
             kept = (q.to(tl.int64) >= least) & (above < limit)
         tl.store(drawn + row, token)

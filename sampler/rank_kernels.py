@@ -133,7 +133,7 @@ def _settle_bits(z_at, ids_at, count, top_k, top_p, least, word0, word1, FAST: t
 
 
 @triton.jit
-def _mass_from(x_row, top, scale, bits, vocab, BLOCK: tl.constexpr):
+def mass_from(x_row, top, scale, bits, vocab, BLOCK: tl.constexpr):
     """(how many tokens of a whole row have a weight whose float32 bits are at least `bits`, their mass)."""
     lane = tl.arange(0, BLOCK)
     number = tl.zeros([BLOCK], tl.int32)
@@ -148,7 +148,7 @@ def _mass_from(x_row, top, scale, bits, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _race_from(x_row, top, scale, least, word0, word1, vocab, FAST: tl.constexpr, BLOCK: tl.constexpr):
+def race_from(x_row, top, scale, least, word0, word1, vocab, FAST: tl.constexpr, BLOCK: tl.constexpr):
     """The winner among the tokens of a whole row whose weight is at least `least`."""
     lane = tl.arange(0, BLOCK)
     score = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -170,19 +170,19 @@ def _settle_all(x_row, top, scale, top_k, top_p, least, word0, word1, vocab, FAS
     by_rank = 0
     for b in range(0, 31):
         attempt = by_rank | (1 << (30 - b))
-        number, _ = _mass_from(x_row, top, scale, attempt, vocab, BLOCK)
+        number, _ = mass_from(x_row, top, scale, attempt, vocab, BLOCK)
         by_rank = tl.where(number >= top_k, attempt, by_rank)
     least = tl.maximum(least, by_rank.to(tl.float32, bitcast=True).to(tl.int64))
     if top_p < WHOLE:
-        _, ranked = _mass_from(x_row, top, scale, by_rank, vocab, BLOCK)
+        _, ranked = mass_from(x_row, top, scale, by_rank, vocab, BLOCK)
         limit = tl.maximum(share(ranked, top_p), 1)
         by_mass = 0
         for b in range(0, 31):
             attempt = by_mass | (1 << (30 - b))
-            _, mass = _mass_from(x_row, top, scale, attempt, vocab, BLOCK)
+            _, mass = mass_from(x_row, top, scale, attempt, vocab, BLOCK)
             by_mass = tl.where(mass >= limit, attempt, by_mass)
         least = tl.maximum(least, by_mass.to(tl.float32, bitcast=True).to(tl.int64))
-    return _race_from(x_row, top, scale, least, word0, word1, vocab, FAST, BLOCK)
+    return race_from(x_row, top, scale, least, word0, word1, vocab, FAST, BLOCK)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import grammars
 import numpy as np
 import pytest
-from characters import CHARACTER, WORDS
 
 from actorserve.fsm import reference
 from actorserve.fsm.compiler import compile_pattern
@@ -18,6 +17,7 @@ from actorserve.fsm.pattern import parse_pattern
 from actorserve.fsm.token_table import TokenTable
 from actorserve.fsm.vocabulary import TokenizerTables, build_tables
 from actorserve.models.tokenizer import load_tokenizer
+from actorserve.perf.constrained import CHARACTER, WORDS
 
 HARRY = """{
     "name": "Harry Potter",

@@ -12,11 +12,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from characters import CHARACTER
 from prompts import PROMPTS
 
 from actorserve import Engine, SamplingParams
 from actorserve.errors import RequestError
+from actorserve.perf.constrained import CHARACTER
 
 BASE = {
     "dtype": "float32", "placement": "inline", "max_total_tokens": 8192, "window_ms": 0.0, "cpu_threads": 1,

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from characters import CHARACTER, WORDS
 from live_server import LiveServer, alive, live_server, shared_memory, wait_until
 
+from actorserve.perf.constrained import CHARACTER, WORDS
 from actorserve.perf.engines import free_port
 
 TEXT = "Once upon a time"
