@@ -152,9 +152,9 @@ class Executor(Actor):
             return None
         if getattr(runner.decoder.attention, "needs_host_lengths", False):
             return None  # its decode is planned on the host before each step
-        from ..models.graphs import DecodeGraphs
+        from ..models.graphs import StepGraphs
 
-        return DecodeGraphs(runner, sampler, min(slots, config.cuda_graph_max_bs or slots))
+        return StepGraphs(runner, sampler, min(slots, config.cuda_graph_max_bs or slots))
 
     def _load(self) -> Decoder:
         set_threads(self.context.config)

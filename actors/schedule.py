@@ -31,6 +31,7 @@ IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiti
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
 EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
 MAX_CRASHES: Final = 2
+CROWD: Final = 8192  # waiting prompt tokens from which on throughput counts more than the pace of running streams
 
 
 class Schedule:
@@ -48,7 +49,7 @@ class Schedule:
         """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
 
         `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with decode rows, if
-        that is fewer.
+        that is fewer and not more than CROWD tokens wait.
         """
         self.config = config
         self.window_ms = window_ms
@@ -240,9 +241,18 @@ class Schedule:
         if self.chunk_tokens <= 0:
             return self.config.max_prefill_tokens
         budget = self.chunk_tokens - rows
-        if rows and self.mixed_tokens is not None:
+        if rows and self.mixed_tokens is not None and not self._crowded():
             budget = min(budget, self.mixed_tokens)
         return max(budget, self.page)
+
+    def _crowded(self) -> bool:
+        """Whether so many prompt tokens wait that small chunks would only make them wait longer."""
+        tokens = 0
+        for request in self.waiting.values():
+            tokens += len(request.tokens)
+            if tokens > CROWD:
+                return True
+        return False
 
     def _add_chunk(self, window: Window, request: Request) -> None:
         start = request.planned

@@ -15,7 +15,7 @@ import numpy as np
 import trio
 
 from ..errors import RequestError
-from ..models.ledger import CHUNK
+from ..models.ledger import CHUNK, MIXED_CHUNK
 from .actor import Actor, Context
 from .grammar_store import GrammarStore
 from .messages import (
@@ -52,13 +52,6 @@ from .window import JumpChunk, Window
 STATS_SECONDS: Final = 0.25
 NOTHING: Final = memoryview(b"")
 FSM: Final = "fsm"
-MIXED_CHUNK: Final = {"cpu": None, "cuda": 512}
-"""Prompt tokens beside decode rows, unless --chunked-prefill-size is given.
-
-The decode rows wait for the chunk: 512 tokens of a 7B model take an H100 about as long as a decode step of 128 rows, so
-a stream's tokens come at most twice as far apart while others join. Beside them the rows' own GEMMs are nearly free
-(Agrawal et al., "Sarathi-Serve", 2024).
-"""
 AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
 
 

@@ -6,10 +6,14 @@ Legend: T tokens, D decode rows, C chunks, P pages in a table row, R rows whose 
 """
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
+
+TILE_QUERIES: Final = 64
+"""Queries of a tile."""
 
 
 @dataclass(slots=True)
@@ -20,6 +24,17 @@ class Chunk:
     length: int
     pages: Tensor
     """[pages of the sequence] int32; covers start + length tokens."""
+
+
+@dataclass(slots=True)
+class Tiles:
+    """Prefill chunks cut into tiles of TILE_QUERIES tokens of one sequence."""
+
+    meta: Tensor
+    """int32 [tiles, 4]: first of the T tokens, tokens left in the chunk, first position, first entry of `pages`. A tile
+    of zeros does nothing."""
+    pages: Tensor
+    """int32, flat: the sequences' page lists."""
 
 
 @dataclass(slots=True)
@@ -41,6 +56,8 @@ class Batch:
     logit_rows: Tensor | None
     """[R] int64 indices into the T tokens whose logits are wanted; None: all."""
     chunks: list[Chunk] = field(default_factory=list)
+    tiles: Tiles | None = None
+    """The chunks where the host must not be asked for them (CUDA graphs); `chunks` is empty then."""
     decode_rows: Tensor | None = None
     """[D] int32 or int64: the row of decode_tables of each decode row; None: row i."""
     decode_lengths_host: np.ndarray | None = None
@@ -49,6 +66,17 @@ class Batch:
     @property
     def num_decode(self) -> int:
         return self.decode_lengths.shape[0]
+
+
+def tile_table(chunks: list[tuple[int, int, int]], row: int) -> np.ndarray:
+    """Return Tiles.meta int32 [tiles, 4] of chunks (length, start, first entry in the pages); the first is at `row`."""
+    parts = [np.empty((0, 4), dtype=np.int32)]
+    for length, start, entry in chunks:
+        begin = np.arange(0, length, TILE_QUERIES)
+        table = np.stack([row + begin, length - begin, start + begin, np.full_like(begin, entry)], 1)
+        parts.append(table.astype(np.int32))
+        row += length
+    return np.concatenate(parts)
 
 
 def plain_batch(ids: list[int], start: int, pages: Tensor, page_size: int, all_logits: bool = False) -> Batch:

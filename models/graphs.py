@@ -1,12 +1,12 @@
-"""DecodeGraphs: whole decode steps (prepare, forward, draw, advance) as CUDA graphs, at a ladder of batch sizes.
+"""Steps as CUDA graphs (prepare, forward, draw, advance), at a ladder of sizes: decode steps, and mixed ones.
 
 Used by the stepper. A batch runs in the next larger graph, the rest of its rows being the padding slot. Graphs are
 captured on first need, so the server answers at once, and one by one while the executor idles.
-Invariant: a graph reads the slot arrays, the sampler's state and `rows`, all at fixed addresses, and nothing from the
-host; its intermediates lie in a pool that all graphs share, since they run one after another.
+Invariant: a graph reads the slot arrays, the sampler's state and its own inputs, all at fixed addresses, and nothing
+from the host; its intermediates lie in a pool that all graphs share, since they run one after another.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,49 @@ from torch import Tensor
 
 from ..sampler.reference import Sampled
 from ..sampler.upload import upload
-from .ledger import ladder
-from .runner import Runner
+from .ledger import ladder, mixed_ladder
+from .mixed_step import Bucket, MixedStep, fits
+from .runner import ChunkWork, Runner, StepLogits
 
 if TYPE_CHECKING:
     from .stepper import Drawer
+
+Drawn = tuple[Tensor, Sampled]
+"""(out int32 [2, rows]: see SlotArrays.advance, what was drawn)"""
+
+
+class Capturer:
+    """Captures steps into graphs that share a pool."""
+
+    def __init__(self, runner: Runner, drawer: "Drawer") -> None:
+        self.runner = runner
+        self.drawer = drawer
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
+
+    @torch.inference_mode()
+    def capture(self, forward: Callable[[], StepLogits], mode: Hashable) -> "Captured":
+        """Run the step once, on whatever its inputs are, so that everything is compiled, then capture it."""
+        self._step(forward, mode)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # The default mode would forbid the thread that waits for earlier steps to go on.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                out, sampled = self._step(forward, mode)
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return Captured(graph, out, sampled)
+
+    def _step(self, forward: Callable[[], StepLogits], mode: Hashable) -> Drawn:
+        f = forward()
+        sampled = self.drawer.draw(f.logits, f.slots, f.positions, mode, None)
+        out = torch.empty(2, len(f.slots), dtype=torch.int32, device=self.runner.device)
+        self.runner.slots.advance(f.slots, f.positions, sampled.ids, sampled.finish, out)
+        return out, sampled
 
 
 @dataclass(slots=True)
@@ -29,31 +67,31 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     out: Tensor
-    """int32 [2, bucket]: see SlotArrays.advance."""
     sampled: Sampled
+
+    def replay(self) -> Drawn:
+        """Launch it; what it returns is valid until the next replay of any graph."""
+        self.graph.replay()
+        return self.out, self.sampled
 
 
 class DecodeGraphs:
-    """Graphs by (bucket, sampler mode)."""
+    """Decode steps, by (bucket, sampler mode)."""
 
-    def __init__(self, runner: Runner, drawer: "Drawer", max_batch: int) -> None:
-        self.runner = runner
-        self.drawer = drawer
+    def __init__(self, capturer: Capturer, max_batch: int) -> None:
+        self.capturer = capturer
+        self.runner = capturer.runner
         self.buckets = ladder(max_batch)
         self.max_batch = max_batch
-        self.padding = runner.slots.padding
-        self.rows = torch.full((max_batch,), self.padding, dtype=torch.int32, device=runner.device)
+        self.padding = self.runner.slots.padding
+        self.rows = torch.full((max_batch,), self.padding, dtype=torch.int32, device=self.runner.device)
         self._host_rows = np.full(max_batch, self.padding, dtype=np.int32)
         self._graphs: dict[tuple[int, Hashable], Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
 
-    def covers(self, batch: int) -> bool:
-        """Whether a batch of this size runs as a graph."""
-        return 0 < batch <= self.max_batch
-
-    def replay(self, host_rows: np.ndarray, mode: Hashable) -> tuple[Tensor, Sampled]:
-        """Launch one step of the slots [B]; returns (out [2, bucket], sampled), valid until the next replay."""
+    def replay(self, host_rows: np.ndarray, mode: Hashable) -> Drawn | None:
+        """Launch one step of the slots [B]; None if no graph is that large."""
+        if len(host_rows) > self.max_batch:
+            return None
         bucket = next(b for b in self.buckets if b >= len(host_rows))
         captured = self._graphs.get((bucket, mode)) or self._capture(bucket, mode)
         wanted = self._host_rows.copy()
@@ -62,42 +100,80 @@ class DecodeGraphs:
         if not np.array_equal(wanted, self._host_rows):
             self._host_rows = wanted
             self.rows.copy_(upload(wanted, self.runner.device))
-        captured.graph.replay()
-        return captured.out, captured.sampled
+        return captured.replay()
 
-    def capture_next(self) -> bool:
-        """Capture the smallest bucket that lacks the commonest modes; False when none does."""
-        for mode in dict.fromkeys([self.drawer.mode(np.array([self.padding])), *(m for _, m in self._graphs)]):
+    def modes(self) -> list[Hashable]:
+        """The sampler modes that were needed."""
+        return list(dict.fromkeys(mode for _, mode in self._graphs))
+
+    def capture_next(self, modes: list[Hashable]) -> bool:
+        """Capture the smallest bucket that lacks one of these modes; False when none does."""
+        for mode in modes:
             for bucket in self.buckets:
                 if (bucket, mode) not in self._graphs:
                     self._capture(bucket, mode)
                     return True
         return False
 
-    @torch.inference_mode()
     def _capture(self, bucket: int, mode: Hashable) -> Captured:
-        """Run the step once on padding rows, so that everything is compiled, then capture it."""
         self.rows.fill_(self.padding)
         self._host_rows[:] = self.padding
-        self._step(bucket, mode)
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            # The default mode would forbid the thread that waits for earlier steps to go on.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                out, sampled = self._step(bucket, mode)
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
-        captured = self._graphs[bucket, mode] = Captured(graph, out, sampled)
+        rows = self.rows[:bucket]
+        captured = self._graphs[bucket, mode] = self.capturer.capture(lambda: self.runner.decode(rows, None), mode)
         return captured
 
-    def _step(self, bucket: int, mode: Hashable) -> tuple[Tensor, Sampled]:
-        rows = self.rows[:bucket]
-        forward = self.runner.decode(rows, None)
-        sampled = self.drawer.draw(forward.logits, forward.slots, forward.positions, mode, None)
-        out = torch.empty(2, bucket, dtype=torch.int32, device=self.runner.device)
-        self.runner.slots.advance(rows, forward.positions, sampled.ids, sampled.finish, out)
-        return out, sampled
+
+class MixedGraphs:
+    """Decode rows beside small prefill chunks, by (bucket, sampler mode)."""
+
+    def __init__(self, capturer: Capturer, max_batch: int) -> None:
+        self.capturer = capturer
+        self.buckets = [Bucket(rows, tokens) for rows, tokens in mixed_ladder(max_batch)]
+        self._steps: dict[Bucket, MixedStep] = {}
+        self._graphs: dict[tuple[Bucket, Hashable], Captured] = {}
+
+    def replay(self, decoding: np.ndarray, chunks: list[ChunkWork], mode: Hashable) -> Drawn | None:
+        """Launch one step of the slots `decoding` and the chunks; None if that does not fit."""
+        bucket = next((b for b in self.buckets if fits(decoding, chunks, b)), None)
+        if bucket is None:
+            return None
+        captured = self._graphs.get((bucket, mode)) or self._capture(bucket, mode)
+        self._steps[bucket].fill(decoding, chunks)
+        return captured.replay()
+
+    def capture_next(self, modes: list[Hashable]) -> bool:
+        """See DecodeGraphs.capture_next."""
+        for mode in modes:
+            for bucket in self.buckets:
+                if (bucket, mode) not in self._graphs:
+                    self._capture(bucket, mode)
+                    return True
+        return False
+
+    def _capture(self, bucket: Bucket, mode: Hashable) -> Captured:
+        step = self._steps.get(bucket)
+        if step is None:
+            step = self._steps[bucket] = MixedStep(self.capturer.runner, bucket)
+        step.clear()
+        captured = self._graphs[bucket, mode] = self.capturer.capture(step.forward, mode)
+        return captured
+
+
+class StepGraphs:
+    """All of them. `max_batch`: rows of the largest graph."""
+
+    def __init__(self, runner: Runner, drawer: "Drawer", max_batch: int) -> None:
+        self.drawer = drawer
+        capturer = Capturer(runner, drawer)
+        self.decode = DecodeGraphs(capturer, max_batch)
+        self.mixed = MixedGraphs(capturer, max_batch)
+
+    def replay(self, decoding: np.ndarray, chunks: list[ChunkWork], mode: Hashable) -> Drawn | None:
+        """Launch a step that draws; None where it must run eagerly."""
+        return self.mixed.replay(decoding, chunks, mode) if chunks else self.decode.replay(decoding, mode)
+
+    def capture_next(self) -> bool:
+        """Capture one more graph of the commonest modes; False when all are there."""
+        common = self.drawer.mode(np.array([self.decode.padding]))
+        modes = list(dict.fromkeys([common, *self.decode.modes()]))
+        return self.decode.capture_next(modes) or self.mixed.capture_next(modes)

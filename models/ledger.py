@@ -25,9 +25,19 @@ SLOTS: Final = {"cpu": 64, "cuda": 256}
 """Default of --max-running-requests."""
 CHUNK: Final = {"cpu": 256, "cuda": 8192}
 """Default of --chunked-prefill-size."""
+MIXED_CHUNK: Final = {"cpu": None, "cuda": 384}
+"""Prompt tokens beside decode rows where few wait, unless --chunked-prefill-size is given.
+
+The decode rows wait for the chunk: 384 tokens of a 7B model take an H100 about as long as a decode step of 128 rows, so
+a stream's tokens come at most twice as far apart while others join. Beside them the rows' own GEMMs are nearly free
+(Agrawal et al., "Sarathi-Serve", 2024).
+"""
 
 LADDER: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Batch sizes with a CUDA graph of their own."""
+MIXED_ROWS: Final = (8, 32, 64, 128, 256)
+MIXED_TOKENS: Final = (32, 128, 384)
+"""Rows and chunk tokens of the graphs for decode rows beside a chunk: jumps, short prompts, a full MIXED_CHUNK."""
 
 SCRATCH_PAGES: Final = 1
 """Pages beside those of requests: padding rows write there."""
@@ -109,12 +119,18 @@ def ladder(largest: int) -> list[int]:
     return [b for b in LADDER if b < largest] + [largest]
 
 
+def mixed_ladder(largest: int) -> list[tuple[int, int]]:
+    """Return the (rows, chunk tokens) to capture for steps with chunks, each before those that hold more."""
+    rows = [b for b in MIXED_ROWS if b < largest] + [largest]
+    return [(b, tokens) for b in rows for tokens in MIXED_TOKENS]
+
+
 def graph_bytes(spec: Spec, rows: int, itemsize: int, graphs: int) -> int:
-    """CUDA graphs of the decode step: one pool for the largest batch, and what the driver keeps for each graph."""
+    """CUDA graphs: one pool for the largest step, and what the driver keeps for each graph."""
     if not graphs:
         return 0
     nodes = KERNELS_PER_LAYER * spec.layers + 12
-    return activation_bytes(spec, rows, itemsize) + graphs * nodes * GRAPH_NODE_BYTES
+    return activation_bytes(spec, rows + MIXED_TOKENS[-1], itemsize) + graphs * nodes * GRAPH_NODE_BYTES
 
 
 def kv_budget(total: int, fraction: float, static: int, transient: int) -> int:
@@ -174,7 +190,7 @@ def demand_of(spec: Spec, config: EngineConfig, dtype: str, context_length: int)
         slots=slots,
         forward_tokens=forward_tokens(config, slots),
         context_length=context_length,
-        graphs=len(ladder(largest_graph)) if largest_graph else 0,
+        graphs=len(ladder(largest_graph)) + len(mixed_ladder(largest_graph)) if largest_graph else 0,
     )
 
 
@@ -239,7 +255,7 @@ def estimate(demand: Demand) -> list[Row]:
             f"float32 [{demand.slots:,}, {demand.vocab:,}]",
         ),
         Row("attention workspace", WORKSPACE_BYTES, "transient", "reserve"),
-        Row("CUDA graphs", kernels, "transient", f"{demand.graphs} batch sizes" if demand.graphs else "off"),
+        Row("CUDA graphs", kernels, "transient", f"{demand.graphs} sizes" if demand.graphs else "off"),
     ]
 
 

@@ -97,7 +97,7 @@ class Runner:
         """
         rows = self.upload_rows(host_rows)
         inputs = self.slots.prepare(rows)
-        packed, places = self._chunk_inputs(chunks, len(host_rows))
+        packed, places = self.chunk_inputs(chunks, len(host_rows))
         n = len(packed[0])
         device = upload(np.concatenate([*packed, *places]), self.device).to(self.index_dtype)
         ids, positions, kv_slots, wanted, slots, draw_positions = torch.split(device, [n, n, n, *map(len, places)])
@@ -126,7 +126,7 @@ class Runner:
             parts.append(Chunk(c.start, len(c.ids), self.slots.tables[c.slot, :pages]))
         return parts
 
-    def _chunk_inputs(self, chunks: list[ChunkWork], decode_rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def chunk_inputs(self, chunks: list[ChunkWork], decode_rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return ([ids, positions, KV slots] of the chunks' tokens, [wanted rows, drawing slots, draw positions])."""
         ids, positions, kv_slots, wanted = [], [], [], list(range(decode_rows))
         drawing = [c.slot for c in chunks if c.draws]
@@ -142,5 +142,6 @@ class Runner:
             if c.draws:
                 wanted.append(at - 1)
                 draw_positions.append(c.start + len(c.ids))
-        tokens = [np.concatenate(part).astype(np.int64) for part in (ids, positions, kv_slots)]
+        nothing = np.empty(0, dtype=np.int64)
+        tokens = [np.concatenate([nothing, *part]).astype(np.int64) for part in (ids, positions, kv_slots)]
         return tokens, [np.array(part, dtype=np.int64) for part in (wanted, drawing, draw_positions)]

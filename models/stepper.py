@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..sampler.reference import Sampled
-from .graphs import DecodeGraphs
+from .graphs import StepGraphs
 from .runner import ChunkWork, Runner, StepLogits
 
 
@@ -100,9 +100,9 @@ class Step:
 
 
 class Stepper:
-    """`graphs` replay decode steps where there are any; all else runs eagerly."""
+    """`graphs` replay the steps that fit in one, where there are any; all else runs eagerly."""
 
-    def __init__(self, runner: Runner, drawer: Drawer, graphs: DecodeGraphs | None) -> None:
+    def __init__(self, runner: Runner, drawer: Drawer, graphs: StepGraphs | None) -> None:
         self.runner = runner
         self.drawer = drawer
         self.graphs = graphs
@@ -123,9 +123,10 @@ class Stepper:
         if not len(slots) and not chunks:
             return Step(slots, None, None, None)
         mode = self.drawer.mode(slots) if len(slots) else None
-        if not chunks and self.graphs is not None and self.graphs.covers(len(decoding)):
-            out, sampled = self.graphs.replay(decoding, mode)
-            return self._collect(slots, out[:, : len(slots)], sampled)
+        if self.graphs is not None and len(slots):
+            replayed = self.graphs.replay(decoding, chunks, mode)
+            if replayed is not None:
+                return self._collect(slots, replayed[0][:, : len(slots)], replayed[1])
         forward = self._forward(decoding, chunks)
         if not len(slots):
             return self._collect(slots, None, None)

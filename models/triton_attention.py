@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..sampler.upload import upload
 from . import attention_kernels as kernels
-from .batch import Batch
+from .batch import TILE_QUERIES, Batch, Tiles, tile_table
 from .kv_cache import KVCache
 from .spec import Spec
 from .triton_ops import has_pdl, pdl_rows
@@ -24,8 +24,6 @@ MOST_SPLITS: Final = 64
 """No table entry may split a row into more parts."""
 MOST_PROGRAMS: Final = 132 * 8
 """No table entry may ask for more programs: there is room for the partial results of as many."""
-QUERIES: Final = 64
-"""Queries in one prefill tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,27 +94,13 @@ class TritonAttention:
             self._counters = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
 
 
-@dataclass(slots=True)
-class Tiles:
-    """Prefill tiles of a batch's chunks."""
-
-    meta: Tensor
-    """int32 [tiles, 4]: first of the T tokens, queries left in the chunk, first position, first entry of `pages`."""
-    pages: Tensor
-    """int32: the chunks' page lists, one after another."""
-
-
 def prefill_tiles(batch: Batch) -> Tiles | None:
-    """Cut the chunks into tiles of QUERIES tokens."""
+    """The tiles of a batch's chunks: those it comes with, or cut here."""
     if not batch.chunks:
-        return None
-    meta, row, entry = [], batch.num_decode, 0
-    for chunk in batch.chunks:
-        begin = np.arange(0, chunk.length, QUERIES)
-        meta.append(np.stack([row + begin, chunk.length - begin, chunk.start + begin, np.full_like(begin, entry)], 1))
-        row += chunk.length
-        entry += len(chunk.pages)
-    table = upload(np.concatenate(meta).astype(np.int32), batch.ids.device)
+        return batch.tiles
+    entries = np.cumsum([0, *(len(chunk.pages) for chunk in batch.chunks)]).tolist()
+    chunks = [(chunk.length, chunk.start, entry) for chunk, entry in zip(batch.chunks, entries, strict=False)]
+    table = upload(tile_table(chunks, batch.num_decode), batch.ids.device)
     return Tiles(table, torch.cat([chunk.pages for chunk in batch.chunks]))
 
 
@@ -159,7 +143,7 @@ class TritonPlan:
         if self.tiles is not None:
             large = q.dtype != torch.float32 and spec.head_dim <= 128
             kernels.prefill[(len(self.tiles.meta), spec.heads)](
-                q, cache, self.tiles.pages, self.tiles.meta, out, *numbers, M=QUERIES, BLOCK=64 if large else 32,
+                q, cache, self.tiles.pages, self.tiles.meta, out, *numbers, M=TILE_QUERIES, BLOCK=64 if large else 32,
                 STAGES=2, num_warps=4, **shared,
             )  # fmt: skip
         return out

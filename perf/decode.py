@@ -1,8 +1,9 @@
 """Decode steps and prefill on a GPU against the physical floor: the executor's stepper, without the engine around it.
 
 `python -m actorserve.perf.decode [--shape qwen2-7b | --model FOLDER] [--batch 1 32 128 256] [--context 1024]
-[--prefill 896] [--no-graph] [--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a
-folder is given. A step is forward, draw and advance, at temperature 1 unless said; floors are models/floors.py's.
+[--prefill 896] [--chunk 384] [--no-graph] [--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the
+shape unless a folder is given. A step is forward, draw and advance, at temperature 1 unless said; floors are those of
+models/floors.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from actorserve.config import EngineConfig
 from actorserve.models.decoder import Decoder
 from actorserve.models.floors import Limits, decode_seconds, prefill_seconds
-from actorserve.models.graphs import DecodeGraphs
+from actorserve.models.graphs import StepGraphs
 from actorserve.models.kv_cache import KVCache, kv_dtype
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.shapes import write_shape
@@ -47,7 +48,7 @@ class Bench:
         self.runner = Runner(decoder, kv, slots, self.pages)
         self.state = SamplerState(slots, decoder.spec.vocab, (), decoder.device)
         drawer = Drawer(self.state, slots)
-        self.graphs = DecodeGraphs(self.runner, drawer, slots) if graphs else None
+        self.graphs = StepGraphs(self.runner, drawer, slots) if graphs else None
         self.stepper = Stepper(self.runner, drawer, self.graphs)
         self.order = np.random.default_rng(0).permutation(slots * self.pages).astype(np.int32)
 
@@ -61,17 +62,21 @@ class Bench:
         self.runner.slots.flush()
         return np.arange(batch)
 
-    def decode(self, batch: int, context: int, steps: int, params: SamplingParams) -> dict[str, float]:
-        """Time `steps` steps around `context`: milliseconds on the device and on the host."""
-        rows = self.seat(batch, context - steps // 2, params)
+    def decode(self, batch: int, context: int, steps: int, params: SamplingParams, chunk: int = 0) -> dict[str, float]:
+        """Time `steps` steps around `context`, each beside a prompt of `chunk` tokens if that is not 0.
+
+        Returns milliseconds on the device and on the host.
+        """
+        rows = self.seat(batch + bool(chunk), context - steps // 2, params)[:batch]
+        chunks = [ChunkWork(batch, 0, np.arange(chunk), True)] if chunk else []
         for _ in range(3):
-            self.stepper.launch(rows, [])
+            self.stepper.launch(rows, chunks)
         torch.cuda.synchronize()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         start = time.perf_counter()
         for _ in range(steps):
-            self.stepper.launch(rows, [])
+            self.stepper.launch(rows, chunks)
         host = time.perf_counter() - start
         last.record()
         torch.cuda.synchronize()
@@ -124,6 +129,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--prefill", type=int, default=0, help="also time prompts of this many tokens")
+    parser.add_argument("--chunk", type=int, default=0, help="also time steps beside a prompt of this many tokens")
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="tokens in one forward")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--attention-backend", default="auto")
@@ -160,7 +166,8 @@ def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argpar
     )
     tokens = args.context + 2 * args.steps + 16
     prompts = max(1, args.prefill_tokens // args.prefill) if args.prefill else 0
-    bench = Bench(decoder, config, max([*args.batch, prompts]), max(tokens, args.prefill), not args.no_graph)
+    slots = max([*(batch + bool(args.chunk) for batch in args.batch), prompts])
+    bench = Bench(decoder, config, slots, max(tokens, args.prefill), not args.no_graph)
     weight_bytes, kv_bytes = float(decoder.dtype.itemsize), float(bench.runner.kv.storage.dtype.itemsize)
     if args.prefill:
         seconds = bench.prefill(args.prefill, prompts, 4, params)
@@ -183,6 +190,14 @@ def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argpar
             f"{1e3 * batch / best['step_ms']:>9.0f}"
         )
         results["decode"].append({"batch": batch, "floor_ms": floor, "share": share, **best})
+        if args.chunk:
+            beside = bench.decode(batch, args.context, args.steps, params, args.chunk)
+            times = beside["step_ms"] / best["step_ms"]
+            print(
+                f"  beside {args.chunk} prompt tokens: {beside['step_ms']:.3f} ms, "
+                f"{beside['host_ms']:.3f} on the host, {times:.2f} of a step"
+            )
+            results["decode"][-1]["beside_chunk"] = {"tokens": args.chunk, **beside}
         if args.trace:
             for name, count, us in trace(bench, batch, args.context, 8, params)[:24]:
                 print(f"    {us:>9.1f} us {count:>6.1f} x  {name[:90]}")
