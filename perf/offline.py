@@ -76,20 +76,29 @@ def lengths_of(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(draw(args.input_len), draw(args.output_len)) for _ in range(args.num_prompts)]
 
 
-async def serve_all(engine: Engine, lengths: Sequence[tuple[int, int]], temperature: float, seed: int) -> list[int]:
-    """Run one request per length, all at once; returns the output tokens of each. No text, no stop at EOS."""
+Request = tuple[list[int], SamplingParams]
+
+
+def requests_of(engine: Engine, lengths: Sequence[tuple[int, int]], temperature: float, seed: int) -> Sequence[Request]:
+    """One request of random ids per length. No text, no stop at EOS."""
     rng = random.Random(seed)
     size = engine.model.vocab_size
-    low = min(FIRST_ID, size // 2)
+    ids = range(min(FIRST_ID, size // 2), size)
 
-    async def one(tokens: int, output: int) -> int:
-        ids = rng.choices(range(low, size), k=tokens)
-        params = SamplingParams(
-            max_new_tokens=output, ignore_eos=True, temperature=temperature, seed=rng.getrandbits(32)
-        )
+    def params(output: int) -> SamplingParams:
+        draw = rng.getrandbits(32)
+        return SamplingParams(max_new_tokens=output, ignore_eos=True, temperature=temperature, seed=draw)
+
+    return [(rng.choices(ids, k=tokens), params(output)) for tokens, output in lengths]
+
+
+async def serve_all(engine: Engine, requests: Sequence[Request]) -> list[int]:
+    """Run them all at once; returns the output tokens of each."""
+
+    async def one(ids: list[int], params: SamplingParams) -> int:
         return len((await engine.generate(ids, params)).ids)
 
-    return await asyncio.gather(*(one(tokens, output) for tokens, output in lengths))
+    return await asyncio.gather(*(one(ids, params) for ids, params in requests))
 
 
 def warmup_lengths(args: argparse.Namespace, running: int) -> list[tuple[int, int]]:
@@ -110,7 +119,8 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         first_token = time.perf_counter() - began
         running = config.max_running_requests or SLOTS["cuda"]
         if not args.no_warmup:
-            await serve_all(engine, warmup_lengths(args, running), args.temperature, args.seed + 1_000_003)
+            warmup = warmup_lengths(args, running)
+            await serve_all(engine, requests_of(engine, warmup, args.temperature, args.seed + 1_000_003))
         runs = [await timed(engine, args, lengths, args.seed + run) for run in range(args.repeat)]
     runs.sort(key=lambda run: run["elapsed_time"])
     middle = runs[len(runs) // 2]
@@ -134,10 +144,11 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
 
 async def timed(engine: Engine, args: argparse.Namespace, lengths: list[tuple[int, int]], seed: int) -> dict[str, Any]:
     """One run. Raises SystemExit if an output has not its full length."""
+    requests = requests_of(engine, lengths, args.temperature, seed)
     used = _own_cpu()
     with CpuShares(engine._root.pid if engine._root is not None else None) as cpu:
         began = time.perf_counter()
-        counts = await serve_all(engine, lengths, args.temperature, seed)
+        counts = await serve_all(engine, requests)
         seconds = time.perf_counter() - began
     if counts != [output for _, output in lengths]:
         raise SystemExit("some outputs have another length than asked")
