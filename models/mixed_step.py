@@ -55,6 +55,7 @@ class MixedStep:
         """Padding everywhere."""
         self.fill(np.empty(0, dtype=np.int64), [])
 
+    @torch.inference_mode()
     def fill(self, decoding: np.ndarray, chunks: list[ChunkWork]) -> None:
         """Take in a step of the slots `decoding` and the chunks; the bucket holds them (`fits`)."""
         dtype = np.int64 if self._buffer.dtype == torch.int64 else np.int32
