@@ -31,7 +31,7 @@ IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiti
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
 EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
 MAX_CRASHES: Final = 2
-CROWD: Final = 8192  # waiting prompt tokens from which on throughput counts more than the pace of running streams
+CROWD: Final = 4096  # waiting prompt tokens from which on throughput counts more than the pace of running streams
 
 
 class Schedule:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import torch
 
 from actorserve import Engine
 from actorserve.config import EngineConfig
@@ -31,6 +32,8 @@ from actorserve.perf.roofline import add_limit_flags, limits_of, spec_of_model, 
 from actorserve.perf.shapes import model_folder
 from actorserve.sampler.params import SamplingParams
 
+SETTLE_SECONDS = 3.0
+"""Pause after the warm-up, in which an idle executor captures the CUDA graphs that it did not need yet."""
 FIRST_ID = 256
 """The lowest ids are often special tokens."""
 
@@ -121,6 +124,7 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         if not args.no_warmup:
             warmup = warmup_lengths(args, running)
             await serve_all(engine, requests_of(engine, warmup, args.temperature, args.seed + 1_000_003))
+            await asyncio.sleep(SETTLE_SECONDS if torch.cuda.is_available() else 0)
         runs = [await timed(engine, args, lengths, args.seed + run) for run in range(args.repeat)]
     runs.sort(key=lambda run: run["elapsed_time"])
     middle = runs[len(runs) // 2]

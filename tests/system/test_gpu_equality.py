@@ -18,8 +18,11 @@ if not torch.cuda.is_available():
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 NEW_TOKENS = 64
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
-GAP = {"float32": 1e-3, "bfloat16": 0.25}
-"""Largest gap of float32 logits at which two ids count as equal: logits near 20 have bfloat16 steps of 1/8."""
+GAP = {"float32": 1e-3, "bfloat16": 0.5}
+"""Largest gap of float32 logits at which two ids count as equal.
+
+Hidden states in bfloat16 move this model's logits by up to about 0.3 (seen on an H100), which are near 20.
+"""
 
 
 def generate(model: str, **options: object) -> list[list[int]]:
