@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 # Before anybody imports torch, here and in the processes that tests spawn: tests must not fight for the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 # Our Triton kernels run where there is no GPU too, in Triton's interpreter; it must be told before the first kernel.
 if not shutil.which("nvidia-smi"):

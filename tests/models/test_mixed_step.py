@@ -73,7 +73,7 @@ WORK = {
 }
 
 
-SAMPLE = ["a prompt's middle", "jumps"]
+SAMPLE = ["jumps"]
 """What the interpreter has time for."""
 
 
