@@ -76,9 +76,16 @@ class TokenPrompt(Message, frozen=True, tag=5):
 
 
 class ChatPrompt(Message, frozen=True, tag=6):
-    """A conversation for the chat template. `payload` is JSON: messages, tools, and template options."""
+    """A conversation for the chat template. `payload` is JSON: messages, tools, and template options.
+
+    Who sends it reads the output by parsers (models/parsers.py), and says so:
+    """
 
     payload: bytes
+    shown: tuple[str, ...] = ()
+    """Special tokens that are text of the output even with skip_special_tokens: the parsers' markers."""
+    opens: tuple[str, ...] = ()
+    """Chunk.thinking says whether the prompt ends in one of these: the opening tags of thoughts."""
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -87,10 +94,10 @@ Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 class GrammarSpec(Message, frozen=True, tag=7):
     """What an output must match. Part of Generate, Submit and Compile; equal specs are one grammar."""
 
-    kind: Literal["regex", "json_schema", "choice"]
+    kind: Literal["regex", "json_schema", "choice", "tool_calls"]
     """Also the name of the field that errors are about."""
     text: str
-    """The pattern; the schema as JSON; a JSON array of texts."""
+    """The pattern; the schema as JSON; a JSON array of texts; models/call_grammar.py's Calls as JSON."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -241,6 +248,8 @@ class Chunk(Message, frozen=True, tag=35):
     """Of the completion's, those that a grammar forced and no step had to draw."""
     jumps: int = 0
     """In how many runs they came."""
+    thinking: bool = False
+    """The prompt ends in one of ChatPrompt.opens: the output begins amid thoughts."""
 
 
 class Chunks(Message, frozen=True, tag=40):

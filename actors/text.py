@@ -22,6 +22,7 @@ from .messages import (
     NO_STATS,
     Abort,
     Cancel,
+    ChatPrompt,
     Chunk,
     Chunks,
     Drain,
@@ -38,7 +39,7 @@ from .messages import (
     Tokens,
 )
 from .output import Output
-from .prompts import Prompts
+from .prompts import Encoded, Prompts
 from .ref import Gone
 
 SCHEDULER: Final = "sched"
@@ -131,14 +132,14 @@ class Text(Actor):
 
     async def _submit_from_thread(self, m: Generate, front: str) -> None:
         """A long prompt: nothing of `m` aliases the ring, for token prompts do not come here."""
-        ids = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
+        prompt = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
         if self.tokenizing.pop(m.rid, None) is not None:
-            self._admit(m, front, ids)
+            self._admit(m, front, prompt)
 
     def _submit(self, m: Generate, front: str) -> None:
         self._admit(m, front, self._encode(m))
 
-    def _encode(self, m: Generate) -> np.ndarray | ActorserveError:
+    def _encode(self, m: Generate) -> Encoded | ActorserveError:
         """The prompt's ids, or what is wrong with it. A prompt that breaks the tokenizer breaks only its request."""
         try:
             return self.prompts.encode(m.prompt)
@@ -148,12 +149,12 @@ class Text(Actor):
             self.context.log.exception("tokenizing failed")
             return ActorserveError("the prompt could not be tokenized")
 
-    def _admit(self, m: Generate, front: str, ids: np.ndarray | ActorserveError) -> None:
+    def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
         """Hand the choices to the scheduler, or refuse them all."""
         try:
-            if isinstance(ids, ActorserveError):
-                raise ids
-            submits = self.prompts.submits(m, ids)
+            if isinstance(prompt, ActorserveError):
+                raise prompt
+            submits = self.prompts.submits(m, prompt.ids)
             sched = self.context.ref(SCHEDULER)
             if not sched.up:
                 raise EngineDown(SCHEDULER_DOWN)
@@ -165,14 +166,16 @@ class Text(Actor):
         except Gone:
             self._refuse(m.rid, m.n, front, EngineDown(SCHEDULER_DOWN))
             return
+        ids = prompt.ids
         for rid in range(m.rid, m.rid + m.n):
-            self.outputs[rid] = Output(rid, front, len(ids), m.params, self._detokenizer(m, ids))
+            self.outputs[rid] = Output(rid, front, len(ids), m.params, self._detokenizer(m, ids), prompt.thinking)
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
             return None
-        params = m.params
-        return self._detokenizers.new(ids.data, params.skip_special_tokens, params.spaces_between_special_tokens)
+        skip, spaces = m.params.skip_special_tokens, m.params.spaces_between_special_tokens
+        shown = frozenset(m.prompt.shown) if isinstance(m.prompt, ChatPrompt) else frozenset[str]()
+        return self._detokenizers.new(ids.data, skip, spaces, shown)
 
     def _cancel(self, m: Cancel, front: str) -> None:
         self.tokenizing.pop(m.rid, None)

@@ -150,6 +150,8 @@ class _Variant:
             plain["content"] = self._content(index, plain["content"])
         elif "tool_calls" not in plain and "function_call" not in plain:
             raise RequestError(f"messages[{index}] has no content", param="messages")
+        else:  # templates that know nothing of calls print it
+            plain["content"] = self._content(index, "")
         if isinstance(plain.get("tool_calls"), list):
             plain["tool_calls"] = [_parsed_call(call) for call in plain["tool_calls"]]
         reasoning = next((plain[n] for n in ("reasoning_content", "thinking", "reasoning") if n in plain), None)
