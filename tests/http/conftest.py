@@ -124,14 +124,14 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def open_rig(**config: object) -> AsyncIterator[Rig]:
+async def open_rig(model: ModelInfo = MODEL, **config: object) -> AsyncIterator[Rig]:
     listener = socket.create_server(("127.0.0.1", 0))
     settings = EngineConfig(**config)
     contexts = [
         Context(
-            "front.0", settings, MODEL, HttpFront.inbox_type, sends_to=["text"], files={"listen": listener.fileno()}
+            "front.0", settings, model, HttpFront.inbox_type, sends_to=["text"], files={"listen": listener.fileno()}
         ),
-        Context("text", settings, MODEL, TextInbox, sends_to=["front.0"]),
+        Context("text", settings, model, TextInbox, sends_to=["front.0"]),
     ]
     front, text = HttpFront(contexts[0]), FakeText(contexts[1])
     connect(contexts[0], contexts[1], codec=True)

@@ -1,6 +1,7 @@
 """Calls that must come: every text of the language is read as calls by the family's parser, however it is cut."""
 
 import json
+from random import Random
 from typing import Any
 
 import jsonschema
@@ -8,7 +9,7 @@ import pytest
 from chat_texts import cuts, cuttings, run, trials
 from hypothesis import given
 from hypothesis import strategies as st
-from syntax_walk import as_pattern
+from syntax_walk import walk
 from tool_calls import calls_of, content_of, parser
 
 from actorserve.fsm.shapes import SchemaError
@@ -27,15 +28,11 @@ each_form = pytest.mark.parametrize(
 )
 
 
-def patterns(name: str, many: bool) -> str:
-    return as_pattern(calls_syntax(Calls(name, FUNCTIONS[:2], many)))
-
-
 @each_form
 @trials(25)
-@given(data=st.data(), many=st.booleans(), places=cuts)
-def test_every_text_of_the_language_is_calls(name: str, data: st.DataObject, many: bool, places: list[int]) -> None:
-    text = data.draw(st.from_regex(patterns(name, many), fullmatch=True))
+@given(seed=st.integers(0, 1 << 30), many=st.booleans(), places=cuts)
+def test_every_text_of_the_language_is_calls(name: str, seed: int, many: bool, places: list[int]) -> None:
+    text = walk(calls_syntax(Calls(name, FUNCTIONS[:2], many)), Random(seed), spread=2)
     for chunks in cuttings(text, places):
         events = run(parser(name, SCHEMAS), chunks)
         calls = calls_of(events)
@@ -47,22 +44,9 @@ def test_every_text_of_the_language_is_calls(name: str, data: st.DataObject, man
 
 @each_form
 def test_many_calls_are_many(name: str) -> None:
-    calls = Calls(name, [Function("a"), Function("b")], many=True)
-    texts = [text for text in _shortest(as_pattern(calls_syntax(calls))) if text]
-    counts = {len(calls_of(run(parser(name), [text]))) for text in texts}
-    assert {1, 2, 3} <= counts
-
-
-def _shortest(pattern: str) -> list[str]:
-    found: set[str] = set()
-
-    @trials(60)
-    @given(st.from_regex(pattern, fullmatch=True))
-    def gather(text: str) -> None:
-        found.add(text)
-
-    gather()
-    return sorted(found)
+    syntax = calls_syntax(Calls(name, [Function("a"), Function("b")], many=True))
+    texts = [walk(syntax, Random(seed), spread=2) for seed in range(30)]
+    assert {len(calls_of(run(parser(name), [text]))) for text in texts} == {1, 2, 3}
 
 
 def test_every_parser_has_a_form_of_its_own_or_json() -> None:
