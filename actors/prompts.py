@@ -55,25 +55,29 @@ class Prompts:
                 assert_never(prompt)
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """The prompt's token ids, a copy. Raises RequestError naming the field."""
-        thinking = False
+        """The prompt's token ids, a copy, that fit the model. Raises RequestError naming the field."""
+        encoded, field = self._encoded(prompt)
+        self._check(encoded.ids, field)
+        return encoded
+
+    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> NDArray[np.int32]:
+        """The prompt's token ids, however many. Raises RequestError naming the field."""
+        return self._encoded(prompt, add_special_tokens)[0].ids
+
+    def _encoded(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[Encoded, str]:
+        """(the prompt, the field that it came in)"""
         match prompt:
             case TokenPrompt():
                 if prompt.ids.nbytes % 4:
                     raise RequestError("input_ids are not int32", param="input_ids")
-                ids = np.frombuffer(prompt.ids, dtype=np.int32).copy()
-                field = "input_ids"
+                return Encoded(np.frombuffer(prompt.ids, dtype=np.int32).copy()), "input_ids"
             case TextPrompt():
-                ids = np.array(self._text_ids(prompt), dtype=np.int32)
-                field = "prompt"
+                return Encoded(np.array(self._text_ids(prompt, add_special_tokens), dtype=np.int32)), "prompt"
             case ChatPrompt():
                 chat, thinking = self._chat(prompt)
-                ids = np.array(chat, dtype=np.int32)
-                field = "messages"
+                return Encoded(np.array(chat, dtype=np.int32), thinking), "messages"
             case _:
                 assert_never(prompt)
-        self._check(ids, field)
-        return Encoded(ids, thinking)
 
     def submits(self, request: Generate, ids: NDArray[np.int32]) -> list[Submit]:
         """One Submit per choice. Raises RequestError for parameters out of range.
@@ -103,11 +107,11 @@ class Prompts:
             for i in range(request.n)
         ]
 
-    def _text_ids(self, prompt: TextPrompt) -> list[int]:
+    def _text_ids(self, prompt: TextPrompt, add_special_tokens: bool) -> list[int]:
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="prompt")
         try:
-            return self._tokenizer.encode(prompt.text)
+            return self._tokenizer.encode(prompt.text, add_special_tokens)
         except RequestError as error:
             raise RequestError(error.message, param="prompt") from error
 

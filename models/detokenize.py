@@ -77,6 +77,11 @@ class Detokenizers:
             return LeadDetokenizer(table, scheme)
         return ByteDetokenizer(table, scheme)
 
+    def text(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of all these tokens."""
+        detokenizer = self.new((), skip_special_tokens)
+        return "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+
     def _skipping_but(self, shown: frozenset[str]) -> TokenBytes:
         if shown not in self._skipping:
             self._skipping[shown] = TokenBytes(self._tokenizer, True, shown)
