@@ -116,6 +116,11 @@ class Stream:
         """Return the number of the choice that `chunk` continues."""
         return chunk.rid - self.rid
 
+    def name(self, name: str) -> None:
+        """Call all choices so; see Client.abort."""
+        for choice in self.choices:
+            choice.name = name
+
     async def take(self) -> list[messages.Chunk]:
         """Wait for output and return all of it; an empty list when every choice has ended."""
         while not self._ready:

@@ -81,6 +81,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = CompletionWriter(head, stream, n, echoes, request.logprobs, usage_frames)
+        stream.name(head.id)
         async with exchange.watched(stream):
             if request.stream:
                 await send_stream(exchange, stream, writer)
@@ -121,6 +122,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0, plan.grammar)
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = ChatWriter(head, stream, plan.reading, bool(request.logprobs), usage_frames)
+        stream.name(head.id)
         async with exchange.watched(stream):
             if request.stream:
                 await send_stream(exchange, stream, writer)
