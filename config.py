@@ -24,6 +24,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer_path: Annotated[str | None, Meta(description="tokenizer folder, if not the model's")] = None
     skip_tokenizer_init: Annotated[bool, Meta(description="serve token ids only")] = False
     chat_template: Annotated[str | None, Meta(description="file with a Jinja chat template")] = None
+    tool_call_parser: Annotated[
+        str, Meta(description="how the model writes tool calls: hermes, llama3, mistral, ...; auto: by its template")
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str, Meta(description="how it marks its thoughts: qwen3, deepseek-r1, ...; none; auto: by its template")
+    ] = "auto"
     load_format: Annotated[
         Literal["auto", "safetensors", "gguf", "dummy"],
         Meta(description="dummy: random weights of config.json's shape"),
@@ -123,3 +129,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int
     eos_ids: tuple[int, ...]
     has_chat_template: bool = False
+    tool_parser: str = "json"
+    """Name of the family in which it writes tool calls (models/tool_families.py)."""
+    reasoning_parser: str | None = None
+    """Name of the family in which it marks thoughts (models/reasoning_parser.py)."""

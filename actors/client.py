@@ -22,6 +22,7 @@ from ..config import EngineConfig, ModelInfo
 from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
 from ..sampler.params import SamplingParams
 from . import messages
+from .questions import Questions, Wakeup, refusal
 from .ref import Gone
 
 INDEX_SHIFT: Final = 40
@@ -37,14 +38,6 @@ class Sender(Protocol):
     def up(self) -> bool: ...
 
     def post(self, message: messages.Message) -> None: ...
-
-
-class Wakeup(Protocol):
-    """One sleep of one task: `set` ends it, from the same thread."""
-
-    def set(self) -> None: ...
-
-    async def wait(self) -> object: ...
 
 
 class LoopWakeup:
@@ -84,6 +77,8 @@ class Choice:
     first_ns: int = 0
     last_ns: int = 0
     last: messages.Chunk | None = None
+    name: str = ""
+    """What the client calls it, for `abort`."""
 
 
 class Stream:
@@ -120,6 +115,11 @@ class Stream:
     def index(self, chunk: messages.Chunk) -> int:
         """Return the number of the choice that `chunk` continues."""
         return chunk.rid - self.rid
+
+    def name(self, name: str) -> None:
+        """Call all choices so; see Client.abort."""
+        for choice in self.choices:
+            choice.name = name
 
     async def take(self) -> list[messages.Chunk]:
         """Wait for output and return all of it; an empty list when every choice has ended."""
@@ -217,6 +217,7 @@ class Client:
         self._on_end = on_end
         # A restarted front must not reuse an id that the scheduler still knows from the life before.
         self._next_rid = index << INDEX_SHIFT | (epoch & 0xFF) << EPOCH_SHIFT
+        self.questions = Questions(text.post, new_wakeup, lambda: self._take_rids(1))
 
     def submit(
         self,
@@ -240,8 +241,7 @@ class Client:
             submission.params.check(self._vocab_size)
         count = sum(s.n for s in submissions)
         self._check_room(count)
-        stream = Stream(self, self._next_rid, [s.n for s in submissions])
-        self._next_rid += count
+        stream = Stream(self, self._take_rids(count), [s.n for s in submissions])
         self.table.update((choice.rid, choice) for choice in stream.choices)
         try:
             self._post_all(stream, submissions, cache_salt, priority)
@@ -256,7 +256,10 @@ class Client:
             case messages.Chunks(chunks=chunks):
                 self._deliver(chunks)
             case messages.Refused():
-                self._refuse(message)
+                if not self.questions.take(message):
+                    self._refuse(message)
+            case messages.Tokenized() | messages.Detokenized() | messages.Done():
+                self.questions.take(message)
             case messages.Stats():
                 self.stats = message
             case messages.PeerDown(name=name):
@@ -278,12 +281,20 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
+    def abort(self, name: str | None) -> None:
+        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort"."""
+        for choice in self.table.values():
+            if name is None or choice.name == name:
+                with suppress(Gone):
+                    self._text.post(messages.Abort(choice.rid))
+
     def fail_all(self, error: ActorserveError) -> None:
         """End every live request with an error: its engine is gone, or the front stops."""
         streams = {id(choice.stream): choice.stream for choice in self.table.values()}
         self.table.clear()
         for stream in streams.values():
             stream.fail(error)
+        self.questions.fail_all(error)
 
     def reason_down(self) -> str | None:
         """Return why requests cannot be served now, or None."""
@@ -294,6 +305,12 @@ class Client:
         if not self.stats.executor_up:
             return "the scheduler or the executor is not up"
         return None
+
+    def _take_rids(self, count: int) -> int:
+        """Return the first of that many ids."""
+        rid = self._next_rid
+        self._next_rid += count
+        return rid
 
     def _check_room(self, count: int) -> None:
         if count > self._limit:
@@ -331,7 +348,7 @@ class Client:
         rids = range(refused.rid, refused.rid + refused.n)
         ended = [choice for rid in rids if (choice := self.table.pop(rid, None)) is not None]
         for choice in ended:
-            choice.stream.cancel(_refusal(refused))
+            choice.stream.cancel(refusal(refused))
 
 
 def token_prompt(ids: Sequence[int], vocab_size: int, param: str = "input_ids") -> messages.TokenPrompt:
@@ -360,18 +377,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.cached_tokens,
         last.forced_tokens,
         last.jumps,
+        last.thinking,
     )
-
-
-def _refusal(refused: messages.Refused) -> ActorserveError:
-    """Return the exception that a Refused stands for."""
-    message, code, status = refused.message, refused.code, refused.status
-    if status == 429 or (status == 503 and code == Overloaded.code):
-        overloaded = Overloaded(message, status=status)
-        overloaded.code = code
-        return overloaded
-    if status == 503:
-        return EngineDown(message, code=code, param=refused.param)
-    if 400 <= status < 500:
-        return RequestError(message, param=refused.param, code=code, status=status)
-    return ActorserveError(message, param=refused.param, code=code)

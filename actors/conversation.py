@@ -41,6 +41,7 @@ class Payload(Struct, frozen=True, omit_defaults=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 def chat_prompt(
@@ -49,11 +50,14 @@ def chat_prompt(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    shown: tuple[str, ...] = (),
+    opens: tuple[str, ...] = (),
 ) -> ChatPrompt:
     """Return the prompt of a conversation; raises RequestError with the field as `param`.
 
     `continue_final_message`: the model goes on with the last message, which must be the assistant's, instead of
-    beginning a new one.
+    beginning a new one. `tools`: as OpenAI writes them, for the template. `shown`, `opens`: as in ChatPrompt.
     """
     if not messages:
         raise RequestError("messages is empty", param="messages")
@@ -64,10 +68,11 @@ def chat_prompt(
         what = "continue_final_message needs a last message of the assistant"
         raise RequestError(what, param="continue_final_message")
     _check_depth(chat_template_kwargs, "chat_template_kwargs")
+    _check_depth(tools, "tools")
     turns = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    payload = Payload(turns, add_generation_prompt, continue_final_message, chat_template_kwargs)
+    payload = Payload(turns, add_generation_prompt, continue_final_message, chat_template_kwargs, tools)
     try:
-        return ChatPrompt(msgspec.json.encode(payload))
+        return ChatPrompt(msgspec.json.encode(payload), shown, opens)
     except (msgspec.EncodeError, TypeError, UnicodeEncodeError) as error:
         raise RequestError(f"the conversation is not JSON: {error}", param="messages") from None
 

@@ -11,11 +11,14 @@ import signal
 import socket
 import struct
 import sys
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
 from .messages import GrammarSpec
+
+if TYPE_CHECKING:
+    from ..fsm.syntax import Node
 
 TABLE_BYTES: Final = 16 << 20
 """Most of a grammar's transitions: a lane and a GPU take them."""
@@ -110,19 +113,27 @@ class Compiler:
     def _made(self, spec: GrammarSpec) -> Made:
         from ..fsm.budget import Budget
         from ..fsm.compiler import compile_pattern, compile_tokens
-        from ..fsm.json_schema import choices, schema_to_syntax
 
         budget = Budget(seconds=self.seconds, table_bytes=TABLE_BYTES)
         if spec.kind == "regex":
             table = compile_pattern(spec.text, self.tables, self._spell, budget)
         else:
-            value: Any = msgspec.json.decode(spec.text)
-            node = choices(value) if spec.kind == "choice" else schema_to_syntax(value)
-            table = compile_tokens(node, self.tables, self._spell, budget)
+            table = compile_tokens(_syntax(spec), self.tables, self._spell, budget)
         return Made(table.token_class.tobytes(), table.transitions.tobytes(), table.canonical.tobytes())
 
     def _spell(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _syntax(spec: GrammarSpec) -> "Node":
+    """The language of a spec that is JSON. Raises GrammarError."""
+    from ..fsm.json_schema import choices, schema_to_syntax
+    from ..models.call_grammar import Calls, calls_syntax
+
+    if spec.kind == "tool_calls":
+        return calls_syntax(msgspec.json.decode(spec.text, type=Calls))
+    value: Any = msgspec.json.decode(spec.text)
+    return choices(value) if spec.kind == "choice" else schema_to_syntax(value)
 
 
 def limit_memory() -> None:

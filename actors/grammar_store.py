@@ -104,6 +104,10 @@ class GrammarStore:
                 return True, entry.handle
         return False, None
 
+    def waiting_rids(self) -> list[int]:
+        """The requests that wait for a grammar."""
+        return [rid for entry in self.unsent() for rid in entry.waiting]
+
     def abandon_all(self) -> list[int]:
         """Forget all that wait; returns the handles that must not be compiled any more."""
         entries = self.unsent()

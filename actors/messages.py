@@ -9,6 +9,8 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
     front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
                                     sched  --LoadGrammar, DropGrammar, GrammarStates-->  sampler.r
+    front  --Tokenize, Detokenize, Order-->  text  --Order-->  sched
+    front  <--Tokenized, Detokenized, Done--  text  <--Done, Refused--  sched
                                          fsm  --Compiled, CompileFailed-->  sched  --Compile, Discard-->  fsm
 """
 
@@ -76,9 +78,16 @@ class TokenPrompt(Message, frozen=True, tag=5):
 
 
 class ChatPrompt(Message, frozen=True, tag=6):
-    """A conversation for the chat template. `payload` is JSON: messages, tools, and template options."""
+    """A conversation for the chat template. `payload` is JSON: messages, tools, and template options.
+
+    Who sends it reads the output by parsers (models/parsers.py), and says so:
+    """
 
     payload: bytes
+    shown: tuple[str, ...] = ()
+    """Special tokens that are text of the output even with skip_special_tokens: the parsers' markers."""
+    opens: tuple[str, ...] = ()
+    """Chunk.thinking says whether the prompt ends in one of these: the opening tags of thoughts."""
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -87,10 +96,10 @@ Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 class GrammarSpec(Message, frozen=True, tag=7):
     """What an output must match. Part of Generate, Submit and Compile; equal specs are one grammar."""
 
-    kind: Literal["regex", "json_schema", "choice"]
+    kind: Literal["regex", "json_schema", "choice", "tool_calls"]
     """Also the name of the field that errors are about."""
     text: str
-    """The pattern; the schema as JSON; a JSON array of texts."""
+    """The pattern; the schema as JSON; a JSON array of texts; models/call_grammar.py's Calls as JSON."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -118,6 +127,38 @@ class Cancel(Message, frozen=True, tag=11):
     n: int
 
 
+class Tokenize(Message, frozen=True, tag=12):
+    """Front asks for the token ids of a prompt. Owed: Tokenized or Refused."""
+
+    rid: int
+    prompt: Prompt
+    add_special_tokens: bool = True
+    """For texts: put BOS and the like where the model has it."""
+
+
+class Detokenize(Message, frozen=True, tag=13):
+    """Front asks for the text of token ids (int32, of the vocabulary). Owed: Detokenized or Refused."""
+
+    rid: int
+    ids: memoryview
+    skip_special_tokens: bool
+
+
+Action: TypeAlias = Literal["flush_cache", "pause", "pause_abort", "pause_retract", "continue"]
+
+
+class Order(Message, frozen=True, tag=14):
+    """Front tells the scheduler, through text, to do something. Owed: Done or Refused.
+
+    flush_cache: empty the prefix cache; refused while there are requests. pause: make no more plans, so that running
+    requests stand still with their pages; pause_abort: also end all of them; pause_retract: also take their pages.
+    continue: make plans again.
+    """
+
+    rid: int
+    action: Action
+
+
 # ------------------------------------------------------------------ text -> sched
 
 
@@ -136,7 +177,10 @@ class Submit(Message, frozen=True, tag=20):
 
 
 class Abort(Message, frozen=True, tag=21):
-    """Stop a request: its client left, or the text actor saw a stop string. Owed: one final message."""
+    """Stop a request: its client left, or the text actor saw a stop string. Owed: one final message.
+
+    Also from a front to text, for one of its own whose output so far it wants.
+    """
 
     rid: int
 
@@ -181,6 +225,12 @@ class Ended(Message, frozen=True, tag=32):
     code: str
     message: str
     param: str | None = None
+
+
+class Done(Message, frozen=True, tag=36):
+    """An Order was carried out. Text passes it on to the front; Refused comes in its place if it was not."""
+
+    rid: int
 
 
 class Stats(Message, frozen=True, tag=33):
@@ -241,6 +291,8 @@ class Chunk(Message, frozen=True, tag=35):
     """Of the completion's, those that a grammar forced and no step had to draw."""
     jumps: int = 0
     """In how many runs they came."""
+    thinking: bool = False
+    """The prompt ends in one of ChatPrompt.opens: the output begins amid thoughts."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -258,6 +310,21 @@ class Refused(Message, frozen=True, tag=41):
     code: str
     message: str
     param: str | None = None
+
+
+class Tokenized(Message, frozen=True, tag=42):
+    """The answer to Tokenize."""
+
+    rid: int
+    ids: memoryview
+    """int32"""
+
+
+class Detokenized(Message, frozen=True, tag=43):
+    """The answer to Detokenize."""
+
+    rid: int
+    text: str
 
 
 # ------------------------------------------------------------------ sched -> exec.r and sampler.r
@@ -426,9 +493,13 @@ class CompileFailed(Message, frozen=True, tag=73):
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
-FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats
-TextInbox: TypeAlias = SystemMessage | Generate | Cancel | Tokens | Started | Ended | Stats
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | ExecutorReady | StepOut | Compiled | CompileFailed
+FrontAnswer: TypeAlias = Tokenized | Detokenized | Done
+FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
+FrontQuestion: TypeAlias = Tokenize | Detokenize | Order
+TextInbox: TypeAlias = (
+    SystemMessage | Generate | Cancel | Abort | FrontQuestion | Tokens | Started | Ended | Stats | Done | Refused
+)
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | ExecutorReady | StepOut | Compiled | CompileFailed
 ExecutorInbox: TypeAlias = SystemMessage | Plan
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage

@@ -35,13 +35,20 @@ class Output:
         "matched",
         "prompt_tokens",
         "rid",
+        "thinking",
         "top_logprobs",
     )
 
     def __init__(
-        self, rid: int, front: str, prompt_tokens: int, params: SamplingParams, detokenizer: Detokenizer | None
+        self,
+        rid: int,
+        front: str,
+        prompt_tokens: int,
+        params: SamplingParams,
+        detokenizer: Detokenizer | None,
+        thinking: bool = False,
     ) -> None:
-        """`detokenizer` None: token ids only."""
+        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking."""
         self.rid = rid
         self.front = front
         self.prompt_tokens = prompt_tokens
@@ -49,6 +56,7 @@ class Output:
         self.completion_tokens = 0
         self.forced_tokens = 0
         self.jumps = 0
+        self.thinking = thinking
         self.top_logprobs = params.logprobs
         """SamplingParams.logprobs: None means that no logprobs are wanted."""
         self.finish: Literal["stop", "length", "abort"] | None = None
@@ -112,6 +120,7 @@ class Output:
             cached_tokens=self.cached_tokens,
             forced_tokens=self.forced_tokens,
             jumps=self.jumps,
+            thinking=self.thinking,
         )
         self._new_text, self._new_ids, self._new_logprobs = "", [], []
         return chunk

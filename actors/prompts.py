@@ -5,7 +5,7 @@ the start. Invariant: a Submit's prompt is not empty, its ids are the model's, a
 """
 
 import hashlib
-from typing import Final, assert_never
+from typing import Final, NamedTuple, assert_never
 
 import msgspec
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
+from ..models.reasoning_parser import opens_reasoning
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
@@ -20,6 +21,13 @@ from .messages import ChatPrompt, Generate, Prompt, Submit, TextPrompt, TokenPro
 
 INLINE_CHARS: Final = 4096
 """Longer prompts are tokenized in a thread: this many take about a millisecond."""
+
+
+class Encoded(NamedTuple):
+    """A prompt's token ids, int32 [n]; and whether it ends in one of its `opens` (ChatPrompt)."""
+
+    ids: NDArray[np.int32]
+    thinking: bool = False
 
 
 class Prompts:
@@ -46,24 +54,30 @@ class Prompts:
             case _:
                 assert_never(prompt)
 
-    def encode(self, prompt: Prompt) -> NDArray[np.int32]:
-        """The prompt's token ids, int32 [n], a copy. Raises RequestError naming the field."""
+    def encode(self, prompt: Prompt) -> Encoded:
+        """The prompt's token ids, a copy, that fit the model. Raises RequestError naming the field."""
+        encoded, field = self._encoded(prompt)
+        self._check(encoded.ids, field)
+        return encoded
+
+    def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> NDArray[np.int32]:
+        """The prompt's token ids, however many. Raises RequestError naming the field."""
+        return self._encoded(prompt, add_special_tokens)[0].ids
+
+    def _encoded(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[Encoded, str]:
+        """(the prompt, the field that it came in)"""
         match prompt:
             case TokenPrompt():
                 if prompt.ids.nbytes % 4:
                     raise RequestError("input_ids are not int32", param="input_ids")
-                ids = np.frombuffer(prompt.ids, dtype=np.int32).copy()
-                field = "input_ids"
+                return Encoded(np.frombuffer(prompt.ids, dtype=np.int32).copy()), "input_ids"
             case TextPrompt():
-                ids = np.array(self._text_ids(prompt), dtype=np.int32)
-                field = "prompt"
+                return Encoded(np.array(self._text_ids(prompt, add_special_tokens), dtype=np.int32)), "prompt"
             case ChatPrompt():
-                ids = np.array(self._chat_ids(prompt), dtype=np.int32)
-                field = "messages"
+                chat, thinking = self._chat(prompt)
+                return Encoded(np.array(chat, dtype=np.int32), thinking), "messages"
             case _:
                 assert_never(prompt)
-        self._check(ids, field)
-        return ids
 
     def submits(self, request: Generate, ids: NDArray[np.int32]) -> list[Submit]:
         """One Submit per choice. Raises RequestError for parameters out of range.
@@ -93,15 +107,16 @@ class Prompts:
             for i in range(request.n)
         ]
 
-    def _text_ids(self, prompt: TextPrompt) -> list[int]:
+    def _text_ids(self, prompt: TextPrompt, add_special_tokens: bool) -> list[int]:
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="prompt")
         try:
-            return self._tokenizer.encode(prompt.text)
+            return self._tokenizer.encode(prompt.text, add_special_tokens)
         except RequestError as error:
             raise RequestError(error.message, param="prompt") from error
 
-    def _chat_ids(self, prompt: ChatPrompt) -> list[int]:
+    def _chat(self, prompt: ChatPrompt) -> tuple[list[int], bool]:
+        """(token ids, whether it ends in one of `opens`)"""
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="messages")
         if self._template is None:
@@ -110,7 +125,10 @@ class Prompts:
                 param="messages",
             )
         try:
-            return self._tokenizer.encode_chat(self._template.render(decode_chat(prompt.payload)))
+            text = self._template.render(decode_chat(prompt.payload))
+            return self._tokenizer.encode_chat(text), opens_reasoning(
+                prompt.opens, self._tokenizer.control.unmask(text)
+            )
         except RequestError as error:
             raise RequestError(error.message, param=error.param or "messages") from error
 

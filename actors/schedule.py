@@ -103,6 +103,19 @@ class Schedule:
             self._end(request, keep=True)
         return request is not None
 
+    def flush_cache(self) -> bool:
+        """Empty the prefix cache; False, and nothing happens, while there are requests."""
+        if self.requests:
+            return False
+        self.tree.clear()
+        self.tree_state += 1
+        return True
+
+    def retract_all(self) -> None:
+        """Take the pages of all running requests; they go on from their tokens when plans are made again."""
+        for request in self.slots.running():
+            self.retract(request)
+
     def executor_lost(self) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
 

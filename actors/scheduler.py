@@ -26,15 +26,18 @@ from .messages import (
     Compiled,
     CompileFailed,
     Discard,
+    Done,
     Drain,
     Ended,
     ExecutorReady,
     Finish,
     GrammarSpec,
     GrammarStates,
+    Order,
     PeerDown,
     PeerUp,
     Plan,
+    Refused,
     SamplerMessage,
     SchedulerInbox,
     SlotParams,
@@ -99,6 +102,7 @@ class Scheduler(Actor):
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
+        self.paused = False
         self.sent_stats: Stats | None = None
 
     async def start(self) -> None:
@@ -128,12 +132,14 @@ class Scheduler(Actor):
                 if name == FSM:
                     for entry in self.grammars.unsent():
                         self._to_fsm(Compile(entry.handle, entry.spec))
+            case Order():
+                self._order(message)
             case Drain():
                 pass  # the fronts send nothing new
 
     def flush(self) -> None:
         """Plan and send until enough windows are in flight."""
-        while self.executor_up and self.schedule is not None:
+        while self.executor_up and self.schedule is not None and not self.paused:
             window = self.schedule.plan()
             if window is None:
                 return
@@ -203,7 +209,31 @@ class Scheduler(Actor):
         if known:
             self._to_text(Ended(rid, 0, "aborted", "aborted"))
 
-    def _to_text(self, message: Tokens | Started | Ended | Stats) -> None:
+    def _order(self, m: Order) -> None:
+        """Carry out an order of a front."""
+        schedule = self.schedule
+        match m.action:
+            case "flush_cache":
+                if schedule is not None and not schedule.flush_cache():
+                    text = f"the cache cannot be flushed while there are requests ({len(schedule.requests)})"
+                    self._to_text(Refused(m.rid, 1, 400, "not_idle", text))
+                    return
+            case "continue":
+                self.paused = False
+            case _:
+                self.paused = True
+                if m.action == "pause_abort":
+                    self._abort_all()
+                elif m.action == "pause_retract" and schedule is not None:
+                    schedule.retract_all()
+        self._to_text(Done(m.rid))
+
+    def _abort_all(self) -> None:
+        rids = [request.rid for request in self.early] + self.grammars.waiting_rids()
+        for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
+            self._abort(rid)
+
+    def _to_text(self, message: Tokens | Started | Ended | Stats | Done | Refused) -> None:
         try:
             self.context.ref("text").post(message)
         except Gone:

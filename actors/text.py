@@ -22,23 +22,31 @@ from .messages import (
     NO_STATS,
     Abort,
     Cancel,
+    ChatPrompt,
     Chunk,
     Chunks,
+    Detokenize,
+    Detokenized,
+    Done,
     Drain,
     Ended,
     Finish,
+    FrontAnswer,
     Generate,
+    Order,
     PeerDown,
     PeerUp,
     Refused,
     Started,
     Stats,
     TextInbox,
+    Tokenize,
+    Tokenized,
     TokenLogprob,
     Tokens,
 )
 from .output import Output
-from .prompts import Prompts
+from .prompts import Encoded, Prompts
 from .ref import Gone
 
 SCHEDULER: Final = "sched"
@@ -61,6 +69,8 @@ class Text(Actor):
         """Running requests by id."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
+        self.ordered: dict[int, str] = {}
+        """Orders that the scheduler has not answered: their fronts."""
         self.stats = NO_STATS
         """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
@@ -104,6 +114,18 @@ class Text(Actor):
                 self._peer_down(message.name)
             case PeerUp():
                 self._peer_up(message.name)
+            case Abort():
+                if message.rid in self.outputs:  # else it has ended, or is not tokenized yet
+                    self._post(SCHEDULER, message)
+            case Tokenize():
+                self._tokenize(message, source)
+            case Detokenize():
+                self._detokenize(message, source)
+            case Order():
+                self._order(message, source)
+            case Done() | Refused():
+                if (front := self.ordered.pop(message.rid, None)) is not None:
+                    self._post(front, message)
             case Drain():
                 pass  # the fronts send nothing new
             case _:
@@ -131,14 +153,14 @@ class Text(Actor):
 
     async def _submit_from_thread(self, m: Generate, front: str) -> None:
         """A long prompt: nothing of `m` aliases the ring, for token prompts do not come here."""
-        ids = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
+        prompt = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
         if self.tokenizing.pop(m.rid, None) is not None:
-            self._admit(m, front, ids)
+            self._admit(m, front, prompt)
 
     def _submit(self, m: Generate, front: str) -> None:
         self._admit(m, front, self._encode(m))
 
-    def _encode(self, m: Generate) -> np.ndarray | ActorserveError:
+    def _encode(self, m: Generate) -> Encoded | ActorserveError:
         """The prompt's ids, or what is wrong with it. A prompt that breaks the tokenizer breaks only its request."""
         try:
             return self.prompts.encode(m.prompt)
@@ -148,12 +170,12 @@ class Text(Actor):
             self.context.log.exception("tokenizing failed")
             return ActorserveError("the prompt could not be tokenized")
 
-    def _admit(self, m: Generate, front: str, ids: np.ndarray | ActorserveError) -> None:
+    def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
         """Hand the choices to the scheduler, or refuse them all."""
         try:
-            if isinstance(ids, ActorserveError):
-                raise ids
-            submits = self.prompts.submits(m, ids)
+            if isinstance(prompt, ActorserveError):
+                raise prompt
+            submits = self.prompts.submits(m, prompt.ids)
             sched = self.context.ref(SCHEDULER)
             if not sched.up:
                 raise EngineDown(SCHEDULER_DOWN)
@@ -165,14 +187,16 @@ class Text(Actor):
         except Gone:
             self._refuse(m.rid, m.n, front, EngineDown(SCHEDULER_DOWN))
             return
+        ids = prompt.ids
         for rid in range(m.rid, m.rid + m.n):
-            self.outputs[rid] = Output(rid, front, len(ids), m.params, self._detokenizer(m, ids))
+            self.outputs[rid] = Output(rid, front, len(ids), m.params, self._detokenizer(m, ids), prompt.thinking)
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
             return None
-        params = m.params
-        return self._detokenizers.new(ids.data, params.skip_special_tokens, params.spaces_between_special_tokens)
+        skip, spaces = m.params.skip_special_tokens, m.params.spaces_between_special_tokens
+        shown = frozenset(m.prompt.shown) if isinstance(m.prompt, ChatPrompt) else frozenset[str]()
+        return self._detokenizers.new(ids.data, skip, spaces, shown)
 
     def _cancel(self, m: Cancel, front: str) -> None:
         self.tokenizing.pop(m.rid, None)
@@ -180,6 +204,35 @@ class Text(Actor):
             self._changed.get(front, {}).pop(rid, None)
             if self._forget(rid) is not None:
                 self._post(SCHEDULER, Abort(rid))
+
+    def _tokenize(self, m: Tokenize, front: str) -> None:
+        if self.prompts.is_long(m.prompt):
+            self.context.nursery.start_soon(self._tokenize_in_thread, m, front)
+        else:
+            self._post(front, self._tokenized(m))
+
+    async def _tokenize_in_thread(self, m: Tokenize, front: str) -> None:
+        self._post(front, await trio.to_thread.run_sync(self._tokenized, m, limiter=self._threads))
+
+    def _tokenized(self, m: Tokenize) -> Tokenized | Refused:
+        try:
+            return Tokenized(m.rid, memoryview(self.prompts.tokenize(m.prompt, m.add_special_tokens).tobytes()))
+        except RequestError as error:
+            return Refused(m.rid, 1, error.status, error.code, error.message, error.param)
+
+    def _detokenize(self, m: Detokenize, front: str) -> None:
+        if self._detokenizers is None:
+            self._refuse(m.rid, 1, front, RequestError("this server runs without a tokenizer", param="tokens"))
+            return
+        text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
+        self._post(front, Detokenized(m.rid, text))
+
+    def _order(self, m: Order, front: str) -> None:
+        if not self.context.ref(SCHEDULER).up:
+            self._refuse(m.rid, 1, front, EngineDown(SCHEDULER_DOWN))
+            return
+        self.ordered[m.rid] = front
+        self._post(SCHEDULER, m)
 
     # ------------------------------------------------------------------ from the scheduler
 
@@ -259,9 +312,13 @@ class Text(Actor):
             for output in list(self.outputs.values()):
                 self._forget(output.rid)
                 self._refuse(output.rid, 1, output.front, EngineDown(SCHEDULER_DIED))
+            for rid, front in self.ordered.items():
+                self._refuse(rid, 1, front, EngineDown(SCHEDULER_DIED))
+            self.ordered.clear()
             return
         self._changed.pop(name, None)
         self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
+        self.ordered = {rid: front for rid, front in self.ordered.items() if front != name}
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)
             self._post(SCHEDULER, Abort(output.rid))
@@ -281,7 +338,7 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _post(self, name: str, message: Abort | Chunks | Refused | Stats) -> None:
+    def _post(self, name: str, message: Abort | Chunks | Refused | Stats | Order | FrontAnswer) -> None:
         """Send; a peer that is down has lost its requests anyway, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)

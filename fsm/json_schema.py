@@ -34,13 +34,15 @@ def schema_to_syntax(schema: Any, whitespace: Whitespace = DEFAULT) -> Node:
         return _written(Reader(schema).read(schema, ""), whitespace, depth=0)
 
 
-def function_call_syntax(tools: Sequence[dict[str, Any]], whitespace: Whitespace = DEFAULT) -> Node:
+def function_call_syntax(
+    tools: Sequence[dict[str, Any]], whitespace: Whitespace = DEFAULT, keys: tuple[str, str] = ("name", "arguments")
+) -> Node:
     """`{"name": ..., "arguments": {...}}` for one of these tools, each with a `name` and the schema of `parameters`.
 
-    Arguments are objects even where the schema does not say so; a tool without `parameters` takes none. Raises as
-    schema_to_syntax does; pointers begin at the array of tools.
+    `keys`: what the two members are called. Arguments are as of arguments_syntax. Raises as schema_to_syntax does;
+    pointers begin at the array of tools.
     """
-    calls = [_function_call(tool, str(i), whitespace) for i, tool in enumerate(tools)]
+    calls = [_function_call(tool, i, whitespace, keys) for i, tool in enumerate(tools)]
     if not calls:
         raise SchemaError("there are no tools to call", "")
     return _checked_size(choice(calls))
@@ -56,18 +58,27 @@ def choices(texts: Sequence[str]) -> Node:
     return choice(map(Text, texts))
 
 
-def _function_call(tool: dict[str, Any], index: str, whitespace: Whitespace) -> Node:
-    name = tool.get("name")
-    if not isinstance(name, str) or _has_surrogate(name):
-        raise SchemaError("a tool has a name", step("", index, "name"))
-    with _located(step("", index, "parameters")):
+def arguments_syntax(tool: dict[str, Any], index: int, whitespace: Whitespace = DEFAULT, depth: int = 0) -> Node:
+    """The arguments of a call of `tool`, the index-th of its array, inside `depth` brackets.
+
+    They are an object even where the schema of `parameters` does not say so; a tool without `parameters` takes none.
+    Raises as schema_to_syntax does; pointers begin at the array of tools.
+    """
+    with _located(step("", str(index), "parameters")):
         schema = tool.get("parameters", {"properties": {}})
         _check_document(schema)
         reader = Reader(schema)
         values = meet(of_type("object", ""), reader.read(schema, ""), reader.work)
-        arguments = _written(values, whitespace, depth=1)
+        return _written(values, whitespace, depth)
+
+
+def _function_call(tool: dict[str, Any], index: int, whitespace: Whitespace, keys: tuple[str, str]) -> Node:
+    name = tool.get("name")
+    if not isinstance(name, str) or _has_surrogate(name):
+        raise SchemaError("a tool has a name", step("", str(index), "name"))
     mark = whitespace.key_mark()
-    members = [concat(Text('"name"'), mark, Text(f'"{escape(name)}"')), concat(Text('"arguments"'), mark, arguments)]
+    values = Text(f'"{escape(name)}"'), arguments_syntax(tool, index, whitespace, depth=1)
+    members = [concat(Text(f'"{escape(key)}"'), mark, value) for key, value in zip(keys, values, strict=True)]
     return container("{}", members, whitespace, 0)
 
 

@@ -16,11 +16,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
-from . import native, openai
+from . import control_routes, native, openai
 from .error_replies import InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
-from .protocol import Health, ModelCard, ModelDescription, ModelList, encode
+from .protocol import ModelCard, ModelList, encode
 from .service import Service
 
 log = logging.getLogger("actorserve.http")
@@ -69,35 +69,6 @@ async def model(service: Service, exchange: Exchange) -> None:
     await exchange.reply(encode(_card(service)))
 
 
-async def get_model_info(service: Service, exchange: Exchange) -> None:
-    """Serve GET /get_model_info, as SGLang."""
-    config, info = service.config, service.model
-    path = config.model or service.model_name
-    await exchange.reply(
-        encode(
-            ModelDescription(
-                model_path=path,
-                tokenizer_path=config.tokenizer_path or path,
-                is_generation=True,
-                model_type=info.model_type,
-                vocab_size=info.vocab_size,
-                context_length=info.context_length,
-                has_chat_template=info.has_chat_template,
-            )
-        )
-    )
-
-
-async def health(service: Service, exchange: Exchange) -> None:
-    """Serve GET /health: are all parts of the engine up?"""
-    await _reply_health(exchange, service.health())
-
-
-async def ready(service: Service, exchange: Exchange) -> None:
-    """Serve GET /ready: should new requests be sent here?"""
-    await _reply_health(exchange, service.readiness())
-
-
 async def metrics(service: Service, exchange: Exchange) -> None:
     """Serve GET /metrics."""
     await exchange.reply(service.metrics.render(service.client.stats), content_type=CONTENT_TYPE)
@@ -117,9 +88,21 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Handler], ...] = (
     ("/v1/chat/completions", ("POST",), openai.chat_completions),
     ("/v1/models", ("GET",), models),
     ("/v1/models/{id:path}", ("GET",), model),
-    ("/get_model_info", ("GET",), get_model_info),
-    ("/health", ("GET",), health),
-    ("/ready", ("GET",), ready),
+    ("/tokenize", ("POST",), control_routes.tokenize),
+    ("/v1/tokenize", ("POST",), control_routes.tokenize),
+    ("/detokenize", ("POST",), control_routes.detokenize),
+    ("/v1/detokenize", ("POST",), control_routes.detokenize),
+    ("/flush_cache", ("GET", "POST"), control_routes.flush_cache),
+    ("/abort_request", ("POST",), control_routes.abort_request),
+    ("/pause_generation", ("POST",), control_routes.pause_generation),
+    ("/continue_generation", ("POST",), control_routes.continue_generation),
+    ("/model_info", ("GET",), control_routes.model_info),
+    ("/get_model_info", ("GET",), control_routes.model_info),
+    ("/server_info", ("GET",), control_routes.server_info),
+    ("/get_server_info", ("GET",), control_routes.server_info),
+    ("/health", ("GET",), control_routes.health),
+    ("/health_generate", ("GET",), control_routes.health),
+    ("/ready", ("GET",), control_routes.ready),
     ("/metrics", ("GET",), metrics),
     ("/", ("GET",), index),
 )
@@ -138,11 +121,6 @@ def build_app(service: Service) -> Starlette:
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
     return app
-
-
-async def _reply_health(exchange: Exchange, state: Health) -> None:
-    headers = [(b"retry-after", b"1")] if state.status != "ok" else []
-    await exchange.reply(encode(state), 200 if state.status == "ok" else 503, headers=headers)
 
 
 def _card(service: Service) -> ModelCard:

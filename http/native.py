@@ -112,6 +112,8 @@ async def generate(service: Service, exchange: Exchange) -> None:
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
     submissions, continuations, is_list = _plan(request, service.model.vocab_size)
     stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
+    for choice, continuation in zip(stream.choices, continuations, strict=True):
+        choice.name = continuation.rid
     async with exchange.watched(stream):
         if request.stream:
             await send_stream(exchange, stream, NativeRenderer(stream, continuations))

@@ -17,17 +17,20 @@ from ..actors.conversation import chat_prompt
 from ..actors.messages import Prompt, TextPrompt
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
+from .chat_replies import ChatWriter
+from .chat_tools import plan_tools, template_arguments
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import MAX_N, split_ids
 from .openai_grammar import requested_grammar
-from .openai_replies import ChatWriter, CompletionWriter, Head
+from .openai_replies import CompletionWriter, Head, UsageFrames
 from .protocol import (
     CHAT_REFUSED,
     OPENAI_REFUSED,
     ChatRequest,
     CompletionRequest,
     OpenAIRequest,
+    StreamOptions,
     encode,
 )
 from .service import Service
@@ -68,8 +71,8 @@ async def completions(service: Service, exchange: Exchange) -> None:
         raise RequestError(what, param="best_of", code="unsupported_value")
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
     echoes = _echoes(request, texts)
+    usage_frames = _usage_frames(request, len(prompts), n)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
-    with_usage = _wants_usage(request)
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     grammar, grammar_names = requested_grammar(request)
     with _renamed(names | grammar_names):
@@ -77,7 +80,8 @@ async def completions(service: Service, exchange: Exchange) -> None:
         submissions = [Submission(prompt, params, n, grammar) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        writer = CompletionWriter(head, stream, n, echoes, request.logprobs, with_usage)
+        writer = CompletionWriter(head, stream, n, echoes, request.logprobs, usage_frames)
+        stream.name(head.id)
         async with exchange.watched(stream):
             if request.stream:
                 await send_stream(exchange, stream, writer)
@@ -92,26 +96,33 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    n, with_usage = _choices(request), _wants_usage(request)
+    n = _choices(request)
     newer = request.max_completion_tokens is not None
     max_tokens = request.max_completion_tokens if newer else request.max_tokens
     names = {
         "max_new_tokens": "max_completion_tokens" if newer else "max_tokens",
         "min_new_tokens": "min_tokens",
         "logprobs": "top_logprobs",
+        "tool_calls": "tools",
     }
     grammar, grammar_names = requested_grammar(request, request.response_format)
+    usage_frames = _usage_frames(request, 1, n)
+    plan = plan_tools(request, grammar, service.model)
     with _renamed(names | grammar_names):
         params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
         prompt = chat_prompt(
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=bool(request.continue_final_message),
-            chat_template_kwargs=request.chat_template_kwargs,
+            chat_template_kwargs=template_arguments(request),
+            tools=plan.tools,
+            shown=plan.reading.shown,
+            opens=plan.reading.opens,
         )
-        stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0, grammar)
+        stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0, plan.grammar)
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        writer = ChatWriter(head, stream, bool(request.logprobs), with_usage)
+        writer = ChatWriter(head, stream, plan.reading, bool(request.logprobs), usage_frames)
+        stream.name(head.id)
         async with exchange.watched(stream):
             if request.stream:
                 await send_stream(exchange, stream, writer)
@@ -144,12 +155,11 @@ def _choices(request: OpenAIRequest) -> int:
     return n
 
 
-def _wants_usage(request: OpenAIRequest) -> bool:
-    if request.stream_options is None:
-        return False
-    if not request.stream:
+def _usage_frames(request: OpenAIRequest, prompts: int, n: int) -> UsageFrames:
+    options = request.stream_options or StreamOptions()
+    if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
-    return bool(request.stream_options.include_usage)
+    return UsageFrames(prompts * n, n, bool(options.include_usage), bool(options.continuous_usage_stats))
 
 
 def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

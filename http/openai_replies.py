@@ -1,6 +1,7 @@
-"""OpenAI's reply objects, written from chunks: whole ones and frames of a stream, with logprobs and usage.
+"""The replies of /v1/completions, written from chunks: whole ones and frames of a stream; and what chat_replies.py
+shares with them: logprobs and usage.
 
-Used by openai.py; the writers are sse.Renderers. Invariant: the frames of a stream, joined, say what the whole reply
+Used by openai.py; the writer is an sse.Renderer. Invariant: the frames of a stream, joined, say what the whole reply
 would have said.
 """
 
@@ -15,19 +16,10 @@ from msgspec import UNSET, UnsetType
 from ..actors.client import Stream
 from ..actors.messages import Chunk, TokenLogprob
 from .protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    ChunkChoice,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    Delta,
     PromptTokensDetails,
-    TopLogprob,
     Usage,
     encode,
 )
@@ -67,13 +59,33 @@ def usage(chunks: Sequence[Chunk | None], n: int) -> Usage:
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, cached)
 
 
-def chat_logprobs(items: list[TokenLogprob]) -> ChatLogprobs:
-    """Return the chat form of logprobs."""
-    content = []
-    for item in items:
-        top = [TopLogprob(token_name(text), finite(p), list(text)) for _, p, text in item.top]
-        content.append(ChatTokenLogprob(token_name(item.text), finite(item.logprob), list(item.text), top))
-    return ChatLogprobs(content)
+class UsageFrames:
+    """The token counts in the frames of a stream: none, in a last frame, or also so far in each one.
+
+    Invariant: a frame counts the tokens of what was written up to it.
+    """
+
+    __slots__ = ("_each", "_last", "_n", "at_end")
+
+    def __init__(self, choices: int, n: int, at_end: bool = False, each: bool = False) -> None:
+        """`n` choices in a row share a prompt."""
+        self.at_end = at_end
+        self._each = each
+        self._n = n
+        self._last: list[Chunk | None] = [None] * choices
+
+    def see(self, index: int, chunk: Chunk) -> None:
+        """The next chunk of a choice is written."""
+        self._last[index] = chunk
+
+    def so_far(self) -> Usage | UnsetType | None:
+        """The `usage` of a frame with output."""
+        if self._each:
+            return self.total()
+        return None if self.at_end else UNSET
+
+    def total(self) -> Usage:
+        return usage(self._last, self._n)
 
 
 class LegacyLogprobs:
@@ -99,14 +111,14 @@ class CompletionWriter:
     """The replies of /v1/completions. `echoes`: a text before each prompt's continuations, or empty."""
 
     def __init__(
-        self, head: Head, stream: Stream, n: int, echoes: list[str], logprobs: int | None, with_usage: bool
+        self, head: Head, stream: Stream, n: int, echoes: list[str], logprobs: int | None, usage_frames: UsageFrames
     ) -> None:
         self._head = head
         self._stream = stream
         self._n = n
         self._echoes = {i: echoes[i // n] for i in range(len(stream.choices))} if echoes else {}
         self._logprobs = [LegacyLogprobs(0, logprobs) for _ in stream.choices] if logprobs is not None else None
-        self._usage: UnsetType | None = None if with_usage else UNSET
+        self._usage = usage_frames
 
     def whole(self, chunks: list[Chunk]) -> Completion:
         """Return the reply of a request that was not streamed."""
@@ -119,12 +131,13 @@ class CompletionWriter:
         choice = self._choice(chunk)
         if not choice.text and choice.logprobs is None and choice.finish_reason is None:
             return ()  # the first bytes of a character
-        return (encode(self._object([choice], self._usage)),)
+        self._usage.see(choice.index, chunk)
+        return (encode(self._object([choice], self._usage.so_far())),)
 
     def tail(self) -> Iterable[bytes]:
-        if self._usage is UNSET:
+        if not self._usage.at_end:
             return ()
-        return (encode(self._object([], usage([choice.last for choice in self._stream.choices], self._n))),)
+        return (encode(self._object([], self._usage.total())),)
 
     def _choice(self, chunk: Chunk) -> CompletionChoice:
         index = self._stream.index(chunk)
@@ -134,49 +147,3 @@ class CompletionWriter:
     def _object(self, choices: list[CompletionChoice], counts: Usage | UnsetType | None) -> Completion:
         head = self._head
         return Completion(head.id, "text_completion", head.created, head.model, None, choices, counts)
-
-
-class ChatWriter:
-    """The replies of /v1/chat/completions: a frame with the role, frames with text, one with the finish reason."""
-
-    def __init__(self, head: Head, stream: Stream, with_logprobs: bool, with_usage: bool) -> None:
-        self._head = head
-        self._stream = stream
-        self._with_logprobs = with_logprobs
-        self._usage: UnsetType | None = None if with_usage else UNSET
-
-    def whole(self, chunks: list[Chunk]) -> ChatCompletion:
-        """Return the reply of a request that was not streamed."""
-        choices = []
-        for index, chunk in enumerate(chunks):
-            logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
-            choices.append(ChatChoice(index, AssistantMessage("assistant", chunk.text), logprobs, chunk.finish))
-        head, counts = self._head, usage(chunks, len(chunks))
-        return ChatCompletion(head.id, "chat.completion", head.created, head.model, None, choices, counts)
-
-    def head(self) -> Iterable[bytes]:
-        role = Delta(role="assistant", content="", refusal=None)
-        return [self._frame(ChunkChoice(i, role, None, None)) for i in range(len(self._stream.choices))]
-
-    def chunk(self, chunk: Chunk) -> Iterable[bytes]:
-        index = self._stream.index(chunk)
-        frames = []
-        if chunk.text or (self._with_logprobs and chunk.logprobs):
-            logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
-            frames.append(self._frame(ChunkChoice(index, Delta(content=chunk.text), logprobs, None)))
-        if chunk.finish is not None:
-            frames.append(self._frame(ChunkChoice(index, Delta(), None, chunk.finish)))
-        return frames
-
-    def tail(self) -> Iterable[bytes]:
-        if self._usage is UNSET:
-            return ()
-        last = [choice.last for choice in self._stream.choices]
-        return (encode(self._object([], usage(last, len(last)))),)
-
-    def _frame(self, choice: ChunkChoice) -> bytes:
-        return encode(self._object([choice], self._usage))
-
-    def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
-        head = self._head
-        return ChatCompletionChunk(head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts)

@@ -130,7 +130,10 @@ class GenerateReply(Struct, frozen=True):
 
 
 class StreamOptions(Struct, frozen=True):
+    """`include_usage`: a last frame with the token counts. `continuous_usage_stats`: each frame has those so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class OpenAIRequest(Struct, frozen=True, kw_only=True):
@@ -252,6 +255,31 @@ class ResponseFormat(Struct, frozen=True):
     json_schema: JsonSchemaFormat | None = None
 
 
+class FunctionName(Struct, frozen=True):
+    name: str
+
+
+class FunctionDefinition(Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.:/-]+$", max_length=128)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, frozen=True):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedToolChoice(Struct, frozen=True):
+    """The model must call this function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
@@ -261,12 +289,18 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Refusable = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """Passed on to the chat template."""
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     functions: Refusable = None
     audio: Refusable = None
 
 
-CHAT_REFUSED = ("tools", "functions", "audio")
+CHAT_REFUSED = ("functions", "audio")
 
 
 class TopLogprob(Struct, frozen=True):
@@ -287,10 +321,34 @@ class ChatLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
+class CalledFunction(Struct, frozen=True):
+    """`arguments` is JSON text; in a stream, more of it."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCall(Struct, frozen=True):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """`id`, `type` and the name come once, with the first piece of a call."""
+
+    index: int
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class AssistantMessage(Struct, frozen=True):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -314,6 +372,8 @@ class Delta(Struct, frozen=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
     refusal: UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, frozen=True):
@@ -361,6 +421,54 @@ class ModelDescription(Struct, frozen=True):
     vocab_size: int
     context_length: int
     has_chat_template: bool
+    tool_call_parser: str
+    reasoning_parser: str | None
+
+
+# ------------------------------------------------------------------ tokens of texts, orders to the engine
+
+
+class TokenizeRequest(Struct, frozen=True, kw_only=True):
+    """A text, several texts, or a conversation as in a chat completion."""
+
+    model: str | None = None
+    prompt: str | list[str] | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+
+class TokenizeReply(Struct, frozen=True):
+    tokens: list[int] | list[list[int]]
+    count: int | list[int]
+    max_model_len: int
+
+
+class DetokenizeRequest(Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    tokens: list[int | list[int]]
+    skip_special_tokens: bool = True
+
+
+class DetokenizeReply(Struct, frozen=True):
+    text: str | list[str]
+
+
+class AbortRequest(Struct, frozen=True):
+    """`rid`: of /generate, or the id of an OpenAI reply."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+class PauseRequest(Struct, frozen=True):
+    """What becomes of running requests: they end with what they have, give their pages back and go on later, or stand
+    still."""
+
+    mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
 class Health(Struct, frozen=True):

@@ -32,12 +32,13 @@ class Detokenizer(Protocol):
 
 
 class TokenBytes(dict[int, bytes]):
-    """token -> its bytes as they are shown, filled on demand; shared by all requests with the same option."""
+    """token -> its bytes as they are shown, filled on demand; shared by all requests with the same options."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: frozenset[str]) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        special = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = frozenset(token for token in special if tokenizer.added[token] not in shown)
 
     def __missing__(self, token: int) -> bytes:
         shown = b"" if token in self._hidden or token < 0 else self._tokenizer.token_bytes(token)
@@ -50,25 +51,41 @@ class Detokenizers:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tables = {skip: TokenBytes(tokenizer, skip) for skip in (True, False)}
-        self.bytes = self._tables[False]
+        self.bytes = TokenBytes(tokenizer, False, frozenset())
         """token -> its bytes, special ones too."""
+        self._skipping: dict[frozenset[str], TokenBytes] = {}
+        """By the special tokens that are shown all the same: as many as there are parsers in use."""
 
     def new(
-        self, prompt: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        prompt: Sequence[int],
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        shown: frozenset[str] = frozenset(),
     ) -> Detokenizer:
         """A detokenizer for the output after `prompt` (only its end is looked at).
 
+        `shown`: special tokens that are not skipped; decoders of the WordPiece kind skip them all the same.
         `spaces_between_special_tokens` False: added tokens in a row are joined without the space that decoders of the
         WordPiece kind put between tokens; the others put none.
         """
         scheme = self._tokenizer.scheme
         if scheme is None:
             return WindowDetokenizer(self._tokenizer, prompt, skip_special_tokens, spaces_between_special_tokens)
-        table = self._tables[skip_special_tokens]
+        table = self._skipping_but(shown) if skip_special_tokens else self.bytes
         if scheme.lead != "keep" and not any(table[token] for token in reversed(prompt)):
             return LeadDetokenizer(table, scheme)
         return ByteDetokenizer(table, scheme)
+
+    def text(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of all these tokens."""
+        detokenizer = self.new((), skip_special_tokens)
+        return "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+
+    def _skipping_but(self, shown: frozenset[str]) -> TokenBytes:
+        if shown not in self._skipping:
+            self._skipping[shown] = TokenBytes(self._tokenizer, True, shown)
+        return self._skipping[shown]
 
 
 class ByteDetokenizer:

@@ -142,9 +142,9 @@ class ReasoningParser:
             events.append(Content(text))
 
 
-def opens_reasoning(family: ReasoningFamily, prompt: str) -> bool:
-    """Whether a prompt ends in an opening tag, so that the output begins amid thoughts."""
-    return prompt.rstrip(SPACE).endswith(family.opens)
+def opens_reasoning(opens: tuple[str, ...], prompt: str) -> bool:
+    """Whether a prompt ends in one of these opening tags, so that the output begins amid thoughts."""
+    return bool(opens) and prompt.rstrip(SPACE).endswith(tuple(tag.rstrip(SPACE) for tag in opens))
 
 
 THINK: Final = ReasoningFamily()

@@ -15,6 +15,8 @@ from ..errors import StartupError
 from .cache import Progress, cache_folder, locked, no_progress, publish
 from .embedded import NAME, embedded_model
 from .gguf import FORMAT, convert
+from .parsers import guess, reasoning_family, tool_family
+from .tokenizer import chat_templates
 
 HEAD_BYTES = 1 << 20
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -43,6 +45,7 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         context_length=_context_length(facts, config.context_length),
         eos_ids=_eos_ids(folder, facts),
         has_chat_template=_has_chat_template(folder, config),
+        **_parsers(folder, config),
     )
 
 
@@ -119,6 +122,31 @@ def _check_weights(folder: Path) -> None:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise StartupError(f"{folder} has its weights as pickle files, which can run code; convert them to safetensors")
     raise StartupError(f"{folder} has no *.safetensors weights (--load-format dummy runs on random ones)")
+
+
+def _parsers(folder: Path, config: EngineConfig) -> dict[str, Any]:
+    """ModelInfo's `tool_parser` and `reasoning_parser`: the configured ones, else what the chat template tells."""
+    if config.tool_call_parser != "auto":
+        tool_family(config.tool_call_parser)
+    if config.reasoning_parser not in ("auto", "none"):
+        reasoning_family(config.reasoning_parser)
+    templates = _chat_templates(folder, config)
+    default = templates.get("default", "")
+    tools, reasoning = guess(templates.get("tool_use", default)).tools, guess(default).reasoning
+    return {
+        # Whatever its template, a model may answer with the plain JSON of a call.
+        "tool_parser": (tools or "json") if config.tool_call_parser == "auto" else config.tool_call_parser,
+        "reasoning_parser": {"auto": reasoning, "none": None}.get(config.reasoning_parser, config.reasoning_parser),
+    }
+
+
+def _chat_templates(folder: Path, config: EngineConfig) -> dict[str, str]:
+    """The templates that the text actor will use, by name."""
+    if config.chat_template is not None:
+        return {"default": Path(config.chat_template).expanduser().read_text(encoding="utf-8", errors="replace")}
+    tokenizer = Path(config.tokenizer_path).expanduser() if config.tokenizer_path else folder
+    settings = tokenizer / "tokenizer_config.json"
+    return chat_templates(tokenizer, _read_json(settings) if settings.exists() else {})
 
 
 def _context_length(facts: dict[str, Any], wanted: int | None) -> int:

@@ -110,6 +110,7 @@ class _Variant:
         self._mask = control.mask(words)
         self._takes_parts = self._probe([{"type": "text", "text": PROBE}])
         self._takes_strings = not self._takes_parts or self._probe(PROBE)
+        self._takes_silence = self._probe_silence()
 
     def render(self, request: ChatRequest, kwargs: Json) -> str:
         messages = [self._message(i, message) for i, message in enumerate(request.messages)]
@@ -150,6 +151,8 @@ class _Variant:
             plain["content"] = self._content(index, plain["content"])
         elif "tool_calls" not in plain and "function_call" not in plain:
             raise RequestError(f"messages[{index}] has no content", param="messages")
+        elif not self._takes_silence:
+            plain["content"] = self._content(index, "")
         if isinstance(plain.get("tool_calls"), list):
             plain["tool_calls"] = [_parsed_call(call) for call in plain["tool_calls"]]
         reasoning = next((plain[n] for n in ("reasoning_content", "thinking", "reasoning") if n in plain), None)
@@ -180,6 +183,16 @@ class _Variant:
         except (RequestError, RecursionError):
             return False
         return PROBE in text and not any(f"{q}text{q}" in text for q in "'\"")
+
+    def _probe_silence(self) -> bool:
+        """Whether the template renders a message with calls and without content: some print the content unasked."""
+        call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
+        turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "tool_calls": [call]}]
+        try:
+            self._run({"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True})
+        except (RequestError, RecursionError):
+            return False
+        return True
 
 
 def _parsed_call(call: Any) -> Any:

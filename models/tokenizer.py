@@ -186,7 +186,7 @@ def read_files(folder: Path, core: tokenizers.Tokenizer) -> TokenizerFiles:
     eos = [*_ints(generation.get("eos_token_id")), *_ints(model.get("eos_token_id"))]
     if "eos_token" in special and (own := core.token_to_id(special["eos_token"])) is not None:
         eos.append(own)
-    return TokenizerFiles(config, special, tuple(dict.fromkeys(eos)), _templates(folder, config))
+    return TokenizerFiles(config, special, tuple(dict.fromkeys(eos)), chat_templates(folder, config))
 
 
 def byte_scheme(decoder: Json | None) -> ByteScheme | None:
@@ -227,7 +227,7 @@ def _add_tokens(core: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
     core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in names if t not in special])
 
 
-def _templates(folder: Path, config: Json) -> dict[str, str]:
+def chat_templates(folder: Path, config: Json) -> dict[str, str]:
     """Chat templates by name. chat_template.jinja goes before tokenizer_config.json."""
     found: dict[str, str] = {}
     given = config.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")

@@ -6,6 +6,7 @@ The fake answers each Generate by its script; a test replaces the script. Everyt
 import asyncio
 import contextlib
 import socket
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,14 +16,22 @@ import pytest
 
 from actorserve.actors.actor import Actor, Context, connect, disconnect
 from actorserve.actors.messages import (
+    Abort,
     Cancel,
     Chunk,
     Chunks,
+    Detokenize,
+    Detokenized,
+    Done,
     Generate,
+    Order,
     PeerDown,
     Refused,
     Stats,
     TextInbox,
+    TextPrompt,
+    Tokenize,
+    Tokenized,
     TokenLogprob,
     TokenPrompt,
 )
@@ -71,6 +80,7 @@ class FakeText(Actor):
         self.got: list[object] = []
         self.script: Callable[[Generate], list[Chunks | Refused]] = words
         self.arrived = asyncio.Event()
+        self.busy = False
 
     def receive(self, message: object, source: str) -> None:
         if isinstance(message, Generate):
@@ -79,9 +89,23 @@ class FakeText(Actor):
                 copied = TokenPrompt(memoryview(bytes(prompt.ids)))
                 message = Generate(message.rid, message.n, copied, message.params, message.cache_salt, message.priority)
             asyncio.get_running_loop().call_soon(self._say, self.script(message))
-        if isinstance(message, Generate | Cancel):
+        if isinstance(message, Tokenize | Detokenize | Order):
+            asyncio.get_running_loop().call_soon(self.say, self.answer(message))
+        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort):
             self.got.append(message)
             self.arrived.set()
+
+    def answer(self, message: Tokenize | Detokenize | Order) -> object:
+        """A token a character, its code point; orders are refused while there are requests."""
+        match message:
+            case Tokenize():
+                text = message.prompt.text if isinstance(message.prompt, TextPrompt) else "chat"
+                ids = [1] * message.add_special_tokens + [ord(c) for c in text]
+                return Tokenized(message.rid, memoryview(array("i", ids).tobytes()))
+            case Detokenize():
+                return Detokenized(message.rid, "".join(map(chr, message.ids.cast("i"))))
+            case Order():
+                return Refused(message.rid, 1, 400, "not_idle", "busy") if self.busy else Done(message.rid)
 
     def say(self, message: object) -> None:
         self.context.ref("front.0").post(message)
@@ -124,14 +148,14 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def open_rig(**config: object) -> AsyncIterator[Rig]:
+async def open_rig(model: ModelInfo = MODEL, **config: object) -> AsyncIterator[Rig]:
     listener = socket.create_server(("127.0.0.1", 0))
     settings = EngineConfig(**config)
     contexts = [
         Context(
-            "front.0", settings, MODEL, HttpFront.inbox_type, sends_to=["text"], files={"listen": listener.fileno()}
+            "front.0", settings, model, HttpFront.inbox_type, sends_to=["text"], files={"listen": listener.fileno()}
         ),
-        Context("text", settings, MODEL, TextInbox, sends_to=["front.0"]),
+        Context("text", settings, model, TextInbox, sends_to=["front.0"]),
     ]
     front, text = HttpFront(contexts[0]), FakeText(contexts[1])
     connect(contexts[0], contexts[1], codec=True)

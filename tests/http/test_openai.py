@@ -198,7 +198,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": USER, "stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
-        ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function"),
         ({"messages": USER, "response_format": {"type": "grammar"}}, "response_format"),
         ({"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"),
         (

@@ -122,5 +122,5 @@ def test_holds_back_only_what_may_become_a_tag() -> None:
 
 def test_prompts_that_open_reasoning() -> None:
     family = REASONING_FAMILIES["qwen3"]
-    assert opens_reasoning(family, "<|assistant|>\n<think>\n")
-    assert not opens_reasoning(family, "<|assistant|>\n<think>\n\n</think>\n\n")
+    assert opens_reasoning(family.opens, "<|assistant|>\n<think>\n")
+    assert not opens_reasoning(family.opens, "<|assistant|>\n<think>\n\n</think>\n\n")

@@ -5,6 +5,7 @@ import json
 import threading
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from live_server import LiveServer, wait_until
@@ -164,3 +165,70 @@ def test_streams_of_generate_are_cumulative(server: LiveServer) -> None:
 
 def test_health_and_ready(server: LiveServer) -> None:
     assert server.get("/health").status_code == server.get("/ready").status_code == 200
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "get_time", "strict": True}},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_calls_that_must_come_do(server: LiveServer, choice: object, stream: bool) -> None:
+    """Also hot: the model has no say in it."""
+    options = {"temperature": 1.2, "seed": 3, "max_tokens": 100, "parallel_tool_calls": False}
+    with server.client() as client:
+        reply = client.chat.completions.create(
+            model="",
+            messages=[{"role": "user", "content": "Hello!"}],
+            tools=TOOLS,
+            tool_choice=choice,
+            stream=stream,
+            **options,
+        )  # type: ignore[call-overload]
+        if stream:
+            deltas = [call for c in reply for call in c.choices[0].delta.tool_calls or ()]
+            name, arguments = deltas[0].function.name, "".join(call.function.arguments for call in deltas)
+        else:
+            assert (reply.choices[0].finish_reason, reply.choices[0].message.content) == ("tool_calls", None)
+            (call,) = reply.choices[0].message.tool_calls
+            name, arguments = call.function.name, call.function.arguments
+    if name == "get_weather":
+        jsonschema.validate(json.loads(arguments), WEATHER)
+    else:
+        assert (name, arguments, choice) == ("get_time", "{}", "required")
+
+
+def test_a_call_of_the_models_own_accord(server: LiveServer) -> None:
+    """It sees how it is done; the parser finds the call in free text, and the next turn shows it to the template."""
+    messages: list[dict[str, object]] = []
+    for city in ("Rome", "Berlin", "Oslo"):
+        call = json.dumps({"name": "get_weather", "arguments": {"city": city, "unit": "C"}})
+        messages += [{"role": "user", "content": f"Weather in {city}?"}, {"role": "assistant", "content": call}]
+    messages.append({"role": "user", "content": "Weather in Paris?"})
+    with server.client() as client:
+        options: dict[str, object] = {"model": "", "tools": TOOLS, "temperature": 0, "max_tokens": 60}
+        (choice,) = client.chat.completions.create(messages=messages, **options).choices  # type: ignore[call-overload]
+        assert choice.finish_reason == "tool_calls"
+        assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Paris", "unit": "C"}
+        messages.append(choice.message.model_dump(exclude_none=True))
+        messages.append({"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "21 C, sunny"})
+        (last,) = client.chat.completions.create(messages=messages, **options).choices  # type: ignore[call-overload]
+    assert last.finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_an_impossible_tool_is_refused_where_it_stands(server: LiveServer) -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"a": {"enum": []}}, "required": ["a"]}},
+    }
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.chat("x", tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools" and "/0/parameters" in caught.value.message

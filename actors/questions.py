@@ -1,0 +1,126 @@
+"""Questions: what a front asks the engine beside outputs: token ids of a text, text of token ids, orders to it.
+
+Part of the Client, which gives out the ids and passes the answers on. Invariant: each question that was sent is
+answered once: by its answer, by an error, or by the death of the actor that was asked.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
+from . import messages
+from .ref import Gone
+
+MOST: Final = 256
+"""Questions that may be open at once: they are quick, and their texts large."""
+
+
+class Wakeup(Protocol):
+    """One sleep of one task: `set` ends it, from the same thread."""
+
+    def set(self) -> None: ...
+
+    async def wait(self) -> object: ...
+
+
+class Question:
+    """`answer` is set before the wakeup."""
+
+    __slots__ = ("answer", "wakeup")
+
+    def __init__(self, wakeup: Wakeup) -> None:
+        self.wakeup = wakeup
+        self.answer: Answer | ActorserveError | None = None
+
+
+Answer = list[int] | str | messages.Done
+
+
+class Questions:
+    """All open questions of one front. The methods raise what the engine refuses, EngineDown, or Overloaded."""
+
+    def __init__(
+        self,
+        post: Callable[[messages.Message], None],
+        new_wakeup: Callable[[], Wakeup],
+        new_rid: Callable[[], int],
+    ) -> None:
+        self._post = post
+        self._new_wakeup = new_wakeup
+        self._new_rid = new_rid
+        self._open: dict[int, Question] = {}
+
+    async def tokenize(self, prompt: messages.Prompt, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text, or of a conversation by the model's template."""
+        rid = self._new_rid()
+        answer = await self._ask(rid, messages.Tokenize(rid, prompt, add_special_tokens))
+        assert isinstance(answer, list)
+        return answer
+
+    async def detokenize(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids, which the caller has checked to be in the vocabulary."""
+        rid = self._new_rid()
+        raw = memoryview(array("i", ids).tobytes())
+        answer = await self._ask(rid, messages.Detokenize(rid, raw, skip_special_tokens))
+        assert isinstance(answer, str)
+        return answer
+
+    async def order(self, action: messages.Action) -> None:
+        """Have the scheduler do something; return when it is done."""
+        rid = self._new_rid()
+        await self._ask(rid, messages.Order(rid, action))
+
+    def take(self, message: messages.Tokenized | messages.Detokenized | messages.Done | messages.Refused) -> bool:
+        """Take an answer; False if nobody asked (any more)."""
+        question = self._open.get(message.rid)
+        if question is None:
+            return False
+        match message:
+            case messages.Tokenized():
+                question.answer = list(message.ids.cast("i"))
+            case messages.Detokenized():
+                question.answer = message.text
+            case messages.Done():
+                question.answer = message
+            case messages.Refused():
+                question.answer = refusal(message)
+        question.wakeup.set()
+        return True
+
+    def fail_all(self, error: ActorserveError) -> None:
+        """The engine is gone, or the front stops."""
+        for question in self._open.values():
+            question.answer = error
+            question.wakeup.set()
+
+    async def _ask(self, rid: int, message: messages.Message) -> Answer:
+        if len(self._open) >= MOST:
+            raise Overloaded(f"{MOST} questions are open; try again")
+        question = self._open[rid] = Question(self._new_wakeup())
+        try:
+            self._post(message)
+            await question.wakeup.wait()
+        except Gone:
+            raise EngineDown("the engine is starting or restarting; try again") from None
+        finally:
+            del self._open[rid]
+        answer = question.answer
+        assert answer is not None
+        if isinstance(answer, ActorserveError):
+            raise answer
+        return answer
+
+
+def refusal(refused: messages.Refused) -> ActorserveError:
+    """Return the exception that a Refused stands for."""
+    message, code, status = refused.message, refused.code, refused.status
+    if status == 429 or (status == 503 and code == Overloaded.code):
+        overloaded = Overloaded(message, status=status)
+        overloaded.code = code
+        return overloaded
+    if status == 503:
+        return EngineDown(message, code=code, param=refused.param)
+    if 400 <= status < 500:
+        return RequestError(message, param=refused.param, code=code, status=status)
+    return ActorserveError(message, param=refused.param, code=code)

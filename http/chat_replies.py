@@ -1,0 +1,134 @@
+"""The replies of /v1/chat/completions, written from chunks: message, tool calls, thoughts, logprobs and usage.
+
+Used by openai.py; ChatWriter is an sse.Renderer. Invariant: the frames of a stream, put together as clients do it, are
+the message that the whole reply would have had, with the same finish_reason.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import UnsetType
+
+from ..actors.client import Stream
+from ..actors.messages import Chunk, TokenLogprob
+from ..models.chat_reply import ChatReply
+from ..models.parse_events import CallArguments, CallEnd, CallStart, Event
+from ..models.parsers import ChatParser
+from .chat_tools import Reading
+from .openai_replies import Head, UsageFrames, finite, token_name, usage
+from .protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChunkChoice,
+    Delta,
+    TopLogprob,
+    Usage,
+    encode,
+)
+
+
+def chat_logprobs(items: list[TokenLogprob]) -> ChatLogprobs:
+    """Return the chat form of logprobs."""
+    content = []
+    for item in items:
+        top = [TopLogprob(token_name(text), finite(p), list(text)) for _, p, text in item.top]
+        content.append(ChatTokenLogprob(token_name(item.text), finite(item.logprob), list(item.text), top))
+    return ChatLogprobs(content)
+
+
+class Answer:
+    """One choice: its text, read as it comes."""
+
+    __slots__ = ("_parser", "_reading", "_reply", "_started")
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._reply = ChatReply()
+        self._parser: ChatParser | None = None
+        self._started = False
+
+    def deltas(self, chunk: Chunk) -> list[Delta]:
+        """Take the next chunk; return what it adds, one a frame."""
+        if not self._started:
+            self._started = True
+            self._parser = self._reading.parser(chunk.thinking)
+        if self._parser is None:
+            return [Delta(content=chunk.text)] if chunk.text else []
+        events = self._parser.feed(chunk.text)
+        if chunk.finish is not None:
+            events += self._parser.finish()
+        if self._reading.single:
+            events = [event for event in events if not _is_further_call(event)]
+        return [msgspec.convert(delta, Delta) for delta in self._reply.add(events)]
+
+    def whole(self, chunk: Chunk) -> tuple[AssistantMessage, str | None]:
+        """Return the message and the finish reason of an answer that is one chunk."""
+        self.deltas(chunk)
+        if self._parser is None:
+            return AssistantMessage("assistant", chunk.text), chunk.finish
+        return msgspec.convert(self._reply.message(), AssistantMessage), self.finish_reason(chunk)
+
+    def finish_reason(self, last: Chunk) -> str | None:
+        """OpenAI's, for an answer that ends with this chunk."""
+        return last.finish and self._reply.finish_reason(last.finish)
+
+
+class ChatWriter:
+    """A frame with the role, frames with what is said, one with the finish reason."""
+
+    def __init__(
+        self, head: Head, stream: Stream, reading: Reading, with_logprobs: bool, usage_frames: UsageFrames
+    ) -> None:
+        self._head = head
+        self._stream = stream
+        self._answers = [Answer(reading) for _ in stream.choices]
+        self._with_logprobs = with_logprobs
+        self._usage = usage_frames
+
+    def whole(self, chunks: list[Chunk]) -> ChatCompletion:
+        """Return the reply of a request that was not streamed."""
+        choices = []
+        for index, chunk in enumerate(chunks):
+            message, finish = self._answers[index].whole(chunk)
+            logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
+            choices.append(ChatChoice(index, message, logprobs, finish))
+        head, counts = self._head, usage(chunks, len(chunks))
+        return ChatCompletion(head.id, "chat.completion", head.created, head.model, None, choices, counts)
+
+    def head(self) -> Iterable[bytes]:
+        role = Delta(role="assistant", content="", refusal=None)
+        return [self._frame(ChunkChoice(i, role, None, None)) for i in range(len(self._stream.choices))]
+
+    def chunk(self, chunk: Chunk) -> Iterable[bytes]:
+        index = self._stream.index(chunk)
+        answer = self._answers[index]
+        self._usage.see(index, chunk)
+        deltas = answer.deltas(chunk)
+        logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs and chunk.logprobs else None
+        if logprobs is not None and not deltas:
+            deltas.append(Delta())  # the tokens of markup have logprobs, too
+        # A chunk's logprobs go with its first frame: OpenAI's streams do not say more about their place either.
+        choices = [ChunkChoice(index, delta, None if i else logprobs, None) for i, delta in enumerate(deltas)]
+        if chunk.finish is not None:
+            choices.append(ChunkChoice(index, Delta(), None, answer.finish_reason(chunk)))
+        return map(self._frame, choices)
+
+    def tail(self) -> Iterable[bytes]:
+        if not self._usage.at_end:
+            return ()
+        return (encode(self._object([], self._usage.total())),)
+
+    def _frame(self, choice: ChunkChoice) -> bytes:
+        return encode(self._object([choice], self._usage.so_far()))
+
+    def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
+        head = self._head
+        return ChatCompletionChunk(head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts)
+
+
+def _is_further_call(event: Event) -> bool:
+    return isinstance(event, CallStart | CallArguments | CallEnd) and event.index > 0

@@ -1,0 +1,102 @@
+"""SGLang's routes beside /generate, over a real socket, against a fake engine."""
+
+import asyncio
+import json
+
+import pytest
+
+from actorserve.actors.messages import Abort, Chunks, Generate, Order, Tokenize
+
+pytestmark = pytest.mark.anyio
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
+async def test_tokenize(rig, path):
+    one = (await rig.http.post(path, json={"prompt": "aé"})).json()
+    assert one == {"tokens": [1, 97, 233], "count": 3, "max_model_len": 512}
+    many = (await rig.http.post(path, json={"prompt": ["a", "bc"], "add_special_tokens": False})).json()
+    assert (many["tokens"], many["count"]) == ([[97], [98, 99]], [1, 2])
+    await rig.http.post(path, json={"messages": USER, "add_generation_prompt": False})
+    asked = [m for m in rig.text.got if isinstance(m, Tokenize)][-1]
+    assert json.loads(asked.prompt.payload) == {"messages": USER, "add_generation_prompt": False}
+
+
+async def test_detokenize(rig):
+    assert (await rig.http.post("/detokenize", json={"tokens": [97, 233]})).json() == {"text": "aé"}
+    assert (await rig.http.post("/v1/detokenize", json={"tokens": [[97], [98]]})).json() == {"text": ["a", "b"]}
+    assert (await rig.http.post("/detokenize", json={"tokens": []})).json() == {"text": ""}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": USER}, "prompt"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/detokenize", {"tokens": [1000]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [1, [2]]}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+        ("/abort_request", {}, "rid"),
+        ("/pause_generation", {"mode": "softly"}, "mode"),
+    ],
+)
+async def test_refused_with_the_field(rig, path, body, param):
+    reply = await rig.http.post(path, json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+async def test_orders(rig):
+    assert (await rig.http.get("/flush_cache")).text == "Cache flushed.\n"
+    assert (await rig.http.post("/pause_generation")).json() == {"status": "paused", "mode": "abort"}
+    for mode in ("retract", "in_place"):
+        assert (await rig.http.post("/pause_generation", json={"mode": mode})).json()["mode"] == mode
+    assert (await rig.http.post("/continue_generation")).json() == {"status": "running"}
+    actions = [m.action for m in rig.text.got if isinstance(m, Order)]
+    assert actions == ["flush_cache", "pause_abort", "pause_retract", "pause", "continue"]
+    rig.text.busy = True
+    refused = await rig.http.post("/flush_cache")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "not_idle")
+    assert rig.front.client.questions._open == {}
+
+
+async def test_questions_end_with_the_engine(rig):
+    rig.text.answer = lambda message: Chunks([])  # no answer
+    asking = asyncio.create_task(rig.http.post("/flush_cache"))
+    await rig.text.wait_for(Order)
+    rig.kill_text()
+    assert (await asking).status_code == 503
+    assert (await rig.http.post("/tokenize", json={"prompt": "a"})).status_code == 503
+
+
+async def test_abort_by_name(rig, fakes):
+    rig.text.script = lambda generate: []
+    bodies = [{"text": "a", "rid": "first"}, {"text": ["b", "c"], "rid": ["second", "third"]}]
+    asking = [asyncio.create_task(rig.http.post("/generate", json=body)) for body in bodies]
+    chat = asyncio.create_task(rig.http.post("/v1/chat/completions", json={"messages": USER}))
+    rids = {g.prompt.text: g.rid for g in await rig.text.wait_for(Generate, 4) if hasattr(g.prompt, "text")}
+    assert (await rig.http.post("/abort_request", json={"rid": "third"})).status_code == 200
+    assert [a.rid for a in await rig.text.wait_for(Abort)] == [rids["c"]]
+    rig.text.got = []
+    await rig.http.post("/abort_request", json={"abort_all": True})
+    aborts = await rig.text.wait_for(Abort, 4)
+    rig.text.say(Chunks([fakes.chunk(a.rid, "so far", [9], 1, "abort") for a in aborts]))
+    first, second = [(await task).json() for task in asking]
+    assert (first["text"], first["meta_info"]["finish_reason"]["type"]) == ("so far", "abort")
+    assert [reply["meta_info"]["id"] for reply in second] == ["second", "third"]
+    assert (await chat).json()["choices"][0]["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+async def test_server_info(rig, path):
+    info = (await rig.http.get(path)).json()
+    assert (info["served_model_name"], info["max_queued_requests"], info["status"]) == ("fake-model", 300, "ok")
+    assert info["internal_states"][0]["pages_total"] == 100
+
+
+async def test_other_names(rig):
+    assert (await rig.http.get("/model_info")).json() == (await rig.http.get("/get_model_info")).json()
+    assert (await rig.http.get("/health_generate")).json()["status"] == "ok"
+    assert not [m for m in rig.text.got if isinstance(m, Generate)]
