@@ -63,6 +63,8 @@ class Request:
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
     constraint: Constraint | None = None
     """What the output must match; its state is that after all of `tokens`."""
+    unsent: int = 0
+    """Its newest tokens, forced ones, that nobody was told of yet: they wait until a chunk has computed their KV."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:

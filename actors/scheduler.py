@@ -47,7 +47,7 @@ from .messages import (
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
-from .window import JumpChunk, Window
+from .window import Landed, Window
 
 STATS_SECONDS: Final = 0.25
 NOTHING: Final = memoryview(b"")
@@ -84,10 +84,10 @@ def tokens_of(m: StepOut) -> Tokens:
     )
 
 
-def forced_tokens_of(jumps: list[JumpChunk]) -> Tokens:
-    """Return the rows of the tokens that jumps have added."""
-    rids = array("q", [jump.request.rid for jump in jumps for _ in jump.tokens[1:]])
-    ids = int32([token for jump in jumps for token in jump.tokens[1:]])
+def forced_tokens_of(landed: list[Landed]) -> Tokens:
+    """Return the rows of the tokens that were not drawn."""
+    rids = array("q", [item.request.rid for item in landed for _ in item.tokens])
+    ids = int32([token for item in landed for token in item.tokens])
     finish = memoryview(bytes(len(rids)))
     return Tokens(memoryview(rids.tobytes()), ids, finish, NOTHING, 0, NOTHING, NOTHING, forced=True)
 
@@ -285,7 +285,7 @@ class Scheduler(Actor):
         now = time.monotonic_ns()
         for seat in window.admits:
             if seat.request.admissions == 1:
-                self._to_text(Started(seat.request.rid, seat.cached, max(0, now - seat.request.arrival_ns)))
+                self._to_text(Started(seat.request.rid, min(seat.cached, seat.request.prompt_length), max(0, now - seat.request.arrival_ns)))
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:

@@ -37,6 +37,14 @@ class JumpChunk:
 
 
 @dataclass(slots=True)
+class Landed:
+    """Forced tokens that became known to the outside: a jump's, or those at the end of a prefill."""
+
+    request: Request
+    tokens: list[int]
+
+
+@dataclass(slots=True)
 class Seat:
     """A request's admission: `cached` tokens have KV in the first of `pages`, which cover its prompt."""
 
