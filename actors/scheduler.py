@@ -283,9 +283,10 @@ class Scheduler(Actor):
 
     def _send(self, window: Window) -> None:
         now = time.monotonic_ns()
-        for seat in window.admits:
-            if seat.request.admissions == 1:
-                self._to_text(Started(seat.request.rid, min(seat.cached, seat.request.prompt_length), max(0, now - seat.request.arrival_ns)))
+        for request, cached in ((seat.request, seat.cached) for seat in window.admits):
+            if request.admissions == 1:
+                of_prompt = min(cached, request.prompt_length)
+                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns)))
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:
