@@ -5,8 +5,8 @@ windows in flight draw for it are forced themselves. Nothing is requeued or enco
 Invariant: the tokens of a jump are those that the sampler would draw, since it allows no other in forced states
 (fsm/canonical.py); so output is the same with jumps and without.
 
-Requests with logprobs or penalties do not jump: the one wants the logits of every token, for the other the sampler
-counts the tokens that it draws.
+What the sampler would know of a token that it drew, it is told: of penalties' counts by GrammarStates, and of logprobs
+the forward has the logits, since a jump's chunk asks for all of its rows.
 """
 
 from typing import Final
@@ -15,6 +15,7 @@ import numpy as np
 
 from .request import Request
 from .slot_table import SlotTable
+from .window import JumpChunk, Landed, PrefillChunk
 
 LONGEST: Final = 64
 """Most of one jump; the rest follows in the next window."""
@@ -47,6 +48,21 @@ def fold(request: Request) -> None:
     for token in forced:
         request.append(token)
     request.unsent += len(forced)
+
+
+def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk]) -> list[Landed]:
+    """What to tell of forced tokens whose KV was computed; they become the requests', wherever those are meanwhile."""
+    found = []
+    for request in (c.request for c in chunks if c.draws and c.request.unsent):
+        found.append(Landed(request, request.tokens[-request.unsent :].tolist()))
+        request.unsent = 0
+    row = 0
+    for jump in jumping:
+        found.append(Landed(jump.request, list(jump.tokens[1:]), row if jump.scored else None))
+        row += len(jump.tokens[1:]) * jump.scored
+        for token in jump.tokens[1:]:
+            jump.request.append(token)
+    return found
 
 
 def all_jump(rows: np.ndarray, slots: SlotTable) -> bool:

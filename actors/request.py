@@ -82,7 +82,7 @@ class Request:
     @property
     def jumps(self) -> bool:
         """Whether forced tokens may come as chunks; see jumps.py."""
-        return self.constraint is not None and self.params.logprobs is None and not self.params.has_penalty
+        return self.constraint is not None
 
     @property
     def generated(self) -> int:

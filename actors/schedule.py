@@ -140,7 +140,9 @@ class Schedule:
             if chunk.request.slot >= 0:
                 chunk.request.confirmed = chunk.end
         requests = self.requests
-        self.landed = self._land(chunks, current.jumps) if step == 0 else []
+        self.landed = []
+        if step == 0:
+            self._land(jumps.landed(chunks, current.jumps))
         for rid, token in zip(rids, ids, strict=True):
             request = requests.get(rid)
             if request is not None:
@@ -157,22 +159,12 @@ class Schedule:
             self.in_flight.popleft()
         return complete
 
-    def _land(self, chunks: list[PrefillChunk], jumping: list[JumpChunk]) -> list[Landed]:
-        """The forced tokens of these have their KV: they are the requests' now, wherever those are meanwhile."""
-        landed = []
-        for request in (c.request for c in chunks if c.draws and c.request.unsent):
-            landed.append(Landed(request, request.tokens[-request.unsent :].tolist()))
-            request.unsent = 0
-        for jump in jumping:
-            landed.append(Landed(jump.request, list(jump.tokens[1:])))
-            for token in jump.tokens[1:]:
-                jump.request.append(token)
-        landed = [item for item in landed if item.request.rid in self.requests]
-        forced = sum(len(item.tokens) for item in landed)
-        self.counters.jumps += len(landed)
+    def _land(self, landed: list[Landed]) -> None:
+        self.landed = [item for item in landed if item.request.rid in self.requests]
+        forced = sum(len(item.tokens) for item in self.landed)
+        self.counters.jumps += len(self.landed)
         self.counters.forced_tokens += forced
         self.counters.generated_tokens += forced
-        return landed
 
     def step_took(self, step_us: float) -> None:
         """Learn the time of a decode step, from which k follows."""

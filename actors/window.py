@@ -35,6 +35,11 @@ class JumpChunk:
     state: int
     """Of its grammar, after them."""
 
+    @property
+    def scored(self) -> bool:
+        """The logprobs of the forced tokens are wanted."""
+        return self.request.params.logprobs is not None
+
 
 @dataclass(slots=True)
 class Landed:
@@ -42,6 +47,8 @@ class Landed:
 
     request: Request
     tokens: list[int]
+    scored: int | None = None
+    """The row of its first token in the step's Scores."""
 
 
 @dataclass(slots=True)

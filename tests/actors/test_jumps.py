@@ -127,11 +127,23 @@ def test_in_a_mixed_batch_nobody_waits() -> None:
 
 
 @pytest.mark.parametrize("params", [SamplingParams(logprobs=0), SamplingParams(frequency_penalty=0.5)])
-def test_some_requests_do_not_jump(params: SamplingParams) -> None:
+def test_requests_with_logprobs_or_penalties_jump_too(params: SamplingParams) -> None:
     e = Engine()
     e.add(prompt_of(1, 20), max_new=50, grammar=line(9), params=params)
     e.drain()
-    assert e.schedule.counters.jumps == 0
+    assert e.schedule.counters.jumps == 5
+
+
+def test_a_request_with_logprobs_draws_its_first_token() -> None:
+    """Its prefill has no logits but of the last token."""
+    e = Engine(num_continuous_decode_steps=1)
+    r = e.add(prompt_of(1, 20), max_new=50, grammar=line(9), params=SamplingParams(logprobs=0))
+    assert r.constraint is not None
+    r.constraint.state = 1
+    assert e.plan() and e.report() and r.generated == 1 and not e.schedule.landed
+    assert e.plan() and e.report() and e.schedule.landed[0].tokens == list(range(101, 109))
+    assert e.schedule.landed[0].scored == 0
+    e.live.clear()  # `expected` begins at state 0
 
 
 @pytest.mark.parametrize("most", range(1, 14))
