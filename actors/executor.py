@@ -25,13 +25,13 @@ from ..models.kv_cache import KVCache, kv_dtype
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Step, Stepper, StepRows
 from ..models.weights import load_decoder
+from ..sampler.reference import Sampled
 from .actor import Actor, Context
 from .memory import batch_slots, keep_freed_memory, kv_pages
-from .messages import Drain, ExecutorInbox, ExecutorReady, PeerDown, PeerUp, Plan, StepOut
+from .messages import NOTHING, Drain, ExecutorInbox, ExecutorReady, PeerDown, PeerUp, Plan, Scores, StepOut
 from .ref import Gone
 from .sampler import Sampler
 
-NOTHING: Final = memoryview(b"")
 COMPILER_SECONDS: Final = 5.0
 
 
@@ -245,8 +245,9 @@ class Executor(Actor):
         runner.slots.flush()
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
-        work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), strict=True)
-        return [ChunkWork(slot, start, ids, bool(draws)) for slot, start, ids, draws in work]
+        scored = ints(plan.chunk_scored).tolist() or [0] * len(slots)
+        work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), scored, strict=True)
+        return [ChunkWork(slot, start, ids, bool(draws), bool(score)) for slot, start, ids, draws, score in work]
 
     def _publish_ready(self) -> None:
         while self.launched and self.launched[0].step.ready:
@@ -288,7 +289,17 @@ def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> 
         top_ids=raw(rows.top_ids),
         top_logprobs=raw(rows.top_logprobs),
         step_ns=took_ns,
+        scores=scores_of(rows.scores),
     )
+
+
+def scores_of(given: Sampled | None) -> Scores | None:
+    """Return the logprobs of a step's given tokens as a message has them."""
+    if given is None or given.logprobs is None or given.top_ids is None or given.top_logprobs is None:
+        return None
+    arrays = (memoryview(t.numpy().tobytes()) for t in (given.logprobs, given.top_ids, given.top_logprobs))
+    logprobs, top_ids, top_logprobs = arrays
+    return Scores(logprobs, given.top_n, top_ids, top_logprobs)
 
 
 def has_children() -> bool:

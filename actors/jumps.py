@@ -5,8 +5,8 @@ windows in flight draw for it are forced themselves. Nothing is requeued or enco
 Invariant: the tokens of a jump are those that the sampler would draw, since it allows no other in forced states
 (fsm/canonical.py); so output is the same with jumps and without.
 
-Requests with logprobs or penalties do not jump: the one wants the logits of every token, for the other the sampler
-counts the tokens that it draws.
+What the sampler would know of a token that it drew, it is told: of penalties' counts by GrammarStates, and of logprobs
+the forward has the logits, since a jump's chunk asks for all of its rows.
 """
 
 from typing import Final
@@ -15,9 +15,8 @@ import numpy as np
 
 from .request import Request
 from .slot_table import SlotTable
+from .window import JumpChunk, Landed, PrefillChunk
 
-SHORTEST: Final = 2
-"""Forced tokens that are worth a chunk: one alone is drawn just as fast."""
 LONGEST: Final = 64
 """Most of one jump; the rest follows in the next window."""
 MOST_STEPS: Final = 4
@@ -36,14 +35,51 @@ def foreseen(request: Request, slots: SlotTable) -> tuple[int, int] | None:
     return known[0], request.tokens[-1]
 
 
+def fold(request: Request) -> None:
+    """Give a waiting request the tokens that its grammar forces now: its prefill computes them with the rest.
+
+    Not one with logprobs: a prefill has the logits of its last token alone.
+    """
+    constraint, params = request.constraint, request.params
+    if constraint is None or params.logprobs is not None:
+        return
+    most = request.limit - len(request.tokens) - 1  # the last token of all is drawn, never forced
+    forced, _ = constraint.run(constraint.state, most, params.stop_token_ids)
+    for token in forced:
+        request.append(token)
+    request.unsent += len(forced)
+
+
+def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk]) -> list[Landed]:
+    """What to tell of forced tokens whose KV was computed; they become the requests', wherever those are meanwhile."""
+    found = []
+    for request in (c.request for c in chunks if c.draws and c.request.unsent):
+        found.append(Landed(request, request.tokens[-request.unsent :].tolist()))
+        request.unsent = 0
+    row = 0
+    for jump in jumping:
+        found.append(Landed(jump.request, list(jump.tokens[1:]), row if jump.scored else None))
+        row += len(jump.tokens[1:]) * jump.scored
+        for token in jump.tokens[1:]:
+            jump.request.append(token)
+    return found
+
+
 def all_jump(rows: np.ndarray, slots: SlotTable) -> bool:
-    """Whether every decoding row may jump: only then is it worth while to wait for the results of a window."""
+    """Whether every decoding row may jump."""
     return bool(len(rows)) and bool(slots.jumps[rows].all())
 
 
-def unknown_rows(rows: np.ndarray, slots: SlotTable) -> bool:
-    """Whether the state of some row is known only when the windows in flight are reported."""
-    requests = (slots.requests[row] for row in rows.tolist())
+def worth_waiting(rows: np.ndarray, slots: SlotTable, step_us: float) -> bool:
+    """Whether the next window should be planned only when those in flight are reported: some rows may jump then.
+
+    The executor idles for a moment. That is worth while where all rows may jump, and where half of them may and the
+    moment is short beside a step; the others are hardly slower for it.
+    """
+    jumping = rows[slots.jumps[rows]]
+    if not len(jumping) or (len(jumping) < len(rows) and (2 * len(jumping) < len(rows) or step_us <= LONG_STEP_US)):
+        return False
+    requests = (slots.requests[row] for row in jumping.tolist())
     return any(request is not None and foreseen(request, slots) is None for request in requests)
 
 
@@ -59,13 +95,13 @@ def planned(request: Request, slots: SlotTable, room: int) -> tuple[list[int], i
     state, last = known
     left = int(slots.cap[request.slot] - slots.horizon[request.slot])  # the last token of all is drawn, never forced
     forced, after = request.constraint.run(state, min(LONGEST, room - 1, left - 1), request.params.stop_token_ids)
-    return ([last, *forced], after) if len(forced) >= SHORTEST else None
+    return ([last, *forced], after) if forced else None
 
 
 def most_steps(k: int, rows: np.ndarray, slots: SlotTable, step_us: float, adaptive: bool) -> int:
     """k, or less of it where rows may jump."""
     if not slots.jumps[rows].any():
         return k
-    if adaptive and all_jump(rows, slots) and step_us > LONG_STEP_US:
+    if adaptive and step_us > LONG_STEP_US:
         return 1
     return min(k, MOST_STEPS)

@@ -34,6 +34,9 @@ class Finish(IntEnum):
     GRAMMAR = 4  # the grammar left no token: the request fails
 
 
+NOTHING: Final = memoryview(b"")
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """Base of everything that crosses a lane."""
 
@@ -373,6 +376,8 @@ class Plan(Message, frozen=True, tag=51):
     """[chunks] tokens of the slot before the chunk."""
     sampler_changes: int
     """Messages that the sampler was sent for this window."""
+    chunk_scored: memoryview = NOTHING
+    """[chunks] 1 where the logprobs of the chunk's tokens but the first are wanted; empty: nowhere."""
 
 
 class SlotParams(Message, frozen=True, tag=52):
@@ -419,12 +424,16 @@ class DropGrammar(Message, frozen=True, tag=54):
 class GrammarStates(Message, frozen=True, tag=55):
     """Scheduler to sampler: the states of slots that jump in the window `window`, before the token that it draws.
 
-    Arrays int32 [rows].
+    Arrays int32 [rows], `counted_ids` int32 [sum of `counted`].
     """
 
     window: int
     slots: memoryview
     states: memoryview
+    counted: memoryview
+    """How many tokens the row jumps over that penalties count; 0 in a row without."""
+    counted_ids: memoryview
+    """These tokens, row after row."""
 
 
 # ------------------------------------------------------------------ exec.0 -> sched
@@ -437,6 +446,15 @@ class ExecutorReady(Message, frozen=True, tag=60):
     max_slots: int
     max_pages_per_slot: int
     device: Literal["cpu", "cuda"]
+
+
+class Scores(Message, frozen=True, tag=62):
+    """The logprobs of tokens that were given, not drawn, one row a token; arrays as in Tokens."""
+
+    logprobs: memoryview
+    top_n: int
+    top_ids: memoryview
+    top_logprobs: memoryview
 
 
 class StepOut(Message, frozen=True, tag=61):
@@ -453,6 +471,8 @@ class StepOut(Message, frozen=True, tag=61):
     top_logprobs: memoryview
     step_ns: int
     """Time of the step on the executor."""
+    scores: Scores | None = None
+    """Of the tokens of chunks that are `chunk_scored`, in the plan's order."""
 
 
 # ------------------------------------------------------------------ sched -> fsm

@@ -63,6 +63,8 @@ class Request:
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
     constraint: Constraint | None = None
     """What the output must match; its state is that after all of `tokens`."""
+    unsent: int = 0
+    """Its newest tokens, forced ones, that nobody was told of yet: they wait until a chunk has computed their KV."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:
@@ -80,7 +82,7 @@ class Request:
     @property
     def jumps(self) -> bool:
         """Whether forced tokens may come as chunks; see jumps.py."""
-        return self.constraint is not None and self.params.logprobs is None and not self.params.has_penalty
+        return self.constraint is not None
 
     @property
     def generated(self) -> int:

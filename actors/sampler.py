@@ -73,7 +73,9 @@ class Sampler(Actor):
             case DropGrammar():
                 return partial(self._drop, m.handle)
             case GrammarStates():
-                return partial(_set_states, array(m.slots, np.int32).tolist(), array(m.states, np.int32).tolist())
+                slots, states = array(m.slots, np.int32).tolist(), array(m.states, np.int32).tolist()
+                ends = np.cumsum(array(m.counted, np.int32))
+                return partial(_jump, slots, states, np.split(array(m.counted_ids, np.int32), ends[:-1]))
             case _:
                 assert_never(m)
 
@@ -124,6 +126,11 @@ class Sampler(Actor):
         assert self.drawer is not None
         return self.drawer.draw(logits, slots, positions, mode, host_slots)
 
+    def score(self, logits: Tensor, host_slots: np.ndarray, ids: np.ndarray) -> Sampled:
+        """The logprobs of given tokens; see stepper.Drawer."""
+        assert self.drawer is not None
+        return self.drawer.score(logits, host_slots, ids.astype(np.int64))
+
 
 def array(view: memoryview, dtype: type[Any]) -> np.ndarray:
     """A copy of a message's array."""
@@ -135,6 +142,8 @@ def _admit(m: SlotParams, prompt: np.ndarray, output: np.ndarray, state: Sampler
     state.admit(m.slot, m.params, prompt, output, length, generated, m.grammar, m.grammar_state)
 
 
-def _set_states(slots: list[int], states: list[int], state: SamplerState) -> None:
-    for slot, value in zip(slots, states, strict=True):
+def _jump(slots: list[int], states: list[int], counted: list[np.ndarray], state: SamplerState) -> None:
+    for slot, value, ids in zip(slots, states, counted, strict=True):
         state.set_grammar_state(slot, value)
+        if len(ids):
+            state.count_given(slot, ids)

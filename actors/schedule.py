@@ -25,7 +25,7 @@ from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
 from .request import Request, Stage, common_prefix
 from .slot_table import SlotTable
-from .window import Counters, JumpChunk, PrefillChunk, Seat, Window
+from .window import Counters, JumpChunk, Landed, PrefillChunk, Seat, Window
 
 IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
@@ -72,8 +72,8 @@ class Schedule:
         self.in_flight: deque[Window] = deque()
         self.next_window = 0
         self.step_us = 0.0
-        self.landed: list[JumpChunk] = []
-        """Jumps whose forced tokens the last report appended, before the tokens that it brought."""
+        self.landed: list[Landed] = []
+        """Forced tokens that came with the last report, before the tokens that it brought."""
         self._last_k = 1
         self._release: list[int] = []
 
@@ -154,9 +154,9 @@ class Schedule:
             if chunk.request.slot >= 0:
                 chunk.request.confirmed = chunk.end
         requests = self.requests
-        self.landed = [j for j in current.jumps if j.request.rid in requests] if step == 0 else []
-        for jump in self.landed:
-            self._land(jump)
+        self.landed = []
+        if step == 0:
+            self._land(jumps.landed(chunks, current.jumps))
         for rid, token in zip(rids, ids, strict=True):
             request = requests.get(rid)
             if request is not None:
@@ -173,12 +173,10 @@ class Schedule:
             self.in_flight.popleft()
         return complete
 
-    def _land(self, jump: JumpChunk) -> None:
-        """The forced tokens have their KV: they are the request's now, wherever it is meanwhile."""
-        for token in jump.tokens[1:]:
-            jump.request.append(token)
-        forced = len(jump.tokens) - 1
-        self.counters.jumps += 1
+    def _land(self, landed: list[Landed]) -> None:
+        self.landed = [item for item in landed if item.request.rid in self.requests]
+        forced = sum(len(item.tokens) for item in self.landed)
+        self.counters.jumps += len(self.landed)
         self.counters.forced_tokens += forced
         self.counters.generated_tokens += forced
 
@@ -205,8 +203,8 @@ class Schedule:
         if len(self.in_flight) >= self.config.plans_in_flight:
             return None
         rows = self.slots.decoding_rows()
-        if self.in_flight and jumps.all_jump(rows, self.slots) and jumps.unknown_rows(rows, self.slots):
-            return None  # what is in flight will tell; rows that cannot jump never wait for that
+        if self.in_flight and jumps.worth_waiting(rows, self.slots, self.step_us):
+            return None  # what is in flight will tell
         rows = self._make_room(rows)
         window = Window(self.next_window, budget=self._chunk_budget(len(rows)))
         rows, landing = self._jump(window, rows)
@@ -332,6 +330,8 @@ class Schedule:
             if request.blocked_until > reported or self._prefix_is_coming(request):
                 held_back += 1
                 continue
+            if not self.config.disable_jump_forward:
+                jumps.fold(request)
             match = self._match(request)
             uncached = len(request.tokens) - match.length
             if self.chunk_tokens <= 0 and window.chunks and uncached > window.budget:
@@ -383,7 +383,7 @@ class Schedule:
         request.stage = Stage.PREFILL
         if not request.admissions:
             self.counters.prompt_tokens += request.prompt_length
-            self.counters.cached_tokens += cached
+            self.counters.cached_tokens += min(cached, request.prompt_length)
         request.admissions += 1
         request.window = window.number
         self.slots.take(request)

@@ -20,6 +20,7 @@ from .actor import Actor, Context
 from .grammar_store import GrammarStore
 from .messages import (
     NO_STATS,
+    NOTHING,
     Abort,
     Admit,
     Compile,
@@ -40,6 +41,7 @@ from .messages import (
     Refused,
     SamplerMessage,
     SchedulerInbox,
+    Scores,
     SlotParams,
     Started,
     Stats,
@@ -50,10 +52,9 @@ from .messages import (
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
-from .window import JumpChunk, Window
+from .window import Landed, Window
 
 STATS_SECONDS: Final = 0.25
-NOTHING: Final = memoryview(b"")
 FSM: Final = "fsm"
 AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
 
@@ -80,12 +81,47 @@ def tokens_of(m: StepOut) -> Tokens:
     )
 
 
-def forced_tokens_of(jumps: list[JumpChunk]) -> Tokens:
-    """Return the rows of the tokens that jumps have added."""
-    rids = array("q", [jump.request.rid for jump in jumps for _ in jump.tokens[1:]])
-    ids = int32([token for jump in jumps for token in jump.tokens[1:]])
+def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
+    """Return the rows of the tokens that were not drawn, with the logprobs of those that `scores` has."""
+    rids = array("q", [item.request.rid for item in landed for _ in item.tokens])
+    ids = int32([token for item in landed for token in item.tokens])
     finish = memoryview(bytes(len(rids)))
-    return Tokens(memoryview(rids.tobytes()), ids, finish, NOTHING, 0, NOTHING, NOTHING, forced=True)
+    parts, top_n = (NOTHING, NOTHING, NOTHING), 0
+    if scores is not None:
+        top_n = scores.top_n
+        rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
+        parts = scored_rows(scores, np.array(rows))
+    logprobs, top_ids, top_logprobs = parts
+    return Tokens(memoryview(rids.tobytes()), ids, finish, logprobs, top_n, top_ids, top_logprobs, forced=True)
+
+
+def scored_rows(scores: Scores, rows: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
+    """Return (logprobs, top_ids, top_logprobs) of some rows of the scores; row -1: nobody asked."""
+    asked = rows >= 0
+
+    def pick(view: memoryview, dtype: type[np.generic], width: int, absent: float) -> memoryview:
+        found = np.full((len(rows), width), absent, dtype)
+        found[asked] = np.frombuffer(view, dtype).reshape(-1, width)[rows[asked]]
+        return memoryview(found.tobytes())
+
+    logprobs = pick(scores.logprobs, np.float32, 1, np.nan)
+    if not scores.top_n:
+        return logprobs, NOTHING, NOTHING
+    top_ids = pick(scores.top_ids, np.int32, scores.top_n, -1)
+    return logprobs, top_ids, pick(scores.top_logprobs, np.float32, scores.top_n, np.nan)
+
+
+def jumps_of(window: Window) -> GrammarStates:
+    """Return what the samplers must know of the window's jumps."""
+    jumps = window.jumps
+    counted = [j.tokens[1:] if j.request.params.has_penalty else () for j in jumps]
+    return GrammarStates(
+        window=window.number,
+        slots=int32([j.request.slot for j in jumps]),
+        states=int32([j.state for j in jumps]),
+        counted=int32([len(tokens) for tokens in counted]),
+        counted_ids=int32(list(chain.from_iterable(counted))),
+    )
 
 
 class Scheduler(Actor):
@@ -288,7 +324,7 @@ class Scheduler(Actor):
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
         complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish)
         if schedule.landed:
-            self._to_text(forced_tokens_of(schedule.landed))
+            self._to_text(forced_tokens_of(schedule.landed, m.scores))
         if rids:
             self._to_text(tokens_of(m))
         for request in complete:
@@ -306,9 +342,10 @@ class Scheduler(Actor):
 
     def _send(self, window: Window) -> None:
         now = time.monotonic_ns()
-        for seat in window.admits:
-            if seat.request.admissions == 1:
-                self._to_text(Started(seat.request.rid, seat.cached, max(0, now - seat.request.arrival_ns)))
+        for request, cached in ((seat.request, seat.cached) for seat in window.admits):
+            if request.admissions == 1:
+                of_prompt = min(cached, request.prompt_length)
+                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns)))
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:
@@ -327,8 +364,7 @@ class Scheduler(Actor):
             changes += self.grammars.load(window.number, admitted, slots.running(), slots.size)
         changes += [self._slot_params(window.number, request) for request in admitted]
         if window.jumps:
-            jumping, states = [j.request.slot for j in window.jumps], [j.state for j in window.jumps]
-            changes.append(GrammarStates(window.number, int32(jumping), int32(states)))
+            changes.append(jumps_of(window))
         return changes
 
     def _slot_params(self, number: int, request: Request) -> SlotParams:
@@ -352,6 +388,7 @@ class Scheduler(Actor):
         ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
         chunks = [(c.request.slot, c.start, c.end - c.start, int(c.draws)) for c in w.chunks]
         chunks += [(j.request.slot, j.start, len(j.tokens), 1) for j in w.jumps]
+        scored = [int(j.scored) for j in w.jumps]
         return Plan(
             window=w.number,
             k=w.k,
@@ -366,6 +403,7 @@ class Scheduler(Actor):
             chunk_ids=memoryview(ids.tobytes()),
             chunk_starts=int32([start for _, start, _, _ in chunks]),
             sampler_changes=sampler_changes,
+            chunk_scored=int32([0] * len(w.chunks) + scored) if any(scored) else NOTHING,
         )
 
     # ------------------------------------------------------------------ statistics

@@ -35,6 +35,21 @@ class JumpChunk:
     state: int
     """Of its grammar, after them."""
 
+    @property
+    def scored(self) -> bool:
+        """The logprobs of the forced tokens are wanted."""
+        return self.request.params.logprobs is not None
+
+
+@dataclass(slots=True)
+class Landed:
+    """Forced tokens that became known to the outside: a jump's, or those at the end of a prefill."""
+
+    request: Request
+    tokens: list[int]
+    scored: int | None = None
+    """The row of its first token in the step's Scores."""
+
 
 @dataclass(slots=True)
 class Seat:

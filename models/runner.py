@@ -27,6 +27,8 @@ class ChunkWork:
     start: int
     ids: np.ndarray
     draws: bool
+    scored: bool = False
+    """The logits of all the others are wanted too, which say how likely their next tokens were."""
 
 
 @dataclass(slots=True)
@@ -36,6 +38,8 @@ class StepLogits:
     logits: Tensor
     slots: Tensor
     positions: Tensor
+    scored: Tensor | None = None
+    """[n, vocab]: those of the scored chunks' tokens but the last of each, in their order."""
 
 
 class Runner:
@@ -93,7 +97,8 @@ class Runner:
     def mixed(self, host_rows: np.ndarray, chunks: list[ChunkWork], exact: bool) -> StepLogits:
         """Run one forward over the decoding slots `host_rows` [B] and the chunks, of other slots.
 
-        Logits are those of the decode rows, then of the chunks that draw. `exact`: the host's lengths are (a CPU's).
+        Logits are those of the decode rows, then of the chunks that draw; apart from them, of scored chunks' tokens.
+        `exact`: the host's lengths are (a CPU's).
         """
         rows = self.upload_rows(host_rows)
         inputs = self.slots.prepare(rows)
@@ -117,7 +122,10 @@ class Runner:
         for chunk in chunks:
             self.lengths[chunk.slot] = chunk.start + len(chunk.ids)
         logits = self.decoder.forward(batch, self.kv)
-        return StepLogits(logits, torch.cat([rows, slots]), torch.cat([inputs.draw_positions, draw_positions]))
+        drawing = len(rows) + len(slots)
+        scored = logits[drawing:] if drawing < len(logits) else None
+        positions = torch.cat([inputs.draw_positions, draw_positions])
+        return StepLogits(logits[:drawing], torch.cat([rows, slots]), positions, scored)
 
     def _chunks(self, chunks: list[ChunkWork]) -> list[Chunk]:
         parts = []
@@ -130,7 +138,7 @@ class Runner:
         """Return ([ids, positions, KV slots] of the chunks' tokens, [wanted rows, drawing slots, draw positions])."""
         ids, positions, kv_slots, wanted = [], [], [], list(range(decode_rows))
         drawing = [c.slot for c in chunks if c.draws]
-        draw_positions = []
+        draw_positions, scored = [], list[int]()
         at = decode_rows
         for c in chunks:
             place = np.arange(c.start, c.start + len(c.ids))
@@ -138,10 +146,12 @@ class Runner:
             ids.append(c.ids)
             positions.append(place)
             kv_slots.append(pages * self.page_size + place % self.page_size)
+            if c.scored:
+                scored += range(at, at + len(c.ids) - 1)
             at += len(c.ids)
             if c.draws:
                 wanted.append(at - 1)
                 draw_positions.append(c.start + len(c.ids))
         nothing = np.empty(0, dtype=np.int64)
         tokens = [np.concatenate([nothing, *part]).astype(np.int64) for part in (ids, positions, kv_slots)]
-        return tokens, [np.array(part, dtype=np.int64) for part in (wanted, drawing, draw_positions)]
+        return tokens, [np.array(part, dtype=np.int64) for part in (wanted + scored, drawing, draw_positions)]

@@ -31,6 +31,9 @@ class Drawer(Protocol):
     ) -> Sampled:
         """Draw a token per row. With host_slots None it is being captured."""
 
+    def score(self, logits: Tensor, host_slots: np.ndarray, ids: np.ndarray) -> Sampled:
+        """Return the logprobs of given tokens, ids [rows] of the slots [rows]."""
+
 
 @dataclass(slots=True)
 class StepRows:
@@ -47,17 +50,25 @@ class StepRows:
     top_logprobs: np.ndarray | None
     live: np.ndarray
     """bool [launched rows]: which of them these are."""
+    scores: Sampled | None
+    """Of the tokens of scored chunks but the first of each, on the host."""
 
 
 class Step:
     """A launched step. `done_ns` (CLOCK_MONOTONIC-like perf_counter) is set once it is ready."""
 
-    __slots__ = ("_event", "_out", "_sampled", "done_ns", "slots")
+    __slots__ = ("_event", "_out", "_sampled", "done_ns", "scores", "slots")
 
     def __init__(
-        self, slots: np.ndarray, out: Tensor | None, sampled: Sampled | None, event: torch.cuda.Event | None
+        self,
+        slots: np.ndarray,
+        out: Tensor | None,
+        sampled: Sampled | None,
+        event: torch.cuda.Event | None,
+        scores: Sampled | None = None,
     ) -> None:
         self.slots = slots
+        self.scores = scores
         self._out = out
         self._sampled = sampled
         self._event = event
@@ -96,6 +107,7 @@ class Step:
             top_ids=part(s.top_ids) if s.top_n else None,
             top_logprobs=part(s.top_logprobs) if s.top_n else None,
             live=live,
+            scores=self.scores,
         )
 
 
@@ -133,26 +145,31 @@ class Stepper:
         sampled = self.drawer.draw(forward.logits, forward.slots, forward.positions, mode, slots)
         out = torch.empty(2, len(slots), dtype=torch.int32, device=self.device)
         self.runner.slots.advance(forward.slots, forward.positions, sampled.ids, sampled.finish, out)
-        return self._collect(slots, out, sampled)
+        scores = None if forward.scored is None else self._score(forward.scored, chunks)
+        return self._collect(slots, out, sampled, scores)
+
+    def _score(self, logits: Tensor, chunks: list[ChunkWork]) -> Sampled:
+        scored = [c for c in chunks if c.scored]
+        slots = np.repeat([c.slot for c in scored], [len(c.ids) - 1 for c in scored])
+        return self.drawer.score(logits, slots, np.concatenate([c.ids[1:] for c in scored]))
 
     def _forward(self, decoding: np.ndarray, chunks: list[ChunkWork]) -> StepLogits:
         if chunks:
             return self.runner.mixed(decoding, chunks, self.exact)
         return self.runner.decode(self.runner.upload_rows(decoding), decoding if self.exact else None)
 
-    def _collect(self, slots: np.ndarray, out: Tensor | None, sampled: Sampled | None) -> Step:
+    def _collect(
+        self, slots: np.ndarray, out: Tensor | None, sampled: Sampled | None, scores: Sampled | None = None
+    ) -> Step:
         """Start the copies to the host."""
         if self.device.type == "cpu":
-            return Step(slots, out, sampled, None)
+            return Step(slots, out, sampled, None, scores)
         if sampled is not None:
-            n = len(slots)
-            sampled = Sampled(
-                sampled.ids, sampled.finish,
-                to_host(sampled.logprobs, n), sampled.top_n, to_host(sampled.top_ids, n),
-                to_host(sampled.top_logprobs, n),
-            )  # fmt: skip
+            sampled = logprobs_to_host(sampled, len(slots))
+        if scores is not None:
+            scores = logprobs_to_host(scores, None)
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        step = Step(slots, to_host(out), sampled, event)
+        step = Step(slots, to_host(out), sampled, event, scores)
         event.record()
         if self.exact:
             step.wait()
@@ -163,6 +180,15 @@ class Stepper:
     def prepare_ahead(self) -> bool:
         """Capture one more graph while there is time; False when all are there."""
         return self.graphs is not None and self.graphs.capture_next()
+
+
+def logprobs_to_host(sampled: Sampled, rows: int | None) -> Sampled:
+    """Start the copies of the logprobs of the first rows, or of all, into pinned memory; ids stay where they are."""
+    return Sampled(
+        sampled.ids, sampled.finish,
+        to_host(sampled.logprobs, rows), sampled.top_n, to_host(sampled.top_ids, rows),
+        to_host(sampled.top_logprobs, rows),
+    )  # fmt: skip
 
 
 def to_host(tensor: Tensor | None, rows: int | None = None) -> Tensor | None:

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .reference import Sampled, sample
+from .reference import Sampled, sample, score
 from .state import SamplerState
+from .upload import upload
 
 if TYPE_CHECKING:
     from .fused import Mode
@@ -47,3 +48,7 @@ class Drawer:
         if self.fused is None:
             return sample(logits, slots, positions, self.state, host_slots=host_slots)
         return self.fused.draw(logits, slots, positions, cast("Mode", mode))
+
+    def score(self, logits: Tensor, host_slots: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Sampled:
+        """Return given tokens, ids [rows] of the slots [rows], with the logprobs that their requests want."""
+        return score(logits, upload(ids, self.state.device), self.state.flags.logprobs[host_slots])

@@ -142,6 +142,16 @@ def sample(
     return drawn
 
 
+def score(logits: Tensor, ids: Tensor, wanted: npt.NDArray[np.int64]) -> Sampled:
+    """Return given tokens, ids int64 [rows], with their logprobs; wanted [rows] as in Flags.logprobs.
+
+    logits [rows, vocab] as in `sample`, on any device.
+    """
+    given = Sampled(ids, torch.zeros(len(ids), dtype=torch.uint8, device=ids.device))
+    _add_logprobs(given, logits, wanted)
+    return given
+
+
 def _follow(ids: Tensor, finish: Tensor, logits: Tensor, at: npt.NDArray[np.int64], state: SamplerState) -> None:
     """Advance the grammars of the rows that have one, and say in `finish` which of them end."""
     bound = state.flags.constrained[at]

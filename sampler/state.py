@@ -233,6 +233,16 @@ class SamplerState:
         counts[slots, ids] += 1
         seen[slots, ids] = True
 
+    def count_given(self, slot: int, ids: npt.NDArray[np.int32]) -> None:
+        """Note that these tokens [n] came for a slot with a penalty, without a draw; a token may be there twice."""
+        given = upload(ids.astype(np.int64), self.device)
+        if self.static:
+            self.marks[slot].index_add_(0, given, torch.ones_like(given, dtype=torch.int16))
+            return
+        counts, seen = self._tables()
+        counts[slot].index_add_(0, given, torch.ones_like(given, dtype=torch.int32))
+        seen[slot, given] = True
+
     def seen_tokens(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return all tokens of prompts and outputs: index into `slots`, token id, and count in the output; [n] each."""
         counts, seen = self._tables()

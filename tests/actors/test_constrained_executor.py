@@ -47,6 +47,45 @@ def engine(folder: str, **options: object) -> Any:
     return Engine.sync(folder, **SETTINGS | options)
 
 
+LOOKING: list[dict[str, Any]] = [
+    {"logprobs": 2}, {"logprobs": 0, "frequency_penalty": 0.7}, {"repetition_penalty": 1.5, "presence_penalty": 0.4}
+]  # fmt: skip
+"""Parameters that look at each token."""
+
+
+def looked_at(running: Any, temperature: float) -> list[Any]:
+    def ask(i: int) -> Any:
+        params = SamplingParams(temperature=temperature, seed=i, max_new_tokens=60, **LOOKING[i % 3])
+        return running.generate(tiny.prompt(5 + 9 * i, seed=i), params, **GRAMMARS[i % len(GRAMMARS)])
+
+    with ThreadPoolExecutor(9) as pool:
+        return list(pool.map(ask, range(9)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logprobs_and_penalties_see_the_tokens_of_jumps(
+    folder: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with drawing each token, when steps are waited for and when they run ahead."""
+    options = {"num_continuous_decode_steps": 1, "plans_in_flight": 1, "disable_jump_forward": True}
+    with engine(folder, **options) as e:
+        expected = looked_at(e, temperature)
+    for ahead in (False, True):
+        if ahead:
+            monkeypatch.setattr(executor, "Stepper", AheadStepper)
+        with engine(folder, num_continuous_decode_steps=1 + ahead) as e:
+            found = looked_at(e, temperature)
+        for one, other in zip(found, expected, strict=True):
+            assert one.ids == other.ids
+            assert [p.token for p in one.logprobs or ()] == [p.token for p in other.logprobs or ()]
+            for p, q in zip(one.logprobs or (), other.logprobs or (), strict=True):
+                assert abs(p.logprob - q.logprob) < 1e-3
+                assert [t for t, *_ in p.top] == [t for t, *_ in q.top]
+                assert all(abs(a[1] - b[1]) < 1e-3 for a, b in zip(p.top, q.top, strict=True))
+        assert all(one.jumps for i, one in enumerate(found) if i % len(GRAMMARS) in (0, 2))
+        assert sum(len(one.logprobs or ()) for one in found) > 100
+
+
 def answers(running: Any, temperature: float = 0.9) -> list[tuple[list[int], str, str, int]]:
     def ask(i: int) -> tuple[list[int], str, str, int]:
         params = SamplingParams(temperature=temperature, seed=i, max_new_tokens=10 + 14 * (i % 6))

@@ -48,8 +48,8 @@ class AheadStepper(Stepper):
             return self.runner.mixed(decoding, chunks, False)
         return self.runner.decode(self.runner.upload_rows(decoding), None)
 
-    def _collect(self, slots, out: torch.Tensor | None, sampled: Sampled | None) -> Step:  # type: ignore[no-untyped-def]
-        step = Step(slots, out, sampled, Late(self.seconds))  # type: ignore[arg-type]
+    def _collect(self, slots, out: torch.Tensor | None, sampled: Sampled | None, scores: Sampled | None = None) -> Step:  # type: ignore[no-untyped-def]
+        step = Step(slots, out, sampled, Late(self.seconds), scores)  # type: ignore[arg-type]
         assert self._on_launch is not None
         self._on_launch(step)
         return step

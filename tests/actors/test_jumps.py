@@ -56,20 +56,60 @@ def test_a_chunk_is_the_last_token_and_the_forced_ones() -> None:
     e.executor.run(window)
     e.report()
     assert r.tokens[21:26].tolist() == [100, 101, 102, 103, 104] and len(r.tokens) == 27
-    assert [j.request for j in e.schedule.landed] == [r]
+    assert [(item.request, item.tokens) for item in e.schedule.landed] == [(r, [100, 101, 102, 103, 104])]
 
 
 def test_forced_tokens_under_way_do_not_hide_a_jump() -> None:
-    """The first window draws one forced token; the next is planned on top of it before it is reported."""
+    """Beside a free row, the second window draws a forced token; the third is planned before that is reported."""
     e = Engine(num_continuous_decode_steps=1, chunk=512)
-    r = e.add(prompt_of(1, 20), max_new=150, grammar=line(100))
-    assert r.constraint is not None
-    r.constraint.state = 1
-    assert e.plan()
+    e.add(prompt_of(2, 20), max_new=100)
+    e.add(prompt_of(1, 20), max_new=150, grammar=line(100))
+    assert e.plan() and e.plan() and e.report()
     window = e.schedule.plan()
     assert window is not None and len(window.jumps[0].tokens) == 65 and window.jumps[0].tokens[0] == 100
     e.executor.run(window)
+    e.drain()
+
+
+def test_what_is_forced_at_the_start_is_computed_with_the_prompt() -> None:
+    e = Engine(num_continuous_decode_steps=1)
+    r = e.add(prompt_of(1, 20), max_new=100, grammar=line(9))
+    assert r.constraint is not None
+    r.constraint.state = 1
+    window = e.schedule.plan()
+    assert window is not None
+    (chunk,) = window.chunks
+    assert (chunk.start, chunk.end, chunk.draws) == (0, 29, True) and r.prompt_length == 20
+    assert e.schedule.counters.forced_tokens == 0, "nobody is told before it is computed"
+    e.executor.run(window)
+    e.report()
+    assert r.tokens[20:29].tolist() == list(range(100, 109)) and len(r.tokens) == 30
+    assert [(item.request, item.tokens) for item in e.schedule.landed] == [(r, list(range(100, 109)))]
+    assert e.executor.forwards == 1 and e.schedule.counters.forced_tokens == 9
     e.live.clear()  # `expected` begins at state 0
+
+
+@pytest.mark.parametrize("what", ["retract", "die"])
+def test_a_prefill_with_forced_tokens_that_is_lost_is_told_once(what: str) -> None:
+    """Its first chunk has run when it goes back to the queue; the forced tokens come with the last one."""
+    e = Engine(num_continuous_decode_steps=1, chunk=16)
+    r = e.add(prompt_of(1, 40), max_new=100, grammar=line(9))
+    assert r.constraint is not None
+    r.constraint.state = 1
+    told: list[int] = []
+    assert e.plan() and e.report()
+    if what == "retract":
+        e.schedule.retract(r)
+    else:
+        e.executor = SimulatedExecutor(64)
+        e.schedule.executor_lost()
+    while not told:
+        e.plan()
+        e.report()
+        told += [token for item in e.schedule.landed for token in item.tokens]
+        e.schedule.check()
+    assert told == list(range(100, 109)) == r.tokens[40:49].tolist() and r.generated == 10
+    e.live.clear()
 
 
 def test_in_a_mixed_batch_nobody_waits() -> None:
@@ -87,11 +127,23 @@ def test_in_a_mixed_batch_nobody_waits() -> None:
 
 
 @pytest.mark.parametrize("params", [SamplingParams(logprobs=0), SamplingParams(frequency_penalty=0.5)])
-def test_some_requests_do_not_jump(params: SamplingParams) -> None:
+def test_requests_with_logprobs_or_penalties_jump_too(params: SamplingParams) -> None:
     e = Engine()
     e.add(prompt_of(1, 20), max_new=50, grammar=line(9), params=params)
     e.drain()
-    assert e.schedule.counters.jumps == 0
+    assert e.schedule.counters.jumps == 5
+
+
+def test_a_request_with_logprobs_draws_its_first_token() -> None:
+    """Its prefill has no logits but of the last token."""
+    e = Engine(num_continuous_decode_steps=1)
+    r = e.add(prompt_of(1, 20), max_new=50, grammar=line(9), params=SamplingParams(logprobs=0))
+    assert r.constraint is not None
+    r.constraint.state = 1
+    assert e.plan() and e.report() and r.generated == 1 and not e.schedule.landed
+    assert e.plan() and e.report() and e.schedule.landed[0].tokens == list(range(101, 109))
+    assert e.schedule.landed[0].scored == 0
+    e.live.clear()  # `expected` begins at state 0
 
 
 @pytest.mark.parametrize("most", range(1, 14))

@@ -145,9 +145,9 @@ def test_what_is_seen_of_a_run_that_is_cut(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"logprobs": 2}, {"frequency_penalty": 0.3}], ids=["logprobs", "penalty"])
-def test_requests_that_do_not_jump_are_right_all_the_same(engine: Any, options: dict[str, Any]) -> None:
+def test_requests_that_look_at_each_token_jump_too(engine: Any, options: dict[str, Any]) -> None:
     output = engine.generate("A wizard:\n", temperature=0.0, max_new_tokens=300, regex=CHARACTER, **options)
-    assert re.fullmatch(CHARACTER, output.text) and not output.jumps
+    assert re.fullmatch(CHARACTER, output.text) and output.jumps > 5
     if "logprobs" in options:
         assert len(output.logprobs) in (len(output.ids), len(output.ids) - 1)
 
