@@ -360,6 +360,7 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.cached_tokens,
         last.forced_tokens,
         last.jumps,
+        last.valid,
     )
 
 

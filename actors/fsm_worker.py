@@ -111,13 +111,14 @@ class Compiler:
         from ..fsm.budget import Budget
         from ..fsm.compiler import compile_pattern, compile_tokens
         from ..fsm.json_schema import choices, schema_to_syntax
+        from ..fsm.spelling import policy
 
         budget = Budget(seconds=self.seconds, table_bytes=TABLE_BYTES)
         if spec.kind == "regex":
             table = compile_pattern(spec.text, self.tables, self._spell, budget)
         else:
             value: Any = msgspec.json.decode(spec.text)
-            node = choices(value) if spec.kind == "choice" else schema_to_syntax(value)
+            node = choices(value) if spec.kind == "choice" else schema_to_syntax(value, policy(spec.whitespace))
             table = compile_tokens(node, self.tables, self._spell, budget)
         return Made(table.token_class.tobytes(), table.transitions.tobytes(), table.canonical.tobytes())
 

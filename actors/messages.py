@@ -94,6 +94,8 @@ class GrammarSpec(Message, frozen=True, tag=7):
     """Also the name of the field that errors are about."""
     text: str
     """The pattern; the schema as JSON; a JSON array of texts."""
+    whitespace: str = "spaced"
+    """Of JSON: the name of a policy (fsm/spelling.py)."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -164,6 +166,8 @@ class Tokens(Message, frozen=True, tag=30):
     top_ids: memoryview
     top_logprobs: memoryview
     forced: bool = False
+    complete: memoryview = NOTHING
+    """int32: the rows with whose token an output matches its grammar."""
 
 
 class Started(Message, frozen=True, tag=31):
@@ -173,6 +177,8 @@ class Started(Message, frozen=True, tag=31):
     cached_tokens: int
     queued_ns: int
     """From arrival to admission."""
+    complete: bool = False
+    """An empty output matches its grammar."""
 
 
 class Ended(Message, frozen=True, tag=32):
@@ -244,6 +250,8 @@ class Chunk(Message, frozen=True, tag=35):
     """Of the completion's, those that a grammar forced and no step had to draw."""
     jumps: int = 0
     """In how many runs they came."""
+    valid: bool | None = None
+    """In the last chunk of an output with a grammar: whether its text matches."""
 
 
 class Chunks(Message, frozen=True, tag=40):
