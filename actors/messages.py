@@ -214,6 +214,19 @@ class Stats(Message, frozen=True, tag=33):
     step_us: float
     """Smoothed time of a step on the executor."""
     executor_up: bool
+    forced_tokens: int = 0
+    """Counter: of the generated tokens, those that grammars forced and no step had to draw."""
+    jumps: int = 0
+    """Counter: in how many runs they came."""
+    grammar_waiting: int = 0
+    """Of `waiting`, those that wait for their grammar."""
+    grammar_hits: int = 0
+    """Counter: requests whose grammar was there."""
+    grammars_compiled: int = 0
+    """Counter; the next one's too: answers of the fsm actor."""
+    grammars_failed: int = 0
+    grammar_seconds: float = 0.0
+    """Counter: what compiling them took, failures included."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
@@ -442,6 +455,8 @@ class Compiled(Message, frozen=True, tag=72):
     token_class: memoryview
     transitions: memoryview
     canonical: memoryview
+    seconds: float = 0.0
+    """What compiling took; 0 if the fsm actor knew the answer."""
 
 
 class CompileFailed(Message, frozen=True, tag=73):
@@ -451,6 +466,8 @@ class CompileFailed(Message, frozen=True, tag=73):
     status: int
     code: str
     message: str
+    seconds: float = 0.0
+    """As in Compiled."""
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain

@@ -227,7 +227,7 @@ class Scheduler(Actor):
 
     def _compile_failed(self, m: CompileFailed) -> None:
         kind = self.grammars.kind(m.handle)
-        for request in self.grammars.failed(m.handle):
+        for request in self.grammars.failed(m):
             self._to_text(Ended(request.rid, m.status, m.code, m.message, kind))
 
     def _add(self, request: Request) -> None:
@@ -408,7 +408,7 @@ class Scheduler(Actor):
         s = self.schedule
         if s is None:
             return msgspec.structs.replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
-        c = s.counters
+        c, g = s.counters, self.grammars.counters
         return Stats(
             waiting=len(s.waiting) + self.grammars.waiting,
             running=s.slots.size - len(s.slots.free),
@@ -425,4 +425,11 @@ class Scheduler(Actor):
             steps=c.steps,
             step_us=s.step_us,
             executor_up=self.executor_up,
+            forced_tokens=c.forced_tokens,
+            jumps=c.jumps,
+            grammar_waiting=self.grammars.waiting,
+            grammar_hits=g.hits,
+            grammars_compiled=g.compiled,
+            grammars_failed=g.failed,
+            grammar_seconds=g.seconds,
         )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from actorserve.actors import executor
 from actorserve.actors.compile_pool import Worker
 from actorserve.actors.fsm import Fsm
 from actorserve.actors.messages import GrammarSpec
+from actorserve.errors import RequestError
 
 PATTERN = r'\{"Hello there": "[a-z ]{1,12}", "The quick brown fox": (true|false), "today": [0-9]{1,3}\}'
 SCHEMA = {
@@ -138,10 +140,19 @@ def test_aborts_and_retractions_while_steps_run_ahead(folder: str, plain: Any, m
 
 
 def test_many_grammars_come_and_go(folder: str) -> None:
+    forced = jumps = 0
     with engine(folder, max_running_requests=2) as e:
         for i in range(12):
-            text = e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=60), regex=f"start{i}( end){{1,3}}").text
-            assert re.fullmatch(f"start{i}( end){{1,3}}", text)
+            o = e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=60), regex=f"start{i % 10}( end){{1,3}}")
+            assert re.fullmatch(f"start{i % 10}( end){{1,3}}", o.text)
+            forced, jumps = forced + o.forced_tokens, jumps + o.jumps
+        with pytest.raises(RequestError, match="position 1"):
+            e.generate(tiny.prompt(9), regex="a(?=b)")
+        while (stats := e.stats()).grammars_failed == 0:
+            time.sleep(0.05)
+        assert (stats.grammars_compiled, stats.grammar_hits, stats.grammar_waiting) == (10, 2, 0)
+        assert (stats.forced_tokens, stats.jumps) == (forced, jumps) and jumps >= 12
+        assert 0 < stats.grammar_seconds < 600
 
 
 def test_valid_says_whether_the_text_matches(folder: str) -> None:

@@ -215,7 +215,7 @@ class FakeRequest:
 
 def compiled(handle: int, size: int = 10) -> Compiled:
     arrays = bytes(2 * size), bytes(2 * size * 3), bytes(4 * size)
-    return Compiled(handle, *map(memoryview, arrays))
+    return Compiled(handle, *map(memoryview, arrays), 0.5)
 
 
 def test_requests_wait_for_their_grammar() -> None:
@@ -229,7 +229,10 @@ def test_requests_wait_for_their_grammar() -> None:
     assert store.ask(regex("a"), requests[3]) is None and requests[3].constraint is not None
     failing = store.ask(regex("c"), requests[0])
     assert failing is not None and store.kind(failing.handle) == "regex"
-    assert store.failed(failing.handle) == [requests[0]] and store.failed(failing.handle) == []
+    failure = CompileFailed(failing.handle, 400, "code", "text", 0.25)
+    assert store.failed(failure) == [requests[0]] and store.failed(failure) == []
+    counted = store.counters
+    assert (counted.hits, counted.compiled, counted.failed, counted.seconds) == (1, 2, 2, 1.5)
 
 
 def test_samplers_have_what_runs_and_little_more() -> None:
