@@ -60,7 +60,9 @@ def _schema(value: Any, name: str) -> str:
     if isinstance(value, str):
         try:
             value = msgspec.json.decode(value)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except RecursionError:
+            raise RequestError(f"{name} is nested too deeply", param=name, code="invalid_json_schema") from None
+        except msgspec.DecodeError as error:
             raise RequestError(f"{name} is not JSON: {error}", param=name, code="invalid_json_schema") from None
     if not isinstance(value, dict | bool):
         raise RequestError(f"{name} must be a JSON schema: an object", param=name, code="invalid_type")
