@@ -23,7 +23,7 @@ from .actors.attach import Attachment, Detached, drive
 from .actors.client import Client, LoopWakeup, Stream, Submission, token_prompt
 from .actors.conversation import ChatMessage, chat_prompt
 from .actors.embedded_host import Root
-from .actors.grammar_fields import FIELDS, grammar_spec
+from .actors.grammar_fields import GIVEN, grammar_spec
 from .actors.lifeline import Failed, Progress, Up
 from .actors.messages import FrontInbox, PeerUp, Prompt, Stats, TextPrompt
 from .config import EngineConfig, ModelInfo
@@ -190,7 +190,8 @@ class Engine:
         """Continue a text or token ids, or each of a list of them, n times.
 
         `overrides` are fields of SamplingParams that replace those of `params`, and one of `regex`, `json_schema` (a
-        dict or its JSON text) and `choice` (a list of texts), which each output then matches as a whole. Returns one
+        dict or its JSON text) and `choice` (a list of texts), which each output then matches as a whole; beside a
+        schema `json_whitespace` ("spaced", "compact", {"any": n} or {"indent": n}). Returns one
         Output for one prompt and n 1, otherwise a list, prompt by prompt with n each. Cancelling the call stops the
         work.
         """
@@ -292,7 +293,7 @@ class Engine:
     ) -> Stream:
         if n < 1:
             raise RequestError("n must be at least 1", param="n")
-        grammar = grammar_spec({name: overrides.pop(name, None) for name in FIELDS})
+        grammar = grammar_spec({name: overrides.pop(name, None) for name in GIVEN})
         checked = _sampling(params, overrides)
         return self._client.submit_all([Submission(p, checked, n, grammar) for p in prompts], cache_salt, priority)
 

@@ -30,6 +30,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """Completion tokens that a grammar forced and no step had to draw."""
     jumps: int = 0
     """In how many runs they came."""
+    valid: bool | None = None
+    """At the end of an output with a grammar: whether the text matches it; limits and stops may prevent that."""
 
 
 class Output(Delta, frozen=True, kw_only=True):
@@ -94,4 +96,5 @@ def _fields(stream: Stream, chunk: Chunk) -> dict[str, Any]:
         "logprobs": chunk.logprobs,
         "forced_tokens": chunk.forced_tokens,
         "jumps": chunk.jumps,
+        "valid": chunk.valid,
     }

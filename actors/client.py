@@ -378,4 +378,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.forced_tokens,
         last.jumps,
         last.thinking,
+        last.valid,
     )

@@ -10,6 +10,8 @@ from typing import Final
 
 import numpy as np
 
+from ..fsm.token_table import END
+
 DEAD: Final = -1
 
 
@@ -37,6 +39,10 @@ class Grammar:
             return DEAD
         return int(self.transitions.item(state, self.token_class.item(token)))
 
+    def final(self, state: int) -> bool:
+        """Whether the output may end here."""
+        return state >= 0 and bool(self.transitions.item(state, END) >= 0)
+
     def forced(self, state: int) -> int:
         """The only token that may come, -1 if there is a choice."""
         return int(self.canonical.item(state)) if state >= 0 else -1
@@ -48,6 +54,11 @@ class Constraint:
 
     grammar: Grammar
     state: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output so far matches."""
+        return self.grammar.final(self.state)
 
     def foresee(self, count: int, stops: tuple[int, ...]) -> tuple[int, int] | None:
         """(state, last token) after the next `count` tokens (-1 for none), if all of them are forced and none stops."""

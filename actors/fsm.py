@@ -117,12 +117,12 @@ class Fsm(Actor):
             self._queue.remove(work)
             del self.works[work.spec]
 
-    def _answer(self, handle: int, answer: Made | Failed, status: int = 400) -> None:
+    def _answer(self, handle: int, answer: Made | Failed, status: int = 400, seconds: float = 0.0) -> None:
         if isinstance(answer, Made):
             arrays = [memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical)]
-            message: Compiled | CompileFailed = Compiled(handle, *arrays)
+            message: Compiled | CompileFailed = Compiled(handle, *arrays, seconds)
         else:
-            message = CompileFailed(handle, status, answer.code, answer.message)
+            message = CompileFailed(handle, status, answer.code, answer.message, seconds)
         try:
             self.context.ref(SCHEDULER).post(message)
         except Gone:
@@ -153,13 +153,15 @@ class Fsm(Actor):
                 await self._warm_up(worker)
             while True:
                 work = await self._next_work(number)
+                started = trio.current_time()
                 answer, status = await self._made(worker, work.spec)
+                seconds = trio.current_time() - started
                 if not (isinstance(answer, Failed) and (answer.late or status != 400)):
                     self.cache.put(work.spec, answer)
                 if self.works.get(work.spec) is work:
                     del self.works[work.spec]
                 for handle in work.handles:
-                    self._answer(handle, answer, status)
+                    self._answer(handle, answer, status, seconds)
                 await self._warm_up(worker)  # again, if it was killed: before somebody waits for it
         finally:
             worker.close()

@@ -128,12 +128,13 @@ class Compiler:
 def _syntax(spec: GrammarSpec) -> "Node":
     """The language of a spec that is JSON. Raises GrammarError."""
     from ..fsm.json_schema import choices, schema_to_syntax
+    from ..fsm.spelling import policy
     from ..models.call_grammar import Calls, calls_syntax
 
     if spec.kind == "tool_calls":
         return calls_syntax(msgspec.json.decode(spec.text, type=Calls))
     value: Any = msgspec.json.decode(spec.text)
-    return choices(value) if spec.kind == "choice" else schema_to_syntax(value)
+    return choices(value) if spec.kind == "choice" else schema_to_syntax(value, policy(spec.whitespace))
 
 
 def limit_memory() -> None:

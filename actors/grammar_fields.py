@@ -1,4 +1,4 @@
-"""The fields by which requests ask for a grammar: exactly one of them, made a GrammarSpec.
+"""The fields by which requests ask for a grammar: exactly one of FIELDS, and what else there is to say of it.
 
 Used by the HTTP protocols and the embedded API, which name the fields alike. Invariant: specs of one meaning are equal
 however the client wrote the JSON, but for the order of members, which is part of the meaning.
@@ -10,16 +10,21 @@ from typing import Any, Final
 import msgspec
 
 from ..errors import RequestError
+from ..fsm.spelling import MAX_RUN, policy
 from .messages import GrammarSpec
 
 FIELDS: Final = ("regex", "json_schema", "choice")
+WHITESPACE: Final = "json_whitespace"
+GIVEN: Final = (*FIELDS, WHITESPACE)
+"""What a request may say of its grammar."""
 UNSUPPORTED: Final = ("ebnf", "structural_tag", "whitespace_pattern")
 
 
 def grammar_spec(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> GrammarSpec | None:
-    """The spec of `given` (values of FIELDS and UNSUPPORTED, None where absent); None if there is none.
+    """The spec of `given` (values of GIVEN and UNSUPPORTED, None where absent); None if there is none.
 
-    regex: str. json_schema: a schema as JSON text, or parsed. choice: texts. `names`: what the client called them.
+    regex: str. json_schema: a schema as JSON text, or parsed. choice: texts. json_whitespace: "spaced", "compact",
+    {"any": n} or {"indent": n}. `names`: what the client called them.
     Raises RequestError naming the field.
     """
     names = names or {}
@@ -27,6 +32,10 @@ def grammar_spec(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
         if given.get(name) is not None:
             raise RequestError(f"{name} is not supported yet", param=name, code="unsupported_value")
     present = [name for name in FIELDS if given.get(name) is not None]
+    whitespace = given.get(WHITESPACE)
+    if whitespace is not None and present != ["json_schema"]:
+        text = f"{WHITESPACE} is about the JSON of a json_schema, which there is none of"
+        raise RequestError(text, param=names.get(WHITESPACE, WHITESPACE))
     if not present:
         return None
     if len(present) > 1:
@@ -41,7 +50,7 @@ def grammar_spec(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
             _json(value, shown)
             return GrammarSpec("regex", value)
         case "json_schema":
-            return GrammarSpec("json_schema", _schema(value, shown))
+            return GrammarSpec("json_schema", _schema(value, shown), _whitespace(whitespace))
         case _:
             return GrammarSpec("choice", _choices(value, shown))
 
@@ -51,11 +60,28 @@ def _schema(value: Any, name: str) -> str:
     if isinstance(value, str):
         try:
             value = msgspec.json.decode(value)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except RecursionError:
+            raise RequestError(f"{name} is nested too deeply", param=name, code="invalid_json_schema") from None
+        except msgspec.DecodeError as error:
             raise RequestError(f"{name} is not JSON: {error}", param=name, code="invalid_json_schema") from None
     if not isinstance(value, dict | bool):
         raise RequestError(f"{name} must be a JSON schema: an object", param=name, code="invalid_type")
     return _json(value, name)
+
+
+def _whitespace(value: Any) -> str:
+    """The name of the policy (fsm/spelling.py)."""
+    name = "spaced" if value is None else value
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((kind, number),) = value.items()
+        name = f"{kind} {number}" if isinstance(number, int) and not isinstance(number, bool) else ""
+    try:
+        policy(name if isinstance(name, str) else "")
+    except ValueError as error:
+        about = f": {error}" if isinstance(value, Mapping) else ""
+        text = f'{WHITESPACE} is "spaced", "compact", {{"any": 1 to {MAX_RUN}}} or {{"indent": 0 to {MAX_RUN}}}{about}'
+        raise RequestError(text, param=WHITESPACE) from None
+    return str(name)
 
 
 def _choices(value: Any, name: str) -> str:

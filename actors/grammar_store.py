@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from .constraint import Constraint, Grammar
-from .messages import Compiled, DropGrammar, GrammarSpec, LoadGrammar
+from .messages import Compiled, CompileFailed, DropGrammar, GrammarSpec, LoadGrammar
 from .request import Request
 
 IDLE_BYTES: Final = 64 << 20
@@ -33,10 +33,21 @@ class Entry:
     """By request id, until the grammar comes."""
 
 
+@dataclass(slots=True)
+class GrammarCounters:
+    """Totals since the start; see messages.Stats."""
+
+    hits: int = 0
+    compiled: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
 class GrammarStore:
     """See the module's text."""
 
     def __init__(self) -> None:
+        self.counters = GrammarCounters()
         self.loaded: OrderedDict[int, Grammar] = OrderedDict()
         """What the samplers have, by handle, least recently admitted first."""
         self._entries: OrderedDict[GrammarSpec, Entry] = OrderedDict()
@@ -58,6 +69,7 @@ class GrammarStore:
         entry = self._entries.get(spec)
         if entry is not None and entry.grammar is not None:
             self._entries.move_to_end(spec)
+            self.counters.hits += 1
             request.constraint = Constraint(entry.grammar)
             return None
         new = entry is None
@@ -69,6 +81,8 @@ class GrammarStore:
 
     def compiled(self, m: Compiled) -> list[Request]:
         """Take a grammar in; returns the requests that waited for it, now with their constraints."""
+        self.counters.compiled += 1
+        self.counters.seconds += m.seconds
         entry = self._by_handle.get(m.handle)
         if entry is None or entry.grammar is not None:
             return []
@@ -86,9 +100,11 @@ class GrammarStore:
         entry = self._by_handle.get(handle)
         return None if entry is None else entry.spec.kind
 
-    def failed(self, handle: int) -> list[Request]:
+    def failed(self, m: CompileFailed) -> list[Request]:
         """Forget a grammar that cannot be; returns the requests that waited for it."""
-        entry = self._by_handle.get(handle)
+        self.counters.failed += 1
+        self.counters.seconds += m.seconds
+        entry = self._by_handle.get(m.handle)
         if entry is None:
             return []
         self._forget(entry)

@@ -103,6 +103,8 @@ class GrammarSpec(Message, frozen=True, tag=7):
     """Also the name of the field that errors are about."""
     text: str
     """The pattern; the schema as JSON; a JSON array of texts; models/call_grammar.py's Calls as JSON."""
+    whitespace: str = "spaced"
+    """Of JSON: the name of a policy (fsm/spelling.py)."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -208,6 +210,8 @@ class Tokens(Message, frozen=True, tag=30):
     top_ids: memoryview
     top_logprobs: memoryview
     forced: bool = False
+    complete: memoryview = NOTHING
+    """int32: the rows with whose token an output matches its grammar."""
 
 
 class Started(Message, frozen=True, tag=31):
@@ -217,6 +221,8 @@ class Started(Message, frozen=True, tag=31):
     cached_tokens: int
     queued_ns: int
     """From arrival to admission."""
+    complete: bool = False
+    """An empty output matches its grammar."""
 
 
 class Ended(Message, frozen=True, tag=32):
@@ -258,6 +264,19 @@ class Stats(Message, frozen=True, tag=33):
     step_us: float
     """Smoothed time of a step on the executor."""
     executor_up: bool
+    forced_tokens: int = 0
+    """Counter: of the generated tokens, those that grammars forced and no step had to draw."""
+    jumps: int = 0
+    """Counter: in how many runs they came."""
+    grammar_waiting: int = 0
+    """Of `waiting`, those that wait for their grammar."""
+    grammar_hits: int = 0
+    """Counter: requests whose grammar was there."""
+    grammars_compiled: int = 0
+    """Counter; the next one's too: answers of the fsm actor."""
+    grammars_failed: int = 0
+    grammar_seconds: float = 0.0
+    """Counter: what compiling them took, failures included."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
@@ -296,6 +315,8 @@ class Chunk(Message, frozen=True, tag=35):
     """In how many runs they came."""
     thinking: bool = False
     """The prompt ends in one of ChatPrompt.opens: the output begins amid thoughts."""
+    valid: bool | None = None
+    """In the last chunk of an output with a grammar: whether its text matches."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -501,6 +522,8 @@ class Compiled(Message, frozen=True, tag=72):
     token_class: memoryview
     transitions: memoryview
     canonical: memoryview
+    seconds: float = 0.0
+    """What compiling took; 0 if the fsm actor knew the answer."""
 
 
 class CompileFailed(Message, frozen=True, tag=73):
@@ -510,6 +533,8 @@ class CompileFailed(Message, frozen=True, tag=73):
     status: int
     code: str
     message: str
+    seconds: float = 0.0
+    """As in Compiled."""
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain

@@ -17,7 +17,9 @@ class Output:
     """The output of one request id."""
 
     __slots__ = (
+        "_constrained",
         "_detokenizer",
+        "_ends",
         "_fed",
         "_keep_stop",
         "_logprobs",
@@ -47,8 +49,9 @@ class Output:
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         thinking: bool = False,
+        constrained: bool = False,
     ) -> None:
-        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking."""
+        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking. `constrained`: it has a grammar."""
         self.rid = rid
         self.front = front
         self.prompt_tokens = prompt_tokens
@@ -72,11 +75,15 @@ class Output:
         self._fed = 0
         """Characters that came out of the detokenizer; of these, `_shown` went to the client or wait for `chunk`."""
         self._shown = 0
+        self._constrained = constrained
+        self._ends: deque[int] = deque()
+        """Where the text matches its grammar, in characters; all of them until the text there is shown."""
 
-    def push(self, token: int, finish: int, logprob: TokenLogprob | None = None) -> None:
+    def push(self, token: int, finish: int, logprob: TokenLogprob | None = None, *, complete: bool = False) -> None:
         """Take the next token. `finish` is the row's Finish, not POISON. A token of -1 is none (max_new_tokens 0).
 
         The token that ended the output counts, and is among the ids; it has no text (unless no_stop_trim).
+        `complete`: the output matches its grammar with it.
         """
         hidden = token < 0 or (finish == Finish.STOP and not self._keep_stop)
         if token >= 0:
@@ -94,14 +101,24 @@ class Output:
                 text += self._detokenizer.finish()
             if text or finish:
                 self._show(text)
+        if complete and not hidden:
+            self.may_end()
         if self._logprobs:
             self._release_logprobs()
+
+    def may_end(self) -> None:
+        """The text of the tokens so far matches the grammar."""
+        self._ends.append(self._fed)
+        while self._ends[0] < self._shown:
+            self._ends.popleft()
 
     def abort(self) -> None:
         """The scheduler gave it up unasked: end with what there is."""
         self.finish = "abort"
         if self._stop is not None:
-            self._new_text += self._stop.finish()
+            held = self._stop.finish()
+            self._shown += len(held)
+            self._new_text += held
         self._release_logprobs()
 
     def chunk(self) -> Chunk | None:
@@ -121,6 +138,7 @@ class Output:
             forced_tokens=self.forced_tokens,
             jumps=self.jumps,
             thinking=self.thinking,
+            valid=self._shown in self._ends if self._constrained and self.finish is not None else None,
         )
         self._new_text, self._new_ids, self._new_logprobs = "", [], []
         return chunk

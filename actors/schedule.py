@@ -74,6 +74,8 @@ class Schedule:
         self.step_us = 0.0
         self.landed: list[Landed] = []
         """Forced tokens that came with the last report, before the tokens that it brought."""
+        self.complete: list[int] = []
+        """Rows of the last report with whose token the output matches its grammar."""
         self._last_k = 1
         self._release: list[int] = []
 
@@ -157,10 +159,13 @@ class Schedule:
         self.landed = []
         if step == 0:
             self._land(jumps.landed(chunks, current.jumps))
-        for rid, token in zip(rids, ids, strict=True):
+        self.complete = []
+        for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
+                if request.constraint is not None and request.constraint.complete:
+                    self.complete.append(row)
         for row in np.flatnonzero(finish):
             request = requests.get(rids[row])
             if request is not None:

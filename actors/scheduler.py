@@ -64,8 +64,11 @@ def int32(values: list[int]) -> memoryview:
     return memoryview(array("i", values).tobytes()) if values else NOTHING
 
 
-def tokens_of(m: StepOut) -> Tokens:
-    """Return the step's rows for the text actor; copies, since the lane's memory is reused after the handler."""
+def tokens_of(m: StepOut, complete: list[int]) -> Tokens:
+    """Return the step's rows for the text actor, of which `complete` may be the last of their outputs.
+
+    All of it is copied, since the lane's memory is reused after the handler.
+    """
 
     def copy(array: memoryview) -> memoryview:
         return memoryview(bytes(array))
@@ -78,6 +81,7 @@ def tokens_of(m: StepOut) -> Tokens:
         top_n=m.top_n,
         top_ids=copy(m.top_ids),
         top_logprobs=copy(m.top_logprobs),
+        complete=int32(complete),
     )
 
 
@@ -91,8 +95,10 @@ def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
         top_n = scores.top_n
         rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
         parts = scored_rows(scores, np.array(rows))
-    logprobs, top_ids, top_logprobs = parts
-    return Tokens(memoryview(rids.tobytes()), ids, finish, logprobs, top_n, top_ids, top_logprobs, forced=True)
+    ends = np.cumsum([len(item.tokens) for item in landed]) - 1
+    complete = [int(end) for end, item in zip(ends, landed, strict=True) if item.complete]
+    rows = memoryview(rids.tobytes()), ids, finish, parts[0], top_n, parts[1], parts[2]
+    return Tokens(*rows, forced=True, complete=int32(complete))
 
 
 def scored_rows(scores: Scores, rows: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
@@ -220,7 +226,7 @@ class Scheduler(Actor):
 
     def _compile_failed(self, m: CompileFailed) -> None:
         kind = self.grammars.kind(m.handle)
-        for request in self.grammars.failed(m.handle):
+        for request in self.grammars.failed(m):
             self._to_text(Ended(request.rid, m.status, m.code, m.message, kind))
 
     def _add(self, request: Request) -> None:
@@ -326,7 +332,7 @@ class Scheduler(Actor):
         if schedule.landed:
             self._to_text(forced_tokens_of(schedule.landed, m.scores))
         if rids:
-            self._to_text(tokens_of(m))
+            self._to_text(tokens_of(m, schedule.complete))
         for request in complete:
             self._complete_without_token(request)
         if rids and not has_chunks:
@@ -345,7 +351,8 @@ class Scheduler(Actor):
         for request, cached in ((seat.request, seat.cached) for seat in window.admits):
             if request.admissions == 1:
                 of_prompt = min(cached, request.prompt_length)
-                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns)))
+                empty = request.constraint is not None and request.constraint.grammar.final(0)
+                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), empty))
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:
@@ -424,7 +431,7 @@ class Scheduler(Actor):
         s = self.schedule
         if s is None:
             return msgspec.structs.replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
-        c = s.counters
+        c, g = s.counters, self.grammars.counters
         return Stats(
             waiting=len(s.waiting) + self.grammars.waiting,
             running=s.slots.size - len(s.slots.free),
@@ -441,4 +448,11 @@ class Scheduler(Actor):
             steps=c.steps,
             step_us=s.step_us,
             executor_up=self.executor_up,
+            forced_tokens=c.forced_tokens,
+            jumps=c.jumps,
+            grammar_waiting=self.grammars.waiting,
+            grammar_hits=g.hits,
+            grammars_compiled=g.compiled,
+            grammars_failed=g.failed,
+            grammar_seconds=g.seconds,
         )

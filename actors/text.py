@@ -106,6 +106,8 @@ class Text(Actor):
             case Started():
                 if (output := self.outputs.get(message.rid)) is not None:
                     output.cached_tokens = message.cached_tokens
+                    if message.complete:
+                        output.may_end()
             case Ended():
                 self._ended(message)
             case Stats():
@@ -189,7 +191,8 @@ class Text(Actor):
             return
         ids = prompt.ids
         for rid in range(m.rid, m.rid + m.n):
-            self.outputs[rid] = Output(rid, front, len(ids), m.params, self._detokenizer(m, ids), prompt.thinking)
+            detokenizer, constrained = self._detokenizer(m, ids), m.grammar is not None
+            self.outputs[rid] = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking, constrained)
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
@@ -241,6 +244,7 @@ class Text(Actor):
         ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
         finishes = bytes(m.finish)
         logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist() if len(m.logprobs) else None
+        complete = set(np.frombuffer(m.complete, dtype=np.int32).tolist())
         for row, rid in enumerate(rids):
             output = self.outputs.get(rid)
             if output is None:
@@ -256,7 +260,7 @@ class Text(Actor):
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
-            output.push(ids[row], finish, logprob)
+            output.push(ids[row], finish, logprob, complete=row in complete)
             self._mark_changed(output)
             if output.finish is not None:
                 del self.outputs[rid]

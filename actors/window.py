@@ -50,6 +50,11 @@ class Landed:
     scored: int | None = None
     """The row of its first token in the step's Scores."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether the output matches its grammar with the last of them; never before, for there its end is no way."""
+        return self.request.constraint is not None and self.request.constraint.complete
+
 
 @dataclass(slots=True)
 class Seat:

@@ -8,7 +8,7 @@ schema shows at the top.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -213,6 +213,20 @@ def any_whitespace(max_run: int) -> Whitespace:
     if max_run < 1:
         raise ValueError("max_run is at least 1; use COMPACT for none")
     return Whitespace(max_run=max_run)
+
+
+FIXED: Final = {"spaced": SPACED, "compact": COMPACT}
+COUNTED: Final[dict[str, Callable[[int], Whitespace]]] = {"any": any_whitespace, "indent": indented}
+
+
+def policy(name: str) -> Whitespace:
+    """The whitespace of a policy by its name: `spaced`, `compact`, `any N` or `indent N`. ValueError for others."""
+    kind, _, number = name.partition(" ")
+    if kind in FIXED and not number:
+        return FIXED[kind]
+    if kind in COUNTED and number.isdecimal():
+        return COUNTED[kind](int(number))
+    raise ValueError(f"{name} is no policy of whitespace")
 
 
 # ------------------------------------------------------------------ constants

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET
 
 from ..actors.client import Choice, Stream, Submission, token_prompt
-from ..actors.grammar_fields import FIELDS as GRAMMAR_FIELDS
+from ..actors.grammar_fields import GIVEN as GRAMMAR_FIELDS
 from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
 from ..actors.grammar_fields import grammar_spec
 from ..actors.messages import Chunk, GrammarSpec, Prompt, TextPrompt
@@ -77,6 +77,7 @@ class Continuation:
             self.top_rows if self.with_logprobs and self.num_top else UNSET,
             chunk.forced_tokens if self.constrained else UNSET,
             chunk.jumps if self.constrained else UNSET,
+            UNSET if chunk.valid is None else chunk.valid,
         )
         return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
 

@@ -5,7 +5,7 @@ Used by openai.py. Invariant: of all these fields a request has one at most, els
 
 from typing import Any, Final
 
-from ..actors.grammar_fields import grammar_spec
+from ..actors.grammar_fields import WHITESPACE, grammar_spec
 from ..actors.messages import GrammarSpec
 from ..errors import RequestError
 from .protocol import OpenAIRequest, ResponseFormat
@@ -34,10 +34,11 @@ def requested_grammar(
     if len(given) > 1:
         one, other = given[0][0], given[1][0]
         raise RequestError(f"{one} and {other} exclude each other: an output has one grammar", param=other)
+    whitespace = {WHITESPACE: request.json_whitespace}
     if not given:
-        return None, {}
+        return grammar_spec(whitespace), {}
     name, ours, value = given[0]
-    return grammar_spec({ours: value}, {ours: name}), {ours: name}
+    return grammar_spec({ours: value} | whitespace, {ours: name}), {ours: name}
 
 
 def _schema(wanted: ResponseFormat) -> Any:

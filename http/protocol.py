@@ -45,6 +45,8 @@ class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     json_schema: str | bool | dict[str, Any] | None = None
     """JSON text, or the schema itself."""
     choice: tuple[str, ...] | None = None
+    json_whitespace: str | dict[str, int] | None = None
+    """"spaced", "compact", {"any": n} or {"indent": n}."""
     ebnf: Refusable = None
     structural_tag: Refusable = None
     whitespace_pattern: Refusable = None
@@ -102,7 +104,8 @@ class NativeFinish(Struct, frozen=True):
 class MetaInfo(Struct, frozen=True):
     """What SGLang says beside the text. `finish_reason` is null until the last frame; latency in seconds.
 
-    With a grammar also our own: how many of the completion's tokens it forced ahead of the model, in how many jumps.
+    With a grammar also our own: how many of the completion's tokens it forced ahead of the model, in how many jumps,
+    and in the end whether the text matches it, which a limit, a stop or an abort may have prevented.
     """
 
     id: str
@@ -115,6 +118,7 @@ class MetaInfo(Struct, frozen=True):
     output_top_logprobs: list[list[TokenRow]] | UnsetType = UNSET
     forced_tokens: int | UnsetType = UNSET
     jumps: int | UnsetType = UNSET
+    valid: bool | UnsetType = UNSET
 
 
 class GenerateReply(Struct, frozen=True):
@@ -170,6 +174,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_json: str | bool | dict[str, Any] | None = None
     guided_choice: tuple[str, ...] | None = None
+    json_whitespace: str | dict[str, int] | None = None
     ebnf: Refusable = None
     structural_tag: Refusable = None
     structured_outputs: Refusable = None

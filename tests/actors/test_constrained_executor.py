@@ -1,6 +1,8 @@
 """Grammars through the whole engine with a tiny model: jumps on executors that wait for steps and that run ahead."""
 
+import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from actorserve.actors import executor
 from actorserve.actors.compile_pool import Worker
 from actorserve.actors.fsm import Fsm
 from actorserve.actors.messages import GrammarSpec
+from actorserve.errors import RequestError
 
 PATTERN = r'\{"Hello there": "[a-z ]{1,12}", "The quick brown fox": (true|false), "today": [0-9]{1,3}\}'
 SCHEMA = {
@@ -137,10 +140,58 @@ def test_aborts_and_retractions_while_steps_run_ahead(folder: str, plain: Any, m
 
 
 def test_many_grammars_come_and_go(folder: str) -> None:
+    forced = jumps = 0
     with engine(folder, max_running_requests=2) as e:
         for i in range(12):
-            text = e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=60), regex=f"start{i}( end){{1,3}}").text
-            assert re.fullmatch(f"start{i}( end){{1,3}}", text)
+            o = e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=60), regex=f"start{i % 10}( end){{1,3}}")
+            assert re.fullmatch(f"start{i % 10}( end){{1,3}}", o.text)
+            forced, jumps = forced + o.forced_tokens, jumps + o.jumps
+        with pytest.raises(RequestError, match="position 1"):
+            e.generate(tiny.prompt(9), regex="a(?=b)")
+        while (stats := e.stats()).grammars_failed == 0:
+            time.sleep(0.05)
+        assert (stats.grammars_compiled, stats.grammar_hits, stats.grammar_waiting) == (10, 2, 0)
+        assert (stats.forced_tokens, stats.jumps) == (forced, jumps) and jumps >= 12
+        assert 0 < stats.grammar_seconds < 600
+
+
+def test_valid_says_whether_the_text_matches(folder: str) -> None:
+    """Cut by a limit after each token, by a stop string, by a stop token, and not at all."""
+    pattern = "Hello( [a-z]{1,3}){0,4}( there)?"
+    with engine(folder, num_continuous_decode_steps=1) as e:
+
+        def ask(**options: Any) -> Any:
+            params = SamplingParams(temperature=1.0, seed=3, **options)
+            o = e.generate(tiny.prompt(9), params, regex=pattern)
+            assert o.valid == bool(re.fullmatch(pattern, o.text)), o
+            return o
+
+        whole = ask(max_new_tokens=60)
+        assert whole.valid and whole.finish_reason == "stop" and len(whole.ids) > 6
+        cuts = [ask(max_new_tokens=n).valid for n in range(len(whole.ids))]
+        assert cuts[-1] and not cuts[0] and False in cuts[1:] and True in cuts[1:-1]
+        letter = whole.text[7]
+        stops = [ask(max_new_tokens=60, stop=(text,)) for text in (whole.text[5:7], letter, "llo", "ello" + letter)]
+        assert [o.finish_reason for o in stops] == ["stop"] * 4 and {o.valid for o in stops} == {True, False}
+        shown = ask(max_new_tokens=60, stop=(letter,), no_stop_trim=True)
+        assert shown.matched == letter
+        for token in whole.ids[:-1]:
+            assert ask(max_new_tokens=60, stop_token_ids=(token,)).matched == token
+        assert e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=3)).valid is None
+
+
+def test_whitespace_is_the_requests(folder: str) -> None:
+    ways: list[tuple[Any, dict[str, Any]]] = [
+        (None, {}), ("spaced", {}), ("compact", {"separators": (",", ":")}), ({"indent": 2}, {"indent": 2})
+    ]  # fmt: skip
+    with engine(folder) as e:
+        for policy, spelling in ways:
+            params = SamplingParams(max_new_tokens=200, temperature=1.0, seed=5)
+            o = e.generate(tiny.prompt(9), params, json_schema=SCHEMA, json_whitespace=policy)
+            assert o.finish_reason == "stop" and o.text == json.dumps(json.loads(o.text), **spelling)
+        o = e.generate(tiny.prompt(9), params, json_schema=SCHEMA, json_whitespace={"any": 2})
+        assert set(json.loads(o.text)) == {"user", "imagine"} and not re.search(r"\s{5}", o.text)
+        assert re.search(r'\s[:,}]|[{:,]\s\s|[{,:]"', o.text), "not what the other policies write"
 
 
 def test_without_a_tokenizer_there_are_no_grammars(folder: str) -> None:

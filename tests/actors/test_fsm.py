@@ -16,6 +16,7 @@ from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Constraint
 from actorserve.actors.fsm import Cache, Fsm
 from actorserve.actors.fsm_worker import Failed, Made
+from actorserve.actors.grammar_fields import grammar_spec
 from actorserve.actors.grammar_store import GrammarStore
 from actorserve.actors.messages import (
     Compile,
@@ -28,6 +29,8 @@ from actorserve.actors.messages import (
     SchedulerInbox,
 )
 from actorserve.config import EngineConfig, ModelInfo
+from actorserve.errors import RequestError
+from actorserve.perf.blowup import LARGE, WRONG
 
 SLOW = "([a-z]{1,40} ?){0,300}x"
 """Takes seconds."""
@@ -198,6 +201,51 @@ def test_a_discarded_grammar_is_not_compiled(folder: str, monkeypatch: pytest.Mo
     run(main)
 
 
+TOO_LARGE = ("grammar_too_large", "grammar_too_large")
+REFUSED: dict[str, tuple[str, str]] = {
+    "(a|b)*a(a|b){30}": TOO_LARGE, "((a{1,100}){1,100}){1,100}": TOO_LARGE, "([a-z]{1,10} ?){0,40}x": TOO_LARGE,
+    ".{1,100000}": TOO_LARGE, "enum of 1 MB": TOO_LARGE, "choice of 1 MB": TOO_LARGE,
+    "1,000 arrays deep": ("invalid_json_schema", "nested too deeply"),
+    "1,000 groups deep": ("invalid_grammar", "position 100"),
+    "oneOf in oneOf": ("unsupported_json_schema", "at "), "recursive $ref": ("unsupported_json_schema", "at /items"),
+    "references that double": ("unsupported_json_schema", "too large"),
+    "the empty language": ("invalid_grammar", "nothing can match"),
+    "look-ahead": ("invalid_grammar", "position 1"), "back-reference": ("invalid_grammar", "position 3"),
+    "an open group": ("invalid_grammar", "position 0"), "no choices": ("invalid_value", "choice is empty"),
+    "minimum above maximum": ("invalid_json_schema", "at /items"),
+    "not": ("unsupported_json_schema", "at /properties/a/not"), "no JSON": ("invalid_json_schema", "not JSON"),
+}  # fmt: skip
+"""What is said of the grammars of perf.blowup: the code, and a part of the text where it is not the same.
+
+This tokenizer has a token for each byte, so two of them compile."""
+
+
+def test_hostile_grammars_are_refused_by_name(folder: str) -> None:
+    """Each gets one answer: the code, the field and the place, and the compiler is there for the next."""
+    grammars = LARGE | WRONG
+
+    async def said(b: Bench, number: int, fields: dict[str, Any]) -> tuple[str, str]:
+        try:
+            spec = grammar_spec(fields)
+        except RequestError as error:
+            return error.code, error.message
+        assert spec is not None
+        b.send(Compile(number, spec))
+        answer = await b.answer()
+        return ("compiled", "") if isinstance(answer, Compiled) else (answer.code, answer.message)
+
+    async def main() -> None:
+        async with bench(folder, seconds=1.0) as b:
+            for number, (name, fields) in enumerate(grammars.items()):
+                code, text = await said(b, number, fields)
+                wanted, part = REFUSED.get(name, ("compiled", ""))
+                assert code == wanted, (name, text)
+                assert wanted == part or part in text, (name, text)
+                assert code == "compiled" or next(iter(fields)) in text
+
+    run(main)
+
+
 def test_the_cache_is_bounded() -> None:
     cache = Cache(10_000)
     for i in range(10):
@@ -215,7 +263,7 @@ class FakeRequest:
 
 def compiled(handle: int, size: int = 10) -> Compiled:
     arrays = bytes(2 * size), bytes(2 * size * 3), bytes(4 * size)
-    return Compiled(handle, *map(memoryview, arrays))
+    return Compiled(handle, *map(memoryview, arrays), 0.5)
 
 
 def test_requests_wait_for_their_grammar() -> None:
@@ -229,7 +277,10 @@ def test_requests_wait_for_their_grammar() -> None:
     assert store.ask(regex("a"), requests[3]) is None and requests[3].constraint is not None
     failing = store.ask(regex("c"), requests[0])
     assert failing is not None and store.kind(failing.handle) == "regex"
-    assert store.failed(failing.handle) == [requests[0]] and store.failed(failing.handle) == []
+    failure = CompileFailed(failing.handle, 400, "code", "text", 0.25)
+    assert store.failed(failure) == [requests[0]] and store.failed(failure) == []
+    counted = store.counters
+    assert (counted.hits, counted.compiled, counted.failed, counted.seconds) == (1, 2, 2, 1.5)
 
 
 def test_samplers_have_what_runs_and_little_more() -> None:

@@ -41,7 +41,7 @@ from actorserve.http.front import HttpFront
 MODEL = ModelInfo(
     name="fake-model", path="/models/fake", model_type="llama", vocab_size=1000, context_length=512, eos_ids=(2,)
 )
-STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True)
+STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True, 77, 8, 1, 5, 3, 2, 0.75)
 WORDS = ("Hello", " wörld", " and", " moon")
 
 

@@ -317,6 +317,10 @@ async def test_metrics(rig):
     assert samples["actorserve_kv_pages_tree",] == 50
     assert samples["actorserve_executor_up",] == 1
     assert samples["actorserve_step_seconds",] == 0.0015
+    assert (samples["actorserve_forced_tokens_total",], samples["actorserve_jumps_total",]) == (77, 8)
+    assert (samples["actorserve_grammar_waiting_requests",], samples["actorserve_grammar_hits_total",]) == (1, 5)
+    assert samples["actorserve_grammars_compiled_total",] == 3 and samples["actorserve_grammars_failed_total",] == 2
+    assert samples["actorserve_grammar_compile_seconds_total",] == 0.75
 
 
 async def test_peer_up_again_serves_again(rig, fakes):

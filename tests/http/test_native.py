@@ -190,6 +190,10 @@ async def test_grammars(rig):
     replies = (await rig.http.post("/generate", json=body)).json()
     assert [g.grammar for g in rig.text.generates[1:]] == [GrammarSpec("json_schema", '{"type":"null"}'), None]
     assert "jumps" in replies[0]["meta_info"] and "jumps" not in replies[1]["meta_info"]
+    for given, policy in (("compact", "compact"), ({"any": 3}, "any 3"), ({"indent": 2}, "indent 2")):
+        params = {"json_schema": '{"type": "null"}', "json_whitespace": given}
+        await rig.http.post("/generate", json={"text": "x", "sampling_params": params})
+        assert rig.text.generates[-1].grammar == GrammarSpec("json_schema", '{"type":"null"}', policy)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +205,13 @@ async def test_grammars(rig):
         ({"regex": "a", "choice": ["a"]}, "choice"),
         ({"json_schema": "nonsense"}, "json_schema"),
         ({"choice": "a"}, "choice"),
+        ({"regex": "a", "json_whitespace": "compact"}, "json_whitespace"),
+        ({"json_whitespace": "compact"}, "json_whitespace"),
+        ({"json_schema": {}, "json_whitespace": "airy"}, "json_whitespace"),
+        ({"json_schema": {}, "json_whitespace": {"any": 0}}, "json_whitespace"),
+        ({"json_schema": {}, "json_whitespace": {"any": 1000}}, "json_whitespace"),
+        ({"json_schema": {}, "json_whitespace": {"any": -1}}, "json_whitespace"),
+        ({"json_schema": {}, "json_whitespace": {"any": 1, "indent": 1}}, "json_whitespace"),
     ],
 )
 async def test_bad_grammars_are_refused(rig, params, param):

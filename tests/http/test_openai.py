@@ -6,7 +6,7 @@ import numpy as np
 import openai
 import pytest
 
-from actorserve.actors.messages import Chunks, Refused, TextPrompt
+from actorserve.actors.messages import Chunks, GrammarSpec, Refused, TextPrompt
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -248,6 +248,15 @@ async def test_grammars_travel_to_the_text_actor(rig, fields, kind, text):
     assert reply.status_code == 200
     grammar = rig.text.generates[0].grammar
     assert (kind, text) == (None, None) if grammar is None else (grammar.kind, grammar.text) == (kind, text)
+
+
+async def test_whitespace_travels_with_a_schema(rig):
+    body = {"messages": USER, "response_format": SCHEMA_FORMAT, "json_whitespace": {"any": 4}}
+    assert (await rig.http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert rig.text.generates[0].grammar == GrammarSpec("json_schema", '{"type":"integer"}', "any 4")
+    body = {"messages": USER, "json_whitespace": "compact"}
+    reply = await rig.http.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "json_whitespace")
 
 
 async def test_a_refused_grammar_names_the_clients_field(rig):
