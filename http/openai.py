@@ -66,21 +66,20 @@ async def completions(service: Service, exchange: Exchange) -> None:
     if request.suffix:
         raise RequestError("suffix is not supported", param="suffix", code="unsupported_value")
     n = _choices(request)
-    if request.best_of not in (None, n):
-        what = "best_of above n is not supported yet" if request.best_of > n else "best_of must be at least n"
-        raise RequestError(what, param="best_of", code="unsupported_value")
+    best_of = _best_of(request, n)
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
     echoes = _echoes(request, texts)
-    usage_frames = _usage_frames(request, len(prompts), n)
+    usage_frames = _usage_frames(request, len(prompts), best_of)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     grammar, grammar_names = requested_grammar(request)
     with _renamed(names | grammar_names):
-        params = _sampling(request, max_tokens, request.logprobs)
-        submissions = [Submission(prompt, params, n, grammar) for prompt in prompts]
+        # The choice among candidates needs the logprobs of their tokens.
+        params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
+        submissions = [Submission(prompt, params, best_of, grammar) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        writer = CompletionWriter(head, stream, n, echoes, request.logprobs, usage_frames)
+        writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
         stream.name(head.id)
         async with exchange.watched(stream):
             if request.stream:
@@ -153,6 +152,16 @@ def _choices(request: OpenAIRequest) -> int:
     if not 1 <= n <= MAX_N:
         raise RequestError(f"n must be between 1 and {MAX_N}", param="n")
     return n
+
+
+def _best_of(request: CompletionRequest, n: int) -> int:
+    """How many continuations of each prompt are made; the n best of them are sent."""
+    best_of = n if request.best_of is None else request.best_of
+    if not n <= best_of <= MAX_N:
+        raise RequestError(f"best_of must be at least n ({n}) and at most {MAX_N}", param="best_of")
+    if best_of > n and request.stream:
+        raise RequestError("best_of above n cannot be streamed: the best is known at the end", param="best_of")
+    return best_of
 
 
 def _usage_frames(request: OpenAIRequest, prompts: int, n: int) -> UsageFrames:
