@@ -21,7 +21,7 @@ from .chat_replies import ChatWriter
 from .chat_tools import plan_tools, template_arguments
 from .error_replies import decode_body
 from .exchange import Exchange
-from .native import MAX_N, split_ids
+from .native import split_ids
 from .openai_grammar import requested_grammar
 from .openai_replies import CompletionWriter, Head, UsageFrames
 from .protocol import (
@@ -65,7 +65,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     _refuse(request, OPENAI_REFUSED)
     if request.suffix:
         raise RequestError("suffix is not supported", param="suffix", code="unsupported_value")
-    n = _choices(request)
+    n = request.n or 1
     best_of = _best_of(request, n)
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
     echoes = _echoes(request, texts)
@@ -95,7 +95,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    n = _choices(request)
+    n = request.n or 1
     newer = request.max_completion_tokens is not None
     max_tokens = request.max_completion_tokens if newer else request.max_tokens
     names = {
@@ -147,18 +147,11 @@ def _refuse(request: OpenAIRequest, names: tuple[str, ...]) -> None:
             raise RequestError(f"{name} is not supported yet", param=name, code="unsupported_value")
 
 
-def _choices(request: OpenAIRequest) -> int:
-    n = 1 if request.n is None else request.n
-    if not 1 <= n <= MAX_N:
-        raise RequestError(f"n must be between 1 and {MAX_N}", param="n")
-    return n
-
-
 def _best_of(request: CompletionRequest, n: int) -> int:
     """How many continuations of each prompt are made; the n best of them are sent."""
     best_of = n if request.best_of is None else request.best_of
-    if not n <= best_of <= MAX_N:
-        raise RequestError(f"best_of must be at least n ({n}) and at most {MAX_N}", param="best_of")
+    if best_of < n:
+        raise RequestError(f"best_of must be at least n, which is {n}", param="best_of")
     if best_of > n and request.stream:
         raise RequestError("best_of above n cannot be streamed: the best is known at the end", param="best_of")
     return best_of
