@@ -14,7 +14,7 @@ import msgspec
 
 from ..actors.client import Submission, token_prompt
 from ..actors.conversation import chat_prompt
-from ..actors.messages import Prompt, TextPrompt
+from ..actors.messages import Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
 from .chat_replies import ChatWriter
@@ -68,7 +68,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     n = request.n or 1
     best_of = _best_of(request, n)
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
-    echoes = _echoes(request, texts)
+    echoes = await _echoes(service, request, prompts, texts)
     usage_frames = _usage_frames(request, len(prompts), best_of)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
@@ -197,12 +197,12 @@ def _completion_prompts(request: CompletionRequest, vocab_size: int) -> tuple[li
     return [token_prompt(item, vocab_size, "prompt") for item in ([ids] if lists is None else lists)], []
 
 
-def _echoes(request: CompletionRequest, texts: list[str]) -> list[str]:
-    """Return what comes before each prompt's continuation."""
+async def _echoes(service: Service, request: CompletionRequest, prompts: list[Prompt], texts: list[str]) -> list[str]:
+    """Return what comes before each prompt's continuation: its text."""
     if not request.echo:
         return []
-    if not texts:
-        raise RequestError("echo of token ids is not supported", param="echo", code="unsupported_value")
     if request.logprobs is not None:
         raise RequestError("echo with logprobs is not supported yet", param="echo", code="unsupported_value")
-    return texts
+    ids = [list(prompt.ids.cast("i")) for prompt in prompts if isinstance(prompt, TokenPrompt)]
+    skip = request.skip_special_tokens is not False
+    return texts or [await service.client.questions.detokenize(one, skip) for one in ids]
