@@ -4,9 +4,10 @@ Made by front.py for its Service; tests drive it with a fake engine. Invariant: 
 every error has OpenAI's JSON shape, and every reply is counted.
 """
 
+import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
-from . import control_routes, native, openai
+from . import control_routes, native, openai, openapi, protocol
 from .error_replies import InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
@@ -31,7 +32,7 @@ HINT = """actorserve is serving {model}.
   curl {base}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "Hello!"}}]}}'
 
-Routes: /v1/chat/completions /v1/completions /v1/models /generate /get_model_info /health /ready /metrics
+The API is described at {base}/openapi.json
 """
 
 
@@ -74,6 +75,11 @@ async def metrics(service: Service, exchange: Exchange) -> None:
     await exchange.reply(service.metrics.render(service.client.stats), content_type=CONTENT_TYPE)
 
 
+async def api_document(service: Service, exchange: Exchange) -> None:
+    """Serve GET /openapi.json: this API, described."""
+    await exchange.reply(described())
+
+
 async def index(service: Service, exchange: Exchange) -> None:
     """Serve GET /: a hint for people."""
     host = dict(exchange.scope["headers"]).get(b"host", b"").decode("latin-1")
@@ -82,30 +88,56 @@ async def index(service: Service, exchange: Exchange) -> None:
     await exchange.reply(text.encode(), content_type=b"text/plain; charset=utf-8")
 
 
-ROUTES: tuple[tuple[str, tuple[str, ...], Handler], ...] = (
-    ("/generate", ("POST", "PUT"), native.generate),
-    ("/v1/completions", ("POST",), openai.completions),
-    ("/v1/chat/completions", ("POST",), openai.chat_completions),
-    ("/v1/models", ("GET",), models),
-    ("/v1/models/{id:path}", ("GET",), model),
-    ("/tokenize", ("POST",), control_routes.tokenize),
-    ("/v1/tokenize", ("POST",), control_routes.tokenize),
-    ("/detokenize", ("POST",), control_routes.detokenize),
-    ("/v1/detokenize", ("POST",), control_routes.detokenize),
-    ("/flush_cache", ("GET", "POST"), control_routes.flush_cache),
-    ("/abort_request", ("POST",), control_routes.abort_request),
-    ("/pause_generation", ("POST",), control_routes.pause_generation),
-    ("/continue_generation", ("POST",), control_routes.continue_generation),
-    ("/model_info", ("GET",), control_routes.model_info),
-    ("/get_model_info", ("GET",), control_routes.model_info),
-    ("/server_info", ("GET",), control_routes.server_info),
-    ("/get_server_info", ("GET",), control_routes.server_info),
-    ("/health", ("GET",), control_routes.health),
-    ("/health_generate", ("GET",), control_routes.health),
-    ("/ready", ("GET",), control_routes.ready),
-    ("/metrics", ("GET",), metrics),
-    ("/", ("GET",), index),
-)
+class Served(NamedTuple):
+    """A route: how it is reached, who answers, and the types of its bodies (see openapi.Operation)."""
+
+    paths: tuple[str, ...]
+    methods: tuple[str, ...]
+    handler: Handler
+    request: Any = None
+    reply: Any = None
+    event: Any = None
+
+
+GET, POST = ("GET",), ("POST",)
+_p, _c = protocol, control_routes
+ROUTES: tuple[Served, ...] = (
+    Served(
+        ("/generate",), ("POST", "PUT"), native.generate, _p.GenerateRequest,
+        _p.GenerateReply | list[_p.GenerateReply], _p.GenerateReply,
+    ),
+    Served(("/v1/completions",), POST, openai.completions, _p.CompletionRequest, _p.Completion, _p.Completion),
+    Served(
+        ("/v1/chat/completions",), POST, openai.chat_completions, _p.ChatRequest, _p.ChatCompletion,
+        _p.ChatCompletionChunk,
+    ),
+    Served(("/v1/models",), GET, models, reply=_p.ModelList),
+    Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
+    Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _p.TokenizeRequest, _p.TokenizeReply),
+    Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _p.DetokenizeRequest, _p.DetokenizeReply),
+    Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache),
+    Served(("/abort_request",), POST, _c.abort_request, _p.AbortRequest),
+    Served(("/pause_generation",), POST, _c.pause_generation, _p.PauseRequest, _p.GenerationState),
+    Served(("/continue_generation",), POST, _c.continue_generation, reply=_p.GenerationState),
+    Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
+    Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
+    Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health),
+    Served(("/ready",), GET, _c.ready, reply=_p.Health),
+    Served(("/metrics",), GET, metrics),
+    Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
+    Served(("/",), GET, index),
+)  # fmt: skip
+
+
+@functools.cache
+def described() -> bytes:
+    """Return the OpenAPI document."""
+    operations = [
+        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event)
+        for r in ROUTES
+        for path in r.paths
+    ]
+    return encode(openapi.document(operations, "actorserve", control_routes.package_version()))
 
 
 def build_app(service: Service) -> Starlette:
@@ -117,10 +149,18 @@ def build_app(service: Service) -> Starlette:
         body = error_body(route_error(error.status_code, request.method, request.url.path))
         return Response(body, error.status_code, headers=error.headers, media_type="application/json")
 
-    routes = [Route(path, Endpoint(service, path, handler), methods=list(methods)) for path, methods, handler in ROUTES]
+    routes = [
+        Route(path, Endpoint(service, path, r.handler), methods=list(r.methods)) for r in ROUTES for path in r.paths
+    ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
     return app
+
+
+def _summary(handler: Handler) -> str:
+    """The first sentence of its docstring, without what the path says already."""
+    text = (handler.__doc__ or "").split("\n")[0]
+    return text.partition(": ")[2] or text
 
 
 def _card(service: Service) -> ModelCard:

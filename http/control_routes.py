@@ -19,6 +19,7 @@ from .protocol import (
     AbortRequest,
     DetokenizeReply,
     DetokenizeRequest,
+    GenerationState,
     Health,
     ModelDescription,
     PauseRequest,
@@ -88,13 +89,13 @@ async def pause_generation(service: Service, exchange: Exchange) -> None:
     body = await exchange.body(service.config.max_body_bytes)
     request = decode_body(_pause_decoder, body) if body else PauseRequest()
     await service.client.questions.order(_PAUSES[request.mode])
-    await exchange.reply(encode({"status": "paused", "mode": request.mode}))
+    await exchange.reply(encode(GenerationState("paused", request.mode)))
 
 
 async def continue_generation(service: Service, exchange: Exchange) -> None:
     """Serve POST /continue_generation."""
     await service.client.questions.order("continue")
-    await exchange.reply(encode({"status": "running"}))
+    await exchange.reply(encode(GenerationState("running")))
 
 
 async def model_info(service: Service, exchange: Exchange) -> None:
@@ -125,7 +126,7 @@ async def server_info(service: Service, exchange: Exchange) -> None:
     reply = {
         **msgspec.structs.asdict(service.config),
         "served_model_name": service.model_name,
-        "version": _version(),
+        "version": package_version(),
         "status": service.readiness().status,
         "internal_states": [state],
     }
@@ -161,7 +162,8 @@ async def _reply_health(exchange: Exchange, state: Health) -> None:
     await exchange.reply(encode(state), 200 if state.status == "ok" else 503, headers=headers)
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Return the version of this package."""
     try:
         return version("actorserve")
     except PackageNotFoundError:  # run from its source

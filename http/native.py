@@ -35,7 +35,6 @@ from .protocol import (
 from .service import Service
 from .sse import send_stream
 
-MAX_N: Final = 128
 T = TypeVar("T")
 _decoder: Final = msgspec.json.Decoder(GenerateRequest)
 
@@ -201,11 +200,7 @@ def _per_prompt(value: T | list[T] | None, count: int, default: T, param: str, s
 
 
 def _sampling(wire: NativeSampling, with_logprobs: bool, num_top: int) -> SamplingParams:
-    """Return the engine's parameters; raises RequestError for `n` and `top_logprobs_num` out of range."""
-    if not 1 <= wire.n <= MAX_N:
-        raise RequestError(f"n must be between 1 and {MAX_N}", param="n")
-    if num_top < 0:
-        raise RequestError("top_logprobs_num must not be negative", param="top_logprobs_num")
+    """Return the engine's parameters."""
     fields = msgspec.structs.asdict(wire)
     for name in ("n", *GRAMMAR_FIELDS, *GRAMMAR_UNSUPPORTED):
         del fields[name]

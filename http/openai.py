@@ -14,14 +14,14 @@ import msgspec
 
 from ..actors.client import Submission, token_prompt
 from ..actors.conversation import chat_prompt
-from ..actors.messages import Prompt, TextPrompt
+from ..actors.messages import Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
 from .chat_replies import ChatWriter
 from .chat_tools import plan_tools, template_arguments
 from .error_replies import decode_body
 from .exchange import Exchange
-from .native import MAX_N, split_ids
+from .native import split_ids
 from .openai_grammar import requested_grammar
 from .openai_replies import CompletionWriter, Head, UsageFrames
 from .protocol import (
@@ -65,22 +65,21 @@ async def completions(service: Service, exchange: Exchange) -> None:
     _refuse(request, OPENAI_REFUSED)
     if request.suffix:
         raise RequestError("suffix is not supported", param="suffix", code="unsupported_value")
-    n = _choices(request)
-    if request.best_of not in (None, n):
-        what = "best_of above n is not supported yet" if request.best_of > n else "best_of must be at least n"
-        raise RequestError(what, param="best_of", code="unsupported_value")
+    n = request.n or 1
+    best_of = _best_of(request, n)
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
-    echoes = _echoes(request, texts)
-    usage_frames = _usage_frames(request, len(prompts), n)
+    echoes = await _echoes(service, request, prompts, texts)
+    usage_frames = _usage_frames(request, len(prompts), best_of)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     grammar, grammar_names = requested_grammar(request)
     with _renamed(names | grammar_names):
-        params = _sampling(request, max_tokens, request.logprobs)
-        submissions = [Submission(prompt, params, n, grammar) for prompt in prompts]
+        # The choice among candidates needs the logprobs of their tokens.
+        params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
+        submissions = [Submission(prompt, params, best_of, grammar) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        writer = CompletionWriter(head, stream, n, echoes, request.logprobs, usage_frames)
+        writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
         stream.name(head.id)
         async with exchange.watched(stream):
             if request.stream:
@@ -96,7 +95,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    n = _choices(request)
+    n = request.n or 1
     newer = request.max_completion_tokens is not None
     max_tokens = request.max_completion_tokens if newer else request.max_tokens
     names = {
@@ -148,11 +147,14 @@ def _refuse(request: OpenAIRequest, names: tuple[str, ...]) -> None:
             raise RequestError(f"{name} is not supported yet", param=name, code="unsupported_value")
 
 
-def _choices(request: OpenAIRequest) -> int:
-    n = 1 if request.n is None else request.n
-    if not 1 <= n <= MAX_N:
-        raise RequestError(f"n must be between 1 and {MAX_N}", param="n")
-    return n
+def _best_of(request: CompletionRequest, n: int) -> int:
+    """How many continuations of each prompt are made; the n best of them are sent."""
+    best_of = n if request.best_of is None else request.best_of
+    if best_of < n:
+        raise RequestError(f"best_of must be at least n, which is {n}", param="best_of")
+    if best_of > n and request.stream:
+        raise RequestError("best_of above n cannot be streamed: the best is known at the end", param="best_of")
+    return best_of
 
 
 def _usage_frames(request: OpenAIRequest, prompts: int, n: int) -> UsageFrames:
@@ -195,12 +197,12 @@ def _completion_prompts(request: CompletionRequest, vocab_size: int) -> tuple[li
     return [token_prompt(item, vocab_size, "prompt") for item in ([ids] if lists is None else lists)], []
 
 
-def _echoes(request: CompletionRequest, texts: list[str]) -> list[str]:
-    """Return what comes before each prompt's continuation."""
+async def _echoes(service: Service, request: CompletionRequest, prompts: list[Prompt], texts: list[str]) -> list[str]:
+    """Return what comes before each prompt's continuation: its text."""
     if not request.echo:
         return []
-    if not texts:
-        raise RequestError("echo of token ids is not supported", param="echo", code="unsupported_value")
     if request.logprobs is not None:
         raise RequestError("echo with logprobs is not supported yet", param="echo", code="unsupported_value")
-    return texts
+    ids = [list(prompt.ids.cast("i")) for prompt in prompts if isinstance(prompt, TokenPrompt)]
+    skip = request.skip_special_tokens is not False
+    return texts or [await service.client.questions.detokenize(one, skip) for one in ids]

@@ -88,6 +88,17 @@ class UsageFrames:
         return usage(self._last, self._n)
 
 
+def best(chunks: list[Chunk], n: int) -> list[Chunk]:
+    """Return the n continuations with the highest logprob per token, best first; all n of n as they are."""
+    if n == len(chunks):
+        return chunks
+
+    def per_token(chunk: Chunk) -> float:
+        return sum(item.logprob for item in chunk.logprobs) / max(1, len(chunk.logprobs))
+
+    return sorted(chunks, key=per_token, reverse=True)[:n]
+
+
 class LegacyLogprobs:
     """The /v1/completions form for one choice: `text_offset` counts characters from the start of its text."""
 
@@ -108,27 +119,40 @@ class LegacyLogprobs:
 
 
 class CompletionWriter:
-    """The replies of /v1/completions. `echoes`: a text before each prompt's continuations, or empty."""
+    """The replies of /v1/completions. `echoes`: a text before each prompt's continuations, or empty.
+
+    Of each prompt's `best_of` continuations the n best are shown; a stream has no more than n.
+    """
 
     def __init__(
-        self, head: Head, stream: Stream, n: int, echoes: list[str], logprobs: int | None, usage_frames: UsageFrames
+        self,
+        head: Head,
+        stream: Stream,
+        n: int,
+        best_of: int,
+        echoes: list[str],
+        logprobs: int | None,
+        usage_frames: UsageFrames,
     ) -> None:
         self._head = head
         self._stream = stream
         self._n = n
-        self._echoes = {i: echoes[i // n] for i in range(len(stream.choices))} if echoes else {}
+        self._best_of = best_of
+        self._echoes = dict(enumerate(echo for echo in echoes for _ in range(n)))
         self._logprobs = [LegacyLogprobs(0, logprobs) for _ in stream.choices] if logprobs is not None else None
         self._usage = usage_frames
 
     def whole(self, chunks: list[Chunk]) -> Completion:
         """Return the reply of a request that was not streamed."""
-        return self._object([self._choice(chunk) for chunk in chunks], usage(chunks, self._n))
+        groups = [chunks[i : i + self._best_of] for i in range(0, len(chunks), self._best_of)]
+        shown = [chunk for group in groups for chunk in best(group, self._n)]
+        return self._object([self._choice(i, chunk) for i, chunk in enumerate(shown)], usage(chunks, self._best_of))
 
     def head(self) -> Iterable[bytes]:
         return ()
 
     def chunk(self, chunk: Chunk) -> Iterable[bytes]:
-        choice = self._choice(chunk)
+        choice = self._choice(self._stream.index(chunk), chunk)
         if not choice.text and choice.logprobs is None and choice.finish_reason is None:
             return ()  # the first bytes of a character
         self._usage.see(choice.index, chunk)
@@ -139,8 +163,7 @@ class CompletionWriter:
             return ()
         return (encode(self._object([], self._usage.total())),)
 
-    def _choice(self, chunk: Chunk) -> CompletionChoice:
-        index = self._stream.index(chunk)
+    def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
         logprobs = self._logprobs[index].write(chunk.logprobs) if self._logprobs else None
         return CompletionChoice(self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish)
 

@@ -6,15 +6,43 @@ and cannot be served yet: a value in it is an error, because to ignore it would 
 Replies: field names and nulls are OpenAI's (or SGLang's for /generate); UNSET fields are left out.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..actors.conversation import ChatMessage
+from ..sampler.params import (
+    MAX_BIASES,
+    MAX_SEED,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    MIN_SEED,
+)
 
-Refusable: TypeAlias = Any
+MAX_N: Final = 128
+"""Continuations of one prompt."""
+Refusable: TypeAlias = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
 Priority: TypeAlias = Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
+
+# The ranges of SamplingParams, so that clients can read them in the API's document.
+Choices: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_N)]
+Tokens: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 31)]
+Temperature: TypeAlias = Annotated[float, Meta(ge=0, le=100)]
+TopP: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
+TopK: TypeAlias = Annotated[int, Meta(ge=-1, le=1 << 31)]
+MinP: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty: TypeAlias = Annotated[float, Meta(gt=0, le=2)]
+Seed: TypeAlias = Annotated[int, Meta(ge=MIN_SEED, le=MAX_SEED)]
+TopLogprobs: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+StopString: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings: TypeAlias = Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
+StopIds: TypeAlias = Annotated[tuple[int, ...], Meta(max_length=MAX_STOP_IDS)]
+LogitBias: TypeAlias = Annotated[dict[int, float], Meta(max_length=MAX_BIASES)]
 
 # ------------------------------------------------------------------ POST /generate (SGLang)
 
@@ -22,25 +50,25 @@ Priority: TypeAlias = Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
 class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`sampling_params` of /generate: SamplingParams as clients write them (null means the default), and `n`."""
 
-    n: int = 1
-    max_new_tokens: int | None = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: str | tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
+    n: Choices = 1
+    max_new_tokens: Tokens | None = 128
+    min_new_tokens: Tokens = 0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    min_p: MinP = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: StopIds | None = None
     ignore_eos: bool = False
     no_stop_trim: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    seed: int | None = None
-    logit_bias: dict[int, float] | None = None
-    logprobs: int | None = None
+    seed: Seed | None = None
+    logit_bias: LogitBias | None = None
+    logprobs: TopLogprobs | None = None
     regex: str | None = None
     json_schema: str | bool | dict[str, Any] | None = None
     """JSON text, or the schema itself."""
@@ -60,7 +88,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     sampling_params: NativeSampling | list[NativeSampling] | None = None
     rid: str | list[str] | None = None
     return_logprob: bool | list[bool] | None = None
-    top_logprobs_num: int | list[int] | None = None
+    top_logprobs_num: TopLogprobs | list[TopLogprobs] | None = None
     logprob_start_len: int | list[int] | None = None
     return_text_in_logprobs: bool = False
     stream: bool = False
@@ -144,23 +172,23 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     """OpenAI's common fields (null means the default), then our extras under SGLang's and vLLM's names."""
 
     model: str | None = None
-    n: int | None = None
-    stop: str | tuple[str, ...] | None = None
-    seed: int | None = None
+    n: Choices | None = None
+    stop: StopString | StopStrings | None = None
+    seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    max_tokens: int | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    max_tokens: Tokens | None = None
 
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: tuple[int, ...] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    min_tokens: Tokens | None = None
+    stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = None
     no_stop_trim: bool | None = None
     skip_special_tokens: bool | None = None
@@ -209,9 +237,9 @@ class Usage(Struct, frozen=True):
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
-    best_of: int | None = None
+    best_of: Choices | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: TopLogprobs | None = None
     suffix: str | None = None
 
 
@@ -287,9 +315,9 @@ class NamedToolChoice(Struct, frozen=True):
 
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -447,7 +475,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
 
 
 class TokenizeReply(Struct, frozen=True):
-    tokens: list[int] | list[list[int]]
+    tokens: Sequence[int | list[int]]
     count: int | list[int]
     max_model_len: int
 
@@ -474,6 +502,11 @@ class PauseRequest(Struct, frozen=True):
     still."""
 
     mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class GenerationState(Struct, frozen=True):
+    status: Literal["paused", "running"]
+    mode: str | UnsetType = UNSET
 
 
 class Health(Struct, frozen=True):

@@ -91,7 +91,10 @@ def certain_family(name: str) -> str:
 def calls_syntax(calls: Calls) -> Node:
     """The language. Raises what schema_to_syntax raises, pointers beginning at the array of functions."""
     form = FORMS[calls.family]
-    tools = [{"name": f.name} | ({} if f.parameters is None else {"parameters": f.parameters}) for f in calls.functions]
+    tools: list[dict[str, Any]] = [
+        {"name": f.name} if f.parameters is None else {"name": f.name, "parameters": f.parameters}
+        for f in calls.functions
+    ]
     if form.keys is not None:
         call = function_call_syntax(tools, keys=form.keys)
     else:

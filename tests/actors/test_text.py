@@ -20,10 +20,14 @@ from actorserve.actors.messages import (
     ChatPrompt,
     Chunk,
     Chunks,
+    Detokenize,
+    Detokenized,
+    Done,
     Ended,
     Finish,
     FrontInbox,
     Generate,
+    Order,
     PeerDown,
     PeerUp,
     Refused,
@@ -33,6 +37,7 @@ from actorserve.actors.messages import (
     Submit,
     TextInbox,
     TextPrompt,
+    Tokenize,
     TokenPrompt,
     Tokens,
 )
@@ -575,6 +580,80 @@ def test_chat_template_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(StartupError, match="chat template"):
         trio.run(world.start)
     world.close()
+
+
+# ------------------------------------------------------------------ what readers of chats need
+
+
+def test_markers_that_a_parser_reads_are_text(world: World, tokenizer: Tokenizer) -> None:
+    chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    ids = tokenizer.encode("a<|im_start|>b<|im_end|>c")
+    for rid, shown, text in ((1, (), "abc"), (2, ("<|im_start|>",), "a<|im_start|>bc")):
+        prompt = ChatPrompt(chat, shown=shown)
+        world.fronts["front.0"].ref("text").post(Generate(rid, 1, prompt, SamplingParams()))
+        world.settle()
+        assert whole(world.say(rid, ids, Finish.LENGTH)) == text
+
+
+@pytest.mark.parametrize(("opens", "thinking"), [((), False), (("assistant",), True), (("<think>",), False)])
+def test_whether_a_prompt_opens_thoughts(
+    world: World, tokenizer: Tokenizer, opens: tuple[str, ...], thinking: bool
+) -> None:
+    """The rendered prompt ends in "assistant" and a line end."""
+    chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    world.fronts["front.0"].ref("text").post(Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams()))
+    world.settle()
+    (chunk,) = world.say(1, tokenizer.encode("a")[:1], Finish.LENGTH)
+    assert chunk.thinking is thinking
+
+
+# ------------------------------------------------------------------ questions and orders
+
+
+def question(world: World, message: Any, front: str = "front.0") -> list[Any]:
+    world.fronts[front].ref("text").post(message)
+    world.settle()
+    return world.front(front)
+
+
+def test_tokens_of_a_text_and_back(world: World, tokenizer: Tokenizer) -> None:
+    (tokenized,) = question(world, Tokenize(5, TextPrompt("Hello 🦊 <|im_start|>")))
+    ids = list(tokenized.ids.cast("i"))
+    assert tokenized.rid == 5 and ids == tokenizer.encode("Hello 🦊 <|im_start|>")
+    assert question(world, Detokenize(6, view("i", ids), False)) == [Detokenized(6, "Hello 🦊 <|im_start|>")]
+    assert question(world, Detokenize(7, view("i", ids), True)) == [Detokenized(7, "Hello 🦊 ")]
+    (refused,) = question(world, Tokenize(8, ChatPrompt(b'{"messages": [{"role": "robot"}]}')))
+    assert (refused.rid, refused.status, refused.param) == (8, 400, "messages")
+
+
+def test_orders_are_passed_on_and_answered(world: World) -> None:
+    assert question(world, Order(5, "pause")) == []
+    assert question(world, Order(1 << 40, "flush_cache"), "front.1") == []
+    assert world.scheduler() == [Order(5, "pause"), Order(1 << 40, "flush_cache")]
+    world.sched.ref("text").post(Refused(1 << 40, 1, 400, "not_idle", "busy"))
+    world.sched.ref("text").post(Done(5))
+    world.settle()
+    assert world.front() == [Done(5)] and [m.rid for m in world.front("front.1")] == [1 << 40]
+    question(world, Order(6, "continue"))
+    disconnect(world.context, world.sched)
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    assert [(m.rid, m.status) for m in world.front()] == [(6, 503)]
+    assert [(m.rid, m.status) for m in question(world, Order(7, "continue"))] == [(7, 503)]
+
+
+def test_a_front_may_end_a_request_and_keep_its_output(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    world.scheduler()
+    world.row((1, tokenizer.encode("a")[0]))
+    question(world, Abort(2))
+    assert world.scheduler() == []
+    question(world, Abort(1))
+    assert world.scheduler() == [Abort(1)]
+    world.sched.ref("text").post(Ended(1, 0, "aborted", "aborted"))
+    world.settle()
+    (last,) = world.chunks()
+    assert (last.finish, last.completion_tokens) == ("abort", 1)
 
 
 def test_all_messages_are_encodable(world: World) -> None:

@@ -165,7 +165,7 @@ async def test_batch_stream_has_index(rig):
         ({"text": "a", "sampling_params": {"seed": 1 << 63}}, "seed"),
         ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
         ({"text": "a", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
-        ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "logprobs"),
+        ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
         ({"text": ["a", "b"], "rid": "one"}, "rid"),
         ({"text": "a", "image_data": "x"}, "image_data"),
         ({"text": "a", "stream": "yes"}, "stream"),

@@ -318,6 +318,8 @@ async def test_completion_stream_with_usage_and_echo(rig, client):
 async def test_completion_echo_and_logprobs(rig, client):
     reply = await client.completions.create(model="fake-model", prompt="a:", echo=True)
     assert reply.choices[0].text == "a:" + TEXT
+    reply = await client.completions.create(model="fake-model", prompt=[[97, 58], [98]], n=2, echo=True)
+    assert [c.text for c in reply.choices] == ["a:" + TEXT] * 2 + ["b" + TEXT] * 2
     reply = await client.completions.create(model="fake-model", prompt="a", logprobs=2)
     logprobs = reply.choices[0].logprobs
     assert logprobs.tokens == ["Hello", " wörld", " and", " moon"]
@@ -327,6 +329,26 @@ async def test_completion_echo_and_logprobs(rig, client):
     stream = await client.completions.create(model="fake-model", prompt="a", logprobs=0, stream=True)
     offsets = [o async for c in stream for choice in c.choices for o in choice.logprobs.text_offset]
     assert offsets == [0, 5, 11, 15]
+
+
+async def test_best_of(rig, client, fakes):
+    """Per token: a short likely answer is better than a long one of the same total."""
+
+    def script(generate):
+        def one(rid, text, token, count):
+            logprobs = [fakes.logprob(token, text, 0)] * count
+            return fakes.chunk(rid, text, [token] * count, count, "length", logprobs=logprobs)
+
+        rid = generate.rid
+        return [Chunks([one(rid, "c", 30, 2), one(rid + 1, "a", 10, 4), one(rid + 2, "b", 20, 1)])]
+
+    rig.text.script = script
+    reply = await client.completions.create(model="", prompt=["p", "q"], n=2, best_of=3, echo=True)
+    assert [(c.index, c.text) for c in reply.choices] == [(0, "pa"), (1, "pb"), (2, "qa"), (3, "qb")]
+    assert (reply.choices[0].logprobs, reply.usage.completion_tokens, reply.usage.prompt_tokens) == (None, 14, 14)
+    assert [(g.n, g.params.logprobs) for g in rig.text.generates] == [(3, 0)] * 2
+    reply = await client.completions.create(model="", prompt="p", best_of=3, logprobs=1)
+    assert reply.choices[0].logprobs.token_logprobs == [-1.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -339,10 +361,10 @@ async def test_completion_echo_and_logprobs(rig, client):
         ({"prompt": [1000]}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
-        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "best_of": 129}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "a", "n": 2, "best_of": 1}, "best_of"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
-        ({"prompt": [1], "echo": True}, "echo"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "a", "stop": ["x"] * 17}, "stop"),

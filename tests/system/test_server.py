@@ -232,3 +232,67 @@ def test_an_impossible_tool_is_refused_where_it_stands(server: LiveServer) -> No
     with pytest.raises(openai.BadRequestError) as caught:
         server.chat("x", tools=[tool], tool_choice="required")
     assert caught.value.param == "tools" and "/0/parameters" in caught.value.message
+
+
+def generate(server: LiveServer, **body: object) -> dict[str, object]:
+    return httpx.post(server.url + "/generate", json=body, timeout=120).json()  # type: ignore[no-any-return]
+
+
+def test_tokens_of_a_chat_are_its_prompt(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    made = httpx.post(server.url + "/tokenize", json={"messages": messages}, timeout=60).json()
+    reply = server.chat(QUESTION, temperature=0, max_tokens=20)
+    assert reply.usage is not None and reply.usage.prompt_tokens == made["count"] == len(made["tokens"])
+    greedy = {"temperature": 0, "max_new_tokens": 20}
+    assert (
+        generate(server, input_ids=made["tokens"], sampling_params=greedy)["text"] == reply.choices[0].message.content
+    )
+    shown = {"tokens": made["tokens"], "skip_special_tokens": False}
+    text = httpx.post(server.url + "/detokenize", json=shown, timeout=60).json()["text"]
+    assert text.endswith(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_flushed_cache_is_empty(server: LiveServer) -> None:
+    ids = list(range(500, 600))
+    params = {"max_new_tokens": 1}
+
+    def cached() -> object:
+        return generate(server, input_ids=ids, sampling_params=params)["meta_info"]["cached_tokens"]  # type: ignore[index]
+
+    cached()
+    assert cached() != 0
+    server.assert_pages_add_up()
+    assert server.get("/flush_cache").status_code == 200
+    assert cached() == 0
+
+
+def test_paused_requests_go_on_or_end(server: LiveServer) -> None:
+    """A pause amid a greedy answer changes nothing in it, or ends it with what it has."""
+    body = {"text": "Once upon a time", "sampling_params": {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}}
+    whole = generate(server, **body)
+    for mode in ("in_place", "retract", "abort"):
+        with httpx.stream("POST", server.url + "/generate", json={**body, "stream": True}, timeout=120) as reply:
+            frames = (json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {"))
+            next(frames)
+            assert httpx.post(server.url + "/pause_generation", json={"mode": mode}, timeout=30).status_code == 200
+            waiting = threading.Timer(0.2, lambda: httpx.post(server.url + "/continue_generation", timeout=30))
+            waiting.start()
+            *_, last = frames
+        waiting.join()
+        text, finish = last["text"], last["meta_info"]["finish_reason"]["type"]
+        if mode == "abort":
+            assert str(whole["text"]).startswith(text) and finish == "abort"
+        else:
+            assert (text, finish) == (whole["text"], "length")
+
+
+def test_aborted_requests_keep_their_output(server: LiveServer) -> None:
+    body = {"text": "One, two,", "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}, "rid": "mine"}
+    with httpx.stream("POST", server.url + "/generate", json={**body, "stream": True}, timeout=60) as reply:
+        frames = (json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {"))
+        next(frames)
+        httpx.post(server.url + "/abort_request", json={"rid": "another"}, timeout=30)
+        httpx.post(server.url + "/abort_request", json={"rid": "mine"}, timeout=30)
+        *_, last = frames
+    assert last["meta_info"]["finish_reason"]["type"] == "abort" and last["meta_info"]["id"] == "mine"
+    assert 0 < last["meta_info"]["completion_tokens"] < 4000

@@ -1,0 +1,84 @@
+"""The API's own description: an OpenAPI 3.1 document made of the route table and the structs of protocol.py.
+
+Used by app.py, which serves it at /openapi.json. Invariant: nothing is described twice; what a client may send is what
+the decoders take, since both come from the same types.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from .protocol import ErrorReply
+
+_REFERENCE: Final = "#/components/schemas/{name}"
+_ERRORS: Final = {
+    "4XX": "the request is wrong, or is above a limit; `param` names the field",
+    "503": "a part of the engine is not up, or the server is shutting down; try again",
+}
+
+
+class Operation(NamedTuple):
+    """One route, as far as the document goes."""
+
+    path: str
+    methods: tuple[str, ...]
+    summary: str
+    request: Any = None
+    """Type of the body; None: it takes none."""
+    reply: Any = None
+    """Type of the reply; None: it is text."""
+    event: Any = None
+    """Type of the `data` of server-sent events, with `stream: true`."""
+
+
+def document(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
+    """Return the document as JSON data."""
+    types = [t for o in operations for t in (o.request, o.reply, o.event) if t is not None]
+    types = [*dict.fromkeys([*types, ErrorReply])]
+    schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    known = dict(zip(types, schemas, strict=True))
+    paths: dict[str, Any] = {}
+    for operation in operations:
+        path = operation.path.replace(":path}", "}")
+        paths[path] = {method.lower(): _described(operation, method, known) for method in operation.methods}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": version},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schemas[operation.reply]}} if operation.reply else _text("text/plain")
+    if operation.event is not None:
+        content |= _text("text/event-stream")
+        content["text/event-stream"]["schema"]["contentSchema"] = schemas[operation.event]
+    responses = {"200": {"description": "the reply", "content": content}}
+    errors = {"application/json": {"schema": schemas[ErrorReply]}}
+    responses |= {status: {"description": text, "content": errors} for status, text in _ERRORS.items()}
+    name = operation.path.strip("/").replace("/", "_").replace("{", "").replace(":path}", "") or "index"
+    found: dict[str, Any] = {
+        "operationId": f"{method.lower()}_{name}",
+        "summary": operation.summary,
+        "responses": responses,
+    }
+    if operation.request is not None:
+        body = {"application/json": {"schema": schemas[operation.request]}}
+        found["requestBody"] = {"required": True, "content": body}
+    if names := list(_parameters(operation.path)):
+        found["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    return found
+
+
+def _text(kind: str) -> dict[str, Any]:
+    return {kind: {"schema": {"type": "string"}}}
+
+
+def _parameters(path: str) -> Iterable[str]:
+    for part in path.split("/"):
+        if part.startswith("{"):
+            yield part.strip("{}").removesuffix(":path")
