@@ -94,10 +94,11 @@ class Flush:
 
 
 QUICK: Final = (
-    Literal, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Image, Video, Point, Flush
+    Literal, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Image, Video, Point, Flush, Exception
 )  # fmt: skip
 """What needs no waiting."""
-Work: TypeAlias = "Node | Point | Inherit | Gather | Flush"
+Work: TypeAlias = "Node | Point | Inherit | Gather | Flush | Exception"
+"""An exception ends the state, after the work before it."""
 
 
 @dataclass(slots=True)
@@ -207,12 +208,18 @@ class Executor:
         self.slots[name] = filled(name, value)
         self.notify()
 
-    def fail(self, cause: Exception, what: str = "the program", line: str = "") -> None:
-        """End the state: what comes after fails with this cause."""
+    def _fail(self, cause: Exception, what: str, line: str) -> None:
+        """What comes after fails with this cause."""
         if self.error is None:
             known = isinstance(cause, ProgramError)
             self.error = cause if known else failure(cause, f"{what}{self._where()}", line)
         self.notify()
+
+    def end(self, error: Exception | None = None) -> None:
+        """The program's function has returned, or raised."""
+        if error is not None:
+            self._put([Item(error, error_line(error))])
+        self.life.set()
 
     def notify(self) -> None:
         changed, self.changed = self.changed, Signal()
@@ -337,6 +344,8 @@ class Executor:
                 point.reached.set()
             case Inherit(point=point):
                 self._inherit(point)
+            case Exception() as error:
+                self._fail(error, "the program", item.line)
             case Flush():
                 pass  # the block has answered before this came to its turn
             case _:
@@ -480,7 +489,7 @@ class Executor:
             self._block.fail(error)
             self._block = None
         what = f"{type(item.work).__name__}"
-        self.fail(item.slots[0].error or error if item.slots else error, what, item.line)
+        self._fail(item.slots[0].error or error if item.slots else error, what, item.line)
         if isinstance(item.work, Point):
             item.work.error = self.error
             item.work.reached.set()

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import anyio
 import trio
+from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
@@ -24,10 +25,15 @@ class LoopThread:
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._thread: threading.Thread | None = None
+        self._group: TaskGroup
 
     def start(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        """Run a coroutine function as a task. It must not raise: nobody would see it."""
-        self._running().start_task_soon(function, *args)
+        """Run a coroutine function as a task, from any thread. It must not raise: it would end the others."""
+        portal = self._running()
+        if threading.current_thread() is self._thread:
+            self._group.start_soon(function, *args)
+        else:
+            portal.start_task_soon(function, *args)
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function and wait for its result. Raises what it raises."""
@@ -72,7 +78,7 @@ class LoopThread:
         portals: list[BlockingPortal] = []
 
         async def main() -> None:
-            async with BlockingPortal() as portal:
+            async with BlockingPortal() as portal, anyio.create_task_group() as self._group:
                 portals.append(portal)
                 ready.set()
                 await portal.sleep_until_stopped()

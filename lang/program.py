@@ -22,7 +22,7 @@ from ..errors import RequestError
 from .api import strings
 from .backend import Backend, resolve
 from .expressions import Sampling, Untraceable
-from .interpreter import Executor, error_line
+from .interpreter import Executor
 from .loop import LOOP
 from .state import ProgramState
 from .tracing import Trace, constant_prefix, trace_program, tracing
@@ -280,11 +280,8 @@ class _Ending:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        executor = self._state.stream_executor
-        if isinstance(error, Exception):
-            self._state.body_error = error
-            executor.fail(error, "the program", error_line(error))
-        executor.life.set()
+        self._state.body_error = error if isinstance(error, Exception) else None
+        self._state.stream_executor.end(self._state.body_error)
 
 
 def function(func: Callable[..., Any] | None = None, num_api_spec_tokens: int | None = None) -> Any:

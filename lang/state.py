@@ -247,6 +247,11 @@ class ProgramStateGroup:
     def __getitem__(self, index: int) -> ProgramState:
         return self.states[index]
 
+    def __setitem__(self, index: int, state: ProgramState) -> None:
+        """For `forks[i] += ...`, which puts the same state back. Raises ValueError for another one."""
+        if self.states[index] is not state:
+            raise ValueError("a branch cannot be replaced")
+
     def __len__(self) -> int:
         return len(self.states)
 

@@ -137,6 +137,9 @@ class TraceGroup:
     def __getitem__(self, index: int) -> TraceState:
         return self.states[index]
 
+    def __setitem__(self, index: int, state: TraceState) -> None:
+        self.states[index] = state
+
     def __len__(self) -> int:
         return len(self.states)
 
