@@ -32,14 +32,22 @@ from .templates import ChatTemplate, register_chat_template
 from .variables import ProgramError
 
 if TYPE_CHECKING:
+    from .anthropic_backend import Anthropic as Anthropic
+    from .endpoint import Runtime as Runtime
+    from .endpoint import RuntimeEndpoint as RuntimeEndpoint
     from .engine_backend import Engine as Engine
+    from .openai_backend import OpenAI as OpenAI
 
 __all__ = [
+    "Anthropic",
     "ChatTemplate",
     "Engine",
+    "OpenAI",
     "ProgramError",
     "ProgramState",
     "ProgramStateGroup",
+    "Runtime",
+    "RuntimeEndpoint",
     "SglFunction",
     "assistant",
     "assistant_begin",
@@ -67,7 +75,13 @@ __all__ = [
     "video",
 ]
 
-_HOMES = {"Engine": ".engine_backend"}
+_HOMES = {
+    "Anthropic": ".anthropic_backend",
+    "Engine": ".engine_backend",
+    "OpenAI": ".openai_backend",
+    "Runtime": ".endpoint",
+    "RuntimeEndpoint": ".endpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,13 +6,13 @@ where they are called. Invariant: nothing that runs in the loop's thread blocks 
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from contextvars import Context
 from typing import Any, Final, TypeVar
 
 import anyio
 import trio
-from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
@@ -25,15 +25,22 @@ class LoopThread:
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._thread: threading.Thread | None = None
-        self._group: TaskGroup
+        self._loop: asyncio.AbstractEventLoop
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        """Run a coroutine function as a task, from any thread. It must not raise: it would end the others."""
-        portal = self._running()
+    def start(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Run a coroutine function as a task, from any thread, also from a finalizer. It must not raise."""
+        self._running()
         if threading.current_thread() is self._thread:
-            self._group.start_soon(function, *args)
+            self._spawn(function, *args)
         else:
-            portal.start_task_soon(function, *args)
+            # Not in the caller's context, which may say that this is trio.
+            self._loop.call_soon_threadsafe(self._spawn, function, *args, context=Context())
+
+    def _spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        task = self._loop.create_task(function(*args))
+        self._tasks.add(task)  # the loop itself holds its tasks weakly
+        task.add_done_callback(self._tasks.discard)
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function and wait for its result. Raises what it raises."""
@@ -78,7 +85,8 @@ class LoopThread:
         portals: list[BlockingPortal] = []
 
         async def main() -> None:
-            async with BlockingPortal() as portal, anyio.create_task_group() as self._group:
+            async with BlockingPortal() as portal:
+                self._loop = asyncio.get_running_loop()
                 portals.append(portal)
                 ready.set()
                 await portal.sleep_until_stopped()

@@ -111,8 +111,8 @@ class Ahead:
 
 
 def ahead_of(text: str, meta: dict[str, Any], sampling: Sampling) -> Ahead:
-    """What a reply says, before anything of it is taken. `meta`: its meta_info, with "output_token_texts" if known."""
-    texts = meta.get("output_token_texts")
+    """What a reply says, before anything of it is taken. `meta`: its meta_info, with the tokens' texts if known."""
+    texts = meta.get("output_token_texts") or [row[2] or "" for row in meta.get("output_token_logprobs") or ()]
     ends = list(accumulate(map(len, texts))) if texts and "".join(texts) == text else None
     finished = (meta.get("finish_reason") or {}).get("type") == "stop"
     tokens = len(ends) if ends is not None else meta.get("completion_tokens") or len(text.encode())
@@ -126,12 +126,19 @@ def may_speculate(sampling: Sampling) -> bool:
 
 
 def beyond(sampling: Sampling, tokens: int) -> Sampling:
-    """The parameters of a call that also answers what may follow."""
-    return msgspec.structs.replace(sampling, stop=(), max_new_tokens=max(sampling.max_new_tokens or 0, tokens))
+    """The parameters of a call that also answers what may follow. Logprobs tell where its tokens end."""
+    return msgspec.structs.replace(
+        sampling,
+        stop=(),
+        max_new_tokens=max(sampling.max_new_tokens or 0, tokens),
+        return_logprob=True,
+        return_text_in_logprobs=True,
+    )
 
 
 def _drawing(sampling: Sampling) -> Sampling:
-    return msgspec.structs.replace(sampling, stop=None, max_new_tokens=None, seed=None)
+    ours = {"return_logprob": None, "return_text_in_logprobs": None}
+    return msgspec.structs.replace(sampling, stop=None, max_new_tokens=None, seed=None, **ours)
 
 
 def _first(text: str, stops: Sequence[str]) -> int | None:
