@@ -1,0 +1,202 @@
+"""The embedded engine as a backend: `sgl.Engine(...)` runs actorserve.Engine in the language's loop.
+
+Choices are scored exactly: each is forced by a grammar of its own, and the engine reports the logarithms of its tokens'
+probabilities in the model's own distribution, before the grammar. Invariant: it ends with the program or `shutdown()`.
+"""
+
+import atexit
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import anyio
+import msgspec
+
+from .. import engine
+from ..errors import RequestError
+from ..outputs import Delta, Output, TokenLogprob
+from .backend import Backend, Reply
+from .choices import ChoicesDecision, ChoicesMethod, TokenScore
+from .context import Context
+from .expressions import Sampling
+from .loop import LOOP
+from .templates import chat_template_of, get_chat_template
+
+T = TypeVar("T")
+SAME_NAME: Final = (
+    "max_new_tokens min_new_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty"
+    " stop stop_token_ids ignore_eos seed logit_bias regex json_schema".split()
+)
+"""Parameters that the engine has under the same names."""
+NOT_YET: Final = ("stop_regex", "ebnf")
+FORCED_TOKENS: Final = 1024
+"""The most tokens a choice may have."""
+
+
+class EngineBackend(Backend):
+    """A running engine of the loop. Made by Engine."""
+
+    def __init__(self, running: engine.Engine, chat_template: str | None = None) -> None:
+        """Raises RequestError for an unknown template."""
+        name = running.model.name
+        super().__init__(name, get_chat_template(chat_template) if chat_template else chat_template_of(name))
+        self._engine = running
+        self.most_calls = max(1, running.config.max_queued_requests // 2)
+
+    async def generate(self, context: Context, sampling: Sampling) -> Reply:
+        outputs = await self._engine.generate([context.text], n=sampling.n or 1, **_request(sampling))
+        return Reply([output.text for output in outputs], meta_info(outputs[0], outputs[0].logprobs, sampling))
+
+    async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        logprobs: list[Any] = []
+        async with self._engine.stream(context.text, **_request(sampling)) as deltas:
+            async for delta in deltas:
+                logprobs += delta.logprobs
+                yield delta.text, meta_info(delta, logprobs, sampling)
+
+    async def select(
+        self, context: Context, choices: Sequence[str], temperature: float, method: ChoicesMethod
+    ) -> ChoicesDecision:
+        if temperature > 1e-5:
+            raise RequestError("select chooses by probability: its temperature must be 0", param="temperature")
+        await self.commit(context)
+        scores = await _gathered([partial(self._score, context.text, choice) for choice in choices])
+        unconditional = None
+        if method.requires_unconditional_logprobs:
+            unconditional = await _gathered([partial(self._score_alone, tokens) for tokens in scores])
+        return method.decide(choices, scores, unconditional)
+
+    async def commit(self, context: Context) -> None:
+        await self.cache_prefix(context.text)
+
+    async def cache_prefix(self, text: str) -> None:
+        if text:
+            await self._engine.generate(text, max_new_tokens=0)
+
+    async def get_server_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = msgspec.to_builtins(self._engine.model)
+        return info | {"settings": msgspec.to_builtins(self._engine.config)}
+
+    async def _score(self, prompt: str, text: str) -> list[TokenScore]:
+        """The tokens of a text as the continuation of a prompt."""
+        output = await self._engine.generate(
+            prompt, choice=[text], temperature=0.0, logprobs=0, max_new_tokens=FORCED_TOKENS
+        )
+        if output.text != text:
+            raise RequestError(f"the model's tokens cannot spell the choice {text!r}", param="choices")
+        return [_score(item) for item in output.logprobs]
+
+    async def _score_alone(self, tokens: list[TokenScore]) -> list[TokenScore]:
+        """The same tokens without the prompt. No model has a probability for the very first; the method ignores it."""
+        ids = [token for _, token, _ in tokens]
+        later = await _gathered([partial(self._score_token, ids[:i], ids[i]) for i in range(1, len(ids))])
+        return [(0.0, ids[0], tokens[0][2]), *later]
+
+    async def _score_token(self, before: list[int], token: int) -> TokenScore:
+        # The bias makes it the draw; logprobs are of the distribution without it.
+        output = await self._engine.generate(
+            before, logit_bias={token: 100.0}, temperature=0.0, logprobs=0, max_new_tokens=1, ignore_eos=True
+        )
+        if output.ids != [token]:
+            raise RequestError("a choice has a token that the model cannot be made to say", param="choices")
+        return _score(output.logprobs[0])
+
+
+class Engine:
+    """An engine in this process, started by the constructor. As SGLang's: `generate`, `async_generate`, `shutdown`."""
+
+    def __init__(self, model_path: str | None = None, *, chat_template: str | None = None, **settings: Any) -> None:
+        """`settings` are actorserve.EngineConfig's. Raises StartupError; RequestError for an unknown template."""
+        running = engine.Engine(settings.pop("model", model_path), **settings)
+        self._held: AbstractContextManager[Any] | None = LOOP.hold(running)
+        self._held.__enter__()
+        atexit.register(self.shutdown)
+        self._engine = running
+        try:
+            self.endpoint = EngineBackend(running, chat_template)
+        except RequestError:
+            self.shutdown()
+            raise
+
+    def generate(self, prompt: Any, sampling_params: dict[str, Any] | None = None) -> Any:
+        """Continue a text, or each of a list: {"text", "meta_info"}, or a list of them."""
+        return LOOP.call(self._generate, prompt, sampling_params or {})
+
+    async def async_generate(self, prompt: Any, sampling_params: dict[str, Any] | None = None) -> Any:
+        """As `generate`, in any event loop."""
+        return await LOOP.acall(self._generate, prompt, sampling_params or {})
+
+    def shutdown(self) -> None:
+        """End the engine; without effect the second time."""
+        held, self._held = self._held, None
+        if held is not None:
+            atexit.unregister(self.shutdown)
+            held.__exit__(None, None, None)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    async def _generate(self, prompt: Any, sampling_params: dict[str, Any]) -> Any:
+        result: Output | list[Output] = await self._engine.generate(prompt, **sampling_params)
+        if isinstance(result, list):
+            return [{"text": output.text, "meta_info": meta_info(output)} for output in result]
+        return {"text": result.text, "meta_info": meta_info(result)}
+
+
+def meta_info(delta: Delta, logprobs: Sequence[TokenLogprob] = (), sampling: Sampling | None = None) -> dict[str, Any]:
+    """SGLang's meta_info of an output, or of a stream so far; `logprobs` are all so far."""
+    finish = None if delta.finish_reason is None else {"type": delta.finish_reason, "matched": delta.matched}
+    meta: dict[str, Any] = {
+        "finish_reason": finish,
+        "prompt_tokens": delta.prompt_tokens,
+        "completion_tokens": delta.completion_tokens,
+        "cached_tokens": delta.cached_tokens,
+        "forced_tokens": delta.forced_tokens,
+        "jumps": delta.jumps,
+    }
+    if sampling is not None and sampling.return_logprob:
+        meta["output_token_logprobs"] = [_score(item) for item in logprobs]
+        if sampling.top_logprobs_num:
+            meta["output_top_logprobs"] = [
+                [(value, token, text.decode("utf-8", "replace")) for token, value, text in item.top]
+                for item in logprobs
+            ]
+    return meta
+
+
+def _request(sampling: Sampling) -> dict[str, Any]:
+    """The engine's parameters. Raises RequestError for what it does not have."""
+    for name in NOT_YET:
+        if getattr(sampling, name) is not None:
+            raise RequestError(f"{name} is not supported by the engine yet", param=name, code="unsupported_value")
+    if sampling.logprob_start_len not in (None, -1):
+        text = "logprobs of the prompt are not supported by the engine yet: logprob_start_len must be -1"
+        raise RequestError(text, param="logprob_start_len", code="unsupported_value")
+    given = {name: value for name in SAME_NAME if (value := getattr(sampling, name)) is not None}
+    if sampling.return_logprob:
+        given["logprobs"] = sampling.top_logprobs_num or 0
+    return given | {"priority": sampling.priority or 0}
+
+
+def _score(item: TokenLogprob) -> TokenScore:
+    return (item.logprob, item.token, item.text.decode("utf-8", "replace"))
+
+
+async def _gathered(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """The results of calls made at once, in order. The first error ends the others, and is raised as it is."""
+    results: list[Any] = [None] * len(calls)
+
+    async def run(i: int) -> None:
+        results[i] = await calls[i]()
+
+    try:
+        async with anyio.create_task_group() as group:
+            for i in range(len(calls)):
+                group.start_soon(run, i)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return results

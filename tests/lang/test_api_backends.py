@@ -1,0 +1,322 @@
+"""OpenAI's and Anthropic's APIs as backends, and API speculative execution: against a stand-in that counts."""
+
+import msgspec
+import pytest
+from openai_stand_in import StandIn, stand_in, tokens
+
+import actorserve.lang as sgl
+from actorserve.errors import EngineDown, Overloaded, RequestError
+from actorserve.lang.speculation import Ahead, Sampling
+
+SHEET = "Make a character.\nName: Hermione Granger\nAge: 17\nJob: witch of note\nEnd"
+REPLY = "Name: Hermione Granger\nAge: 17\nJob: witch of note"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with stand_in() as server:
+        yield server
+
+
+@pytest.fixture
+def api(server):
+    server.__init__(url=server.url)
+    return server
+
+
+def openai(api: StandIn, **options):
+    return sgl.OpenAI(options.pop("model", "model"), base_url=api.url + "/v1", api_key="key", max_retries=1, **options)
+
+
+def body_of_sheet(s):
+    s += "Make a character.\n"
+    s += "Name:" + sgl.gen("name", stop="\n", max_tokens=8)
+    s += "\nAge:" + sgl.gen("age", stop="\n", max_tokens=8)
+    s += "\nJob:" + sgl.gen("job", stop="\n", max_tokens=2)
+
+
+def body_of_chat_sheet(s, last="\nJob:"):
+    s += sgl.user("Make a character.")
+    s += sgl.assistant(
+        "Name:" + sgl.gen("name", stop="\n") + "\nAge:" + sgl.gen("age", stop="\n") + last + sgl.gen("job")
+    )
+
+
+NAMES = ("name", "age", "job")
+
+
+def test_completion_models_answer_several_gens_by_one_call(api):
+    api.script = SHEET
+    backend = openai(api, is_chat_model=False)
+    plain = sgl.function(body_of_sheet).run(backend=backend, temperature=0)
+    assert plain.text() == "Make a character.\nName: Hermione Granger\nAge: 17\nJob: witch of" and len(api.bodies) == 3
+    sent = api.prompt_tokens
+    api.__init__(url=api.url, script=SHEET)
+    fast = sgl.function(body_of_sheet, num_api_spec_tokens=64).run(backend=backend, temperature=0)
+    assert fast.text() == plain.text() and [fast[n] for n in NAMES] == [plain[n] for n in NAMES]
+    assert len(api.bodies) == 1 and api.bodies[0]["max_tokens"] == 64 and "stop" not in api.bodies[0]
+    report = fast.get_meta_info("job")["speculation"]
+    assert report == {"calls": 1, "hits": 2, "misses": 0, "tokens_saved": sent - api.prompt_tokens}
+    assert fast.get_meta_info("job")["finish_reason"] == {"type": "length"}, "the limit of 2 tokens holds"
+
+
+def test_a_text_that_the_program_does_not_go_along_with_is_asked_for_again(api):
+    @sgl.function(num_api_spec_tokens=64)
+    def program(s, label):
+        s += "Make a character.\nName:" + sgl.gen("name", stop="\n")
+        s += label + sgl.gen("rest", stop="\n")
+
+    api.script = SHEET
+    backend = openai(api, is_chat_model=False)
+    assert program.run("\nAge:", backend=backend)["rest"] == " 17" and len(api.bodies) == 1
+    api.script = "Make a character.\nName: Hermione Granger\nPet: cat\n"
+    first = program.run("\nPet:", backend=backend)
+    assert first["rest"] == " cat" and len(api.bodies) == 2
+    scripts = iter([SHEET, "Make a character.\nName: Hermione Granger\nPet: owl\n"])
+    StandIn.said, said = lambda self, body: next(scripts)[len(body["prompt"]) :], StandIn.said
+    try:
+        s = program.run("\nPet:", backend=backend)
+        assert s["rest"] == " owl" and len(api.bodies) == 4
+        assert s.get_meta_info("rest")["speculation"] == {"calls": 2, "hits": 0, "misses": 1, "tokens_saved": 0}
+    finally:
+        StandIn.said = said
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_branches_share_what_is_ahead_only_where_it_is_certain(api, temperature):
+    @sgl.function(num_api_spec_tokens=64)
+    def program(s):
+        s += "Make a character.\nName:" + sgl.gen("name", stop="\n")
+        forks = s.fork(2)
+        forks += "\nAge:" + sgl.gen("age", stop="\n")
+        forks.join()
+
+    api.script = SHEET
+    s = program.run(backend=openai(api, is_chat_model=False), temperature=temperature)
+    assert s["age"] == [" 17", " 17"] and len(api.bodies) == (1 if temperature == 0 else 3)
+
+
+def test_batches_keep_what_is_ahead_apart(api):
+    @sgl.function(num_api_spec_tokens=64)
+    def program(s, i):
+        s += sgl.user(f"q{i}")
+        s += sgl.assistant("a:" + sgl.gen("a", stop=";") + "; b:" + sgl.gen("b"))
+
+    api.replies = {f"q{i}": f"a: {i}; b: {i * i}" for i in range(20)}
+    states = program.run_batch([(i,) for i in range(20)], backend=openai(api))
+    assert [(s["a"], s["b"]) for s in states] == [(f" {i}", f" {i * i}") for i in range(20)]
+    assert len(api.bodies) == 20
+
+
+def test_chat_models_answer_a_block_by_one_call(api):
+    api.replies = {"Make a character.": REPLY}
+    program = sgl.function(body_of_chat_sheet, num_api_spec_tokens=64)
+    s = program.run(backend=openai(api))
+    assert [s[n] for n in NAMES] == [" Hermione Granger", " 17", " witch of note"]
+    assert s.messages()[-1] == {"role": "assistant", "content": REPLY} and len(api.bodies) == 1
+    report = s.get_meta_info("job")["speculation"]
+    assert (report["calls"], report["hits"], report["misses"]) == (1, 2, 0) and report["tokens_saved"] > 0
+
+
+def test_a_variable_of_an_open_block_can_be_read(api):
+    @sgl.function(num_api_spec_tokens=64)
+    def program(s):
+        s += sgl.user("Make a character.")
+        with s.assistant():
+            s += "Name:" + sgl.gen("name", stop="\n")
+            return s["name"]
+
+    api.replies = {"Make a character.": REPLY}
+    assert program.run(backend=openai(api)).ret_value == " Hermione Granger"
+
+
+def test_a_block_that_does_not_match_is_tried_again_and_then_fails_clearly(api):
+    replies = iter([REPLY.replace("Age", "Years"), "no", REPLY])
+    api.replies = lambda body: next(replies)
+    program = sgl.function(body_of_chat_sheet, num_api_spec_tokens=64)
+    s = program.run(backend=openai(api))
+    assert s["age"] == " 17" and s.get_meta_info("age")["speculation"]["misses"] == 2
+    api.replies = lambda body: "no"
+    with pytest.raises(sgl.ProgramError, match="continues=True"):
+        program.run(backend=openai(api))["age"]
+    with pytest.raises(RequestError, match="stream"):
+        program.run(backend=openai(api), stream=True)
+
+
+def test_a_block_that_does_not_match_is_done_call_by_call_where_the_server_continues(api):
+    def reply(body):
+        assert body["continue_final_message"] is True
+        return {"Name:": " Ann\n", "Name: Ann\nAge:": " 3\n", "Name: Ann\nAge: 3\nJob:": " x"}[
+            body["messages"][-1]["content"]
+        ]
+
+    replies = iter(["no", *[None] * 3])
+    api.replies = lambda body: next(replies) or reply(body)
+    program = sgl.function(body_of_chat_sheet, num_api_spec_tokens=64)
+    s = program.run(backend=openai(api, continues=True), temperature=0)
+    assert [s[n] for n in NAMES] == [" Ann", " 3", " x"] and len(api.bodies) == 4
+
+
+def ahead(text: str, ends: list[int] | None, count: int, finished: bool = False) -> Ahead:
+    return Ahead(text, ends, count, 10, finished, Sampling())
+
+
+@pytest.mark.parametrize(
+    "what, expected",
+    [
+        ((ahead("ab cd.", [2, 5, 6], 3), ["."], 9), ("ab cd", "stop")),
+        ((ahead("ab cd.", [2, 5, 6], 3), ["."], 2), ("ab cd", "length")),
+        ((ahead("ab cd.", [2, 5, 6], 3), ["."], 0), ("", "length")),
+        ((ahead("ab cd", [2, 5], 2), ["."], 9), None),
+        ((ahead("ab cd", [2, 5], 2, True), ["."], 9), ("ab cd", "stop")),
+        ((ahead("ab cd.", None, 99), ["."], 9), ("ab cd", "stop")),
+        ((ahead("ab cd.", None, 99), ["."], 5), None),
+        ((ahead("ab cd.", None, 3), ["."], 5), ("ab cd", "stop")),
+        ((ahead("a.b,", [1, 2, 3, 4], 4), [",", "."], 9), ("a", "stop")),
+    ],
+)
+def test_what_a_call_of_its_own_would_have_drawn(what, expected):
+    """Token limits hold, and nothing is answered that is not known."""
+    text, *limits = what
+    assert text.copy().take_gen(*limits) == expected
+
+
+def test_servers_that_do_not_tell_tokens_are_asked_for_what_is_wanted(api):
+    api.script, api.with_logprobs = SHEET, False
+    s = sgl.function(body_of_sheet, num_api_spec_tokens=64).run(backend=openai(api, is_chat_model=False))
+    assert [s[n] for n in NAMES] == [" Hermione Granger", " 17", " witch of"]
+
+
+@sgl.function
+def ask(s, question="hi", **how):
+    s += sgl.system("Be brief.")
+    s += sgl.user(question)
+    s += sgl.assistant(sgl.gen("a", max_tokens=4, **how))
+
+
+def test_a_chat_call(api):
+    api.replies = {"hi": "one two three four five six"}
+    s = ask.run(backend=openai(api), temperature=0.5, stop="z")
+    assert s["a"] == "one two three four"
+    expected = {"model": "model", "max_tokens": 4, "temperature": 0.5, "top_p": 1.0, "stop": ["z"]}
+    assert expected.items() <= api.bodies[0].items() and "logprobs" not in api.bodies[0]
+    assert [m["role"] for m in api.bodies[0]["messages"]] == ["system", "user"]
+    assert api.headers[0]["authorization"] == "Bearer key" and api.paths == ["/v1/chat/completions"]
+    assert s.get_meta_info("a")["finish_reason"] == {"type": "length"}
+    assert list(ask.run(backend=openai(api), stream=True).text_iter("a")) and api.bodies[-1]["stream"]
+    assert ask.run(backend=openai(api, model="o3-mini"))["a"] and api.bodies[-1]["max_completion_tokens"] == 4
+
+
+def test_azure(api):
+    api.replies = {"hi": "yes"}
+    backend = sgl.OpenAI("gpt", is_azure=True, azure_endpoint=api.url, api_key="key", api_version="2024-10-21")
+    assert ask.run(backend=backend)["a"] == "yes" and api.headers[0]["api-key"] == "key"
+    assert api.paths == ["/openai/deployments/gpt/chat/completions?api-version=2024-10-21"]
+
+
+def test_schemas_and_regular_expressions(api):
+    class Point(msgspec.Struct):
+        x: int
+
+    @sgl.function
+    def program(s, **how):
+        s += sgl.user("hi")
+        s += sgl.assistant(sgl.gen("a", **how))
+
+    api.replies = {"hi": '{"x":5}'}
+    assert program.run(backend=openai(api), json_schema=None)["a"]
+    typed = sgl.function(lambda s: s.__iadd__(sgl.user("hi") + sgl.assistant(sgl.gen("a", json_schema=Point))))
+    assert typed.run(backend=openai(api))["a"] == Point(5)
+    assert api.bodies[-1]["response_format"]["json_schema"]["strict"] is True
+    replies = iter(["no", "12", "no", "no", "no", "no"])
+    api.replies = lambda body: next(replies)
+    number = sgl.function(lambda s: s.__iadd__(sgl.user("hi") + sgl.assistant(sgl.gen("a", regex="[0-9]+"))))
+    assert number.run(backend=openai(api))["a"] == "12"
+    with pytest.raises(sgl.ProgramError, match="did not say what matches"):
+        number.run(backend=openai(api))["a"]
+
+
+def test_chat_models_choose_greedily_by_response_format(api):
+    @sgl.function
+    def program(s, method):
+        s += sgl.user("hi")
+        s += sgl.assistant(sgl.select("a", ["yes", "no"], choices_method=method))
+
+    api.replies = {"hi": '{"choice":"no"}'}
+    s = program.run(sgl.greedy_token_selection, backend=openai(api))
+    assert s["a"] == "no" and s.messages()[-1]["content"] == "no"
+    with pytest.raises(sgl.ProgramError, match="choices_method must be"):
+        program.run(sgl.token_length_normalized, backend=openai(api))["a"]
+
+
+def test_what_the_api_does_not_have_is_refused(api):
+    api.replies = {"hi": "yes"}
+    for name, value in (("top_k", 5), ("stop_token_ids", [3]), ("stop_regex", "a"), ("ignore_eos", True)):
+        with pytest.raises(sgl.ProgramError, match=f"cannot take {name}"):
+            ask.run(backend=openai(api), **{name: value})["a"]
+    assert ask.run(backend=openai(api, continues=True), top_k=5)["a"] and api.bodies[-1]["top_k"] == 5
+
+
+def test_errors_of_servers(api):
+    api.replies = {"hi": "yes"}
+    api.failures = [503]
+    assert ask.run(backend=openai(api))["a"] == "yes", "tried again"
+    for statuses, kind in (([400], RequestError), ([429, 429], Overloaded), ([500, 500], EngineDown)):
+        api.failures = list(statuses)
+        with pytest.raises(sgl.ProgramError, match="as told") as caught:
+            ask.run(backend=openai(api))["a"]
+        assert isinstance(caught.value.__cause__, kind) and caught.value.status == statuses[0]
+    with pytest.raises(sgl.ProgramError, match="cannot be reached"):
+        ask.run(backend=sgl.OpenAI("m", base_url="http://127.0.0.1:9/v1", max_retries=0))["a"]
+
+
+def test_anthropic(api):
+    @sgl.function
+    def program(s):
+        s += sgl.system("Be brief.")
+        s += sgl.user("hi")
+        s += sgl.assistant("I say" + sgl.gen("a", max_tokens=9))
+
+    api.replies = {"I say": " good day"}
+    backend = sgl.Anthropic("claude-x", base_url=api.url, api_key="key")
+    s = program.run(backend=backend, temperature=0.5)
+    assert s["a"] == " good day" and s.get_meta_info("a")["prompt_tokens"] == 7
+    body = api.bodies[0]
+    assert body["system"] == "Be brief." and [m["role"] for m in body["messages"]] == ["user", "assistant"]
+    assert api.headers[0]["x-api-key"] == "key" and (body["max_tokens"], body["temperature"]) == (9, 0.5)
+    streamed = program.run(backend=backend, stream=True)
+    assert "".join(streamed.text_iter("a")) == " good day"
+    assert streamed.get_meta_info("a")["finish_reason"] == {"type": "length"}
+    with pytest.raises(sgl.ProgramError, match="cannot take min_p"):
+        program.run(backend=backend, min_p=0.1)["a"]
+
+
+def test_completions_score_choices_by_echo(api):
+    """Choice " no" is likelier by its mean; token by token " yes" wins at the first token."""
+    rows = {" yes sir": [-1.0, -5.0], " no": [-2.0]}
+
+    @sgl.function
+    def program(s, method):
+        s += "Is it? " + sgl.select("a", list(rows), choices_method=method)
+
+    async def answer(request):
+        prompt = (await request.json())["prompt"]
+        words, offset, found = tokens(prompt), 0, []
+        for word in words:
+            found.append(offset)
+            offset += len(word)
+        choice = next(c for c in rows if prompt.endswith(c))
+        logprobs = [-9.0] * (len(words) - len(rows[choice])) + rows[choice]
+        return api_json({"tokens": words, "text_offset": found, "token_logprobs": logprobs})
+
+    from starlette.responses import JSONResponse
+
+    def api_json(logprobs):
+        return JSONResponse({"choices": [{"text": "", "logprobs": logprobs}]})
+
+    with stand_in(answer) as server:
+        backend = openai(server, is_chat_model=False)
+        by_mean = program.run(sgl.token_length_normalized, backend=backend)
+        assert by_mean["a"] == " no"
+        assert program.run(sgl.greedy_token_selection, backend=backend)["a"] == " yes sir"
+        assert by_mean.get_meta_info("a")["normalized_prompt_logprobs"] == [-3.0, -2.0]
