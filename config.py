@@ -38,8 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: Annotated[
         Literal["auto", "none", "gguf"],
         Meta(
-            description="gguf: keep a GGUF file's quantized weights, CPU only, float32 activations; auto: that where it "
-            "can be done and no --dtype is given; none: dequantise them"
+            description="gguf: keep a GGUF file's quantized weights, CPU only, float32 activations; auto: that where "
+            "it can be done and no --dtype is given; none: dequantise them"
         ),
     ] = "auto"
     context_length: Annotated[Positive | None, Meta(description="default: the model's")] = None
