@@ -37,8 +37,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(
-            description="weights and activations; auto: the checkpoint's; on a CPU bfloat16 if it has instructions for "
-            "it, else float32"
+            description="weights and activations; auto: the checkpoint's; on a CPU float32 for quantized weights, "
+            "others bfloat16 if it has instructions for it, else float32"
+        ),
+    ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "none", "gguf"],
+        Meta(
+            description="gguf: keep a GGUF file's quantized weights, CPU only, float32 activations; auto: that where "
+            "it can be done and no --dtype is given; none: dequantise them"
         ),
     ] = "auto"
     context_length: Annotated[Positive | None, Meta(description="default: the model's")] = None

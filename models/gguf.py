@@ -1,5 +1,6 @@
 """GGUF to Hugging Face folder, once: config.json, bfloat16 safetensors, tokenizer, chat template. Used by embedded.py
 and resolve.py; the loader then knows one format only. Runs in the root, so without torch, one block of rows at a time.
+Quantized tensors that quantized.py multiplies with are also kept as they are, in a file of their own.
 
 Invariant: what is written means the same as the file, or StartupError says what is not supported; nothing is guessed.
 Sources: the GGUF specification (ggml-org/ggml, docs/gguf.md); llama.cpp's converter, which interleaves the rotary
@@ -18,8 +19,10 @@ from ..errors import StartupError
 from .cache import Progress, no_progress
 from .gguf_tokenizer import special_tokens, tokenizer_json
 
-FORMAT = 1  # part of the cache key: raise it when the output changes
+FORMAT = 2  # part of the cache key: raise it when the output changes
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+KEPT_FILE = "gguf_blocks.safetensors"
+KEPT_TYPES = ("Q4_0", "Q4_1", "Q8_0")
 BLOCK_VALUES = 16 << 20  # values dequantised at a time: 64 MiB of float32
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -64,7 +67,9 @@ def _convert(reader: Any, out: Path, progress: Progress) -> None:
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
     }
     _write_json(out / "generation_config.json", generation)
-    _write_weights(out / "model.safetensors", tensors, _names(config, tensors), config, progress)
+    names = _names(config, tensors)
+    _write_kept(out / KEPT_FILE, tensors, names, config)
+    _write_weights(out / "model.safetensors", tensors, names, config, progress)
 
 
 def _write_json(path: Path, value: Metadata) -> None:
@@ -199,21 +204,40 @@ def _names(config: Metadata, tensors: Metadata) -> dict[str, str]:
 
 
 def _write_weights(path: Path, tensors: Metadata, names: dict[str, str], config: Metadata, progress: Progress) -> None:
-    """model.safetensors: an 8-byte length, a JSON header with each tensor's place, then the values one after another.
+    """model.safetensors: all tensors in bfloat16."""
+    shapes = {hf_name: [int(size) for size in reversed(tensors[name].shape)] for name, hf_name in names.items()}
+    with open(path, "wb") as file:
+        end = _write_header(file, "BF16", 2, shapes)
+        _write_tensors(file, tensors, names, config, lambda done: progress("convert", done, end))
 
-    Written by hand because the library needs all tensors at once, and torch for bfloat16.
+
+def _write_kept(path: Path, tensors: Metadata, names: dict[str, str], config: Metadata) -> None:
+    """The matrices of KEPT_TYPES as bytes [rows, bytes of a row], rows in Hugging Face's order; no file without any."""
+    kept = {name: hf_name for name, hf_name in names.items() if tensors[name].tensor_type.name in KEPT_TYPES}
+    if not kept:
+        return
+    with open(path, "wb") as file:
+        _write_header(file, "U8", 1, {hf_name: list(tensors[name].data.shape) for name, hf_name in kept.items()})
+        for name in kept:
+            data, order = tensors[name].data, _row_order(name, config)
+            file.write((data if order is None else data[order]).tobytes())
+
+
+def _write_header(file: BinaryIO, dtype: str, width: int, shapes: dict[str, list[int]]) -> int:
+    """The beginning of a safetensors file, whose tensors of `width` bytes a value follow; returns their bytes.
+
+    That is an 8-byte length and a JSON object with each tensor's place. Written by hand because the library needs all
+    tensors at once, and torch for bfloat16.
     """
     header: Metadata = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, hf_name in names.items():
-        shape = [int(size) for size in reversed(tensors[name].shape)]
-        begin, end = end, end + 2 * int(np.prod(shape))
-        header[hf_name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for name, shape in shapes.items():
+        begin, end = end, end + width * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        _write_tensors(file, tensors, names, config, lambda done: progress("convert", done, end))
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    return end
 
 
 def _write_tensors(file: BinaryIO, tensors: Metadata, names: dict[str, str], config: Metadata, progress: Any) -> None:

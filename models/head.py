@@ -21,10 +21,11 @@ MOST: Final = 256
 
 
 class Head:
-    """weight [vocab, hidden] as loaded; `product` the GEMM to use: packed on a CPU, with float32 results on a GPU."""
+    """weight [vocab, hidden] as loaded, None if it is quantized (and hidden states float32); `product` the GEMM to use:
+    packed on a CPU, with float32 results on a GPU."""
 
-    def __init__(self, linear: Linear, product: LinearMap | None = None) -> None:
-        self.weight = linear.weight
+    def __init__(self, linear: LinearMap, product: LinearMap | None = None) -> None:
+        self.weight = linear.weight if isinstance(linear, Linear) else None
         self.product = product or linear
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -36,6 +37,7 @@ class Head:
         return self.product(x)
 
     def _refined(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
         rounded = self.product(x)
         logits = rounded.float()
         largest = logits.amax(-1, keepdim=True)

@@ -1,11 +1,13 @@
 """From a Hugging Face folder to a Decoder: config.json, safetensors (one file or shards), device and dtype.
 
 Used by the executor at start-up. Fused tensors are allocated first, on the device, and every checkpoint tensor is
-copied from the mapped file into its place, so memory peaks at the model plus one tensor.
+copied from the mapped file into its place, so memory peaks at the model plus one tensor. Where a GGUF's quantized
+blocks are kept (quantized.py), they take the place of the tensors of the same names.
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,13 +25,19 @@ from ..errors import StartupError
 from .attention import make_backend
 from .decoder import Decoder, LayerWeights, Weights, check_supported
 from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
+from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import Linear, LinearMap, Ops, TorchOps
+from .quantized import QuantizedLinear, dequantise, kernel, kind_of
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
 
 Progress = Callable[[float], None]
+Blocks = dict[str, Tensor]
+"""Checkpoint name -> quantized rows, uint8 [outputs, bytes]; views of the mapped file."""
+
+log = logging.getLogger("actorserve.weights")
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.rotary_emb\.(cos|sin)_cached$|\.attention\.(masked_)?bias$")
 """Buffers that old exporters wrote beside the weights."""
@@ -55,13 +64,14 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     spec = spec_of(facts)
     check_supported(spec)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, facts, device)
+    blocks = kept_blocks(config, folder, device)
+    dtype = torch.float32 if blocks else pick_dtype(config.dtype, facts, device)
     progress(0.0)
-    weights, places = allocate(spec, device, dtype)
+    weights, places = allocate(spec, device, dtype, blocks)
     if config.load_format == "dummy":
         fill_dummy(places.values(), config.random_seed, device)
     else:
-        _fill(places, folder, spec, progress)
+        _fill(places, folder, spec, progress, blocks)
     ops = make_ops(config, device, spec)
     pack(weights, ops)
     progress(1.0)
@@ -118,8 +128,38 @@ def cpu_multiplies_bfloat16() -> bool:
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
-def allocate(spec: Spec, device: torch.device, dtype: torch.dtype) -> tuple[Weights, dict[str, Place]]:
-    """Return uninitialised weights and the places in them by checkpoint name."""
+def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blocks:
+    """Resolve `EngineConfig.quantization`: the blocks to multiply with, empty where weights are dense.
+
+    Raises StartupError if it is "gguf" and cannot be done.
+    """
+    path = folder / KEPT_FILE
+    asked = config.quantization == "gguf"
+    reason = None
+    if config.load_format == "dummy" or not path.exists():
+        reason = f"the model has no weights of GGUF's types {', '.join(KEPT_TYPES)}"
+    elif device.type != "cpu":
+        reason = "it is for CPUs; add --device cpu"
+    elif config.dtype not in (("auto", "float32") if asked else ("auto",)):
+        reason = f"it computes in float32; drop --dtype {config.dtype}"
+    if config.quantization == "none" or (reason and not asked):
+        return {}
+    try:
+        if reason:
+            raise StartupError(reason)
+        kernel()
+    except StartupError as error:
+        if asked:
+            raise StartupError(f"--quantization gguf: {error}") from None
+        log.warning("quantized weights are dequantised, which is slower: %s", error)
+        return {}
+    return dict(_tensors([path]))
+
+
+def allocate(
+    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None
+) -> tuple[Weights, dict[str, Place]]:
+    """Return weights, all that is not `blocks` uninitialised, and the places in them by checkpoint name."""
     places: dict[str, Place] = {}
 
     def new(*shape: int) -> Tensor:
@@ -130,14 +170,19 @@ def allocate(spec: Spec, device: torch.device, dtype: torch.dtype) -> tuple[Weig
         places[name] = Place(weight, (spec.hidden,), is_norm=True)
         return weight
 
-    def fused(prefix: str, parts: dict[str, int], inputs: int, biased: bool) -> Linear:
+    def fused(prefix: str, parts: dict[str, int], inputs: int, biased: bool) -> LinearMap:
         """One linear map of the named ones, stacked along the outputs."""
         sizes = list(parts.values())
-        weight, bias = new(sum(sizes), inputs), new(sum(sizes)) if biased else None
-        for name, view in zip(parts, torch.split(weight, sizes), strict=True):
-            places[f"{prefix}{name}.weight"] = Place(view, tuple(view.shape))
+        bias = new(sum(sizes)) if biased else None
         for name, view in zip(parts, [] if bias is None else torch.split(bias, sizes), strict=False):
             places[f"{prefix}{name}.bias"] = Place(view, tuple(view.shape))
+        shapes = {f"{prefix}{name}.weight": (size, inputs) for name, size in parts.items()}
+        kept = quantized_map(shapes, blocks or {}, bias)
+        if kept is not None:
+            return kept
+        weight = new(sum(sizes), inputs)
+        for name, view in zip(shapes, torch.split(weight, sizes), strict=True):
+            places[name] = Place(view, tuple(view.shape))
         return Linear(weight, bias)
 
     def layer(prefix: str) -> LayerWeights:
@@ -160,11 +205,33 @@ def allocate(spec: Spec, device: torch.device, dtype: torch.dtype) -> tuple[Weig
 
     embed = new(spec.vocab, spec.hidden)
     places[EMBED] = Place(embed, tuple(embed.shape))
-    head = embed if spec.tied else new(spec.vocab, spec.hidden)
-    if not spec.tied:
-        places[HEAD] = Place(head, tuple(head.shape))
     layers = [layer(LAYER.format(i)) for i in range(spec.layers)]
-    return Weights(embed, layers, norm(FINAL_NORM), Head(Linear(head, None))), places
+    head = quantized_map({EMBED if spec.tied else HEAD: (spec.vocab, spec.hidden)}, blocks or {}, None)
+    if head is None:
+        head = Linear(embed if spec.tied else new(spec.vocab, spec.hidden), None)
+        if not spec.tied:
+            places[HEAD] = Place(head.weight, tuple(head.weight.shape))
+    return Weights(embed, layers, norm(FINAL_NORM), Head(head)), places
+
+
+def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tensor | None) -> LinearMap | None:
+    """One linear map of the named weights [outputs, inputs], stacked; None unless all are blocks of one usable type.
+
+    Raises StartupError if blocks do not have the shape that config.json asks for.
+    """
+    parts = [blocks[name] for name in shapes if name in blocks]
+    if len(parts) < len(shapes) or len({part.shape[1] for part in parts}) > 1:
+        return None
+    inputs = next(iter(shapes.values()))[1]
+    for name, part in zip(shapes, parts, strict=True):
+        _check_blocks(name, part, shapes[name])
+    stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
+    return QuantizedLinear(stacked, inputs, bias) if kernel().takes(stacked, inputs) else None
+
+
+def _check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:
+    if len(part) != shape[0] or kind_of(part, shape[1]) is None:
+        raise StartupError(f"blocks of {name} are {list(part.shape)} bytes, config.json asks for {list(shape)} values")
 
 
 def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None:
@@ -185,16 +252,17 @@ def pack(weights: Weights, ops: Ops) -> None:
     for layer in weights.layers:
         layer.qkv, layer.o = _packed(layer.qkv, ops), _packed(layer.o, ops)
         layer.gate_up, layer.down = _packed(layer.gate_up, ops), _packed(layer.down, ops)
-    head = weights.head.weight
-    weights.head = Head(Linear(head, None), ops.head(head))
+    head = weights.head.product
+    if isinstance(head, Linear):
+        weights.head = Head(head, ops.head(head.weight))
 
 
 def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
     return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
-def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress) -> None:
-    """Copy every tensor of the checkpoint into its place."""
+def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress, blocks: Blocks) -> None:
+    """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact."""
     files = _files(folder)
     total = sum(file.stat().st_size for file in files) or 1
     done = 0
@@ -204,10 +272,16 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress
         done += count
         progress(min(1.0, done / total))
 
-    missing, extra = set(places), []
+    for name in blocks.keys() & places.keys():
+        view = places[name].view
+        _check_blocks(name, blocks[name], places[name].shape)
+        view.copy_(dequantise(blocks[name], view.shape[1]))
+    missing, extra = places.keys() - blocks.keys(), []
     device = next(iter(places.values())).view.device
     with BulkCopy(device, moved) if uses_bulk_copy(device) else nullcontext() as bulk:
         for name, tensor in _tensors(files):
+            if name in blocks:
+                continue
             place = places.get(name)
             if place is None:
                 if not IGNORED.search(name) and not (spec.tied and name == HEAD):

@@ -2,7 +2,8 @@
 
 `python -m actorserve.perf.cpu [--model FOLDER] [--batch 1 8 32] [--json]`. No engine, no sampling but argmax: the
 ceiling that the executor is measured against. Without --model: the embedded model if it is in the cache, else random
-weights of its shape (speed does not depend on the values).
+weights of its shape (speed does not depend on the values, but they are never quantized). --dtype and --quantization
+are the engine's; transformers computes in --reference-dtype.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from actorserve.config import EngineConfig
 from actorserve.models.batch import Batch, plain_batch
 from actorserve.models.cache import cache_folder
 from actorserve.models.decoder import Decoder
+from actorserve.models.embedded import NAME
+from actorserve.models.gguf import FORMAT
 from actorserve.models.kv_cache import KVCache
 from actorserve.models.weights import load_decoder
 
@@ -135,9 +138,9 @@ def model_folder(given: str | None) -> tuple[str, bool]:
     """(folder, whether its weights are random)."""
     if given is not None:
         return given, False
-    for config in sorted(Path(cache_folder()).glob("SmolLM2-135M-Instruct/**/config.json")):
-        if (config.parent / "model.safetensors").exists():
-            return str(config.parent), False
+    embedded = cache_folder() / NAME / f"format{FORMAT}"
+    if embedded.exists():
+        return str(embedded), False
     folder = tempfile.mkdtemp()
     (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
     return folder, True
@@ -150,15 +153,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="decoded per sequence")
     parser.add_argument("--repeats", type=int, default=3, help="the best counts")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "gguf"])
+    parser.add_argument("--reference-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-reference", action="store_true", help="skip transformers")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder, dummy = model_folder(args.model)
-    config = EngineConfig(load_format="dummy" if dummy else "auto", dtype=args.dtype, device="cpu")
+    load_format = "dummy" if dummy else "auto"
+    config = EngineConfig(load_format=load_format, dtype=args.dtype, quantization=args.quantization, device="cpu")
     decoder = load_decoder(folder, config, lambda fraction: None)
-    model = None if args.no_reference else reference_model(folder, dummy, decoder.dtype)
+    model = None if args.no_reference else reference_model(folder, dummy, getattr(torch, args.reference_dtype))
     rows = []
     for batch in args.batch:
         decode, prefill = decode_speed(decoder, batch, args.tokens, args.repeats)
@@ -170,7 +176,8 @@ def main() -> None:
         if not args.json:
             print("  ".join(f"{name} {value:>8}" for name, value in row.items()), flush=True)
     if args.json:
-        facts = {"dtype": args.dtype, "threads": args.threads, "random_weights": dummy, "tokens": args.tokens}
+        facts = {"dtype": args.dtype, "quantization": args.quantization, "reference_dtype": args.reference_dtype}
+        facts |= {"threads": args.threads, "random_weights": dummy, "tokens": args.tokens}
         json.dump(facts | {"torch": torch.__version__, "rows": rows}, sys.stdout)
         print()
 

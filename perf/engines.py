@@ -2,7 +2,8 @@
 
     python -m actorserve.perf.engines [--clients 1 8 32] [--tokens 128] [--model DIR] [--json FILE]
 
-Ours: `actorserve run` in its processes, asked over HTTP by perf.serve's client (streaming, closed loop). transformers:
+Ours: `actorserve run` in its processes with its defaults (on a CPU the Q4_1 weights as they are), asked over HTTP by
+perf.serve's client (streaming, closed loop). transformers:
 `generate`, one request after another, in bfloat16. llama.cpp: its server from the `xllamacpp` wheel with one slot a
 client, on the same Q4_1 weights, if that package is installed (it is no dependency). Same prompts' length, same
 number of new tokens, greedy. Machines are noisy: read the ratios of one run.

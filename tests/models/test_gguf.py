@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from actorserve.errors import StartupError
 from actorserve.models.embedded import MEMBER, NAME
-from actorserve.models.gguf import OUTER, convert, to_bfloat16
+from actorserve.models.gguf import KEPT_FILE, OUTER, convert, to_bfloat16
 from actorserve.models.gguf_tokenizer import PRE_TOKENIZERS
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, LAYERS = 64, 4, 2, 16, 96, 2
@@ -92,7 +92,11 @@ def gguf_name(name: str) -> str:
 def write_gguf(
     path: Path, bpe: dict[str, Any], arch: str = "llama", tied: bool = True, **changes: Any
 ) -> dict[str, np.ndarray]:
-    """A small model's GGUF; `changes`: metadata to add, or to leave out (None), and tensors by `tensors=`."""
+    """A small model's GGUF; `changes`: metadata to add, or to leave out (None), and tensors by `tensors=`.
+
+    `kinds=`: types of quantized matrices by the end of their names.
+    """
+    kinds: dict[str, str] = changes.pop("kinds", {})
     original = weights(arch, len(bpe["tokens"]), tied)
     writer = gguf.GGUFWriter(path, arch)
     meta: dict[str, Any] = {
@@ -134,7 +138,10 @@ def write_gguf(
             case _:
                 writer.add_array(key, value)
     for name, tensor in tensors.items():
-        if tensor is not None:
+        kind = next((gguf.GGMLQuantizationType[kind] for end, kind in kinds.items() if name.endswith(end)), None)
+        if tensor is not None and kind is not None:
+            writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
+        elif tensor is not None:
             writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -175,6 +182,29 @@ def test_blocks_of_rows(tmp_path: Path, out: Path, bpe: dict[str, Any], monkeypa
     convert(tmp_path / "m.gguf", out)
     for name, tensor in load_file(out / "model.safetensors").items():
         assert torch.equal(tensor.float(), torch.from_numpy(original[name])), name
+
+
+KINDS = {"attn_q.weight": "Q4_1", "attn_k.weight": "Q4_1", "ffn_up.weight": "Q4_0", "token_embd.weight": "Q8_0"}
+
+
+def test_quantized_blocks_are_kept(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
+    """Beside what they mean in bfloat16, and in the same order of rows, which is another one than the file's."""
+    write_gguf(tmp_path / "m.gguf", bpe, kinds=KINDS)
+    convert(tmp_path / "m.gguf", out)
+    kept, loaded = load_file(out / KEPT_FILE), load_file(out / "model.safetensors")
+    assert {gguf_name(name) for name in kept} == {"token_embd.weight"} | {
+        f"blk.{i}.{end}" for i in range(LAYERS) for end in KINDS if "embd" not in end
+    }
+    for name, blocks in kept.items():
+        kind = next(kind for end, kind in KINDS.items() if gguf_name(name).endswith(end))
+        values = torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
+        assert torch.equal(loaded[name], values.bfloat16()), name
+
+
+def test_no_file_for_no_blocks(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
+    write_gguf(tmp_path / "m.gguf", bpe)
+    convert(tmp_path / "m.gguf", out)
+    assert not (out / KEPT_FILE).exists()
 
 
 def llama3_factors(factor: float) -> np.ndarray:

@@ -3,13 +3,21 @@
 Chunks, prefix cache, windows of k steps, batch mixes and placement may change how a token is computed, never which.
 """
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from prompts import PROMPTS
+from safetensors.torch import load_file
 
 from actorserve import Engine, SamplingParams
+from actorserve.errors import StartupError
+from actorserve.models.c_library import find_compiler
+from actorserve.models.gguf import KEPT_FILE
+from actorserve.models.quantized import dequantise
 
 NEW_TOKENS = 64
 BASE = {"dtype": "float32", "placement": "inline", "max_total_tokens": 16384, "window_ms": 0.0, "cpu_threads": 2}
@@ -23,29 +31,28 @@ def generate(model: str, prompts: list[str], **options: object) -> list[list[int
 
 
 @pytest.fixture(scope="module")
-def plain(smollm: str) -> list[list[int]]:
-    """The plainest way: whole prompts, no cache, one step a window, one window in flight."""
-    return generate(
-        smollm, PROMPTS, chunked_prefill_size=0, disable_radix_cache=True, num_continuous_decode_steps=1,
-        plans_in_flight=1,
-    )  # fmt: skip
+def reference(smollm: str) -> Any:
+    """transformers' model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    return AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="eager")
 
 
 @torch.inference_mode()
-def test_equal_to_transformers(smollm: str, plain: list[list[int]]) -> None:
-    """One forward of transformers over prompt and output: its argmax at every place must be the next id.
+def differences(smollm: str, model: Any, texts: list[str], generated: list[list[int]]) -> int:
+    """How many outputs are not transformers' choice; where one is not, the two best must be nearly equal.
 
-    That is the same as comparing with its `generate`, up to the first difference, where the gap must be a tie.
+    One forward of transformers over prompt and output: its argmax at every place must be the next id. That is the same
+    as comparing with its `generate`, up to the first difference.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="eager")
-    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    sequences = [prompt + ids for prompt, ids in zip(prompts, plain, strict=True)]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    sequences = [prompt + ids for prompt, ids in zip(prompts, generated, strict=True)]
     different = 0
-    for first in range(0, len(PROMPTS), 10):
+    for first in range(0, len(texts), 10):
         batch = sequences[first : first + 10]
         longest = max(map(len, batch))
         padded = torch.tensor([s + [0] * (longest - len(s)) for s in batch])  # padding behind changes nothing before it
@@ -57,8 +64,39 @@ def test_equal_to_transformers(smollm: str, plain: list[list[int]]) -> None:
             if len(wrong):
                 different += 1
                 best = logits[int(wrong[0])].topk(2).values
-                assert float(best[0] - best[1]) < 1e-3, (PROMPTS[first + row], int(wrong[0]))
-    assert different <= 0.01 * len(PROMPTS)
+                assert float(best[0] - best[1]) < 1e-3, (texts[first + row], int(wrong[0]))
+    return different
+
+
+@pytest.fixture(scope="module")
+def plain(smollm: str) -> list[list[int]]:
+    """The plainest way: whole prompts, no cache, one step a window, one window in flight."""
+    return generate(
+        smollm, PROMPTS, chunked_prefill_size=0, disable_radix_cache=True, num_continuous_decode_steps=1,
+        plans_in_flight=1,
+    )  # fmt: skip
+
+
+def test_equal_to_transformers(smollm: str, reference: Any, plain: list[list[int]]) -> None:
+    assert differences(smollm, reference, PROMPTS, plain) <= 0.01 * len(PROMPTS)
+
+
+def test_quantized_weights_equal_transformers(smollm: str, reference: Any) -> None:
+    """By themselves, as a CPU has them: the GGUF's blocks against transformers with what they mean, in float32."""
+    try:
+        find_compiler()
+    except StartupError as error:
+        pytest.skip(str(error))
+    texts = PROMPTS[::5]
+    ids = generate(smollm, texts, dtype="auto", device="cpu", quantization="gguf")
+    again = generate(smollm, texts, dtype="auto", device="cpu", chunked_prefill_size=16, max_running_requests=3)
+    assert again == ids, "the default on a CPU, in another way"
+    exact = copy.deepcopy(reference)
+    with torch.no_grad():
+        for name, blocks in load_file(Path(smollm) / KEPT_FILE).items():
+            parameter = exact.get_parameter(name)
+            parameter.copy_(dequantise(blocks, parameter.shape[1]))
+    assert differences(smollm, exact, texts, ids) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,256 @@
+"""Quantized weights on a CPU: against gguf's own dequantisation, dense products, and the same model made dense."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import Driver
+from torch import Tensor
+
+from actorserve.config import EngineConfig
+from actorserve.errors import StartupError
+from actorserve.models import c_library, quantized
+from actorserve.models.gguf import KEPT_FILE
+from actorserve.models.layers import Linear
+from actorserve.models.quantized import QuantizedLinear, dequantise, kernel, pack
+from actorserve.models.weights import load_decoder
+
+TYPES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+SHAPES = [(16, 32), (80, 96), (208, 64)]  # odd numbers of units: every path of the kernel
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compiled() -> None:
+    """Skip where the kernel cannot be had, as the engine goes on without it."""
+    try:
+        kernel()
+    except StartupError as error:
+        pytest.skip(str(error))
+
+
+def random_blocks(kind: str, outputs: int, inputs: int) -> Tensor:
+    """Blocks of random bytes, but with scales around 0.01."""
+    rng = np.random.default_rng(outputs)
+    blocks = rng.integers(0, 256, (outputs, inputs // 32, TYPES[kind]), np.uint8)
+    for place in (0, 2) if kind == "Q4_1" else (0,):
+        scales = rng.normal(0, 0.01, blocks.shape[:2]).astype(np.float16)
+        blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
+    return torch.from_numpy(blocks.reshape(outputs, -1))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_values_are_gguf_s(kind: str) -> None:
+    for outputs, inputs in SHAPES:
+        blocks = random_blocks(kind, outputs, inputs)
+        expected = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
+        assert torch.equal(dequantise(blocks, inputs), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.usefixtures("compiled")
+def test_the_kernel_s_weights_are_exact(kind: str) -> None:
+    """A row with a single one takes a column out of the weight, unrounded."""
+    for outputs, inputs in SHAPES:
+        blocks = random_blocks(kind, outputs, inputs)
+        linear, dense = QuantizedLinear(blocks, inputs, None), dequantise(blocks, inputs)
+        assert torch.equal(linear(torch.eye(inputs)), dense.t())
+        assert torch.equal(torch.cat([linear(row[None]) for row in torch.eye(inputs)]), dense.t())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.usefixtures("compiled")
+def test_product(kind: str) -> None:
+    """Right to float32's rounding, and each row the same bits alone and in any batch, by any number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    for outputs, inputs in SHAPES:
+        blocks, bias = random_blocks(kind, outputs, inputs), torch.randn(outputs, generator=generator)
+        linear = QuantizedLinear(blocks, inputs, bias)
+        x = torch.randn(31, inputs, generator=generator)
+        alone = torch.cat([linear(row[None]) for row in x])
+        exact = x.double() @ dequantise(blocks, inputs).double().t() + bias
+        assert (alone - exact).abs().max() < 2e-6 * exact.abs().max()
+        for rows in (0, 2, 3, 7, 8, 13, 31):
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(linear(x[:rows]), alone[:rows]), (rows, count)
+        assert torch.equal(linear(x.t().contiguous().t()), alone), "strided rows"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_is_no_product() -> None:
+    linear = QuantizedLinear(random_blocks("Q4_1", 16, 32), 32, None)
+    for x in (torch.zeros(2, 64), torch.zeros(2, 32, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="32 float32 inputs"):
+            linear(x)
+    assert not kernel().takes(random_blocks("Q4_1", 17, 32), 32)
+    assert quantized.kind_of(torch.zeros(16, 40, dtype=torch.uint8), 36) is None
+
+
+def test_packing_for_either_width() -> None:
+    """Lanes of 8 and of 16 hold the same scales and values, in units of their own size."""
+    blocks = random_blocks("Q4_1", 32, 64)
+    wide, narrow = pack(blocks, 64, 16), pack(blocks, 64, 8)
+    assert wide.shape == (2, 2, 320) and narrow.shape == (4, 2, 160)
+    scales = wide[0, 0, :32].view(torch.float16)
+    assert torch.equal(scales, blocks.view(32, 2, 20)[:16, 0, :2].contiguous().view(torch.float16)[:, 0])
+    assert torch.equal(scales[8:], narrow[1, 0, :16].view(torch.float16))
+    first = blocks.view(32, 2, 20)[:16, 0, 4:6]  # the first byte of values: inputs 0 and 16
+    assert torch.equal(wide[0, 0, 64:80], (first[:, 0] & 15) | ((first[:, 1] & 15) << 4))
+
+
+# ------------------------------------------------------------------ a whole model
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A tiny model with blocks, but for one map that the kernel does not take and one whose parts differ in type."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**(tiny.COMMON | SIZES | {"vocab_size": 208, "tie_word_embeddings": True}))
+    path = Path(tiny.save(transformers.LlamaForCausalLM(config), tmp_path))
+    weights = load_file(path / "model.safetensors")
+    kept = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and "layers.2.mlp.down" not in name:
+            kind = gguf.GGMLQuantizationType["Q8_0" if "embed" in name or "layers.1.mlp.up" in name else "Q4_1"]
+            kept[name] = torch.from_numpy(gguf.quantize(weight.numpy(), kind))
+    save_file(kept, path / KEPT_FILE)
+    return str(path)
+
+
+def make_dense(folder: str) -> None:
+    """Let model.safetensors hold the blocks' values."""
+    path = Path(folder)
+    kept, weights = load_file(path / KEPT_FILE), load_file(path / "model.safetensors")
+    for name, blocks in kept.items():
+        weights[name] = dequantise(blocks, weights[name].shape[1])
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.usefixtures("compiled")
+def test_model_equals_its_dense_form(folder: str) -> None:
+    """Whatever is in model.safetensors of the tensors that are blocks; and the same bits in chunks and step by step."""
+    ids = tiny.prompt(40)
+    decoder = tiny.load(folder, dtype="auto")
+    kinds = [isinstance(getattr(layer, name), QuantizedLinear) for layer in decoder.weights.layers
+             for name in ("qkv", "o", "gate_up", "down")]  # fmt: skip
+    assert kinds == [True] * 6 + [False] + [True] * 4 + [False]
+    assert isinstance(decoder.weights.head.product, QuantizedLinear)
+    got = Driver.of(decoder).logits(ids, [40])
+    make_dense(folder)
+    dense = tiny.load(folder, quantization="none")
+    assert not isinstance(dense.weights.head.product, QuantizedLinear)
+    expected = Driver.of(dense).logits(ids, [40])
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    for sizes in ([7, 13, 20], [30] + [1] * 10):
+        assert (Driver.of(decoder).logits(ids, sizes) - got).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_when_blocks_are_used(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uses(**fields: str) -> bool:
+        return isinstance(tiny.load(folder, **fields).weights.layers[0].qkv, QuantizedLinear)
+
+    assert not uses(dtype="auto", quantization="none")
+    assert not uses(dtype="float32"), "a dtype that is asked for is the weights'"
+    with pytest.raises(StartupError, match="drop --dtype bfloat16"):
+        uses(dtype="bfloat16", quantization="gguf")
+    monkeypatch.setattr("actorserve.models.weights.kernel", no_kernel)
+    assert not uses(dtype="auto")
+    with pytest.raises(StartupError, match="--quantization gguf: there is no C compiler"):
+        uses(dtype="auto", quantization="gguf")
+    (Path(folder) / KEPT_FILE).unlink()
+    with pytest.raises(StartupError, match="no weights of GGUF's types Q4_0, Q4_1, Q8_0"):
+        uses(quantization="gguf")
+
+
+def no_kernel() -> None:
+    raise StartupError("there is no C compiler")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_misshapen_blocks(folder: str) -> None:
+    kept = load_file(Path(folder) / KEPT_FILE)
+    for name, wrong in (
+        ("model.layers.0.self_attn.o_proj.weight", kept["model.layers.0.self_attn.o_proj.weight"][:32]),
+        ("model.layers.1.mlp.up_proj.weight", kept["model.layers.1.mlp.up_proj.weight"][:, :-1].contiguous()),
+    ):
+        save_file(kept | {name: wrong}, Path(folder) / KEPT_FILE)
+        with pytest.raises(StartupError, match=rf"blocks of {name} are .*config.json asks for"):
+            tiny.load(folder, quantization="gguf")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_real_model_equals_its_dense_form(smollm: str) -> None:
+    """Logits of the real weights, whose head is quantized too, and of the same values in float32."""
+    decoder = load_decoder(smollm, EngineConfig(device="cpu"), lambda fraction: None)
+    ids = tiny.prompt(24)
+    got = Driver.of(decoder).logits(ids, [20, 1, 1, 1, 1])
+    kept = load_file(Path(smollm) / KEPT_FILE)
+    assert len(kept) == 211
+    for i, layer in enumerate(decoder.weights.layers):
+        prefix = f"model.layers.{i}."
+        parts = {
+            "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o": ["self_attn.o_proj"],
+            "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
+        }  # fmt: skip
+        for name, names in parts.items():
+            inputs = getattr(layer, name).inputs
+            dense = torch.cat([dequantise(kept[f"{prefix}{part}.weight"], inputs) for part in names])
+            setattr(layer, name, Linear(dense, None))
+    decoder.weights.head.product = Linear(decoder.weights.embed, None)
+    expected = Driver.of(decoder).logits(ids, [24])
+    assert (got - expected).abs().max() < 1e-4 * expected.std()
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+# ------------------------------------------------------------------ compiling
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(StartupError, match="there is no C compiler"):
+        c_library.find_compiler()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTORSERVE_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return 2; }")
+    assert c_library.load_library(source).two() == 2
+    (made,) = (tmp_path / "cache" / "kernels").iterdir()
+    with monkeypatch.context() as without:
+        without.setattr(c_library, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert c_library.load_library(source).two() == 2
+    source.write_text("int two(void) { return 3; }")
+    assert c_library.load_library(source).two() == 3
+    assert len(list(made.parent.iterdir())) == 2, "another source is another library, and nothing else is left"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_does_not_compile_or_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTORSERVE_CACHE", str(tmp_path))
+    source = tmp_path / "bad.c"
+    for text, message in (
+        ("#error needs another machine", "does not compile bad.c: .*needs another machine"),
+        ("int missing_symbol(void); int f(void) { return missing_symbol(); }", "bad.c cannot be compiled and loaded"),
+    ):
+        source.write_text(text)
+        with pytest.raises(StartupError, match=message):
+            c_library.load_library(source)
