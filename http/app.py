@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
-from . import control_routes, native, openai, openapi, protocol
+from . import control_routes, native, openai, openapi, protocol, response_types, responses
 from .error_replies import InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
@@ -111,6 +111,13 @@ ROUTES: tuple[Served, ...] = (
         ("/v1/chat/completions",), POST, openai.chat_completions, _p.ChatRequest, _p.ChatCompletion,
         _p.ChatCompletionChunk,
     ),
+    Served(
+        ("/v1/responses",), POST, responses.create, response_types.ResponseRequest, response_types.Response,
+        dict[str, Any],
+    ),
+    Served(("/v1/responses/{id}",), GET, responses.retrieve, reply=response_types.Response),
+    Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
+    Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _p.TokenizeRequest, _p.TokenizeReply),
