@@ -20,7 +20,7 @@ from .protocol import Delta, encode
 from .response_types import CachedTokens, ReasoningTokens, Response, ResponseUsage
 
 _HEAD: Final = len(b'{"type":"')
-_PARTS: Final = {
+_PARTS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "message": ("content_part", "output_text", {"annotations": [], "logprobs": []}),
     "reasoning": ("content_part", "reasoning_text", {}),
 }
@@ -95,7 +95,8 @@ class ResponseWriter:
     def _say(self, kind: str, event: str, text: str) -> None:
         if self._open is None or self._open["type"] != kind:
             item: dict[str, Any] = {"type": kind, "content": []}
-            self._begin(item | ({"role": "assistant"} if kind == "message" else {"summary": []}))
+            more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+            self._begin(item | more)
             self._event(f"response.{_PARTS[kind][0]}.added", **self._place(), part=self._part(""))
         self._more(event, text)
 
@@ -107,7 +108,7 @@ class ResponseWriter:
 
     def _more(self, event: str, text: str) -> None:
         self._text.append(text)
-        extra = {"logprobs": []} if event == "response.output_text.delta" else {}
+        extra: dict[str, Any] = {"logprobs": []} if event == "response.output_text.delta" else {}
         self._event(event, **self._place(), delta=text, **extra)
 
     def _close(self, status: str) -> None:
@@ -122,7 +123,7 @@ class ResponseWriter:
             event, kind, _ = _PARTS[item["type"]]
             part = self._part(text)
             item = item | {"content": [part], "status": status}
-            extra = {"logprobs": []} if kind == "output_text" else {}
+            extra: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
             self._event(f"response.{kind}.done", **self._place(), text=text, **extra)
             self._event(f"response.{event}.done", **self._place(), part=part)
         self._event("response.output_item.done", output_index=len(self._items), item=item)
