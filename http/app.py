@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
-from . import control_routes, native, openai, openapi, protocol
+from . import control_routes, control_types, native, openai, openapi, protocol, response_types, responses
 from .error_replies import InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
@@ -100,7 +100,7 @@ class Served(NamedTuple):
 
 
 GET, POST = ("GET",), ("POST",)
-_p, _c = protocol, control_routes
+_p, _c, _t = protocol, control_routes, control_types
 ROUTES: tuple[Served, ...] = (
     Served(
         ("/generate",), ("POST", "PUT"), native.generate, _p.GenerateRequest,
@@ -111,14 +111,21 @@ ROUTES: tuple[Served, ...] = (
         ("/v1/chat/completions",), POST, openai.chat_completions, _p.ChatRequest, _p.ChatCompletion,
         _p.ChatCompletionChunk,
     ),
+    Served(
+        ("/v1/responses",), POST, responses.create, response_types.ResponseRequest, response_types.Response,
+        dict[str, Any],
+    ),
+    Served(("/v1/responses/{id}",), GET, responses.retrieve, reply=response_types.Response),
+    Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
+    Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
-    Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _p.TokenizeRequest, _p.TokenizeReply),
-    Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _p.DetokenizeRequest, _p.DetokenizeReply),
+    Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),
+    Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _t.DetokenizeRequest, _t.DetokenizeReply),
     Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache),
-    Served(("/abort_request",), POST, _c.abort_request, _p.AbortRequest),
-    Served(("/pause_generation",), POST, _c.pause_generation, _p.PauseRequest, _p.GenerationState),
-    Served(("/continue_generation",), POST, _c.continue_generation, reply=_p.GenerationState),
+    Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
+    Served(("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState),
+    Served(("/continue_generation",), POST, _c.continue_generation, reply=_t.GenerationState),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
     Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
     Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health),

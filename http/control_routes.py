@@ -12,21 +12,19 @@ import msgspec
 from ..actors.conversation import chat_prompt
 from ..actors.messages import Action, Prompt, TextPrompt
 from ..errors import RequestError
-from .error_replies import decode_body
-from .exchange import Exchange
-from .native import split_ids
-from .protocol import (
+from .control_types import (
     AbortRequest,
     DetokenizeReply,
     DetokenizeRequest,
     GenerationState,
-    Health,
-    ModelDescription,
     PauseRequest,
     TokenizeReply,
     TokenizeRequest,
-    encode,
 )
+from .error_replies import decode_body
+from .exchange import Exchange
+from .native import split_ids
+from .protocol import Health, ModelDescription, encode
 from .service import Service
 
 PLAIN: Final = b"text/plain; charset=utf-8"

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import msgspec
 
-from ..actors.client import Submission, token_prompt
+from ..actors.client import Stream, Submission, token_prompt
 from ..actors.conversation import chat_prompt
 from ..actors.messages import Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
 from .chat_replies import ChatWriter
-from .chat_tools import plan_tools, template_arguments
+from .chat_tools import Reading, plan_tools, template_arguments
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import split_ids
@@ -73,7 +73,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     grammar, grammar_names = requested_grammar(request)
-    with _renamed(names | grammar_names):
+    with renamed(names | grammar_names):
         # The choice among candidates needs the logprobs of their tokens.
         params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
         submissions = [Submission(prompt, params, best_of, grammar) for prompt in prompts]
@@ -93,9 +93,26 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     request = decode_body(_chat_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
     _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
+    usage_frames = _usage_frames(request, 1, request.n or 1)
+    with submitted_chat(service, request) as (stream, reading):
+        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
+        writer = ChatWriter(head, stream, reading, bool(request.logprobs), usage_frames)
+        stream.name(head.id)
+        async with exchange.watched(stream):
+            if request.stream:
+                await send_stream(exchange, stream, writer)
+            else:
+                await exchange.reply(encode(writer.whole(await stream.collect())))
+
+
+@contextmanager
+def submitted_chat(service: Service, request: ChatRequest) -> Iterator[tuple[Stream, Reading]]:
+    """Ask the engine for the answers to a chat; (their stream, how to read each of them).
+
+    Errors that come out of it, also of what is done inside, bear the names of the request's fields.
+    """
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    n = request.n or 1
     newer = request.max_completion_tokens is not None
     max_tokens = request.max_completion_tokens if newer else request.max_tokens
     names = {
@@ -105,9 +122,8 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         "tool_calls": "tools",
     }
     grammar, grammar_names = requested_grammar(request, request.response_format)
-    usage_frames = _usage_frames(request, 1, n)
     plan = plan_tools(request, grammar, service.model)
-    with _renamed(names | grammar_names):
+    with renamed(names | grammar_names):
         params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
         prompt = chat_prompt(
             request.messages,
@@ -118,19 +134,12 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
             shown=plan.reading.shown,
             opens=plan.reading.opens,
         )
-        stream = service.client.submit(prompt, params, n, request.cache_salt or "", request.priority or 0, plan.grammar)
-        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        writer = ChatWriter(head, stream, plan.reading, bool(request.logprobs), usage_frames)
-        stream.name(head.id)
-        async with exchange.watched(stream):
-            if request.stream:
-                await send_stream(exchange, stream, writer)
-            else:
-                await exchange.reply(encode(writer.whole(await stream.collect())))
+        salt, priority = request.cache_salt or "", request.priority or 0
+        yield service.client.submit(prompt, params, request.n or 1, salt, priority, plan.grammar), plan.reading
 
 
 @contextmanager
-def _renamed(names: dict[str, str]) -> Iterator[None]:
+def renamed(names: dict[str, str]) -> Iterator[None]:
     """Give errors about the engine's parameters the names that the client used."""
     try:
         yield

@@ -41,7 +41,8 @@ def document(operations: Sequence[Operation], title: str, version: str) -> dict[
     paths: dict[str, Any] = {}
     for operation in operations:
         path = operation.path.replace(":path}", "}")
-        paths[path] = {method.lower(): _described(operation, method, known) for method in operation.methods}
+        described = {method.lower(): _described(operation, method, known) for method in operation.methods}
+        paths[path] = paths.get(path, {}) | described
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},

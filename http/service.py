@@ -1,15 +1,17 @@
 """Service: what every HTTP handler needs, in one object that the front makes and hands to the routes.
 
-Invariant: it is immutable and has no behaviour of its own beyond answering "who are we and are we well".
+Invariant: but for the stored responses it is immutable, and it has no behaviour of its own beyond answering "who are we
+and are we well".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
 from .metrics import Metrics
 from .protocol import Health
+from .response_store import ResponseStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Service:
     model: ModelInfo
     metrics: Metrics
     started: int
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def model_name(self) -> str:

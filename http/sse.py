@@ -1,10 +1,11 @@
 """Server-sent events: a stream of chunks as `data:` frames, one send per wake and stream.
 
-Used by native.py and openai.py, which bring a Renderer. Invariant: `data: [DONE]` is sent if and only if every choice
-came to its end; the reply starts only with the first output, so that a request refused late still gets its status.
+Used by native.py, openai.py and responses.py, which bring a Renderer. Invariant: what ends a stream, `data: [DONE]` or
+another last event, is sent if and only if every choice came to its end; the reply starts only with the first output,
+so that a request refused late still gets its status.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from ..actors.client import Stream
@@ -27,8 +28,22 @@ class Renderer(Protocol):
         """Return what comes after the last output."""
 
 
-async def send_stream(exchange: Exchange, stream: Stream, renderer: Renderer) -> None:
-    """Send all of `stream` as events. Raises what ended it early; the caller reports that to the client."""
+def data_frame(document: bytes) -> bytes:
+    """Return a document as a nameless event."""
+    return b"data: " + document + b"\n\n"
+
+
+async def send_stream(
+    exchange: Exchange,
+    stream: Stream,
+    renderer: Renderer,
+    frame: Callable[[bytes], bytes] = data_frame,
+    done: bytes = DONE,
+) -> None:
+    """Send all of `stream` as events. Raises what ended it early; the caller reports that to the client.
+
+    `frame` makes an event of a document; `done` comes after the last one.
+    """
     started = False
     while chunks := await stream.take():
         documents = [] if started else list(renderer.head())
@@ -40,5 +55,5 @@ async def send_stream(exchange: Exchange, stream: Stream, renderer: Renderer) ->
             await exchange.start_events()
             started = True
         if documents or ended:
-            frames = b"".join([b"data: " + document + b"\n\n" for document in documents])
-            await exchange.write(frames + DONE if ended else frames, last=ended)
+            frames = b"".join(map(frame, documents))
+            await exchange.write(frames + done if ended else frames, last=ended)

@@ -125,6 +125,36 @@ def test_priority_goes_first() -> None:
     assert window is not None and window.admits[0].request is high and low.stage is Stage.WAITING
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_all_may_be_retracted_at_any_time(k: int) -> None:
+    """Also amid windows in flight and half a prompt; each request still gets its tokens."""
+    e = Engine(chunk=16, slots=4, num_continuous_decode_steps=k)
+    for i in range(8):
+        e.add(prompt_of(i, 20 + 7 * i), max_new=6 + i)
+    for turn in range(12):
+        e.plan()
+        if turn % 3 == 2:
+            e.schedule.retract_all()
+            assert not e.schedule.slots.running() and e.schedule.pages_running == 0
+        e.report()
+        e.schedule.check()
+    e.drain()
+
+
+def test_the_cache_is_flushed_only_when_idle() -> None:
+    e = Engine()
+    e.add(prompt_of(1, 64))
+    assert not e.schedule.flush_cache()
+    e.drain()
+    assert e.schedule.tree.num_pages > 0
+    assert e.schedule.flush_cache()
+    assert (e.schedule.tree.num_pages, e.schedule.pool.num_free) == (0, e.schedule.pool.num_pages)
+    e.schedule.check()
+    again = e.add(prompt_of(1, 64))
+    window = e.schedule.plan()
+    assert window is not None and [(s.request, s.cached) for s in window.admits] == [(again, 0)]
+
+
 def test_prompts_come_in_smaller_chunks_while_others_decode() -> None:
     e = Engine(pages=128, chunk=512, mixed=32)
     e.add(prompt_of(1, 200), max_new=40)

@@ -181,6 +181,20 @@ async def open_rig(model: ModelInfo = MODEL, **config: object) -> AsyncIterator[
             listener.close()
 
 
+def say(rig: Rig, text: str, size: int = 3, finish: str = "stop", **more: object) -> None:
+    """The engine answers with this text, `size` characters a chunk."""
+
+    def script(generate: Generate) -> list[Chunks]:
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        rids = range(generate.rid, generate.rid + generate.n)
+        return [
+            Chunks([chunk(r, part, [9], i + 1, finish if i == len(parts) - 1 else None, **more) for r in rids])
+            for i, part in enumerate(parts)
+        ]
+
+    rig.text.script = script
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until something that has no event of its own is so; pytest's timeout is the limit."""
     while not condition():  # noqa: ASYNC110
@@ -205,6 +219,7 @@ def fakes() -> SimpleNamespace:
         chunk=chunk,
         logprob=logprob,
         words=words,
+        say=say,
         WORDS=WORDS,
         MODEL=MODEL,
         STATS=STATS,

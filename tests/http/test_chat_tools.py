@@ -37,20 +37,6 @@ async def client(rig):
         yield opened
 
 
-def say(rig, fakes, text, size=3, finish="stop", **more):
-    """The engine answers with this text, `size` characters a chunk."""
-
-    def script(generate):
-        parts = [text[i : i + size] for i in range(0, len(text), size)]
-        rids = range(generate.rid, generate.rid + generate.n)
-        return [
-            Chunks([fakes.chunk(r, part, [9], i + 1, finish if i == len(parts) - 1 else None, **more) for r in rids])
-            for i, part in enumerate(parts)
-        ]
-
-    rig.text.script = script
-
-
 async def gathered(stream):
     """What a stream's choice 0 comes to: content, thoughts, calls, finish reason."""
     content, thoughts, calls, finish = "", "", [], None
@@ -69,7 +55,7 @@ async def gathered(stream):
 
 
 async def test_calls_and_thoughts_whole_and_streamed(rig, client, fakes):
-    say(rig, fakes, ANSWER)
+    fakes.say(rig, ANSWER)
     reply = await client.chat.completions.create(model="", messages=USER, tools=TOOLS)
     (choice,) = reply.choices
     message = choice.message
@@ -86,16 +72,16 @@ async def test_calls_and_thoughts_whole_and_streamed(rig, client, fakes):
 
 
 async def test_a_call_that_broke_off_is_no_call_to_make(rig, client, fakes):
-    say(rig, fakes, WEATHER[:-25], finish="length")
+    fakes.say(rig, WEATHER[:-25], finish="length")
     reply = await client.chat.completions.create(model="", messages=USER, tools=TOOLS)
     assert reply.choices[0].finish_reason == "length"
-    say(rig, fakes, WEATHER[:-25], finish="stop")
+    fakes.say(rig, WEATHER[:-25], finish="stop")
     reply = await client.chat.completions.create(model="", messages=USER, tools=TOOLS)
     assert reply.choices[0].finish_reason == "stop"
 
 
 async def test_single_calls(rig, client, fakes):
-    say(rig, fakes, ANSWER)
+    fakes.say(rig, ANSWER)
     options = {"model": "", "messages": USER, "tools": TOOLS, "parallel_tool_calls": False}
     reply = await client.chat.completions.create(**options)
     assert [call.function.name for call in reply.choices[0].message.tool_calls] == ["weather"]
@@ -104,7 +90,7 @@ async def test_single_calls(rig, client, fakes):
 
 
 async def test_without_tools_nothing_is_a_call(rig, client, fakes):
-    say(rig, fakes, ANSWER)
+    fakes.say(rig, ANSWER)
     for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         reply = await client.chat.completions.create(model="", messages=USER, **options)
         message = reply.choices[0].message
@@ -115,13 +101,13 @@ async def test_without_tools_nothing_is_a_call(rig, client, fakes):
 
 
 async def test_unknown_functions_are_text(rig, client, fakes):
-    say(rig, fakes, TIME)
+    fakes.say(rig, TIME)
     reply = await client.chat.completions.create(model="", messages=USER, tools=[TOOLS[0]])
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (TIME, "stop")
 
 
 async def test_thoughts_as_the_request_wants_them(rig, client, fakes):
-    say(rig, fakes, "<think>\nHm, hm.\n</think>\n\nYes")
+    fakes.say(rig, "<think>\nHm, hm.\n</think>\n\nYes")
     together = {"extra_body": {"stream_reasoning": False}}
     stream = await client.chat.completions.create(model="", messages=USER, stream=True, **together)
     thoughts = [
@@ -153,7 +139,7 @@ async def test_a_prompt_that_ends_amid_thoughts(rig, client, fakes):
     ],
 )
 async def test_calls_that_must_come_are_a_grammar(rig, client, fakes, choice, parallel, functions, many):
-    say(rig, fakes, TIME)
+    fakes.say(rig, TIME)
     options = {} if parallel is None else {"parallel_tool_calls": parallel}
     reply = await client.chat.completions.create(model="", messages=USER, tools=TOOLS, tool_choice=choice, **options)
     assert reply.choices[0].message.tool_calls[0].function.name == "time"
@@ -166,14 +152,14 @@ async def test_calls_that_must_come_are_a_grammar(rig, client, fakes, choice, pa
 
 async def test_grammars_and_tools(rig, client, fakes):
     """A pattern may describe calls; JSON is an answer, whatever it looks like."""
-    say(rig, fakes, WEATHER)
+    fakes.say(rig, WEATHER)
     for extra, calls in (({"regex": ".*"}, True), ({"json_schema": {}}, False)):
         reply = await client.chat.completions.create(model="", messages=USER, tools=TOOLS, extra_body=extra)
         assert bool(reply.choices[0].message.tool_calls) is calls
 
 
 async def test_logprobs_of_markup_are_there(rig, client, fakes):
-    say(rig, fakes, WEATHER, size=40, logprobs=[fakes.logprob(9, "x", 0)])
+    fakes.say(rig, WEATHER, size=40, logprobs=[fakes.logprob(9, "x", 0)])
     stream = await client.chat.completions.create(model="", messages=USER, tools=TOOLS, stream=True, logprobs=True)
     count = 0
     async for frame in stream:
@@ -182,7 +168,7 @@ async def test_logprobs_of_markup_are_there(rig, client, fakes):
 
 
 async def test_usage_so_far(rig, client, fakes):
-    say(rig, fakes, "abcdef")
+    fakes.say(rig, "abcdef")
     options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     stream = await client.chat.completions.create(model="", messages=USER, n=2, stream=True, **options)
     *frames, last = [frame.usage.completion_tokens async for frame in stream]

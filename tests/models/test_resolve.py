@@ -90,6 +90,33 @@ def test_chat_template(folder: Path, tmp_path: Path) -> None:
             resolved(folder, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("hermes", "qwen3")),
+        ({"tool_call_parser": "mistral", "reasoning_parser": "none"}, ("mistral", None)),
+        ({"reasoning_parser": "deepseek-r1"}, ("hermes", "deepseek-r1")),
+    ],
+)
+def test_parsers(folder: Path, settings: dict[str, str], expected: tuple[str, str | None]) -> None:
+    """By the flags, else by what the template writes."""
+    write(folder / "tokenizer_config.json", {"chat_template": "<tool_call> {{ thinking }} </think>"})
+    info = resolved(folder, **settings)
+    assert (info.tool_parser, info.reasoning_parser) == expected
+
+
+def test_parsers_of_other_templates(folder: Path, tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "Action:"}]
+    write(folder / "tokenizer_config.json", {"chat_template": named})
+    assert resolved(folder).tool_parser == "command-r"
+    file = tmp_path / "template.jinja"
+    file.write_text("[TOOL_CALLS]")
+    assert resolved(folder, chat_template=str(file)).tool_parser == "mistral"
+    for flag in ("tool_call_parser", "reasoning_parser"):
+        with pytest.raises(StartupError, match="there are: "):
+            resolved(folder, **{flag: "latin"})
+
+
 @pytest.mark.parametrize("content", ['{"vocab_size": 5', "[]", '{"vocab_size": 5}', '{"model_type": "llama"}', "\xff"])
 def test_broken_config(folder: Path, content: str) -> None:
     (folder / "config.json").write_bytes(content.encode("latin1"))

@@ -296,3 +296,20 @@ def test_aborted_requests_keep_their_output(server: LiveServer) -> None:
         *_, last = frames
     assert last["meta_info"]["finish_reason"]["type"] == "abort" and last["meta_info"]["id"] == "mine"
     assert 0 < last["meta_info"]["completion_tokens"] < 4000
+
+
+def test_responses_go_on(server: LiveServer) -> None:
+    with server.client() as client:
+        first = client.responses.create(model="", input=QUESTION, temperature=0, max_output_tokens=20)
+        assert first.output_text == "The capital of France is Paris." and first.status == "completed"
+        stream = client.responses.create(
+            model="", input="Weather there?", previous_response_id=first.id, stream=True, max_output_tokens=60,
+            tools=[{"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": True}],
+            tool_choice="required", parallel_tool_calls=False,
+        )  # fmt: skip
+        *_, last = stream
+    assert last.type == "response.completed" and last.response.usage is not None
+    (call,) = last.response.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), WEATHER)
+    assert last.response.usage.input_tokens > first.usage.total_tokens  # type: ignore[union-attr]
