@@ -58,6 +58,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "references that double": {"json_schema": {"$ref": "#/$defs/n0", "$defs": doubling(25)}},
 }  # fmt: skip
 """What may be too much: an answer or a 400 within ANSWER_MS."""
+NO_INTEGER = {"type": "integer", "minimum": 3, "maximum": 2}
 WRONG: dict[str, dict[str, Any]] = {
     "the empty language": {"regex": r"[^\s\S]"},
     "no tokens for it": {"regex": "\U00050000"},
@@ -65,7 +66,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "back-reference": {"regex": r"(a)\1"},
     "an open group": {"regex": "(a"},
     "no choices": {"choice": []},
-    "minimum above maximum": {"json_schema": {"type": "array", "items": {"minimum": 3, "maximum": 2}, "minItems": 1}},
+    "minimum above maximum": {
+        "json_schema": {"type": "object", "properties": {"n": NO_INTEGER}, "required": ["n"]},
+    },
     "not": {"json_schema": {"type": "object", "properties": {"a": {"not": {}}}}},
     "no JSON": {"json_schema": "{"},
 }  # fmt: skip

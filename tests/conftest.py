@@ -22,6 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.real)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--thorough: tests that take a sample of something large take all of it."""
+    parser.addoption("--thorough", action="store_true", help="take all of what CI takes a sample of; minutes to hours")
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether --thorough was given."""
+    return bool(request.config.getoption("--thorough"))
+
+
 @pytest.fixture(scope="session")
 def smollm() -> str:
     """Folder of the real SmolLM2-135M-Instruct, fetched and converted at the first use.

@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "the empty language": ("invalid_grammar", "nothing can match"),
     "look-ahead": ("invalid_grammar", "position 1"), "back-reference": ("invalid_grammar", "position 3"),
     "an open group": ("invalid_grammar", "position 0"), "no choices": ("invalid_value", "choice is empty"),
-    "minimum above maximum": ("invalid_json_schema", "at /items"),
+    "minimum above maximum": ("invalid_json_schema", "at /properties/n"),
     "not": ("unsupported_json_schema", "at /properties/a/not"), "no JSON": ("invalid_json_schema", "not JSON"),
 }  # fmt: skip
 """What is said of the grammars of perf.blowup: the code, and a part of the text where it is not the same.
