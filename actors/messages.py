@@ -8,8 +8,9 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
     front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
-                                    sched  --LoadGrammar, DropGrammar, GrammarStates-->  sampler.r
-                                         fsm  --Compiled, CompileFailed-->  sched  --Compile, Discard-->  fsm
+                         sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
+                              fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
+                                         fsm  --Masks, MatchFailed-->  sched  --Match, Unmatch-->  fsm
 """
 
 from enum import IntEnum
@@ -87,10 +88,10 @@ Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 class GrammarSpec(Message, frozen=True, tag=7):
     """What an output must match. Part of Generate, Submit and Compile; equal specs are one grammar."""
 
-    kind: Literal["regex", "json_schema", "choice"]
+    kind: Literal["regex", "json_schema", "choice", "ebnf", "structural_tag"]
     """Also the name of the field that errors are about."""
     text: str
-    """The pattern; the schema as JSON; a JSON array of texts."""
+    """The pattern; the schema as JSON; a JSON array of texts; GBNF or Lark; the structural tag as JSON."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -306,6 +307,9 @@ class Plan(Message, frozen=True, tag=51):
     """[chunks] tokens of the slot before the chunk."""
     sampler_changes: int
     """Messages that the sampler was sent for this window."""
+    once_slots: memoryview = memoryview(b"")
+    """Slots that draw in step 0 and then rest until they are named again, since each of their tokens needs a mask of
+    its own: those of the chunks here, and others, which decode in step 0."""
 
 
 class SlotParams(Message, frozen=True, tag=52):
@@ -360,6 +364,17 @@ class GrammarStates(Message, frozen=True, tag=55):
     states: memoryview
 
 
+class SlotMasks(Message, frozen=True, tag=56):
+    """Scheduler to sampler: what slots may draw in the window `window`, in its one step in which they do.
+
+    slots int32 [rows]; bitmask int32 [rows, words], bit i of word w for token 32 w + i; tokens beyond never come.
+    """
+
+    window: int
+    slots: memoryview
+    bitmask: memoryview
+
+
 # ------------------------------------------------------------------ exec.0 -> sched
 
 
@@ -404,6 +419,24 @@ class Discard(Message, frozen=True, tag=71):
     handle: int
 
 
+class Match(Message, frozen=True, tag=74):
+    """Scheduler to fsm: a request that follows a Translated grammar has these tokens after its first `start` generated
+    ones, which the fsm actor knows. Owed: a row of Masks, or MatchFailed, unless it is forgotten by Unmatch."""
+
+    rid: int
+    start: int
+    ids: memoryview
+    """int32"""
+    grammar: str = ""
+    """With start 0: Translated.grammar."""
+
+
+class Unmatch(Message, frozen=True, tag=75):
+    """Scheduler to fsm: forget a request's place in its grammar. Nothing is owed."""
+
+    rid: int
+
+
 # ------------------------------------------------------------------ fsm -> sched
 
 
@@ -425,11 +458,39 @@ class CompileFailed(Message, frozen=True, tag=73):
     message: str
 
 
+class Translated(Message, frozen=True, tag=76):
+    """fsm to scheduler: a grammar that no table can have; `grammar` is what to send in Match."""
+
+    handle: int
+    grammar: str
+
+
+class Masks(Message, frozen=True, tag=77):
+    """fsm to scheduler: what requests may draw next.
+
+    rids int64 [rows]; lengths int32 [rows], the generated tokens before; bitmask int32 [rows, words], as in SlotMasks.
+    """
+
+    rids: memoryview
+    lengths: memoryview
+    bitmask: memoryview
+
+
+class MatchFailed(Message, frozen=True, tag=78):
+    """fsm to scheduler: a request cannot go on in its grammar; fields as in Ended."""
+
+    rid: int
+    status: int
+    code: str
+    message: str
+
+
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats
 TextInbox: TypeAlias = SystemMessage | Generate | Cancel | Tokens | Started | Ended | Stats
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | ExecutorReady | StepOut | Compiled | CompileFailed
+GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | ExecutorReady | StepOut | GrammarNews
 ExecutorInbox: TypeAlias = SystemMessage | Plan
-SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates
+SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
-FsmInbox: TypeAlias = SystemMessage | Compile | Discard
+FsmInbox: TypeAlias = SystemMessage | Compile | Discard | Match | Unmatch

@@ -28,6 +28,7 @@ from .messages import (
     PeerUp,
     SamplerInbox,
     SamplerMessage,
+    SlotMasks,
     SlotParams,
 )
 
@@ -51,7 +52,7 @@ class Sampler(Actor):
     def receive(self, message: Any, source: str) -> None:
         """Keep changes for their window; forget all of a scheduler that died."""
         match message:
-            case SlotParams() | LoadGrammar() | DropGrammar() | GrammarStates():
+            case SlotParams() | LoadGrammar() | DropGrammar() | GrammarStates() | SlotMasks():
                 self.pending.append((message.window, self._change(message)))
             case PeerDown():
                 self.pending.clear()
@@ -74,6 +75,9 @@ class Sampler(Actor):
                 return partial(self._drop, m.handle)
             case GrammarStates():
                 return partial(_set_states, array(m.slots, np.int32).tolist(), array(m.states, np.int32).tolist())
+            case SlotMasks():
+                slots = array(m.slots, np.int32)
+                return partial(_set_masks, slots, array(m.bitmask, np.int32).reshape(len(slots), -1))
             case _:
                 assert_never(m)
 
@@ -138,3 +142,7 @@ def _admit(m: SlotParams, prompt: np.ndarray, output: np.ndarray, state: Sampler
 def _set_states(slots: list[int], states: list[int], state: SamplerState) -> None:
     for slot, value in zip(slots, states, strict=True):
         state.set_grammar_state(slot, value)
+
+
+def _set_masks(slots: np.ndarray, masks: np.ndarray, state: SamplerState) -> None:
+    state.set_masks(slots, masks)

@@ -45,8 +45,9 @@ class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     json_schema: str | bool | dict[str, Any] | None = None
     """JSON text, or the schema itself."""
     choice: tuple[str, ...] | None = None
-    ebnf: Refusable = None
-    structural_tag: Refusable = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    """JSON text, or the tag itself."""
     whitespace_pattern: Refusable = None
 
 
@@ -167,20 +168,17 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_json: str | bool | dict[str, Any] | None = None
     guided_choice: tuple[str, ...] | None = None
-    ebnf: Refusable = None
-    structural_tag: Refusable = None
+    guided_grammar: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     structured_outputs: Refusable = None
     whitespace_pattern: Refusable = None
-    guided_grammar: Refusable = None
     guided_whitespace_pattern: Refusable = None
 
 
 OPENAI_REFUSED = (
-    "ebnf",
-    "structural_tag",
     "structured_outputs",
     "whitespace_pattern",
-    "guided_grammar",
     "guided_whitespace_pattern",
 )
 
@@ -248,8 +246,12 @@ class JsonSchemaFormat(Struct, frozen=True):
 
 
 class ResponseFormat(Struct, frozen=True):
+    """`structures` and `triggers` are of the type structural_tag (SGLang)."""
+
     type: str
     json_schema: JsonSchemaFormat | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
 
 
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
