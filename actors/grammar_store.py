@@ -178,4 +178,6 @@ class GrammarStore:
 def _tables(m: Compiled) -> Grammar:
     """Copies of the message's arrays."""
     classes, canonical = (np.frombuffer(a, t).copy() for a, t in ((m.token_class, np.uint16), (m.canonical, "i4")))
-    return Grammar(m.handle, classes, np.frombuffer(m.transitions, np.int16).reshape(len(canonical), -1).copy(), canonical)
+    return Grammar(
+        m.handle, classes, np.frombuffer(m.transitions, np.int16).reshape(len(canonical), -1).copy(), canonical
+    )

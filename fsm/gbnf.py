@@ -18,12 +18,11 @@ MAX_DEPTH: Final = 100
 """Nested groups, and rules inside rules."""
 _TOKEN: Final = re.compile(
     r"""(?P<space>[ \t\r\n]+|\#[^\n]*) | (?P<name>[A-Za-z_][A-Za-z0-9_-]*) | (?P<string>"(?:[^"\\\n]|\\.)*")
-    | (?P<chars>\[(?:[^\]\\]|\\.)*\]) | (?P<count>\{\s*\d{1,9}\s*(?:,\s*(?:\d{1,9})?\s*)?\}) | (?P<mark>::=|[()|*+?.])""",
+    | (?P<chars>\[(?:[^\]\\]|\\.)*\]) | (?P<count>\{\s*\d{1,9}\s*(?:,\s*(?:\d{1,9})?\s*)?\})
+    | (?P<mark>::=|[()|*+?.])""",
     re.VERBOSE | re.DOTALL,
 )
-_CHARACTER: Final = re.compile(
-    r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))|(.)", re.DOTALL
-)
+_CHARACTER: Final = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))|(.)", re.DOTALL)
 _ESCAPES: Final = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "a": "\a", "b": "\b", "0": "\0"}
 _COUNTS: Final = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 ANY: Final = chars([], negated=True)

@@ -5,6 +5,7 @@ the library's matcher (matcher.py). Invariant: what a grammar admits is what the
 more: JSON is written with the whitespace of spelling.py, and what llguidance would pass over is refused here.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -31,7 +32,9 @@ MAX_PATTERN: Final = 1 << 20
 NOT: Final = frozenset("not if $dynamicRef $recursiveRef $recursiveAnchor".split())
 """Keywords that llguidance itself refuses by name, beside those of TYPED."""
 
-_SCHEMAS: Final = frozenset("items additionalItems additionalProperties contains propertyNames not if then else".split())
+_SCHEMAS: Final = frozenset(
+    "items additionalItems additionalProperties contains propertyNames not if then else".split()
+)
 _LISTS: Final = frozenset("anyOf allOf oneOf prefixItems items".split())
 _NAMED: Final = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
 
@@ -59,10 +62,8 @@ def prepared(schema: Any, pointer: str) -> dict[str, Any]:
     Raises SchemaError where json_schema.py knows that the schema is invalid or contradictory; Unsupported for keywords
     that nobody obeys. Pointers begin at `pointer`.
     """
-    try:
+    with contextlib.suppress(Unsupported):  # that is why we are asked
         schema_to_syntax(schema)
-    except Unsupported:
-        pass  # that is why we are asked
     if isinstance(schema, bool):
         return {}  # false is a contradiction
     for place, where in _subschemas(schema, pointer):

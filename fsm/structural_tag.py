@@ -1,4 +1,4 @@
-"""Structural tags: free text in which a trigger begins a tag, `<function=f>{...}</function>`, whose middle has a schema.
+"""Structural tags: free text in which a trigger begins a tag, `<f>{...}</f>`, whose middle has a schema.
 
 Used by the grammar compiler; SGLang's form: {"type": "structural_tag", "structures": [{"begin", "schema", "end"}, ...],
 "triggers": [...]}. Invariant: wherever a trigger's text appears, one of the tags that begin with it follows; outside

@@ -134,7 +134,8 @@ class FusedSampler:
         kernels.finish_rows[(rows,)](
             slots, s.ints, self.best, self.best_ids, self.largest, self.drawn, s.stop_ids, s.marks, *grammars,
             drawn.ids, drawn.finish, vocab, s.stop_ids.shape[1], FILTERING=filtering, EDITED=mode.edited,
-            CONSTRAINED=mode.constrained, MASKED=mode.masked, SPLITS=splits, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
+            CONSTRAINED=mode.constrained, MASKED=mode.masked, SPLITS=splits,
+            STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
         if mode.top_n >= 0:
             self._add_logprobs(drawn, raw, slots, mode.top_n)

@@ -107,7 +107,7 @@ class Grammars:
         self.state[slot] = state
 
     def set_masks(self, slots: Int32Array, masks: Int32Array) -> None:
-        """Let slots [rows], which are bound to nothing, draw under masks [rows, words]; words left out allow nothing."""
+        """Let slots [rows], which are bound to nothing, draw under masks [rows, words]; missing words allow nothing."""
         rows = np.zeros((len(slots), self.masks.shape[1]), np.int32)
         rows[:, : masks.shape[1]] = masks
         self.masks.index_copy_(0, upload(slots.astype(np.int64), self.device), upload(rows, self.device))
@@ -119,7 +119,7 @@ class Grammars:
     # ------------------------------------------------------------------ on a CPU
 
     def mask(self, slots: npt.NDArray[np.int64], bitmask: Tensor | None) -> Tensor:
-        """Return a bitmask int32 [rows, words] of what is allowed for slots [rows], also by `bitmask` if there is one."""
+        """Return a bitmask int32 [rows, words] of what slots [rows] may draw, also by `bitmask` if there is one."""
         bound = self.host_bound[slots]
         rows = self.masks.index_select(0, torch.from_numpy(slots))
         for i in np.flatnonzero(bound != NONE).tolist():

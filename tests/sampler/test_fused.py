@@ -162,7 +162,9 @@ def test_poison_is_seen_anywhere() -> None:
 
 
 def test_masks_of_the_host_allow_what_they_say() -> None:
-    pair = Pair(3001, [greedy(), SamplingParams(seed=1), SamplingParams(seed=2, top_k=3), greedy(), SamplingParams(seed=3)])
+    pair = Pair(
+        3001, [greedy(), SamplingParams(seed=1), SamplingParams(seed=2, top_k=3), greedy(), SamplingParams(seed=3)]
+    )
     masks = np.random.default_rng(0).integers(-(2**31), 2**31, (4, 93), dtype=np.int64).astype(np.int32)
     masks[3] = 0  # the last word is left out: what it stands for never comes
     for state in (pair.plain, pair.fused.state):
