@@ -195,7 +195,7 @@ async def test_grammars(rig):
 @pytest.mark.parametrize(
     ("params", "param"),
     [
-        ({"ebnf": ["root ::= a"]}, "sampling_params.ebnf"),
+        ({"ebnf": ["root ::= a"]}, "ebnf"),
         ({"structural_tag": {"type": "tag"}}, "structural_tag"),
         ({"ebnf": "root ::= a", "structural_tag": {}}, "structural_tag"),
         ({"whitespace_pattern": " *"}, "whitespace_pattern"),
