@@ -6,12 +6,13 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import llguidance
 
-from .errors import BudgetError, EmptyLanguage
+from .ecma import parse_ecma
+from .errors import BudgetError, EmptyLanguage, PatternError
 from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
 from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED
@@ -56,8 +57,8 @@ def json_grammar(schema: Any) -> str:
 
 
 def prepared(schema: Any, pointer: str) -> dict[str, Any]:
-    """A schema as llguidance is to read it: undeclared members are left out where silence would admit them, as in
-    json_schema.py, and the client's own options for llguidance are ignored.
+    """A schema as llguidance is to read it: patterns in our words, since dialects differ; undeclared members left out
+    where silence would admit them, as in json_schema.py; without the client's own options for llguidance.
 
     Raises SchemaError where json_schema.py knows that the schema is invalid or contradictory; Unsupported for keywords
     that nobody obeys. Pointers begin at `pointer`.
@@ -66,10 +67,18 @@ def prepared(schema: Any, pointer: str) -> dict[str, Any]:
         schema_to_syntax(schema)
     if isinstance(schema, bool):
         return {}  # false is a contradiction
-    for place, where in _subschemas(schema, pointer):
+    close = _closable(schema)
+
+    def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
         _refuse_unknown(place, where)
-    closed = _closed_schema(schema) if _closable(schema) else schema
-    return {keyword: value for keyword, value in closed.items() if keyword != "x-guidance"}
+        if isinstance(place.get("pattern"), str):
+            place["pattern"] = _exact_pattern(place["pattern"], step(where, "pattern"))
+        if close and _is_open(place):
+            place["additionalProperties"] = False
+        return place
+
+    whole = _mapped(schema, pointer, changed)
+    return {keyword: value for keyword, value in whole.items() if keyword != "x-guidance"}
 
 
 # ------------------------------------------------------------------ regular languages
@@ -112,21 +121,28 @@ def _pieces(node: Node) -> Iterator[str]:
 # ------------------------------------------------------------------ JSON schemas
 
 
-def _subschemas(schema: Any, pointer: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every schema in a schema, itself first, and the pointer to it."""
+def _mapped(schema: Any, pointer: str, change: Callable[[dict[str, Any], str], dict[str, Any]]) -> Any:
+    """A copy of a schema in which `change` was applied to a copy of each schema in it and the pointer to it."""
     if not isinstance(schema, dict):
-        return
-    yield schema, pointer
+        return schema
+    copy = dict(schema)
     for keyword, value in schema.items():
         place = step(pointer, keyword)
         if keyword in _NAMED and isinstance(value, dict):
-            for name, inner in value.items():
-                yield from _subschemas(inner, step(place, name))
+            copy[keyword] = {name: _mapped(inner, step(place, name), change) for name, inner in value.items()}
         elif keyword in _LISTS and isinstance(value, list):
-            for i, inner in enumerate(value):
-                yield from _subschemas(inner, step(place, i))
+            copy[keyword] = [_mapped(inner, step(place, i), change) for i, inner in enumerate(value)]
         elif keyword in _SCHEMAS:
-            yield from _subschemas(value, place)
+            copy[keyword] = _mapped(value, place, change)
+    return change(copy, pointer)
+
+
+def _exact_pattern(pattern: str, pointer: str) -> str:
+    """A pattern with the meaning that ecma.py gives it."""
+    try:
+        return f"^(?:{rust_pattern(parse_ecma(pattern))})$"
+    except PatternError as error:
+        raise Unsupported(f"the pattern cannot be read: {error}", pointer) from None
 
 
 def _refuse_unknown(schema: dict[str, Any], pointer: str) -> None:
@@ -142,30 +158,20 @@ def _refuse_unknown(schema: dict[str, Any], pointer: str) -> None:
 
 def _closable(schema: Any) -> bool:
     """Whether objects can be closed one by one: no two schemas speak of the same value."""
-    for place, _ in _subschemas(schema, ""):
+    shared = []
+
+    def look(place: dict[str, Any], _: str) -> dict[str, Any]:
         combined = place.keys() & {"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas"}
-        alone = place.keys() <= ANNOTATIONS | combined | {"type"} and len(combined) <= 1
-        if "allOf" in combined or not (alone or not combined):
-            return False
-    return True
+        alone = len(combined) == 1 and place.keys() <= ANNOTATIONS | combined | {"type"}
+        shared.append("allOf" in combined or not (alone or not combined))
+        return place
+
+    _mapped(schema, "", look)
+    return not any(shared)
 
 
-def _closed(value: Any, keyword: str) -> Any:
-    """The value of a keyword of a schema, its subschemas' undeclared members left out."""
-    if keyword in _NAMED and isinstance(value, dict):
-        return {name: _closed_schema(inner) for name, inner in value.items()}
-    if keyword in _LISTS and isinstance(value, list):
-        return [_closed_schema(inner) for inner in value]
-    return _closed_schema(value) if keyword in _SCHEMAS else value
-
-
-def _closed_schema(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return schema
-    inner = {keyword: _closed(value, keyword) for keyword, value in schema.items()}
+def _is_open(schema: dict[str, Any]) -> bool:
+    """Whether only silence admits members that are not declared, and none of them is required."""
     declared = schema.get("properties")
-    if isinstance(declared, dict) and "additionalProperties" not in schema and "patternProperties" not in schema:
-        required = schema.get("required", [])
-        if all(name in declared for name in required):
-            inner["additionalProperties"] = False
-    return inner
+    silent = "additionalProperties" not in schema and "patternProperties" not in schema
+    return isinstance(declared, dict) and silent and all(name in declared for name in schema.get("required", []))
