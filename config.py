@@ -107,6 +107,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     disable_jump_forward: Annotated[
         bool, Meta(description="draw tokens that a grammar forces one by one; the output is the same")
     ] = False
+    grammar_backend: Annotated[
+        Literal["auto", "fsm", "llguidance"],
+        Meta(description="auto: tables where a grammar has them, else llguidance's parser; or only one of the two"),
+    ] = "auto"
     grammar_seconds: Annotated[
         float, Meta(gt=0, description="time to compile a request's grammar; one that needs more is refused")
     ] = 1.0

@@ -77,3 +77,16 @@ class Constraint:
             tokens.append(token)
             state = self.grammar.step(state, token)
         return tokens, state
+
+
+@dataclass(slots=True, eq=False)
+class Guided:
+    """A place in a grammar that no table can have (fsm/guidance.py): the fsm actor's matcher says what may come next.
+
+    Invariant: `mask` is that of the token after all that the request has, so it goes with each new one.
+    """
+
+    grammar: str
+    """messages.Translated.grammar"""
+    mask: np.ndarray | None = None
+    """int32 [words], bit i of word w for token 32 w + i; None until it comes."""

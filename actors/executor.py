@@ -215,16 +215,18 @@ class Executor(Actor):
     async def _run_window(self, plan: Plan) -> None:
         assert self.stepper is not None
         chunks = self._apply(plan)
+        once = set(ints(plan.once_slots).tolist())
         for number in range(plan.k):
             work = chunks if number == 0 else []
+            chunked = {c.slot for c in work}
             if work:  # a slot that jumps has its chunk instead of a row
-                jumping = {c.slot for c in work}
-                self.decoding = [s for s in self.decoding if s not in jumping]
+                self.decoding = [s for s in self.decoding if s not in chunked]
+            rows = self.decoding if number else [*self.decoding, *sorted(once - chunked)]
             started = time.perf_counter_ns()
-            step = self.stepper.launch(np.array(self.decoding, dtype=np.int64), work)
+            step = self.stepper.launch(np.array(rows, dtype=np.int64), work)
             rids = np.array([self.rid_of[s] for s in step.slots.tolist()], dtype=np.int64)
             self.launched.append(Launched(plan.window, number, rids, step, started))
-            self.decoding += [c.slot for c in work if c.draws]
+            self.decoding += [c.slot for c in work if c.draws and c.slot not in once]
             self._publish_ready()
             await trio.lowlevel.checkpoint()
 

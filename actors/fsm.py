@@ -1,20 +1,37 @@
 """The fsm actor: compiles grammars for the scheduler, in processes of its own, and remembers them.
 
 Equal grammars are compiled once, whoever waits for them, and their tables kept as long as there is room. Compilers are
-killed when they take too long, and started again (compile_pool.py). Invariant: each Compile gets one Compiled or
-CompileFailed, unless it was discarded; nothing here is needed by a request that runs.
+killed when they take too long, and started again (compile_pool.py). Grammars that no table can have are followed here,
+request by request (match_pool.py). Invariant: each Compile gets one Compiled, Translated or CompileFailed, unless it
+was discarded; what a request that runs needs of here can be made again from its tokens.
 """
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import trio
 
 from .actor import Actor, Context
 from .compile_pool import Worker, WorkerDied
-from .fsm_worker import Failed, Made, Setup
-from .messages import Compile, Compiled, CompileFailed, Discard, Drain, FsmInbox, GrammarSpec, PeerDown, PeerUp
+from .fsm_worker import Failed, Made, MadeText, Setup
+from .match_pool import MatchPool
+from .messages import (
+    Compile,
+    Compiled,
+    CompileFailed,
+    Discard,
+    Drain,
+    FsmInbox,
+    GrammarSpec,
+    Masks,
+    Match,
+    MatchFailed,
+    PeerDown,
+    PeerUp,
+    Translated,
+    Unmatch,
+)
 from .ref import Gone
 
 SCHEDULER: Final = "sched"
@@ -22,6 +39,7 @@ WORKERS: Final = 2
 CACHE_BYTES: Final = 128 << 20
 ENTRY_BYTES: Final = 1024
 """What an answer takes beside its arrays and the grammar's text, roughly."""
+Answer: TypeAlias = Made | MadeText | Failed
 TRIES: Final = 2
 """A compiler that dies of something else than its deadline may have been killed by chance."""
 
@@ -40,16 +58,16 @@ class Cache:
     def __init__(self, most: int = CACHE_BYTES) -> None:
         self.most = most
         self.size = 0
-        self._answers: OrderedDict[GrammarSpec, Made | Failed] = OrderedDict()
+        self._answers: OrderedDict[GrammarSpec, Answer] = OrderedDict()
 
-    def get(self, spec: GrammarSpec) -> Made | Failed | None:
+    def get(self, spec: GrammarSpec) -> Answer | None:
         """The answer, if it is known."""
         answer = self._answers.get(spec)
         if answer is not None:
             self._answers.move_to_end(spec)
         return answer
 
-    def put(self, spec: GrammarSpec, answer: Made | Failed) -> None:
+    def put(self, spec: GrammarSpec, answer: Answer) -> None:
         """Remember, and forget others for it."""
         self._answers[spec] = answer
         self.size += _bytes(spec, answer)
@@ -65,8 +83,10 @@ class Fsm(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         config, model = context.config, context.model
-        setup = Setup(config.tokenizer_path or model.path, model.eos_ids, model.vocab_size, config.grammar_seconds)
+        tokenizer, seconds = config.tokenizer_path or model.path, config.grammar_seconds
+        setup = Setup(tokenizer, model.eos_ids, model.vocab_size, seconds, config.grammar_backend)
         self.workers = [Worker(setup, f"{context.name}.{i}") for i in range(WORKERS)]
+        self.matches = MatchPool(setup, self._send)
         self.cache = Cache()
         self.works: dict[GrammarSpec, Work] = {}
         """Those without an answer."""
@@ -76,6 +96,7 @@ class Fsm(Actor):
 
     async def start(self) -> None:
         """Start the first compiler, in the background; one in a program's own loop starts at need."""
+        self.matches.start(self.context.nursery)
         for number, worker in enumerate(self.workers):
             warm = not number and self.context.config.placement == "process"
             self.context.nursery.start_soon(self._serve, number, worker, warm)
@@ -86,7 +107,12 @@ class Fsm(Actor):
                 self._compile(message)
             case Discard():
                 self._discard(message.handle)
+            case Match():
+                self.matches.follow(message)
+            case Unmatch():
+                self.matches.forget(message.rid)
             case PeerDown():
+                self.matches.forget_all()
                 for work in self.works.values():
                     work.handles.clear()
                 self.works.clear()
@@ -117,12 +143,17 @@ class Fsm(Actor):
             self._queue.remove(work)
             del self.works[work.spec]
 
-    def _answer(self, handle: int, answer: Made | Failed, status: int = 400, seconds: float = 0.0) -> None:
-        if isinstance(answer, Made):
-            arrays = [memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical)]
-            message: Compiled | CompileFailed = Compiled(handle, *arrays, seconds)
-        else:
-            message = CompileFailed(handle, status, answer.code, answer.message, seconds)
+    def _answer(self, handle: int, answer: Answer, status: int = 400, seconds: float = 0.0) -> None:
+        match answer:
+            case Made():
+                arrays = [memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical)]
+                self._send(Compiled(handle, *arrays, seconds))
+            case MadeText():
+                self._send(Translated(handle, answer.grammar, seconds))
+            case Failed():
+                self._send(CompileFailed(handle, status, answer.code, answer.message, seconds))
+
+    def _send(self, message: Compiled | Translated | CompileFailed | Masks | MatchFailed) -> None:
         try:
             self.context.ref(SCHEDULER).post(message)
         except Gone:
@@ -172,7 +203,7 @@ class Fsm(Actor):
         except (WorkerDied, trio.TooSlowError):
             self.context.log.warning("a compiler of grammars ended in its start")
 
-    async def _made(self, worker: Worker, spec: GrammarSpec) -> tuple[Made | Failed, int]:
+    async def _made(self, worker: Worker, spec: GrammarSpec) -> tuple[Answer, int]:
         """(the answer, its HTTP status)"""
         for _ in range(TRIES):
             try:
@@ -182,8 +213,10 @@ class Fsm(Actor):
         return Failed("compiler_crashed", "the grammar's compiler ended; send the request again"), 503
 
 
-def _bytes(spec: GrammarSpec, answer: Made | Failed) -> int:
+def _bytes(spec: GrammarSpec, answer: Answer) -> int:
     size = len(spec.text) + ENTRY_BYTES
+    if isinstance(answer, MadeText):
+        size += len(answer.grammar)
     if isinstance(answer, Made):
         size += len(answer.token_class) + len(answer.transitions) + len(answer.canonical)
     return size

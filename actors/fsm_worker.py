@@ -11,31 +11,36 @@ import signal
 import socket
 import struct
 import sys
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
 from .messages import GrammarSpec
 
 if TYPE_CHECKING:
+    from ..fsm.matcher import Matchers
     from ..fsm.syntax import Node
+    from ..models.tokenizer import Tokenizer
 
 TABLE_BYTES: Final = 16 << 20
 """Most of a grammar's transitions: a lane and a GPU take them."""
 MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
+TABLE_SHARE: Final = 0.7
+"""Of a grammar's seconds: for its table, where llguidance may take what needs longer."""
 LENGTH: Final = struct.Struct("<I")
 """Before each message, its bytes."""
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """First to the worker: where the tokenizer is, which tokens end an output, the size of the model's vocabulary,
-    and the seconds that a grammar may take."""
+    the seconds that a grammar may take, and EngineConfig.grammar_backend."""
 
     tokenizer: str
     eos_ids: tuple[int, ...]
     vocab_size: int
     seconds: float
+    backend: str
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -66,7 +71,13 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=5):
     late: bool = False
 
 
-Answer: TypeAlias = Ready | Made | Failed
+class MadeText(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """From the worker: no table, but a grammar of llguidance's, tried once (fsm/matcher.py)."""
+
+    grammar: str
+
+
+Answer: TypeAlias = Ready | Made | Failed | MadeText
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_answer: Final = msgspec.msgpack.Decoder(Answer).decode
 _decode_order: Final = msgspec.msgpack.Decoder(Setup | Job).decode
@@ -88,7 +99,7 @@ class Compiler:
         tokenizer = load_tokenizer(setup.tokenizer)
         size = min(tokenizer.vocab_size, setup.vocab_size)
         tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(size)]
-        self.seconds = setup.seconds
+        self.seconds, self.backend = setup.seconds, setup.backend
         self.tokenizer = tokenizer
         self.tables = build_tables(tokens, setup.eos_ids or tokenizer.eos_ids)
         self.refusal: str | None = None
@@ -96,8 +107,11 @@ class Compiler:
             self.refusal = "the tokens of this model's tokenizer have no fixed bytes: outputs cannot be constrained"
         elif not self.tables.eos:
             self.refusal = "this model has no token that ends an output: outputs cannot be constrained"
+        self.matchers: Matchers | None = None
+        if self.refusal is None and self.backend != "fsm":
+            self.matchers = make_matchers(tokenizer, setup)
 
-    def compile(self, spec: GrammarSpec) -> Made | Failed:
+    def compile(self, spec: GrammarSpec) -> Made | MadeText | Failed:
         """Compile a grammar; never raises."""
         from ..fsm.errors import BudgetError, GrammarError
 
@@ -110,31 +124,106 @@ class Compiler:
         except (MemoryError, RecursionError):
             return Failed("grammar_too_large", f"{spec.kind}: the grammar is too large")
 
-    def _made(self, spec: GrammarSpec) -> Made:
+    def _made(self, spec: GrammarSpec) -> Made | MadeText:
+        """A table, else what llguidance can have exactly. Where neither can, the first one's reasons count."""
+        from ..fsm.errors import BudgetError, GrammarError, NotRegular
+        from ..fsm.shapes import Unsupported
+
+        refusal: GrammarError | None = None
+        if self.backend != "llguidance":
+            try:
+                return self._table(spec)
+            except (BudgetError, NotRegular, Unsupported) as error:
+                if self.matchers is None:
+                    raise
+                refusal = error
+        try:
+            return self._translated(spec)
+        except GrammarError as error:
+            if refusal is None or isinstance(refusal, NotRegular):
+                raise
+            if error.message != refusal.message:
+                refusal.message += f"; llguidance: {error.message}"
+            raise refusal from error
+
+    def _table(self, spec: GrammarSpec) -> Made:
         from ..fsm.budget import Budget
         from ..fsm.compiler import compile_pattern, compile_tokens
 
-        budget = Budget(seconds=self.seconds, table_bytes=TABLE_BYTES)
+        share = 1.0 if self.matchers is None else TABLE_SHARE
+        budget = Budget(seconds=share * self.seconds, table_bytes=TABLE_BYTES)
         if spec.kind == "regex":
             table = compile_pattern(spec.text, self.tables, self._spell, budget)
         else:
-            table = compile_tokens(_syntax(spec), self.tables, self._spell, budget)
+            table = compile_tokens(syntax_of(spec), self.tables, self._spell, budget)
         return Made(table.token_class.tobytes(), table.transitions.tobytes(), table.canonical.tobytes())
+
+    def _translated(self, spec: GrammarSpec) -> MadeText:
+        """Raises GrammarError also for what the library refuses."""
+        import numpy as np
+
+        assert self.matchers is not None
+        grammar = translation(spec, frozenset(self.tokenizer.control.tokens))
+        self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
+        return MadeText(grammar)
 
     def _spell(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _syntax(spec: GrammarSpec) -> "Node":
-    """The language of a spec that is JSON. Raises GrammarError."""
+def syntax_of(spec: GrammarSpec) -> "Node":
+    """The syntax tree of a grammar. Raises NotRegular, Unsupported where it has none, other GrammarErrors."""
+    from ..fsm.errors import NotRegular
+    from ..fsm.gbnf import looks_like_gbnf, parse_gbnf, rules_to_syntax
     from ..fsm.json_schema import choices, schema_to_syntax
+    from ..fsm.pattern import parse_pattern
     from ..fsm.spelling import policy
     from ..models.call_grammar import Calls, calls_syntax
 
-    if spec.kind == "tool_calls":
-        return calls_syntax(msgspec.json.decode(spec.text, type=Calls))
-    value: Any = msgspec.json.decode(spec.text)
-    return choices(value) if spec.kind == "choice" else schema_to_syntax(value, policy(spec.whitespace))
+    match spec.kind:
+        case "regex":
+            return parse_pattern(spec.text)
+        case "tool_calls":
+            return calls_syntax(msgspec.json.decode(spec.text, type=Calls))
+        case "choice":
+            return choices(msgspec.json.decode(spec.text))
+        case "json_schema":
+            return schema_to_syntax(msgspec.json.decode(spec.text), policy(spec.whitespace))
+        case "ebnf":
+            if not looks_like_gbnf(spec.text):
+                raise NotRegular("Lark is for llguidance: the server runs with --grammar-backend fsm")
+            return rules_to_syntax(parse_gbnf(spec.text))
+        case _:
+            raise NotRegular("it is for llguidance: the server runs with --grammar-backend fsm")
+
+
+def translation(spec: GrammarSpec, special: frozenset[str]) -> str:
+    """A grammar as llguidance has it. Raises GrammarError."""
+    from ..fsm.guidance import ebnf_grammar, grammar_of, json_grammar
+    from ..fsm.spelling import policy
+    from ..fsm.structural_tag import tag_grammar
+
+    match spec.kind:
+        case "json_schema":
+            return json_grammar(msgspec.json.decode(spec.text), policy(spec.whitespace))
+        case "ebnf":
+            return ebnf_grammar(spec.text)
+        case "structural_tag":
+            return tag_grammar(msgspec.json.decode(spec.text), special)
+        case _:
+            return grammar_of(syntax_of(spec))
+
+
+def make_matchers(tokenizer: "Tokenizer", setup: Setup) -> "Matchers":
+    """What makes the matchers of a tokenizer. Added tokens that are no control tokens are text like any other."""
+    from ..fsm.matcher import Matchers
+
+    size, control = min(tokenizer.vocab_size, setup.vocab_size), set(tokenizer.control.tokens)
+    added = {i: text for i, text in tokenizer.added.items() if i < size}
+    tokens = [added[i].encode() if i in added else tokenizer.token_bytes(i) for i in range(size)]
+    special = [i for i, text in added.items() if text in control]
+    eos = [i for i in setup.eos_ids or tokenizer.eos_ids if i < size]
+    return Matchers(tokens, special, eos, lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
 def limit_memory() -> None:

@@ -13,18 +13,18 @@ from ..errors import RequestError
 from ..fsm.spelling import MAX_RUN, policy
 from .messages import GrammarSpec
 
-FIELDS: Final = ("regex", "json_schema", "choice")
+FIELDS: Final = ("regex", "json_schema", "choice", "ebnf", "structural_tag")
 WHITESPACE: Final = "json_whitespace"
 GIVEN: Final = (*FIELDS, WHITESPACE)
 """What a request may say of its grammar."""
-UNSUPPORTED: Final = ("ebnf", "structural_tag", "whitespace_pattern")
+UNSUPPORTED: Final = ("whitespace_pattern",)
 
 
 def grammar_spec(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> GrammarSpec | None:
     """The spec of `given` (values of GIVEN and UNSUPPORTED, None where absent); None if there is none.
 
-    regex: str. json_schema: a schema as JSON text, or parsed. choice: texts. json_whitespace: "spaced", "compact",
-    {"any": n} or {"indent": n}. `names`: what the client called them.
+    regex, ebnf: str. json_schema: a schema as JSON text, or parsed; structural_tag likewise. choice: texts.
+    json_whitespace: "spaced", "compact", {"any": n} or {"indent": n}. `names`: what the client called them.
     Raises RequestError naming the field.
     """
     names = names or {}
@@ -44,29 +44,35 @@ def grammar_spec(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
     name = present[0]
     value, shown = given[name], names.get(name, name)
     match name:
-        case "regex":
+        case "regex" | "ebnf":
             if not isinstance(value, str):
                 raise RequestError(f"{shown} must be a string", param=shown, code="invalid_type")
             _json(value, shown)
-            return GrammarSpec("regex", value)
+            return GrammarSpec(name, value)
         case "json_schema":
-            return GrammarSpec("json_schema", _schema(value, shown), _whitespace(whitespace))
+            schema = _parsed(value, shown)
+            if not isinstance(schema, dict | bool):
+                raise RequestError(f"{shown} must be a JSON schema: an object", param=shown, code="invalid_type")
+            return GrammarSpec(name, _json(schema, shown), _whitespace(whitespace))
+        case "structural_tag":
+            tag = _parsed(value, shown)
+            if not isinstance(tag, dict) or tag.get("type", name) != name:
+                raise RequestError(f"{shown} must be an object of type {name}", param=shown, code="invalid_type")
+            return GrammarSpec(name, _json({key: tag.get(key) for key in ("structures", "triggers")}, shown))
         case _:
             return GrammarSpec("choice", _choices(value, shown))
 
 
-def _schema(value: Any, name: str) -> str:
-    """The schema as JSON without whitespace."""
-    if isinstance(value, str):
-        try:
-            value = msgspec.json.decode(value)
-        except RecursionError:
-            raise RequestError(f"{name} is nested too deeply", param=name, code="invalid_json_schema") from None
-        except msgspec.DecodeError as error:
-            raise RequestError(f"{name} is not JSON: {error}", param=name, code="invalid_json_schema") from None
-    if not isinstance(value, dict | bool):
-        raise RequestError(f"{name} must be a JSON schema: an object", param=name, code="invalid_type")
-    return _json(value, name)
+def _parsed(value: Any, name: str) -> Any:
+    """JSON, which clients send as text or as itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except RecursionError:
+        raise RequestError(f"{name} is nested too deeply", param=name, code="invalid_json_schema") from None
+    except msgspec.DecodeError as error:
+        raise RequestError(f"{name} is not JSON: {error}", param=name, code="invalid_json_schema") from None
 
 
 def _whitespace(value: Any) -> str:

@@ -13,8 +13,8 @@ from typing import Final
 
 import numpy as np
 
-from .constraint import Constraint, Grammar
-from .messages import Compiled, CompileFailed, DropGrammar, GrammarSpec, LoadGrammar
+from .constraint import Constraint, Grammar, Guided
+from .messages import Compiled, CompileFailed, DropGrammar, GrammarSpec, LoadGrammar, Translated
 from .request import Request
 
 IDLE_BYTES: Final = 64 << 20
@@ -28,9 +28,24 @@ class Entry:
 
     handle: int
     spec: GrammarSpec
-    grammar: Grammar | None = None
+    grammar: Grammar | str | None = None
+    """Tables; or the text of one that the fsm actor follows."""
     waiting: dict[int, Request] = field(default_factory=dict)
     """By request id, until the grammar comes."""
+
+    def give(self, request: Request) -> None:
+        """Put the request at the beginning of the grammar."""
+        if isinstance(self.grammar, str):
+            request.guided = Guided(self.grammar)
+        elif self.grammar is not None:
+            request.constraint = Constraint(self.grammar)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the grammar."""
+        if self.grammar is None:
+            return 0
+        return len(self.grammar) if isinstance(self.grammar, str) else self.grammar.nbytes
 
 
 @dataclass(slots=True)
@@ -70,7 +85,7 @@ class GrammarStore:
         if entry is not None and entry.grammar is not None:
             self._entries.move_to_end(spec)
             self.counters.hits += 1
-            request.constraint = Constraint(entry.grammar)
+            entry.give(request)
             return None
         new = entry is None
         if entry is None:
@@ -79,20 +94,18 @@ class GrammarStore:
         entry.waiting[request.rid] = request
         return entry if new else None
 
-    def compiled(self, m: Compiled) -> list[Request]:
+    def compiled(self, m: Compiled | Translated) -> list[Request]:
         """Take a grammar in; returns the requests that waited for it, now with their constraints."""
         self.counters.compiled += 1
         self.counters.seconds += m.seconds
         entry = self._by_handle.get(m.handle)
         if entry is None or entry.grammar is not None:
             return []
-        classes, canonical = (np.frombuffer(a, t).copy() for a, t in ((m.token_class, np.uint16), (m.canonical, "i4")))
-        transitions = np.frombuffer(m.transitions, np.int16).reshape(len(canonical), -1).copy()
-        entry.grammar = Grammar(m.handle, classes, transitions, canonical)
+        entry.grammar = m.grammar if isinstance(m, Translated) else _tables(m)
         requests = list(entry.waiting.values())
         entry.waiting.clear()
         for request in requests:
-            request.constraint = Constraint(entry.grammar)
+            entry.give(request)
         return requests
 
     def kind(self, handle: int) -> str | None:
@@ -134,16 +147,15 @@ class GrammarStore:
     def trim(self, requests: Iterable[Request]) -> None:
         """Forget the grammars that have not been asked for longest, as far as none of these requests has them."""
         idle = [e for e in self._entries.values() if e.grammar is not None]
-        if len(idle) <= IDLE_MOST and sum(e.grammar.nbytes for e in idle if e.grammar) <= IDLE_BYTES:
+        if len(idle) <= IDLE_MOST and sum(entry.nbytes for entry in idle) <= IDLE_BYTES:
             return
         used = {r.constraint.grammar.handle for r in requests if r.constraint is not None}
         idle = [entry for entry in idle if entry.handle not in used]
-        size = sum(entry.grammar.nbytes for entry in idle if entry.grammar)
+        size = sum(entry.nbytes for entry in idle)
         for number, entry in enumerate(idle):
             if len(idle) - number <= IDLE_MOST and size <= IDLE_BYTES:
                 break
-            assert entry.grammar is not None
-            size -= entry.grammar.nbytes
+            size -= entry.nbytes
             self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
@@ -181,3 +193,11 @@ class GrammarStore:
             del self.loaded[grammar.handle]
             drops.append(DropGrammar(window, grammar.handle))
         return drops
+
+
+def _tables(m: Compiled) -> Grammar:
+    """Copies of the message's arrays."""
+    classes, canonical = (np.frombuffer(a, t).copy() for a, t in ((m.token_class, np.uint16), (m.canonical, "i4")))
+    return Grammar(
+        m.handle, classes, np.frombuffer(m.transitions, np.int16).reshape(len(canonical), -1).copy(), canonical
+    )

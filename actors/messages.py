@@ -8,10 +8,11 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
     front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
-                                    sched  --LoadGrammar, DropGrammar, GrammarStates-->  sampler.r
+                         sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
     front  --Tokenize, Detokenize, Order-->  text  --Order-->  sched
     front  <--Tokenized, Detokenized, Done--  text  <--Done, Refused--  sched
-                                         fsm  --Compiled, CompileFailed-->  sched  --Compile, Discard-->  fsm
+                              fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
+                                         fsm  --Masks, MatchFailed-->  sched  --Match, Unmatch-->  fsm
 """
 
 from enum import IntEnum
@@ -99,10 +100,11 @@ Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 class GrammarSpec(Message, frozen=True, tag=7):
     """What an output must match. Part of Generate, Submit and Compile; equal specs are one grammar."""
 
-    kind: Literal["regex", "json_schema", "choice", "tool_calls"]
+    kind: Literal["regex", "json_schema", "choice", "tool_calls", "ebnf", "structural_tag"]
     """Also the name of the field that errors are about."""
     text: str
-    """The pattern; the schema as JSON; a JSON array of texts; models/call_grammar.py's Calls as JSON."""
+    """The pattern; the schema as JSON; a JSON array of texts; models/call_grammar.py's Calls as JSON; GBNF or Lark; the
+    structural tag as JSON."""
     whitespace: str = "spaced"
     """Of JSON: the name of a policy (fsm/spelling.py)."""
 
@@ -399,6 +401,9 @@ class Plan(Message, frozen=True, tag=51):
     """Messages that the sampler was sent for this window."""
     chunk_scored: memoryview = NOTHING
     """[chunks] 1 where the logprobs of the chunk's tokens but the first are wanted; empty: nowhere."""
+    once_slots: memoryview = NOTHING
+    """Slots that draw in step 0 and then rest until they are named again, since each of their tokens needs a mask of
+    its own: those of the chunks here, and others, which decode in step 0."""
 
 
 class SlotParams(Message, frozen=True, tag=52):
@@ -457,6 +462,17 @@ class GrammarStates(Message, frozen=True, tag=55):
     """These tokens, row after row."""
 
 
+class SlotMasks(Message, frozen=True, tag=56):
+    """Scheduler to sampler: what slots may draw in the window `window`, in its one step in which they do.
+
+    slots int32 [rows]; bitmask int32 [rows, words], bit i of word w for token 32 w + i; tokens beyond never come.
+    """
+
+    window: int
+    slots: memoryview
+    bitmask: memoryview
+
+
 # ------------------------------------------------------------------ exec.0 -> sched
 
 
@@ -512,6 +528,24 @@ class Discard(Message, frozen=True, tag=71):
     handle: int
 
 
+class Match(Message, frozen=True, tag=74):
+    """Scheduler to fsm: a request that follows a Translated grammar has these tokens after its first `start` generated
+    ones, which the fsm actor knows. Owed: a row of Masks, or MatchFailed, unless it is forgotten by Unmatch."""
+
+    rid: int
+    start: int
+    ids: memoryview
+    """int32"""
+    grammar: str = ""
+    """With start 0: Translated.grammar."""
+
+
+class Unmatch(Message, frozen=True, tag=75):
+    """Scheduler to fsm: forget a request's place in its grammar. Nothing is owed."""
+
+    rid: int
+
+
 # ------------------------------------------------------------------ fsm -> sched
 
 
@@ -537,6 +571,35 @@ class CompileFailed(Message, frozen=True, tag=73):
     """As in Compiled."""
 
 
+class Translated(Message, frozen=True, tag=76):
+    """fsm to scheduler: a grammar that no table can have; `grammar` is what to send in Match."""
+
+    handle: int
+    grammar: str
+    seconds: float = 0.0
+    """As in Compiled."""
+
+
+class Masks(Message, frozen=True, tag=77):
+    """fsm to scheduler: what requests may draw next.
+
+    rids int64 [rows]; lengths int32 [rows], the generated tokens before; bitmask int32 [rows, words], as in SlotMasks.
+    """
+
+    rids: memoryview
+    lengths: memoryview
+    bitmask: memoryview
+
+
+class MatchFailed(Message, frozen=True, tag=78):
+    """fsm to scheduler: a request cannot go on in its grammar; fields as in Ended."""
+
+    rid: int
+    status: int
+    code: str
+    message: str
+
+
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
 FrontAnswer: TypeAlias = Tokenized | Detokenized | Done
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
@@ -544,8 +607,9 @@ FrontQuestion: TypeAlias = Tokenize | Detokenize | Order
 TextInbox: TypeAlias = (
     SystemMessage | Generate | Cancel | Abort | FrontQuestion | Tokens | Started | Ended | Stats | Done | Refused
 )
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | ExecutorReady | StepOut | Compiled | CompileFailed
+GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | ExecutorReady | StepOut | GrammarNews
 ExecutorInbox: TypeAlias = SystemMessage | Plan
-SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates
+SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
-FsmInbox: TypeAlias = SystemMessage | Compile | Discard
+FsmInbox: TypeAlias = SystemMessage | Compile | Discard | Match | Unmatch

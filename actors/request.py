@@ -12,7 +12,7 @@ import numpy as np
 
 from ..kvstore.radix import Node
 from ..sampler.params import SamplingParams
-from .constraint import Constraint
+from .constraint import Constraint, Guided
 
 
 class Stage(Enum):
@@ -65,6 +65,8 @@ class Request:
     """What the output must match; its state is that after all of `tokens`."""
     unsent: int = 0
     """Its newest tokens, forced ones, that nobody was told of yet: they wait until a chunk has computed their KV."""
+    guided: Guided | None = None
+    """The same where the fsm actor follows the grammar: then it draws only when a mask has come."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:
@@ -78,11 +80,18 @@ class Request:
         self.tokens.append(token)
         if self.constraint is not None:
             self.constraint.state = self.constraint.grammar.step(self.constraint.state, token)
+        if self.guided is not None:
+            self.guided.mask = None
 
     @property
     def jumps(self) -> bool:
         """Whether forced tokens may come as chunks; see jumps.py."""
         return self.constraint is not None
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether it cannot draw before the fsm actor has said what may come."""
+        return self.guided is not None and self.guided.mask is None
 
     @property
     def generated(self) -> int:

@@ -28,6 +28,7 @@ from .messages import (
     PeerUp,
     SamplerInbox,
     SamplerMessage,
+    SlotMasks,
     SlotParams,
 )
 
@@ -51,7 +52,7 @@ class Sampler(Actor):
     def receive(self, message: Any, source: str) -> None:
         """Keep changes for their window; forget all of a scheduler that died."""
         match message:
-            case SlotParams() | LoadGrammar() | DropGrammar() | GrammarStates():
+            case SlotParams() | LoadGrammar() | DropGrammar() | GrammarStates() | SlotMasks():
                 self.pending.append((message.window, self._change(message)))
             case PeerDown():
                 self.pending.clear()
@@ -76,6 +77,9 @@ class Sampler(Actor):
                 slots, states = array(m.slots, np.int32).tolist(), array(m.states, np.int32).tolist()
                 ends = np.cumsum(array(m.counted, np.int32))
                 return partial(_jump, slots, states, np.split(array(m.counted_ids, np.int32), ends[:-1]))
+            case SlotMasks():
+                slots = array(m.slots, np.int32)
+                return partial(_set_masks, slots, array(m.bitmask, np.int32).reshape(len(slots), -1))
             case _:
                 assert_never(m)
 
@@ -147,3 +151,7 @@ def _jump(slots: list[int], states: list[int], counted: list[np.ndarray], state:
         state.set_grammar_state(slot, value)
         if len(ids):
             state.count_given(slot, ids)
+
+
+def _set_masks(slots: np.ndarray, masks: np.ndarray, state: SamplerState) -> None:
+    state.set_masks(slots, masks)

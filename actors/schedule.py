@@ -98,6 +98,11 @@ class Schedule:
         self.requests[request.rid] = request
         self.waiting[request.rid] = request
 
+    def mask_came(self, request: Request) -> None:
+        """Its next token can be drawn: in the next window, if it is decoding."""
+        if request.stage is Stage.DECODE:
+            self.slots.decoding[request.slot] = True
+
     def abort(self, rid: int) -> bool:
         """End a request now, wherever it is. False if it is not known (any more)."""
         request = self.requests.get(rid)
@@ -224,6 +229,8 @@ class Schedule:
         window.k = self._choose_k(rows, joining, more_waits)
         self._grow(window, rows, window.k)
         self._grow(window, joining, window.k - 1)
+        window.once = [slot for slot in (*rows.tolist(), *joined) if self.slots.guided[slot]]
+        self.slots.decoding[window.once] = False  # until their next masks come
         window.release, self._release = self._release, []
         self.in_flight.append(window)
         self.next_window += 1
@@ -284,7 +291,7 @@ class Schedule:
 
     def _choose_k(self, rows: np.ndarray, joining: np.ndarray, more_waits: bool) -> int:
         """1 while somebody waits for the next window, else growing up to what the time budget allows."""
-        if more_waits or any(r.planned < r.target for r in self.prefilling.values()):
+        if more_waits or self.slots.guided.any() or any(r.planned < r.target for r in self.prefilling.values()):
             return 1
         k = self.config.num_continuous_decode_steps
         if self.window_ms:
@@ -332,7 +339,7 @@ class Schedule:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            if request.blocked_until > reported or self._prefix_is_coming(request):
+            if request.blocked_until > reported or request.waits_for_mask or self._prefix_is_coming(request):
                 held_back += 1
                 continue
             if not self.config.disable_jump_forward:

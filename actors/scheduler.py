@@ -10,14 +10,15 @@ from array import array
 from itertools import chain
 from typing import Any, ClassVar, Final
 
-import msgspec
 import numpy as np
 import trio
+from msgspec.structs import replace
 
 from ..errors import RequestError
 from ..models.ledger import CHUNK, MIXED_CHUNK
 from .actor import Actor, Context
 from .grammar_store import GrammarStore
+from .guided import GuidedRequests
 from .messages import (
     NO_STATS,
     NOTHING,
@@ -34,6 +35,9 @@ from .messages import (
     Finish,
     GrammarSpec,
     GrammarStates,
+    Masks,
+    Match,
+    MatchFailed,
     Order,
     PeerDown,
     PeerUp,
@@ -42,12 +46,15 @@ from .messages import (
     SamplerMessage,
     SchedulerInbox,
     Scores,
+    SlotMasks,
     SlotParams,
     Started,
     Stats,
     StepOut,
     Submit,
     Tokens,
+    Translated,
+    Unmatch,
 )
 from .ref import Gone
 from .request import Request
@@ -141,6 +148,7 @@ class Scheduler(Actor):
         self.schedule: Schedule | None = None
         self.early: list[Request] = []
         self.grammars = GrammarStore()
+        self.guided = GuidedRequests()
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
@@ -160,11 +168,15 @@ class Scheduler(Actor):
                 self._submit(message)
             case Abort():
                 self._abort(message.rid)
-            case Compiled():
+            case Compiled() | Translated():
                 for request in self.grammars.compiled(message):
                     self._add(request)
             case CompileFailed():
                 self._compile_failed(message)
+            case Masks():
+                self._masks(message)
+            case MatchFailed():
+                self._match_failed(message)
             case ExecutorReady():
                 self._executor_ready(message)
             case PeerDown():
@@ -180,7 +192,9 @@ class Scheduler(Actor):
                 pass  # the fronts send nothing new
 
     def flush(self) -> None:
-        """Plan and send until enough windows are in flight."""
+        """Ask for the masks that are needed; plan and send until enough windows are in flight."""
+        for due in self.guided.due():
+            self._to_fsm(due)
         while self.executor_up and self.schedule is not None and not self.paused:
             window = self.schedule.plan()
             if window is None:
@@ -218,7 +232,7 @@ class Scheduler(Actor):
             self._to_text(Ended(request.rid, 400, "unsupported_value", text, spec.kind))
             return
         entry = self.grammars.ask(spec, request)
-        if request.constraint is not None:
+        if request.constraint is not None or request.guided is not None:
             self._add(request)
         elif entry is not None:
             self._to_fsm(Compile(entry.handle, entry.spec))
@@ -229,6 +243,15 @@ class Scheduler(Actor):
         for request in self.grammars.failed(m):
             self._to_text(Ended(request.rid, m.status, m.code, m.message, kind))
 
+    def _masks(self, m: Masks) -> None:
+        assert self.schedule is not None, "a request is followed once it is queued"
+        for request in self.guided.came(m):
+            self.schedule.mask_came(request)
+
+    def _match_failed(self, m: MatchFailed) -> None:
+        if self.schedule is not None and self.schedule.abort(m.rid):
+            self._to_text(Ended(m.rid, m.status, m.code, m.message))
+
     def _add(self, request: Request) -> None:
         if self.schedule is None:
             self.early.append(request)
@@ -237,6 +260,9 @@ class Scheduler(Actor):
             self.schedule.add(request)
         except RequestError as e:
             self._to_text(Ended(request.rid, e.status, e.code, e.message, e.param))
+            return
+        if request.guided is not None:
+            self.guided.add(request)
 
     def _abort(self, rid: int) -> None:
         known = self.schedule is not None and self.schedule.abort(rid)
@@ -281,7 +307,7 @@ class Scheduler(Actor):
         except Gone:
             return  # its requests are dropped when PeerDown arrives
 
-    def _to_fsm(self, message: Compile | Discard) -> None:
+    def _to_fsm(self, message: Compile | Discard | Match | Unmatch) -> None:
         try:
             self.context.ref(FSM).post(message)
         except Gone:
@@ -311,6 +337,8 @@ class Scheduler(Actor):
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
                 text = "the executor died twice while it ran this request; it is not tried again"
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
+        elif m.name == FSM:
+            self.guided.lost()
         elif m.name == "text":
             self.early = []
             for handle in self.grammars.abandon_all():
@@ -372,7 +400,18 @@ class Scheduler(Actor):
         changes += [self._slot_params(window.number, request) for request in admitted]
         if window.jumps:
             changes.append(jumps_of(window))
+        if window.once:
+            changes.append(self._slot_masks(window))
         return changes
+
+    def _slot_masks(self, window: Window) -> SlotMasks:
+        assert self.schedule is not None
+        masks = []
+        for slot in window.once:
+            request = self.schedule.slots.requests[slot]
+            assert request is not None and request.guided is not None and request.guided.mask is not None
+            masks.append(request.guided.mask)
+        return SlotMasks(window.number, int32(window.once), memoryview(np.concatenate(masks).tobytes()))
 
     def _slot_params(self, number: int, request: Request) -> SlotParams:
         looks_at_tokens = request.params.has_penalty
@@ -380,7 +419,8 @@ class Scheduler(Actor):
         return SlotParams(
             window=number,
             slot=request.slot,
-            params=request.params,
+            # An end that the mask allows is one, as it is for a grammar that the sampler follows.
+            params=request.params if request.guided is None else replace(request.params, ignore_eos=False),
             prompt_ids=memoryview(prompt.tobytes()) if looks_at_tokens else NOTHING,
             output_ids=memoryview(output.tobytes()) if looks_at_tokens else NOTHING,
             prompt_length=request.prompt_length,
@@ -411,6 +451,7 @@ class Scheduler(Actor):
             chunk_starts=int32([start for _, start, _, _ in chunks]),
             sampler_changes=sampler_changes,
             chunk_scored=int32([0] * len(w.chunks) + scored) if any(scored) else NOTHING,
+            once_slots=int32(w.once),
         )
 
     # ------------------------------------------------------------------ statistics
@@ -430,7 +471,7 @@ class Scheduler(Actor):
         """Return the present state and the totals."""
         s = self.schedule
         if s is None:
-            return msgspec.structs.replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
+            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
         c, g = s.counters, self.grammars.counters
         return Stats(
             waiting=len(s.waiting) + self.grammars.waiting,

@@ -26,6 +26,8 @@ class SlotTable:
         self.pages = np.zeros(size, dtype=np.int64)
         self.jumps = np.zeros(size, dtype=bool)
         """The request may jump over forced tokens."""
+        self.guided = np.zeros(size, dtype=bool)
+        """Each of its tokens needs a mask: its row is `decoding` only while there is one that is not planned yet."""
 
     def take(self, request: Request) -> None:
         """Seat a request whose pages cover its prompt."""
@@ -37,11 +39,12 @@ class SlotTable:
         self.pages[slot] = len(request.pages)
         self.decoding[slot] = False
         self.jumps[slot] = self._jumps and request.jumps
+        self.guided[slot] = request.guided is not None
 
     def give_back(self, slot: int) -> None:
         """Free a slot. Its row may still run in windows under way; the executor applies the release in order."""
         self.requests[slot] = None
-        self.decoding[slot] = self.jumps[slot] = False
+        self.decoding[slot] = self.jumps[slot] = self.guided[slot] = False
         self.horizon[slot] = self.cap[slot] = self.pages[slot] = 0
         self.free.append(slot)
 

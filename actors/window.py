@@ -79,6 +79,8 @@ class Window:
     grow_pages: list[int] = field(default_factory=list)
     chunks: list[PrefillChunk] = field(default_factory=list)
     jumps: list[JumpChunk] = field(default_factory=list)
+    once: list[int] = field(default_factory=list)
+    """Slots that draw in step 0 only, each under a mask of its own: rows, and such as a chunk lets draw."""
     budget: int = 0
     """Prompt tokens that still fit."""
 

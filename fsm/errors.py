@@ -44,6 +44,14 @@ class EmptyLanguage(GrammarError):
         super().__init__("nothing can match this grammar")
 
 
+class NotRegular(GrammarError):
+    """A valid grammar that no automaton can have: it calls itself, or its form is another backend's."""
+
+
+class MatcherError(GrammarError):
+    """llguidance's parser gave up on an output: it took too long, or no token of the model can follow."""
+
+
 class Unspellable(GrammarError):
     """No sequence of this tokenizer's tokens matches. `missing`: byte values that no token of one byte spells."""
 

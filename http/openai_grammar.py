@@ -17,6 +17,9 @@ _ALIASES: Final = {
     "guided_json": "json_schema",
     "choice": "choice",
     "guided_choice": "choice",
+    "ebnf": "ebnf",
+    "guided_grammar": "ebnf",
+    "structural_tag": "structural_tag",
 }
 """A client's field, and ours."""
 
@@ -28,9 +31,9 @@ def requested_grammar(
     given: list[tuple[str, str, Any]] = [
         (name, ours, value) for name, ours in _ALIASES.items() if (value := getattr(request, name)) is not None
     ]
-    schema = None if response_format is None else _schema(response_format)
-    if schema is not None:
-        given.append(("response_format", "json_schema", schema))
+    wanted = None if response_format is None else _wanted(response_format)
+    if wanted is not None:
+        given.append(("response_format", *wanted))
     if len(given) > 1:
         one, other = given[0][0], given[1][0]
         raise RequestError(f"{one} and {other} exclude each other: an output has one grammar", param=other)
@@ -41,20 +44,19 @@ def requested_grammar(
     return grammar_spec({ours: value} | whitespace, {ours: name}), {ours: name}
 
 
-def _schema(wanted: ResponseFormat) -> Any:
-    """The schema of a response_format, None for plain text."""
+def _wanted(wanted: ResponseFormat) -> tuple[str, Any] | None:
+    """(our field, its value) of a response_format, None for plain text."""
     match wanted.type:
         case "text":
             return None
         case "json_schema":
             if wanted.json_schema is None or wanted.json_schema.schema is None:
                 raise _refused("response_format of type json_schema needs json_schema.schema", "invalid_value")
-            return wanted.json_schema.schema
+            return "json_schema", wanted.json_schema.schema
         case "json_object":
-            raise _refused(
-                "response_format json_object is not supported yet: give a schema, "
-                '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}'
-            )
+            return "json_schema", {"type": "object"}
+        case "structural_tag":
+            return "structural_tag", {"structures": wanted.structures, "triggers": wanted.triggers}
         case _:
             raise _refused(f"response_format {wanted.type[:64]} is not supported")
 

@@ -74,8 +74,9 @@ class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     choice: tuple[str, ...] | None = None
     json_whitespace: str | dict[str, int] | None = None
     """"spaced", "compact", {"any": n} or {"indent": n}."""
-    ebnf: Refusable = None
-    structural_tag: Refusable = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    """JSON text, or the tag itself."""
     whitespace_pattern: Refusable = None
 
 
@@ -201,21 +202,18 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_json: str | bool | dict[str, Any] | None = None
     guided_choice: tuple[str, ...] | None = None
+    guided_grammar: str | None = None
     json_whitespace: str | dict[str, int] | None = None
-    ebnf: Refusable = None
-    structural_tag: Refusable = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     structured_outputs: Refusable = None
     whitespace_pattern: Refusable = None
-    guided_grammar: Refusable = None
     guided_whitespace_pattern: Refusable = None
 
 
 OPENAI_REFUSED = (
-    "ebnf",
-    "structural_tag",
     "structured_outputs",
     "whitespace_pattern",
-    "guided_grammar",
     "guided_whitespace_pattern",
 )
 
@@ -283,8 +281,12 @@ class JsonSchemaFormat(Struct, frozen=True):
 
 
 class ResponseFormat(Struct, frozen=True):
+    """`structures` and `triggers` are of the type structural_tag (SGLang)."""
+
     type: str
     json_schema: JsonSchemaFormat | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
 
 
 class FunctionName(Struct, frozen=True):

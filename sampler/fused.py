@@ -61,6 +61,8 @@ class Mode:
     """Some row has top_p or min_p, but no top_k."""
     constrained: bool
     """Some row follows a grammar."""
+    masked: bool
+    """Some row has a mask from the host."""
     top_n: int
     """-1: no logprobs."""
 
@@ -98,19 +100,18 @@ class FusedSampler:
             ranked=bool((flags.filtered & flags.ranked).any()),
             raced=bool((flags.filtered & ~flags.ranked).any()),
             constrained=bool(flags.constrained.any()),
+            masked=bool(flags.masked.any()),
             top_n=-1 if most < 0 else next(n for n in TOP_NS if n >= most),
         )
 
-    def draw(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Mode, bitmask: Tensor | None = None
-    ) -> Sampled:
+    def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Mode) -> Sampled:
         """Draw a token per row and count it for the penalties; arguments as reference.sample's.
 
         `logits` [rows, vocab] are overwritten by edits. ids int32 [rows].
         """
         rows, vocab = logits.shape
         raw = logits
-        if mode.top_n >= 0 and (mode.edited or mode.constrained or bitmask is not None):
+        if mode.top_n >= 0 and (mode.edited or mode.constrained or mode.masked):
             logits = logits.clone()
         s, drawn = self.state, Sampled(self.ids[:rows], self.finish[:rows])
         grammars = (s.grammars.bound, s.grammars.state, s.grammars.directory)
@@ -122,9 +123,9 @@ class FusedSampler:
         splits, fast = splits_for(rows, vocab), logits.device.type == "cuda"
         part = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
         kernels.scan[(rows, splits)](
-            logits, slots, positions, s.ints, s.floats, s.marks, bitmask, *grammars, self.best, self.best_ids,
-            self.largest, self.group_tops, vocab, logits.stride(0), 0 if bitmask is None else bitmask.shape[1], part,
-            EDITED=mode.edited or bitmask is not None, MASKED=bitmask is not None, CONSTRAINED=mode.constrained,
+            logits, slots, positions, s.ints, s.floats, s.marks, s.grammars.masks, *grammars, self.best, self.best_ids,
+            self.largest, self.group_tops, vocab, logits.stride(0), s.grammars.masks.shape[1], part,
+            EDITED=mode.edited or mode.masked, MASKED=mode.masked, CONSTRAINED=mode.constrained,
             RANDOM=mode.random, RANKED=mode.ranked, FAST=fast, BLOCK=BLOCK, GROUPS=GROUPS, num_warps=WARPS,
         )  # fmt: skip
         filtering = mode.ranked or mode.raced
@@ -133,7 +134,8 @@ class FusedSampler:
         kernels.finish_rows[(rows,)](
             slots, s.ints, self.best, self.best_ids, self.largest, self.drawn, s.stop_ids, s.marks, *grammars,
             drawn.ids, drawn.finish, vocab, s.stop_ids.shape[1], FILTERING=filtering, EDITED=mode.edited,
-            CONSTRAINED=mode.constrained, SPLITS=splits, STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
+            CONSTRAINED=mode.constrained, MASKED=mode.masked, SPLITS=splits,
+            STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
         if mode.top_n >= 0:
             self._add_logprobs(drawn, raw, slots, mode.top_n)

@@ -4,7 +4,8 @@ Used by SamplerState. A grammar is an automaton over token ids (fsm/token_table.
 a state allows the tokens whose class has a transition, or one canonical token alone, and a drawn token leads to the
 next state. On a GPU the fused kernels read tables, bindings and states on the device (`directory` has the tables'
 addresses, so that CUDA graphs see grammars that come and go); on a CPU the states are the host's, and the masks of
-states are kept, since outputs come back to the same states. Invariant: a slot is bound to at most one loaded grammar.
+states are kept, since outputs come back to the same states. Where no table can have a grammar, each draw of a slot gets
+a mask from the host. Invariant: a slot is bound to at most one loaded grammar, or has masks.
 """
 
 from collections import OrderedDict
@@ -47,13 +48,16 @@ class Grammar:
 
 
 class Grammars:
-    """Loaded grammars, and each slot's: `bound` int32 [slots] its number or -1, `state` int32 [slots]."""
+    """Loaded grammars, and each slot's: `bound` int32 [slots] its number or -1, `state` int32 [slots]; `masks` int32
+    [slots, words]."""
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
         self.bound = torch.full((slots,), NONE, dtype=torch.int32, device=device)
         self.state = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.masks = torch.full((slots, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        """What the host allows each slot; all ones where it says nothing."""
         self.directory = torch.zeros(2 * slots, COLUMNS, dtype=torch.int64, device=device)
         self.host_bound = np.full(slots, NONE, np.int32)
         self._host_state = np.zeros(slots, np.int64)
@@ -102,15 +106,22 @@ class Grammars:
         self._host_state[slot] = state
         self.state[slot] = state
 
+    def set_masks(self, slots: Int32Array, masks: Int32Array) -> None:
+        """Let slots [rows], which are bound to nothing, draw under masks [rows, words]; missing words allow nothing."""
+        rows = np.zeros((len(slots), self.masks.shape[1]), np.int32)
+        rows[:, : masks.shape[1]] = masks
+        self.masks.index_copy_(0, upload(slots.astype(np.int64), self.device), upload(rows, self.device))
+
+    def unmask(self, slot: int) -> None:
+        """Let a slot draw without a mask."""
+        self.masks[slot] = -1
+
     # ------------------------------------------------------------------ on a CPU
 
-    def mask(self, slots: npt.NDArray[np.int64], bitmask: Tensor | None) -> Tensor | None:
-        """Return a bitmask int32 [rows, words] of what is allowed for slots [rows], also by `bitmask`; None: all is."""
+    def mask(self, slots: npt.NDArray[np.int64], bitmask: Tensor | None) -> Tensor:
+        """Return a bitmask int32 [rows, words] of what slots [rows] may draw, also by `bitmask` if there is one."""
         bound = self.host_bound[slots]
-        if (bound == NONE).all():
-            return bitmask
-        words = -(-self.vocab_size // 32)
-        rows = torch.full((len(slots), words), -1, dtype=torch.int32)
+        rows = self.masks.index_select(0, torch.from_numpy(slots))
         for i in np.flatnonzero(bound != NONE).tolist():
             rows[i] = self._mask_of(self._by_number[int(bound[i])], int(self._host_state[slots[i]]))
         return rows if bitmask is None else rows & bitmask

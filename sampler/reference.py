@@ -5,7 +5,8 @@ result is a function of its logits, its slot's state and its position. It never 
 device, but looks at results on the host in a few places, for which a GPU waits.
 
 In this order, on the row's logits in float32 (V: vocabulary size):
- 1. bitmask: a token whose bit is 0 gets -inf; so does one that the state of the slot's grammar does not allow.
+ 1. bitmask: a token whose bit is 0 gets -inf; so does one that the state of the slot's grammar does not allow, or the
+    slot's mask.
  2. logit_bias is added.
  3. repetition penalty r, tokens of prompt or output: x / r if x > 0, else x * r. Then, output tokens only (count c):
     x - frequency * c, then - presence if c > 0. (As OpenAI, vLLM and SGLang define them.)
@@ -124,14 +125,15 @@ def sample(
     active_min = flags.min_until > 0
     if positions.device.type == "cpu" and active_min.any():
         active_min &= positions.numpy() < flags.min_until
-    if flags.constrained.any():
+    guided = flags.constrained | flags.masked
+    if guided.any():
         bitmask = state.grammars.mask(at, bitmask)
     ids, poison = _draw(_Rows(logits, slots, positions, bitmask, flags, active_min), state)
     ids = ids.masked_fill(poison, 0)
     stopped = (ids[:, None] == state.stop_ids.index_select(0, slots)).any(-1)
     finish = stopped.to(torch.uint8) * STOP
     finish.masked_fill_(poison, POISON)
-    if flags.constrained.any():
+    if guided.any():
         _follow(ids, finish, logits, at, state)
     if flags.penalty.any():
         chosen = _index(flags.penalty, logits.device)
@@ -153,10 +155,10 @@ def score(logits: Tensor, ids: Tensor, wanted: npt.NDArray[np.int64]) -> Sampled
 
 
 def _follow(ids: Tensor, finish: Tensor, logits: Tensor, at: npt.NDArray[np.int64], state: SamplerState) -> None:
-    """Advance the grammars of the rows that have one, and say in `finish` which of them end."""
+    """Advance the grammars of the rows that have one, and say in `finish` which of them end, or cannot go on."""
     bound = state.flags.constrained[at]
     poison = (finish == POISON).numpy()
-    for row in np.flatnonzero(bound & poison).tolist():
+    for row in np.flatnonzero((bound | state.flags.masked[at]) & poison).tolist():
         if bool(logits[row].amax().isfinite()):
             finish[row] = DEAD
     rows = np.flatnonzero(bound & ~poison)

@@ -196,7 +196,7 @@ def _look(
 
 @triton.jit
 def scan(
-    logits, slots, positions, ints, floats, marks, bitmask, bound, states, directory, best, best_ids, largest,
+    logits, slots, positions, ints, floats, marks, masks, bound, states, directory, best, best_ids, largest,
     group_tops, vocab, stride, words, part,
     EDITED: tl.constexpr, MASKED: tl.constexpr, CONSTRAINED: tl.constexpr, RANDOM: tl.constexpr,
     RANKED: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
@@ -211,7 +211,7 @@ def scan(
     needs = tl.load(ints + slot * INTS + NEEDS)
     top_k = tl.load(ints + slot * INTS + TOP_K)
     x_row = logits + row.to(tl.int64) * stride
-    bitmask_row = bitmask + row.to(tl.int64) * words if MASKED else bitmask
+    bitmask_row = masks + slot * words
     racing = ((needs & GREEDY) == 0) & (top_k == 0)
     scale = tl.load(floats + slot * FLOATS) * LOG2E
     word0, word1 = row_words(tl.load(ints + slot * INTS + SEED), tl.load(positions + row).to(tl.int64))
@@ -250,7 +250,8 @@ def scan(
 @triton.jit
 def finish_rows(
     slots, ints, best, best_ids, largest, drawn, stop_ids, marks, bound, states, directory, ids, finish, vocab, stops,
-    FILTERING: tl.constexpr, EDITED: tl.constexpr, CONSTRAINED: tl.constexpr, SPLITS: tl.constexpr, STOPS: tl.constexpr,
+    FILTERING: tl.constexpr, EDITED: tl.constexpr, CONSTRAINED: tl.constexpr, MASKED: tl.constexpr,
+    SPLITS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
     """Row by row: the winner of all splits, whether it stops the request or the row is poison; count it."""
     row = tl.program_id(0)
@@ -271,6 +272,8 @@ def finish_rows(
     stopped = tl.max((stop == token).to(tl.int32), 0)
     tl.store(ids + row, token)
     verdict = tl.where(poison, POISON, stopped * STOP)
+    if MASKED:  # logits of the model are never all -inf
+        verdict = tl.where(clean & empty, DEAD, verdict)
     if CONSTRAINED:
         has, classes, transitions, _, state = _grammar_of(slot, bound, states, directory)
         if has:

@@ -56,6 +56,8 @@ class Flags:
     """No stop token may be drawn at positions below this."""
     constrained: npt.NDArray[np.bool_]
     """The output follows a grammar."""
+    masked: npt.NDArray[np.bool_]
+    """Each draw has a mask from the host."""
     logprobs: npt.NDArray[np.int64]
     """-1: none wanted; n: the chosen token's and the n most likely ones'."""
 
@@ -70,6 +72,7 @@ class Flags:
             ranked=np.zeros(slots, np.bool_),
             min_until=np.zeros(slots, np.int64),
             constrained=np.zeros(slots, np.bool_),
+            masked=np.zeros(slots, np.bool_),
             logprobs=np.full(slots, -1, np.int64),
         )
 
@@ -83,6 +86,7 @@ class Flags:
             self.ranked[rows],
             self.min_until[rows],
             self.constrained[rows],
+            self.masked[rows],
             self.logprobs[rows],
         )
 
@@ -163,6 +167,9 @@ class SamplerState:
             self._set_counts(slot, prompt_ids, output_ids)
         self.grammars.bind(slot, grammar, grammar_state)
         self.flags.constrained[slot] = grammar != NONE
+        if self.flags.masked[slot]:
+            self.grammars.unmask(slot)
+            self.flags.masked[slot] = False
 
     def load_grammar(
         self, handle: int, token_class: UInt16Array, transitions: Int16Array, canonical: Int32Array
@@ -177,6 +184,11 @@ class SamplerState:
     def set_grammar_state(self, slot: int, state: int) -> None:
         """See Grammars.set_state."""
         self.grammars.set_state(slot, state)
+
+    def set_masks(self, slots: Int32Array, masks: Int32Array) -> None:
+        """See Grammars.set_masks. They hold until the next ones, or until the slot is admitted again."""
+        self.grammars.set_masks(slots, masks)
+        self.flags.masked[slots] = True
 
     def _set_numbers(self, slot: int, params: SamplingParams, prompt_length: int) -> None:
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0

@@ -44,7 +44,7 @@ class Bench:
     """An fsm actor in this loop, and the scheduler's end of its lanes."""
 
     def __init__(self, folder: str, seconds: float) -> None:
-        config = EngineConfig(placement="inline", grammar_seconds=seconds)
+        config = EngineConfig(placement="inline", grammar_seconds=seconds, grammar_backend="fsm")
         model = ModelInfo(name="m", path=folder, model_type="", vocab_size=100_000, context_length=64, eos_ids=(0,))
         self.context = Context("fsm", config, model, FsmInbox, sends_to=["sched"])
         self.sched = Context("sched", config, model, SchedulerInbox, sends_to=["fsm"])

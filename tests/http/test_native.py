@@ -199,8 +199,9 @@ async def test_grammars(rig):
 @pytest.mark.parametrize(
     ("params", "param"),
     [
-        ({"ebnf": "root ::= a"}, "ebnf"),
-        ({"structural_tag": {}}, "structural_tag"),
+        ({"ebnf": ["root ::= a"]}, "ebnf"),
+        ({"structural_tag": {"type": "tag"}}, "structural_tag"),
+        ({"ebnf": "root ::= a", "structural_tag": {}}, "structural_tag"),
         ({"whitespace_pattern": " *"}, "whitespace_pattern"),
         ({"regex": "a", "choice": ["a"]}, "choice"),
         ({"json_schema": "nonsense"}, "json_schema"),

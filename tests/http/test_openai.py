@@ -12,6 +12,8 @@ pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
 USER = [{"role": "user", "content": "Hi"}]
 SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}}}
+TAG = {"type": "structural_tag", "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}], "triggers": ["<f"]}
+TAG_TEXT = '{"structures":[{"begin":"<f>","schema":{},"end":"</f>"}],"triggers":["<f"]}'
 
 
 @pytest.fixture
@@ -197,7 +199,6 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": USER, "stream_options": {"include_usage": True}}, "stream_options"),
-        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function"),
         ({"messages": USER, "response_format": {"type": "grammar"}}, "response_format"),
         ({"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"),
@@ -210,7 +211,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": USER, "regex": 5}, "regex"),
         ({"messages": USER, "choice": []}, "choice"),
         ({"messages": USER, "guided_choice": []}, "guided_choice"),
-        ({"messages": USER, "ebnf": "root ::= a"}, "ebnf"),
+        ({"messages": USER, "ebnf": "root ::= a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": USER, "structural_tag": "{"}, "structural_tag"),
         ({"messages": USER, "whitespace_pattern": " *"}, "whitespace_pattern"),
         ({"messages": USER, "regex": "a", "guided_regex": "a"}, "guided_regex"),
         ({"messages": USER, "regex": "a", "response_format": SCHEMA_FORMAT}, "response_format"),
@@ -237,6 +239,11 @@ async def test_chat_refused_with_the_field(rig, body, param):
         ({"guided_regex": "a+"}, "regex", "a+"),
         ({"choice": ["a", "b"]}, "choice", '["a","b"]'),
         ({"guided_choice": ["a", "b"]}, "choice", '["a","b"]'),
+        ({"ebnf": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
+        ({"guided_grammar": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type":"object"}'),
+        ({"structural_tag": json.dumps(TAG)}, "structural_tag", TAG_TEXT),
+        ({"response_format": TAG}, "structural_tag", TAG_TEXT),
         ({"json_schema": ' {"type":  "integer"}'}, "json_schema", '{"type":"integer"}'),
         ({"guided_json": {"type": "integer"}}, "json_schema", '{"type":"integer"}'),
         ({"response_format": SCHEMA_FORMAT}, "json_schema", '{"type":"integer"}'),

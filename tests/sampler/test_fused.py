@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actorserve.sampler.params import SamplingParams
-from actorserve.sampler.reference import POISON, STOP, sample
+from actorserve.sampler.reference import DEAD, POISON, STOP, sample
 from actorserve.sampler.state import SamplerState
 
 pytest.importorskip("triton")
@@ -161,16 +161,24 @@ def test_poison_is_seen_anywhere() -> None:
     pair.check(torch.full((2, 49), -math.inf))
 
 
-def test_a_bitmask_allows_what_it_says() -> None:
-    pair = Pair(3001, [greedy(), SamplingParams(seed=1), SamplingParams(seed=2, top_k=3)])
-    logits = pair.logits(0)
-    mask = torch.randint(-(2**31), 2**31, (3, 94), dtype=torch.int64).to(torch.int32)
-    slots, positions = torch.tensor(pair.slots), torch.tensor(pair.positions)
-    expected = sample(logits, slots, positions, pair.plain, mask)
-    got = pair.fused.draw(
-        logits.to(DEVICE), slots.to(DEVICE), positions.to(DEVICE), pair.fused.mode_of(pair.slots), mask.to(DEVICE)
+def test_masks_of_the_host_allow_what_they_say() -> None:
+    pair = Pair(
+        3001, [greedy(), SamplingParams(seed=1), SamplingParams(seed=2, top_k=3), greedy(), SamplingParams(seed=3)]
     )
-    assert expected.ids.tolist() == got.ids[:3].tolist()
+    masks = np.random.default_rng(0).integers(-(2**31), 2**31, (4, 93), dtype=np.int64).astype(np.int32)
+    masks[3] = 0  # the last word is left out: what it stands for never comes
+    for state in (pair.plain, pair.fused.state):
+        state.set_masks(np.array(pair.slots[:4], np.int32), masks)
+    pair.check(pair.logits(0), padding=2)
+    expected, got = pair.draw(pair.logits(1))
+    assert expected.finish.tolist() == got.finish[:5].tolist() and got.finish.tolist()[3:5] == [DEAD, 0]
+    for row, token in enumerate(got.ids[:3].tolist()):
+        assert token < 93 * 32 and masks[row, token // 32] >> token % 32 & 1
+    none = np.empty(0, np.int32)
+    for state in (pair.plain, pair.fused.state):
+        state.admit(pair.slots[3], greedy(), none, none, 1, 0)
+    pair.check(pair.logits(2))
+    assert pair.draw(pair.logits(2))[1].finish[3] == 0, "a slot's mask goes with its request"
 
 
 def test_stops() -> None:

@@ -108,9 +108,9 @@ def test_grammars_come_and_go() -> None:
         grammars.load(3, t.token_class, t.transitions, t.canonical)
     grammars.load(4, t.token_class, t.transitions, t.canonical)
     grammars.bind(0, 4, 0)
-    assert grammars.mask(np.array([0]), None) is not None
+    assert (grammars.mask(np.array([0]), None) != -1).any()
     grammars.bind(0, -1, 0)
-    assert grammars.mask(np.array([0]), None) is None
+    assert (grammars.mask(np.array([0]), None) == -1).all()
 
 
 def test_a_grammar_without_a_way_is_not_the_models_fault() -> None:

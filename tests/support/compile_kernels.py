@@ -20,7 +20,7 @@ POINTERS: dict[str, str] = {
     **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
     **dict.fromkeys("partial partial_lse table frequencies".split(), "*fp32"),
     **dict.fromkeys("ints directory totals aboves new_aboves stop_ids bias_ids eos_ids".split(), "*i64"),
-    **dict.fromkeys("slots positions bitmask bound states best_ids drawn ids chosen".split(), "*i32"),
+    **dict.fromkeys("slots positions masks bound states best_ids drawn ids chosen".split(), "*i32"),
     **dict.fromkeys("candidate_ids wins new_wins tables rows lengths counters pages meta".split(), "*i32"),
     **dict.fromkeys("q cache out qkv gains kv delta residual weight new_residual gate_up".split(), "*bf16"),
     "marks": "*i16", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
@@ -41,13 +41,13 @@ def build(kernel: Any, warps: int, pdl: bool = False, **constants: Any) -> None:
 
 def sampler() -> Iterator[None]:
     """Every kernel of the fused sampler."""
-    base = {"BLOCK": fused.BLOCK, "GROUPS": fused.GROUPS, "bitmask": None, "MASKED": False, "FAST": True}
+    base = {"BLOCK": fused.BLOCK, "GROUPS": fused.GROUPS, "FAST": True}
     for edited, constrained, random, ranked in ((0, 0, 1, 0), (1, 0, 0, 0), (0, 1, 1, 1), (1, 1, 1, 0)):
-        flags = {"EDITED": edited, "CONSTRAINED": constrained, "RANDOM": random, "RANKED": ranked}
+        flags = {"EDITED": edited, "CONSTRAINED": constrained, "RANDOM": random, "RANKED": ranked, "MASKED": edited}
         yield build(scan_kernels.scan, fused.WARPS, **base, **{n: bool(f) for n, f in flags.items()})
     yield build(scan_kernels.edit_few, 4, BLOCK=128)
     for splits in (1, 16, 64):
-        flags = {"FILTERING": splits > 1, "EDITED": splits > 1, "CONSTRAINED": splits > 1}
+        flags = dict.fromkeys(("FILTERING", "EDITED", "CONSTRAINED", "MASKED"), splits > 1)
         yield build(scan_kernels.finish_rows, 1, SPLITS=splits, STOPS=128, **flags)
     size = {"BLOCK": fused.BLOCK, "SPLITS": 16}
     groups = {"FEW": fused.FEW, "MOST": fused.MOST, "GROUPS": fused.GROUPS, "FAST": True}

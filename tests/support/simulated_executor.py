@@ -9,6 +9,7 @@ from collections import deque
 import numpy as np
 
 from actorserve.actors.constraint import Grammar
+from actorserve.actors.request import Request
 from actorserve.actors.window import Window
 
 VOCAB = 200
@@ -37,6 +38,12 @@ def draw(tokens: list[int], grammar: Grammar | None, state: int) -> tuple[int, i
     return token, grammar.step(state, token)
 
 
+def draw_masked(tokens: list[int], mask: np.ndarray) -> int:
+    """Return the next token: of those whose bits are set, the one that `draw` would take."""
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    return int(allowed[next_token(tokens) % len(allowed)])
+
+
 def expected(
     prompt: list[int], max_new_tokens: int, grammar: Grammar | None = None, stops: tuple[int, ...] = ()
 ) -> list[int]:
@@ -62,6 +69,7 @@ class SimulatedExecutor:
         self.limit: dict[int, int] = {}
         self.last: dict[int, int] = {}
         self.rids: dict[int, int] = {}
+        self.requests: dict[int, Request] = {}
         self.grammars: dict[int, Grammar | None] = {}
         self.states: dict[int, int] = {}
         self.stops: dict[int, tuple[int, ...]] = {}
@@ -78,6 +86,13 @@ class SimulatedExecutor:
         pages = self.kv[self.tables[slot]].reshape(-1)
         return pages[: self.length[slot]].tolist()
 
+    def draw(self, slot: int) -> tuple[int, int]:
+        guided = self.requests[slot].guided
+        if guided is None:
+            return draw(self.read(slot), self.grammars[slot], self.states[slot])
+        assert guided.mask is not None, "no mask has come"
+        return draw_masked(self.read(slot), guided.mask), 0
+
     def run(self, w: Window) -> None:
         self.decoding = [s for s in self.decoding if s not in w.release]
         contents = [self.kv[source, :n].copy() for source, _, n in w.copies]
@@ -88,6 +103,7 @@ class SimulatedExecutor:
             assert slot not in self.decoding
             self.tables[slot], self.length[slot] = list(seat.pages), seat.cached
             self.limit[slot], self.rids[slot] = seat.request.limit, seat.request.rid
+            self.requests[slot] = seat.request
             constraint = seat.request.constraint
             self.grammars[slot], self.states[slot] = (constraint.grammar, constraint.state) if constraint else (None, 0)
             self.stops[slot] = seat.request.params.stop_token_ids
@@ -97,7 +113,10 @@ class SimulatedExecutor:
             self.forwards += 1
             jumping = {j.request.slot for j in w.jumps} if step == 0 else set()
             assert jumping <= set(self.decoding), "a row that is not decoding jumps"
-            drawing = [s for s in self.decoding if s not in jumping]
+            chunked = jumping | {c.request.slot for c in w.chunks}
+            once = w.once if step == 0 else []
+            assert not set(once) & set(self.decoding), "a row that needs a mask draws without one"
+            drawing = [s for s in self.decoding if s not in jumping] + [s for s in once if s not in chunked]
             for slot in drawing:
                 self.write(slot, self.last[slot])
             if step == 0:
@@ -113,7 +132,7 @@ class SimulatedExecutor:
                         self.write(slot, token)
                     self.states[slot] = j.state
                     drawing.append(slot)
-            drawn = [draw(self.read(slot), self.grammars[slot], self.states[slot]) for slot in drawing]
+            drawn = [self.draw(slot) for slot in drawing]
             ids = [token for token, _ in drawn]
             self.states.update(zip(drawing, (state for _, state in drawn), strict=True))
             finish = [
@@ -121,6 +140,6 @@ class SimulatedExecutor:
                 for s, t in zip(drawing, ids, strict=True)
             ]
             self.last.update(zip(drawing, ids, strict=True))
-            self.decoding = [s for s, f in zip(drawing, finish, strict=True) if not f]
+            self.decoding = [s for s, f in zip(drawing, finish, strict=True) if not f and s not in once]
             rids = [self.rids[s] for s in drawing]
             self.out.append((w.number, step, rids, ids, np.array(finish, dtype=np.uint8)))

@@ -1,0 +1,186 @@
+"""Requests that follow a grammar of llguidance's: their matchers, and the threads that fill their masks.
+
+Part of the fsm actor, which hands in what the scheduler sends. The library releases the GIL, so the actor goes on
+meanwhile. Masks that are asked for together are sent together; one that takes longer than DEADLINE is sent later by
+itself, so that a slow grammar makes its own request slow and no other. Invariant: a matcher has consumed the first
+`known` generated tokens of its request; a request that is not known any more is not answered.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from ..errors import ActorserveError
+from .fsm_worker import Setup, make_matchers
+from .messages import Masks, Match, MatchFailed
+
+if TYPE_CHECKING:
+    from ..fsm.matcher import Matcher, Matchers
+
+DEADLINE: Final = 0.005
+"""Seconds that a mask may make others wait that were asked for with it."""
+THREADS: Final = 4
+PROTOTYPES: Final = 64
+"""Grammars whose first matcher is kept: a copy of it takes microseconds, and shares what it has learnt."""
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """A request's place in its grammar."""
+
+    grammar: str
+    matcher: "Matcher | None" = None
+    known: int = 0
+    """Generated tokens that it has consumed."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Consume these tokens and fill the mask. `place` is the request's as long as it is known."""
+
+    rid: int
+    place: Place
+    ids: list[int]
+    mask: np.ndarray | None = None
+    error: ActorserveError | None = None
+
+
+class MatchPool:
+    """See the module's text."""
+
+    def __init__(self, setup: Setup, send: Callable[[Masks | MatchFailed], None]) -> None:
+        self._setup = setup
+        self._send = send
+        self._words = -(-setup.vocab_size // 32)
+        self._places: dict[int, Place] = {}
+        self._jobs: deque[Job] = deque()
+        self._done: deque[Job] = deque()
+        self._open = 0
+        """Jobs that are queued or under way."""
+        self._busy = [False] * THREADS
+        self._asked = trio.Event()
+        self._progress = trio.Event()
+        self._matchers: Matchers | None = None
+        self._prototypes: OrderedDict[str, Matcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to answer, until the nursery is cancelled."""
+        limiter = trio.CapacityLimiter(THREADS)
+        for number in range(THREADS):
+            nursery.start_soon(self._fill, number, limiter)
+        nursery.start_soon(self._answer)
+
+    def follow(self, m: Match) -> None:
+        """Take a request's tokens in; the answer follows."""
+        if not m.start:
+            self._places[m.rid] = Place(m.grammar)
+        place = self._places.get(m.rid)
+        if place is None:
+            return  # forgotten meanwhile
+        ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
+        self._jobs.append(Job(m.rid, place, ids))
+        self._open += 1
+        self._ring()
+
+    def forget(self, rid: int) -> None:
+        """Drop a request's matcher."""
+        self._places.pop(rid, None)
+
+    def forget_all(self) -> None:
+        """Drop all: the scheduler that knew them is gone."""
+        self._places.clear()
+
+    # ------------------------------------------------------------------ in threads
+
+    def _ring(self) -> None:
+        """Wake who waits for jobs."""
+        self._asked.set()
+        self._asked = trio.Event()
+
+    async def _fill(self, number: int, limiter: trio.CapacityLimiter) -> None:
+        """Have a thread do jobs whenever there are some that the threads before this one are too busy for."""
+        while True:
+            while not self._jobs or not all(self._busy[:number]):
+                await self._asked.wait()
+            self._busy[number] = True
+            if len(self._jobs) > 1:
+                self._ring()
+            await trio.to_thread.run_sync(self._drain, limiter=limiter, abandon_on_cancel=True)
+            self._busy[number] = False
+            self._progress.set()
+            self._progress = trio.Event()
+
+    def _drain(self) -> None:
+        """Do jobs until none is left; runs in several threads at once."""
+        while True:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                return
+            self._work(job)
+            self._done.append(job)
+
+    def _work(self, job: Job) -> None:
+        place = job.place
+        try:
+            if place.matcher is None:
+                place.matcher = self._prototype(place.grammar).copy()
+            place.matcher.consume(job.ids)
+            place.known += len(job.ids)
+            mask = np.zeros(self._words, np.int32)
+            matchers = self._matchers
+            assert matchers is not None
+            place.matcher.fill(mask[: matchers.words])
+            job.mask = mask
+        except ActorserveError as error:
+            job.error = error
+        except Exception as error:  # a fault of the library's is this request's alone
+            job.error = ActorserveError(f"the grammar's parser failed: {type(error).__name__}: {error}"[:400])
+
+    def _prototype(self, grammar: str) -> "Matcher":
+        with self._lock:
+            if self._matchers is None:
+                from ..models.tokenizer import load_tokenizer
+
+                self._matchers = make_matchers(load_tokenizer(self._setup.tokenizer), self._setup)
+            found = self._prototypes.get(grammar)
+            if found is None:
+                found = self._prototypes[grammar] = self._matchers.new(grammar)
+                if len(self._prototypes) > PROTOTYPES:
+                    self._prototypes.popitem(last=False)
+            self._prototypes.move_to_end(grammar)
+            return found
+
+    # ------------------------------------------------------------------ answers
+
+    async def _answer(self) -> None:
+        """Send what is done: all that was asked for, or what is there at the deadline."""
+        while True:
+            while not self._open:
+                await self._asked.wait()
+            with trio.move_on_after(DEADLINE):
+                while len(self._done) < self._open:
+                    await self._progress.wait()
+            done = [self._done.popleft() for _ in range(len(self._done))]
+            self._open -= len(done)
+            self._post([job for job in done if self._places.get(job.rid) is job.place])
+
+    def _post(self, done: list[Job]) -> None:
+        for job in done:
+            if job.error is not None:
+                error = job.error
+                text = f"after {job.place.known} tokens: {error.message}"
+                self._send(MatchFailed(job.rid, error.status, error.code, text))
+                del self._places[job.rid]
+        filled = [(job, job.mask) for job in done if job.mask is not None]
+        if filled:
+            rids = np.array([job.rid for job, _ in filled], dtype=np.int64)
+            lengths = np.array([job.place.known for job, _ in filled], dtype=np.int32)
+            bitmask = np.stack([mask for _, mask in filled])
+            self._send(Masks(*(memoryview(a.tobytes()) for a in (rids, lengths, bitmask))))

@@ -1,0 +1,181 @@
+"""Grammars for llguidance: what no automaton can have, in the words of the library whose parser masks it on the host.
+
+Used by the grammar compiler for what the other files of fsm/ refuse as too large or not regular. Texts are those of
+the library's matcher (matcher.py). Invariant: what a grammar admits is what the client asked for, or less of it, never
+more: JSON is written with the whitespace of spelling.py, and what llguidance would pass over is refused here.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import llguidance
+
+from .ecma import parse_ecma
+from .errors import BudgetError, EmptyLanguage, PatternError
+from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
+from .json_schema import schema_to_syntax
+from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED
+from .schema_types import step
+from .shapes import Unsupported
+from .spelling import DEFAULT, Whitespace
+from .syntax import Chars, Choice, Concat, Node, Repeat, Text
+
+MAX_PATTERN: Final = 1 << 20
+"""Characters of a regular expression that we write."""
+NOT: Final = frozenset("not if $dynamicRef $recursiveRef $recursiveAnchor".split())
+"""Keywords that llguidance itself refuses by name, beside those of TYPED."""
+
+_SCHEMAS: Final = frozenset(
+    "items additionalItems additionalProperties contains propertyNames not if then else".split()
+)
+_LISTS: Final = frozenset("anyOf allOf oneOf prefixItems items".split())
+_NAMED: Final = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
+
+
+def grammar_of(node: Node) -> str:
+    """A regular language as a grammar. Raises BudgetError if it is too long to be written."""
+    return str(llguidance.LLMatcher.grammar_from_regex(rust_pattern(node)))
+
+
+def ebnf_grammar(text: str) -> str:
+    """GBNF or Lark as a grammar. Raises GrammarError for malformed GBNF; the matcher reads Lark."""
+    lark = rules_to_lark(parse_gbnf(text)) if looks_like_gbnf(text) else text
+    return str(llguidance.LLMatcher.grammar_from_lark(lark))
+
+
+def json_grammar(schema: Any, whitespace: Whitespace = DEFAULT) -> str:
+    """The values of a JSON schema as a grammar. Raises as `prepared` does, and Unsupported for other whitespace than
+    separators.
+    """
+    options = json_options(whitespace)
+    return str(llguidance.LLMatcher.grammar_from_json_schema(prepared(schema, ""), overrides=options))
+
+
+def json_options(whitespace: Whitespace = DEFAULT) -> dict[str, Any]:
+    """llguidance's options for JSON in which nothing is approximated. Raises Unsupported."""
+    if whitespace.max_run or whitespace.indent is not None:
+        raise Unsupported("a schema that no table can have is for json_whitespace spaced or compact", "")
+    separators = {"item_separator": whitespace.comma, "key_separator": whitespace.colon}
+    return {"whitespace_flexible": False, **separators, "coerce_one_of": False, "lenient": False}
+
+
+def prepared(schema: Any, pointer: str) -> dict[str, Any]:
+    """A schema as llguidance is to read it: patterns in our words, since dialects differ; undeclared members left out
+    where silence would admit them, as in json_schema.py; without the client's own options for llguidance.
+
+    Raises SchemaError where json_schema.py knows that the schema is invalid or contradictory; Unsupported for keywords
+    that nobody obeys. Pointers begin at `pointer`.
+    """
+    with contextlib.suppress(Unsupported):  # that is why we are asked
+        schema_to_syntax(schema)
+    if isinstance(schema, bool):
+        return {}  # false is a contradiction
+    close = _closable(schema)
+
+    def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
+        _refuse_unknown(place, where)
+        if isinstance(place.get("pattern"), str):
+            place["pattern"] = _exact_pattern(place["pattern"], step(where, "pattern"))
+        if close and _is_open(place):
+            place["additionalProperties"] = False
+        return place
+
+    whole = _mapped(schema, pointer, changed)
+    return {keyword: value for keyword, value in whole.items() if keyword != "x-guidance"}
+
+
+# ------------------------------------------------------------------ regular languages
+
+
+def rust_pattern(node: Node) -> str:
+    """A tree as Rust's regular expressions have it. Raises EmptyLanguage, BudgetError."""
+    parts: list[str] = []
+    size = 0
+    for piece in _pieces(node):
+        parts.append(piece)
+        size += len(piece)
+        if size > MAX_PATTERN:
+            raise BudgetError("characters of pattern", MAX_PATTERN)
+    return "".join(parts)
+
+
+def _pieces(node: Node) -> Iterator[str]:
+    match node:
+        case Text(text):
+            yield "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+        case Chars(ranges):
+            yield char_class(ranges)
+        case Concat(parts):
+            for part in parts:
+                yield from _pieces(part)
+        case Choice(options):
+            if not options:
+                raise EmptyLanguage
+            for number, option in enumerate(options):
+                yield "|" if number else "(?:"
+                yield from _pieces(option)
+            yield ")"
+        case Repeat(inner, low, high):
+            yield "(?:"
+            yield from _pieces(inner)
+            yield f"){{{low},{'' if high is None else high}}}"
+
+
+# ------------------------------------------------------------------ JSON schemas
+
+
+def _mapped(schema: Any, pointer: str, change: Callable[[dict[str, Any], str], dict[str, Any]]) -> Any:
+    """A copy of a schema in which `change` was applied to a copy of each schema in it and the pointer to it."""
+    if not isinstance(schema, dict):
+        return schema
+    copy = dict(schema)
+    for keyword, value in schema.items():
+        place = step(pointer, keyword)
+        if keyword in _NAMED and isinstance(value, dict):
+            copy[keyword] = {name: _mapped(inner, step(place, name), change) for name, inner in value.items()}
+        elif keyword in _LISTS and isinstance(value, list):
+            copy[keyword] = [_mapped(inner, step(place, i), change) for i, inner in enumerate(value)]
+        elif keyword in _SCHEMAS:
+            copy[keyword] = _mapped(value, place, change)
+    return change(copy, pointer)
+
+
+def _exact_pattern(pattern: str, pointer: str) -> str:
+    """A pattern with the meaning that ecma.py gives it."""
+    try:
+        return f"^(?:{rust_pattern(parse_ecma(pattern))})$"
+    except PatternError as error:
+        raise Unsupported(f"the pattern cannot be read: {error}", pointer) from None
+
+
+def _refuse_unknown(schema: dict[str, Any], pointer: str) -> None:
+    """llguidance passes over keywords that it does not know, and counts members of the same name as several."""
+    for keyword, value in schema.items():
+        known = keyword in ANNOTATIONS | COMBINATORS | NOT or keyword in TYPED or keyword.startswith("x-")
+        if not known or (keyword == "$id" and pointer) or (keyword.startswith("exclusive") and isinstance(value, bool)):
+            raise Unsupported(f"{keyword} is not supported", step(pointer, keyword))
+    least = schema.get("minProperties", 0)
+    if isinstance(least, int) and least > len(schema.get("required", [])) and least > 1:
+        raise Unsupported("minProperties above what is required is not supported here", step(pointer, "minProperties"))
+
+
+def _closable(schema: Any) -> bool:
+    """Whether objects can be closed one by one: no two schemas speak of the same value."""
+    shared = []
+
+    def look(place: dict[str, Any], _: str) -> dict[str, Any]:
+        combined = place.keys() & {"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas"}
+        alone = len(combined) == 1 and place.keys() <= ANNOTATIONS | combined | {"type"}
+        shared.append("allOf" in combined or not (alone or not combined))
+        return place
+
+    _mapped(schema, "", look)
+    return not any(shared)
+
+
+def _is_open(schema: dict[str, Any]) -> bool:
+    """Whether only silence admits members that are not declared, and none of them is required."""
+    declared = schema.get("properties")
+    silent = "additionalProperties" not in schema and "patternProperties" not in schema
+    return isinstance(declared, dict) and silent and all(name in declared for name in schema.get("required", []))

@@ -1,0 +1,377 @@
+"""Rows that need a mask for each token: the schedule with a fake matcher, the pool of real ones, a tiny engine."""
+
+import random
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_tokenizers
+import trio
+from simulated_executor import VOCAB, SimulatedExecutor, expected
+from simulated_grammars import grammar_of
+from test_executor import AheadStepper
+from test_schedule import Engine as Simulation
+from test_schedule import prompt_of
+
+from actorserve import Engine, SamplingParams
+from actorserve.actors import executor
+from actorserve.actors.constraint import Grammar, Guided
+from actorserve.actors.fsm_worker import Compiler, MadeText, Setup
+from actorserve.actors.guided import GuidedRequests
+from actorserve.actors.match_pool import MatchPool
+from actorserve.actors.messages import GrammarSpec, Masks, Match, MatchFailed, Unmatch
+from actorserve.actors.request import Request, Stage
+from actorserve.errors import RequestError
+from actorserve.fsm.matcher import Matcher
+
+# ------------------------------------------------------------------ the schedule
+
+
+def mask_of(grammar: Grammar, request: Request) -> np.ndarray:
+    """int32 [words]: what the grammar allows after the request's tokens."""
+    state = 0
+    for token in request.tokens[request.prompt_length :]:
+        state = grammar.step(state, token)
+    allowed = grammar.transitions[state, grammar.token_class] >= 0
+    if grammar.forced(state) >= 0:
+        allowed = np.arange(VOCAB) == grammar.forced(state)
+    return np.packbits(np.resize(np.concatenate([allowed, np.zeros(56, bool)]), 256), bitorder="little").view(np.int32)
+
+
+class GuidedSimulation(Simulation):
+    """Masks come some plans late, in any order."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.chance = random.Random(0)
+        self.grammars: dict[int, Grammar] = {}
+
+    def guide(self, prompt: list[int], max_new: int, seed: int) -> Request:
+        r = self.add(prompt, max_new)
+        r.guided = Guided("")
+        self.grammars[r.rid] = grammar_of(seed)
+        return r
+
+    def plan(self) -> bool:
+        for rid, grammar in self.grammars.items():
+            r = self.requests[rid]
+            if r.stage is not Stage.ENDED and r.waits_for_mask and self.chance.random() < 0.5:
+                assert r.guided is not None
+                r.guided.mask = mask_of(grammar, r)
+                self.schedule.mask_came(r)
+        return super().plan()
+
+    def report(self) -> bool:
+        if not self.executor.out:
+            return False
+        self.schedule.report(*self.executor.out.popleft())
+        for rid in [rid for rid in self.live if self.requests[rid].stage is Stage.ENDED]:
+            r = self.requests[rid]
+            self.live.discard(rid)
+            prompt, most = r.tokens[: r.prompt_length].tolist(), r.limit - r.prompt_length
+            own = None if r.constraint is None else r.constraint.grammar
+            assert r.tokens.tolist() == expected(prompt, most, self.grammars.get(rid, own))
+        return True
+
+    def drain(self) -> None:
+        for _ in range(5000):
+            self.plan()
+            self.report()
+            self.schedule.check()
+        assert not self.live, "requests are stuck"
+
+
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("plans", [1, 2, 3])
+@pytest.mark.parametrize("pages", [20, 64])
+def test_every_row_gets_its_tokens_beside_guided_ones(k: int, plans: int, pages: int) -> None:
+    e = GuidedSimulation(
+        pages=pages, num_continuous_decode_steps=k, plans_in_flight=plans, schedule_conservativeness=0.0
+    )
+    for i in range(12):
+        if i % 3:
+            e.guide(prompt_of(i, 5 + 3 * i), 1 + 5 * i, i % 4)
+        else:
+            e.add(prompt_of(i, 5 + 3 * i), max_new=1 + 5 * i, grammar=grammar_of(i % 4) if i % 2 else None)
+    e.drain()
+    assert pages > 20 or e.schedule.counters.retractions
+
+
+def test_others_do_not_wait_for_a_mask() -> None:
+    e = GuidedSimulation(plans_in_flight=2)
+    waiting = e.guide(prompt_of(1, 20), 30, 1)
+    e.chance.random = lambda: 1.0  # type: ignore[method-assign]
+    free = e.add(prompt_of(2, 20), max_new=30)
+    while free.rid in e.live:
+        assert e.plan() or e.report()
+    assert waiting.stage is Stage.WAITING and not waiting.generated
+    assert not e.plan(), "nothing to do without the mask"
+    e.chance = random.Random(0)
+    e.drain()
+
+
+def test_death_and_retraction_while_a_draw_is_under_way() -> None:
+    for what in ("retract", "die", "abort"):
+        e = GuidedSimulation()
+        r = e.guide(prompt_of(1, 20), 40, 2)
+        while r.generated < 3:
+            e.plan()
+            e.report()
+        while not e.plan():
+            pass
+        if what == "retract":
+            e.schedule.retract(r)
+        elif what == "die":
+            e.executor = SimulatedExecutor(64)
+            e.schedule.executor_lost()
+        else:
+            e.schedule.abort(r.rid)
+            e.live.clear()
+        e.schedule.check()
+        e.drain()
+        assert r.stage is Stage.ENDED
+
+
+def test_what_the_fsm_actor_is_told() -> None:
+    e = GuidedSimulation()
+    r = e.guide(prompt_of(1, 20), 40, 1)
+    r.guided = Guided("text")
+    followed = GuidedRequests()
+    followed.add(r)
+
+    def came(length: int) -> bool:
+        arrays = (np.array([r.rid]), np.array([length], np.int32), np.full(7, -1, np.int32))
+        return bool(followed.came(Masks(*(memoryview(a.tobytes()) for a in arrays))))
+
+    def sent() -> list[tuple[int, list[int], str]]:
+        return [
+            (m.start, memoryview(m.ids).cast("i").tolist(), m.grammar) for m in followed.due() if isinstance(m, Match)
+        ]
+
+    assert sent() == [(0, [], "text")] and not sent()
+    assert not came(1) and came(0) and not sent()
+    r.append(5)
+    assert r.waits_for_mask and not came(0) and sent() == [(0, [5], "text")]
+    assert came(1)
+    r.append(6)
+    assert sent() == [(1, [6], "")]
+    followed.lost()
+    assert sent() == [(0, [5, 6], "text")], "it is told everything again"
+    e.schedule.abort(r.rid)
+    assert followed.due() == [Unmatch(r.rid)] and not followed.due()
+
+
+# ------------------------------------------------------------------ matchers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model with the vocabulary of a byte-level tokenizer; id 2 ends outputs in both."""
+    path: Path = tmp_path_factory.mktemp("words")
+    tiny_tokenizers.byte_level(path)
+    kind, fields = tiny.FAMILIES["llama"]
+    tiny.FAMILIES["llama-words"] = (kind, {**fields, "vocab_size": 416})
+    return tiny.save(tiny.build("llama-words"), path)
+
+
+@pytest.fixture(scope="module")
+def compiler(folder: str) -> Compiler:
+    return Compiler(Setup(folder, (2,), 416, 20.0, "auto"))
+
+
+def text_of(compiler: Compiler, kind: Any, text: str) -> str:
+    made = compiler.compile(GrammarSpec(kind, text))
+    assert isinstance(made, MadeText), made
+    return made.grammar
+
+
+NESTED = 'root ::= "[" root* "]"'
+
+
+def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow mask comes later than those that were asked for with it; an illegal token ends its request alone."""
+    sent: list[Masks | MatchFailed] = []
+    release = threading.Event()
+    fill = Matcher.fill
+
+    nested, letters = text_of(compiler, "ebnf", NESTED), text_of(compiler, "ebnf", 'root ::= "a" | "b" root "c"')
+    byte = {compiler.tokenizer.token_bytes(i): i for i in range(400)}
+
+    def slow(self: Matcher, mask: np.ndarray) -> None:
+        fill(self, mask)
+        if np.unpackbits(mask.view(np.uint8), bitorder="little")[byte[b"a"]]:
+            assert release.wait(60)
+
+    def match(rid: int, start: int, text: str, grammar: str) -> Match:
+        ids = np.array([byte[c.encode()] for c in text], np.int32)
+        return Match(rid, start, memoryview(ids.tobytes()), grammar if not start else "")
+
+    async def answers(count: int) -> list[Masks | MatchFailed]:
+        with trio.fail_after(60):
+            while sum(len(m.lengths) // 4 if isinstance(m, Masks) else 1 for m in sent) < count:  # noqa: ASYNC110
+                await trio.sleep(0.002)
+        found = list(sent)
+        sent.clear()
+        return found
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), sent.append)
+            pool.start(nursery)
+            pool.follow(match(1, 0, "[[]", nested))
+            (first,) = await answers(1)
+            assert isinstance(first, Masks) and memoryview(first.lengths).cast("i").tolist() == [3]
+            bits = np.unpackbits(np.frombuffer(first.bitmask, np.uint8), bitorder="little")
+            assert bits[byte[b"["]] and bits[byte[b"]"]] and not bits[2] and not bits[byte[b"a"]]
+            pool.follow(match(1, 3, "]", nested))
+            (closed,) = await answers(1)
+            assert isinstance(closed, Masks)
+            assert np.flatnonzero(
+                np.unpackbits(np.frombuffer(closed.bitmask, np.uint8), bitorder="little")
+            ).tolist() == [2]
+            monkeypatch.setattr(Matcher, "fill", slow)
+            pool.follow(match(2, 0, "b", letters))
+            pool.follow(match(3, 0, "[", nested))
+            pool.follow(match(4, 0, "a", nested))
+            early = await answers(2)
+            (failed,) = [m for m in early if isinstance(m, MatchFailed)]
+            assert failed.rid == 4 and failed.status == 400
+            assert [memoryview(m.rids).cast("q").tolist() for m in early if isinstance(m, Masks)] == [[3]]
+            pool.forget(3)
+            release.set()
+            (late,) = await answers(1)
+            assert isinstance(late, Masks) and memoryview(late.rids).cast("q").tolist() == [2]
+            pool.follow(match(3, 1, "]", nested))  # forgotten: not answered
+            pool.follow(match(2, 1, "bac", letters))
+            (last,) = await answers(1)
+            assert isinstance(last, Masks) and memoryview(last.lengths).cast("i").tolist() == [4]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+# ------------------------------------------------------------------ the whole engine, with a tiny model
+
+TREE = {
+    "type": "object",
+    "properties": {"user": {"type": "boolean"}, "imagine": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}},
+    "required": ["user", "imagine"],
+}
+GRAMMARS: list[dict[str, Any]] = [
+    {"ebnf": 'root ::= "<" ("Hello" | root) ">"'}, {}, {"json_schema": TREE}, {"choice": ["Hello there", "I am fine"]},
+]  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32", "placement": "inline", "max_total_tokens": 2048, "max_running_requests": 6,
+    "window_ms": 0.0, "cpu_threads": 1, "chunked_prefill_size": 48, "grammar_seconds": 20.0,
+}  # fmt: skip
+
+
+def engine(folder: str, **options: object) -> Any:
+    return Engine.sync(folder, **SETTINGS | options)
+
+
+def answers(running: Any) -> list[list[int]]:
+    def ask(i: int) -> list[int]:
+        params = SamplingParams(temperature=0.9, seed=i, max_new_tokens=8 + 6 * (i % 4))
+        found: list[int] = running.generate(tiny.prompt(5 + 9 * i, seed=i), params, **GRAMMARS[i % len(GRAMMARS)]).ids
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, range(8)))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: str) -> list[list[int]]:
+    """Each request by itself, without anything in flight beside it."""
+    with engine(folder, num_continuous_decode_steps=1, plans_in_flight=1, max_running_requests=1) as e:
+        return answers(e)
+
+
+@pytest.mark.parametrize(("k", "in_flight", "ahead"), [(1, 2, False), (4, 2, True), (4, 1, False), (1, 3, True)])
+def test_a_mixed_batch_draws_what_each_would_alone(
+    folder: str, alone: Any, k: int, in_flight: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ahead:
+        monkeypatch.setattr(executor, "Stepper", AheadStepper)
+    with engine(folder, num_continuous_decode_steps=k, plans_in_flight=in_flight) as e:
+        for _ in range(2):
+            assert answers(e) == alone
+
+
+def test_retractions_and_clients_that_leave(folder: str, alone: Any) -> None:
+    with engine(folder, max_total_tokens=176, schedule_conservativeness=0.0) as e:
+        for i in range(4):
+            stream = iter(e.stream(tiny.prompt(9, seed=i), SamplingParams(seed=i), **GRAMMARS[i % 4]))
+            if i % 2:
+                next(stream, None)
+            stream.close()
+        assert answers(e) == alone
+
+
+@pytest.fixture(scope="module")
+def running(folder: str) -> Iterator[Any]:
+    with engine(folder) as e:
+        yield e
+
+
+def test_choices_stops_and_ends(running: Any) -> None:
+    ebnf = 'root ::= "a" root "a" | "b"'
+    outputs = running.generate(tiny.prompt(9), SamplingParams(seed=1, max_new_tokens=60), n=3, ebnf=ebnf)
+    for o in outputs:
+        assert re.fullmatch("a*(ba*)?", o.text)
+        assert o.finish_reason == "length" or o.text.count("a") == 2 * o.text.index("b")
+    options = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=9)
+    o = running.generate(tiny.prompt(9), options, ebnf='root ::= "<" x ">"\nx ::= "b" | "<" x ">"', logit_bias={})
+    assert o.finish_reason in ("stop", "length")
+    lark = running.generate(tiny.prompt(9), options, ebnf='start: "Hello" " there"')
+    assert (lark.text, lark.finish_reason) == ("Hello there", "stop"), "ignore_eos does not keep a grammar from ending"
+    with pytest.raises(Exception, match="grammar left no token"):
+        running.generate(tiny.prompt(9), SamplingParams(min_new_tokens=30, max_new_tokens=40), ebnf='start: "Hello"')
+
+
+BAD = [
+    ({"ebnf": "root ::= ("}, "ebnf", "position 10"),
+    ({"ebnf": "root ::= nobody"}, "ebnf", "nobody"),
+    ({"ebnf": "start: ("}, "ebnf", "Expected token"),
+    ({"ebnf": "start: start"}, "ebnf", "nothing can match"),
+    ({"ebnf": "start: " + "(" * 100_000}, "ebnf", "nested"),
+    ({"ebnf": "root ::= " + "(" * 100_000}, "ebnf", "nested"),
+    ({"structural_tag": {"triggers": ["<"]}}, "structural_tag", "/structures"),
+    ({"structural_tag": "{"}, "structural_tag", "not JSON"),
+    ({"structural_tag": {"structures": [{"begin": "x", "schema": {}, "end": ""}], "triggers": ["<"]}}, "structural_tag",
+     "/structures/0/begin"),
+    ({"structural_tag": {"structures": [{"begin": "<", "schema": False, "end": ""}], "triggers": ["<"]}},
+     "structural_tag", "no value satisfies"),
+    ({"json_schema": {"properties": {"a": {"not": {}}}}}, "json_schema", "/properties/a/not"),
+    ({"json_schema": {"additionalProperties": {"maxLenght": 1}}}, "json_schema", "/additionalProperties/maxLenght"),
+    ({"json_schema": {"items": {"$ref": "#/nowhere"}}}, "json_schema", "leads nowhere"),
+    ({"regex": "a", "ebnf": "root ::= a"}, "ebnf", "exclude each other"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param", "text"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_grammars_are_refused(running: Any, fields: dict[str, Any], param: str, text: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        running.generate(tiny.prompt(5), max_new_tokens=5, **fields)
+    assert caught.value.param == param and text in caught.value.message and caught.value.status == 400
+
+
+@pytest.mark.parametrize("backend", ["fsm", "llguidance"])
+def test_one_backend_alone(folder: str, backend: str) -> None:
+    with engine(folder, grammar_backend=backend) as e:
+        params = SamplingParams(temperature=0.0, max_new_tokens=20)
+        assert e.generate(tiny.prompt(9), params, choice=["Hello there", "I am fine"]).text in (
+            "Hello there",
+            "I am fine",
+        )
+        if backend == "fsm":
+            with pytest.raises(RequestError, match="calls itself"):
+                e.generate(tiny.prompt(9), params, ebnf=NESTED)
+            with pytest.raises(RequestError, match="grammar-backend"):
+                e.generate(tiny.prompt(9), params, ebnf='start: "a"')
