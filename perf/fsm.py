@@ -1,4 +1,4 @@
-"""What compiling a grammar to token tables costs, stage by stage, beside llguidance's compilation and first mask.
+"""What compiling a grammar to token tables costs, stage by stage, beside llguidance's and xgrammar's first masks.
 
 Run as `python -m actorserve.perf.fsm [--tokenizer FOLDER ...] [--only NAME ...] [--json FILE]`. Rule: both see the same
 pattern and tokenizer in the same run; each figure is the median of several compilations, after one that warms caches.
