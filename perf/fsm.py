@@ -4,6 +4,7 @@ Run as `python -m actorserve.perf.fsm [--tokenizer FOLDER ...] [--only NAME ...]
 pattern and tokenizer in the same run; each figure is the median of several compilations, after one that warms caches.
 Without --tokenizer: SmolLM2's 49,152 tokens, and 151,936 that are these and made-up words in their spelling.
 llguidance compiles lazily: its figure is for the first mask only, ours for all masks of the grammar.
+What each mask costs then: perf.masks.
 """
 
 import argparse
@@ -16,11 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..fsm.budget import Budget
 from ..fsm.canonical import Encode
 from ..fsm.dfa import determinise
 from ..fsm.errors import GrammarError
+from ..fsm.guidance import grammar_of
 from ..fsm.jump import plan_jump
+from ..fsm.matcher import Matchers
 from ..fsm.minimise import minimise
 from ..fsm.nfa import build_nfa
 from ..fsm.pattern import parse_pattern
@@ -30,12 +35,6 @@ from ..fsm.utf8 import lower
 from ..fsm.vocabulary import TokenizerTables, build_tables
 from ..models.embedded import embedded_model
 from ..models.tokenizer import load_tokenizer
-
-try:
-    import llguidance
-    import llguidance.numpy
-except ImportError:  # a development dependency
-    llguidance = None  # type: ignore[assignment]
 
 REPEATS = 5
 TARGET_MS = 300.0
@@ -90,13 +89,14 @@ PATTERNS = {
 
 @dataclass(slots=True)
 class Vocabulary:
-    """A tokenizer as fsm/ sees it, and as llguidance does if it can."""
+    """A tokenizer as fsm/ sees it, and as llguidance does."""
 
     name: str
     tables: TokenizerTables
     encode: Encode
     build_ms: float
-    other: Any = None
+    tokens: list[bytes | None]
+    matchers: Matchers
 
 
 @dataclass(slots=True)
@@ -172,17 +172,11 @@ def measure(pattern: str, vocabulary: Vocabulary) -> Result:
 
 def measure_other(pattern: str, vocabulary: Vocabulary) -> str:
     """llguidance's milliseconds to a matcher and its first mask."""
-    if vocabulary.other is None:
-        return "-"
-    grammar = llguidance.LLMatcher.grammar_from_regex(pattern)
-    mask = llguidance.numpy.allocate_token_bitmask(1, vocabulary.tables.size)
+    mask = np.zeros(vocabulary.matchers.words, np.int32)
     times = []
     for _ in range(REPEATS + 1):
         before = time.perf_counter()
-        matcher = llguidance.LLMatcher(vocabulary.other, grammar, log_level=0)
-        if matcher.is_error():
-            return "error"
-        llguidance.numpy.fill_next_token_bitmask(matcher, mask)
+        vocabulary.matchers.new(grammar_of(parse_pattern(pattern))).fill(mask)
         times.append(1e3 * (time.perf_counter() - before))
     return f"{statistics.median(times[1:]):.1f}"
 
@@ -190,10 +184,7 @@ def measure_other(pattern: str, vocabulary: Vocabulary) -> str:
 def real(folder: str) -> Vocabulary:
     tokenizer = load_tokenizer(folder)
     tokens = [None if i in tokenizer.added else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    other = None
-    if llguidance is not None:
-        other = llguidance.LLTokenizer(str(Path(folder) / "tokenizer.json"), eos_token=list(tokenizer.eos_ids))
-    return _vocabulary(tokens, tokenizer.eos_ids, lambda text: tokenizer.encode(text, add_special_tokens=False), other)
+    return _vocabulary(tokens, tokenizer.eos_ids, lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
 def made_up(size: int) -> Vocabulary:
@@ -210,15 +201,19 @@ def made_up(size: int) -> Vocabulary:
         if word not in known:
             known.add(word)
             tokens.append(word)
-    return _vocabulary(tokens, tokenizer.eos_ids, lambda text: tokenizer.encode(text, add_special_tokens=False), None)
+    return _vocabulary(tokens, tokenizer.eos_ids, lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
-def _vocabulary(tokens: Sequence[bytes | None], eos: Sequence[int], encode: Encode, other: Any) -> Vocabulary:
+def _vocabulary(tokens: list[bytes | None], eos: Sequence[int], encode: Encode) -> Vocabulary:
     build: Callable[[], TokenizerTables] = lambda: build_tables(tokens, eos)  # noqa: E731
     build()
     before = time.perf_counter()
     tables = build()
-    return Vocabulary(f"{len(tokens):,} tokens", tables, encode, 1e3 * (time.perf_counter() - before), other)
+    milliseconds = 1e3 * (time.perf_counter() - before)
+    names = [b"<%d>" % i if token is None else token for i, token in enumerate(tokens)]
+    special = [i for i, token in enumerate(tokens) if token is None]
+    matchers = Matchers(names, special, eos, encode)
+    return Vocabulary(f"{len(tokens):,} tokens", tables, encode, milliseconds, tokens, matchers)
 
 
 def show(vocabulary: Vocabulary, results: dict[str, Result]) -> None:
