@@ -119,8 +119,13 @@ class Fsm(Actor):
 
     def _answer(self, handle: int, answer: Made | Failed, status: int = 400, seconds: float = 0.0) -> None:
         if isinstance(answer, Made):
-            arrays = [memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical)]
-            message: Compiled | CompileFailed = Compiled(handle, *arrays, seconds)
+            message: Compiled | CompileFailed = Compiled(
+                handle=handle,
+                token_class=memoryview(answer.token_class),
+                transitions=memoryview(answer.transitions),
+                canonical=memoryview(answer.canonical),
+                seconds=seconds,
+            )
         else:
             message = CompileFailed(handle, status, answer.code, answer.message, seconds)
         try:
