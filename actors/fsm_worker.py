@@ -21,6 +21,7 @@ TABLE_BYTES: Final = 16 << 20
 """Most of a grammar's transitions: a lane and a GPU take them."""
 MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
+WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
 LENGTH: Final = struct.Struct("<I")
 """Before each message, its bytes."""
 
@@ -93,6 +94,9 @@ class Compiler:
             self.refusal = "the tokens of this model's tokenizer have no fixed bytes: outputs cannot be constrained"
         elif not self.tables.eos:
             self.refusal = "this model has no token that ends an output: outputs cannot be constrained"
+        else:
+            for first in WARM_UP:  # imports and caches: a client's first grammar takes no longer than its second
+                self.compile(first)
 
     def compile(self, spec: GrammarSpec) -> Made | Failed:
         """Compile a grammar; never raises."""
