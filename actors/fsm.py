@@ -147,7 +147,7 @@ class Fsm(Actor):
         match answer:
             case Made():
                 arrays = [memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical)]
-                self._send(Compiled(handle, *arrays, seconds))
+                self._send(Compiled(handle, *arrays, seconds=seconds))
             case MadeText():
                 self._send(Translated(handle, answer.grammar, seconds))
             case Failed():

@@ -28,6 +28,7 @@ MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
 TABLE_SHARE: Final = 0.7
 """Of a grammar's seconds: for its table, where llguidance may take what needs longer."""
+WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
 LENGTH: Final = struct.Struct("<I")
 """Before each message, its bytes."""
 
@@ -110,6 +111,9 @@ class Compiler:
         self.matchers: Matchers | None = None
         if self.refusal is None and self.backend != "fsm":
             self.matchers = make_matchers(tokenizer, setup)
+        if self.refusal is None:
+            for first in WARM_UP:  # imports and caches: a client's first grammar takes no longer than its second
+                self.compile(first)
 
     def compile(self, spec: GrammarSpec) -> Made | MadeText | Failed:
         """Compile a grammar; never raises."""

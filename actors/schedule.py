@@ -171,10 +171,10 @@ class Schedule:
                 request.append(token)
                 if request.constraint is not None and request.constraint.complete:
                     self.complete.append(row)
-        for row in np.flatnonzero(finish):
-            request = requests.get(rids[row])
+        for ended in np.flatnonzero(finish):
+            request = requests.get(rids[ended])
             if request is not None:
-                self._end(request, keep=finish[row] != Finish.POISON)
+                self._end(request, keep=finish[ended] != Finish.POISON)
         complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
         self.counters.generated_tokens += len(rids)
         self.counters.steps += 1

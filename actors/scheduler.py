@@ -97,15 +97,16 @@ def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
     rids = array("q", [item.request.rid for item in landed for _ in item.tokens])
     ids = int32([token for item in landed for token in item.tokens])
     finish = memoryview(bytes(len(rids)))
-    parts, top_n = (NOTHING, NOTHING, NOTHING), 0
-    if scores is not None:
-        top_n = scores.top_n
-        rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
-        parts = scored_rows(scores, np.array(rows))
     ends = np.cumsum([len(item.tokens) for item in landed]) - 1
     complete = [int(end) for end, item in zip(ends, landed, strict=True) if item.complete]
-    rows = memoryview(rids.tobytes()), ids, finish, parts[0], top_n, parts[1], parts[2]
-    return Tokens(*rows, forced=True, complete=int32(complete))
+    plain = Tokens(memoryview(rids.tobytes()), ids, finish, NOTHING, 0, NOTHING, NOTHING, True, int32(complete))
+    if scores is None:
+        return plain
+    rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
+    logprobs, top_ids, top_logprobs = scored_rows(scores, np.array(rows))
+    return msgspec.structs.replace(
+        plain, logprobs=logprobs, top_n=scores.top_n, top_ids=top_ids, top_logprobs=top_logprobs
+    )
 
 
 def scored_rows(scores: Scores, rows: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
