@@ -211,8 +211,8 @@ class Executor:
     def _fail(self, cause: Exception, what: str, line: str) -> None:
         """What comes after fails with this cause."""
         if self.error is None:
-            known = isinstance(cause, ProgramError)
-            self.error = cause if known else failure(cause, f"{what}{self._where()}", line)
+            made = cause if isinstance(cause, ProgramError) else failure(cause, f"{what}{self._where()}", line)
+            self.error = made
         self.notify()
 
     def end(self, error: Exception | None = None) -> None:
