@@ -1,6 +1,7 @@
 """Programs on the real model: embedded, and behind a real server: their structure, and scores against transformers."""
 
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -125,6 +126,19 @@ def test_speculation_on_the_engine_gives_the_same_text(engine):
     fast = sgl.function(body, num_api_spec_tokens=32).run(backend=engine, temperature=0)
     assert fast.text() == plain.text()
     assert fast.get_meta_info("city")["speculation"]["hits"] == 2
+
+
+def test_the_introductions_programs_run(engine):
+    text = (Path(__file__).parents[2] / "docs" / "frontend.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    sgl.set_default_backend(engine)
+    names: dict[str, object] = {"__name__": "introduction"}
+    try:
+        for block in blocks:
+            exec(block, names)
+    finally:
+        sgl.set_default_backend(None)
+    assert len(blocks) == 6 and names["person"].name and names["state"]["country"]
 
 
 def test_a_server_of_our_own(smollm):
