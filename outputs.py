@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 import msgspec
 
 from .actors.client import Client, Stream
-from .actors.messages import Chunk, TokenLogprob
+from .actors.messages import Chunk
+from .actors.messages import TokenLogprob as TokenLogprob
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,7 +56,8 @@ class Anthropic(Backend):
         return Reply([text], {"id": answer.get("id"), **_meta(answer.get("stop_reason"), answer.get("usage") or {})})
 
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        reason, usage = None, {}
+        reason: str | None = None
+        usage: dict[str, Any] = {}
         async for event in self._http.events("/v1/messages", self._body(context, sampling) | {"stream": True}):
             match event["type"]:
                 case "message_start":

@@ -99,8 +99,8 @@ class RuntimeEndpoint(Backend):
         return info
 
     async def _prompt_scores(self, prompt: str, choices: Sequence[str], tokens: int) -> list[list[TokenScore]]:
-        """The tokens of each choice, from two before the prompt's end: a choice may be spelt with the prompt's last
-        token in one (token healing). Where it is not, the prompt's token is dropped again."""
+        """The tokens of each choice. Asked from two before the prompt's end: a choice may be spelt with the prompt's
+        last token in one (token healing), which then counts."""
         body = {
             "text": [prompt + choice for choice in choices],
             "sampling_params": {"max_new_tokens": 0, "temperature": 0},
@@ -109,8 +109,8 @@ class RuntimeEndpoint(Backend):
             "logprob_start_len": max(tokens - 2, 0),
         }
         answers = await self._http.post("/generate", body)
-        scores = [[tuple(row) for row in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
-        return [rows[1:] if len(rows) > 1 and prompt.endswith(rows[0][2] or "\0") else rows for rows in scores]
+        scores = [[_row(row) for row in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
+        return [_last(rows, len(choice)) for rows, choice in zip(scores, choices, strict=True)]
 
     async def _unconditional(self, scores: ChoiceScores) -> list[list[TokenScore]]:
         body = {
@@ -120,7 +120,7 @@ class RuntimeEndpoint(Backend):
             "logprob_start_len": 0,
         }
         answers = await self._http.post("/generate", body)
-        return [[(row[0] or 0.0, row[1], None) for row in a["meta_info"]["input_token_logprobs"]] for a in answers]
+        return [[_row(row) for row in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
 
     async def _forced(self, prompt: str, choice: str) -> list[TokenScore]:
         params = {"choice": [choice], "temperature": 0, "max_new_tokens": FORCED_TOKENS}
@@ -128,7 +128,7 @@ class RuntimeEndpoint(Backend):
         answer = await self._http.post("/generate", body)
         if answer["text"] != choice:
             raise RequestError(f"the model's tokens cannot spell the choice {choice!r}", param="choices")
-        return [tuple(row) for row in answer["meta_info"]["output_token_logprobs"]]
+        return [_row(row) for row in answer["meta_info"]["output_token_logprobs"]]
 
     def _body(self, context: Context, sampling: Sampling) -> dict[str, Any]:
         given = {name: v for name, v in msgspec.structs.asdict(sampling).items() if v is not None}
@@ -195,6 +195,20 @@ class Runtime:
                 return
         self.shutdown()
         raise StartupError(f"the server did not start within {START_SECONDS:.0f} s")
+
+
+def _row(row: Sequence[Any]) -> TokenScore:
+    """(logprob, token, text); the first token of all has no logprob, and 0 stands in."""
+    return (row[0] or 0.0, row[1], row[2])
+
+
+def _last(rows: list[TokenScore], characters: int) -> list[TokenScore]:
+    """The last rows, as many as it takes to spell so many characters."""
+    count = 0
+    while characters > 0 and count < len(rows):
+        count += 1
+        characters -= len(rows[-count][2] or "")
+    return rows[len(rows) - count :]
 
 
 def _flag(name: str, value: Any) -> tuple[str, ...]:

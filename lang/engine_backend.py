@@ -21,6 +21,7 @@ from .choices import ChoicesDecision, ChoicesMethod, TokenScore
 from .context import Context
 from .expressions import Sampling
 from .loop import LOOP
+from .model_template import model_template
 from .templates import chat_template_of, get_chat_template
 
 T = TypeVar("T")
@@ -35,12 +36,16 @@ FORCED_TOKENS: Final = 1024
 
 
 class EngineBackend(Backend):
-    """A running engine of the loop. Made by Engine."""
+    """A running engine of the loop. Made by Engine. The chat template is the model's own, if it can be said as text."""
 
     def __init__(self, running: engine.Engine, chat_template: str | None = None) -> None:
         """Raises RequestError for an unknown template."""
         name = running.model.name
-        super().__init__(name, get_chat_template(chat_template) if chat_template else chat_template_of(name))
+        if chat_template is not None:
+            template = get_chat_template(chat_template)
+        else:
+            template = model_template(running.model.path) or chat_template_of(name)
+        super().__init__(name, template)
         self._engine = running
         self.most_calls = max(1, running.config.max_queued_requests // 2)
 

@@ -4,12 +4,9 @@ Used by state.py. Invariant: nodes of a state run in the order in which they wer
 variable that was declared is filled or failed; after a failure the rest of the state's nodes fail with the same cause.
 """
 
-import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from traceback import walk_tb
-from types import FrameType
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -40,12 +37,12 @@ from .expressions import (
 )
 from .images import load
 from .loop import LOOP, Signal
+from .program_lines import error_line, program_line
 from .reasoning import split
 from .speculation import ahead_of, beyond, may_speculate
 from .structured import instance
 from .variables import ProgramError, Slot, failure, filled
 
-PACKAGE: Final = __name__.rpartition(".")[0]
 RUN_DEFAULTS: Final = Sampling(
     max_new_tokens=128,
     min_new_tokens=0,
@@ -211,8 +208,8 @@ class Executor:
     def _fail(self, cause: Exception, what: str, line: str) -> None:
         """What comes after fails with this cause."""
         if self.error is None:
-            known = isinstance(cause, ProgramError)
-            self.error = cause if known else failure(cause, f"{what}{self._where()}", line)
+            made = cause if isinstance(cause, ProgramError) else failure(cause, f"{what}{self._where()}", line)
+            self.error = made
         self.notify()
 
     def end(self, error: Exception | None = None) -> None:
@@ -493,26 +490,3 @@ class Executor:
         if isinstance(item.work, Point):
             item.work.error = self.error
             item.work.reached.set()
-
-
-def program_line() -> str:
-    """ "file:line" of the program's statement: the nearest caller outside of this package."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_program(frame):
-        frame = frame.f_back
-    return "" if frame is None else _place(frame, frame.f_lineno)
-
-
-def error_line(error: Exception) -> str:
-    """ "file:line" of the innermost line outside of this package that an exception went through."""
-    steps = [(frame, line) for frame, line in walk_tb(error.__traceback__) if _is_program(frame)]
-    return _place(*steps[-1]) if steps else ""
-
-
-def _is_program(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__", "")
-    return not name.startswith(PACKAGE) and name != "contextlib"
-
-
-def _place(frame: FrameType, line: int) -> str:
-    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{line}"

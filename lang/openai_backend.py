@@ -177,7 +177,7 @@ class OpenAI(Backend):
         for name in NEVER:
             if getattr(sampling, name):
                 raise self._cannot(f"take {name}")
-        body = {
+        body: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

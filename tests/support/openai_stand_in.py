@@ -6,20 +6,16 @@ continued by the rest. `replies` hold for chat: the answer to the last message; 
 
 import json
 import re
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
+from served import served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-
-from actorserve.perf.engines import free_port
 
 
 def tokens(text: str) -> list[str]:
@@ -104,17 +100,7 @@ class StandIn:
 @contextmanager
 def stand_in(answer: Any = None) -> Iterator[StandIn]:
     """The server, until the block ends. `answer`: another handler than StandIn's."""
-    server_side = StandIn()
-    port = free_port()
-    app = Starlette(routes=[Route("/{path:path}", answer or server_side.answer, methods=["POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    server_side.url = f"http://127.0.0.1:{port}"
-    try:
-        yield server_side
-    finally:
-        server.should_exit = True
-        thread.join(5)
+    server = StandIn()
+    app = Starlette(routes=[Route("/{path:path}", answer or server.answer, methods=["POST"])])
+    with served(app) as server.url:
+        yield server
