@@ -146,8 +146,9 @@ class Fsm(Actor):
     def _answer(self, handle: int, answer: Answer, status: int = 400, seconds: float = 0.0) -> None:
         match answer:
             case Made():
-                arrays = [memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical)]
-                self._send(Compiled(handle, *arrays, seconds=seconds))
+                arrays = (memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical))
+                token_class, transitions, canonical = arrays
+                self._send(Compiled(handle, token_class, transitions, canonical, seconds))
             case MadeText():
                 self._send(Translated(handle, answer.grammar, seconds))
             case Failed():

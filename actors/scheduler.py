@@ -104,9 +104,7 @@ def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
         return plain
     rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
     logprobs, top_ids, top_logprobs = scored_rows(scores, np.array(rows))
-    return msgspec.structs.replace(
-        plain, logprobs=logprobs, top_n=scores.top_n, top_ids=top_ids, top_logprobs=top_logprobs
-    )
+    return replace(plain, logprobs=logprobs, top_n=scores.top_n, top_ids=top_ids, top_logprobs=top_logprobs)
 
 
 def scored_rows(scores: Scores, rows: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:

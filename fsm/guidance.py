@@ -7,7 +7,7 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import llguidance
 
@@ -20,6 +20,9 @@ from .schema_types import step
 from .shapes import Unsupported
 from .spelling import DEFAULT, Whitespace
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 MAX_PATTERN: Final = 1 << 20
 """Characters of a regular expression that we write."""
@@ -52,12 +55,17 @@ def json_grammar(schema: Any, whitespace: Whitespace = DEFAULT) -> str:
     return str(llguidance.LLMatcher.grammar_from_json_schema(prepared(schema, ""), overrides=options))
 
 
-def json_options(whitespace: Whitespace = DEFAULT) -> dict[str, Any]:
+def json_options(whitespace: Whitespace = DEFAULT) -> "JsonCompileOptions":
     """llguidance's options for JSON in which nothing is approximated. Raises Unsupported."""
     if whitespace.max_run or whitespace.indent is not None:
         raise Unsupported("a schema that no table can have is for json_whitespace spaced or compact", "")
-    separators = {"item_separator": whitespace.comma, "key_separator": whitespace.colon}
-    return {"whitespace_flexible": False, **separators, "coerce_one_of": False, "lenient": False}
+    return {
+        "whitespace_flexible": False,
+        "item_separator": whitespace.comma,
+        "key_separator": whitespace.colon,
+        "coerce_one_of": False,
+        "lenient": False,
+    }
 
 
 def prepared(schema: Any, pointer: str) -> dict[str, Any]:
