@@ -92,5 +92,6 @@ class Context:
         content = self.text[self.role_begin :].lstrip()
         if not self.new_pictures:
             return {"role": self.role, "content": content}
+        content = content.replace(self.template.image_token, "")  # the parts say where pictures are
         parts = [{"type": "image_url", "image_url": {"url": picture.url}} for picture in self.new_pictures]
         return {"role": self.role, "content": [{"type": "text", "text": content}, *parts]}

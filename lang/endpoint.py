@@ -75,14 +75,15 @@ class RuntimeEndpoint(Backend):
         answer = await self._http.post("/generate", self._whole(context.text))
         try:
             scores = await self._prompt_scores(context.text, choices, answer["meta_info"]["prompt_tokens"])
+            score_alone = self._unconditional
         except RequestError as error:
             if error.param != "logprob_start_len":
                 raise
             scores = [await self._forced(context.text, choice) for choice in choices]
-            if method.requires_unconditional_logprobs:
-                raise self._cannot(f"choose by {method.name}: the server gives no logprobs of prompts") from None
-        alone = await self._unconditional(scores) if method.requires_unconditional_logprobs else None
-        return method.decide(choices, scores, alone)
+            score_alone = self._forced_alone
+        return method.decide(
+            choices, scores, await score_alone(scores) if method.requires_unconditional_logprobs else None
+        )
 
     async def commit(self, context: Context) -> None:
         await self._http.post("/generate", self._whole(context.text))
@@ -129,6 +130,24 @@ class RuntimeEndpoint(Backend):
         if answer["text"] != choice:
             raise RequestError(f"the model's tokens cannot spell the choice {choice!r}", param="choices")
         return [_row(row) for row in answer["meta_info"]["output_token_logprobs"]]
+
+    async def _forced_alone(self, scores: ChoiceScores) -> list[list[TokenScore]]:
+        """The same tokens without the prompt, each made the draw by a bias that its logprob does not have."""
+        found = []
+        for rows in scores:
+            ids = [token for _, token, _ in rows]
+            params = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+            body = {
+                "input_ids": [ids[:i] for i in range(1, len(ids))],
+                "sampling_params": [params | {"logit_bias": {str(token): 100.0}} for token in ids[1:]],
+                "return_logprob": True,
+            }
+            answers = await self._http.post("/generate", body) if len(ids) > 1 else []
+            later = [_row(answer["meta_info"]["output_token_logprobs"][0]) for answer in answers]
+            if [token for _, token, _ in later] != ids[1:]:
+                raise RequestError("a choice has a token that the model cannot be made to say", param="choices")
+            found.append([(0.0, ids[0], rows[0][2]), *later])
+        return found
 
     def _body(self, context: Context, sampling: Sampling) -> dict[str, Any]:
         given = {name: v for name, v in msgspec.structs.asdict(sampling).items() if v is not None}

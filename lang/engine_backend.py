@@ -14,7 +14,7 @@ import anyio
 import msgspec
 
 from .. import engine
-from ..errors import RequestError
+from ..errors import Overloaded, RequestError
 from ..outputs import Delta, Output, TokenLogprob
 from .backend import Backend, Reply
 from .choices import ChoicesDecision, ChoicesMethod, TokenScore
@@ -33,6 +33,8 @@ SAME_NAME: Final = (
 NOT_YET: Final = ("stop_regex", "ebnf")
 FORCED_TOKENS: Final = 1024
 """The most tokens a choice may have."""
+FULL_SECONDS: Final = 0.02
+"""Between two tries at an engine that is full."""
 
 
 class EngineBackend(Backend):
@@ -50,7 +52,7 @@ class EngineBackend(Backend):
         self.most_calls = max(1, running.config.max_queued_requests // 2)
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
-        outputs = await self._engine.generate([context.text], n=sampling.n or 1, **_request(sampling))
+        outputs = await self._outputs(context.text, n=sampling.n or 1, **_request(sampling))
         return Reply([output.text for output in outputs], meta_info(outputs[0], outputs[0].logprobs, sampling))
 
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -77,15 +79,25 @@ class EngineBackend(Backend):
 
     async def cache_prefix(self, text: str) -> None:
         if text:
-            await self._engine.generate(text, max_new_tokens=0)
+            await self._outputs(text, max_new_tokens=0)
 
     async def get_server_info(self) -> dict[str, Any]:
         info: dict[str, Any] = msgspec.to_builtins(self._engine.model)
         return info | {"settings": msgspec.to_builtins(self._engine.config)}
 
+    async def _outputs(self, prompt: engine.PromptLike, **options: Any) -> list[Output]:
+        """Continue one prompt. An engine that is full is waited for: its load is this program's own."""
+        while True:
+            try:
+                return await self._engine.generate([prompt], **options)
+            except Overloaded as error:
+                if error.status != 429:
+                    raise
+                await anyio.sleep(FULL_SECONDS)
+
     async def _score(self, prompt: str, text: str) -> list[TokenScore]:
         """The tokens of a text as the continuation of a prompt."""
-        output = await self._engine.generate(
+        (output,) = await self._outputs(
             prompt, choice=[text], temperature=0.0, logprobs=0, max_new_tokens=FORCED_TOKENS
         )
         if output.text != text:
@@ -100,7 +112,7 @@ class EngineBackend(Backend):
 
     async def _score_token(self, before: list[int], token: int) -> TokenScore:
         # The bias makes it the draw; logprobs are of the distribution without it.
-        output = await self._engine.generate(
+        (output,) = await self._outputs(
             before, logit_bias={token: 100.0}, temperature=0.0, logprobs=0, max_new_tokens=1, ignore_eos=True
         )
         if output.ids != [token]:

@@ -66,6 +66,8 @@ class Point:
 
     reached: Signal = field(default_factory=Signal)
     context: Context | None = None
+    gathered: dict[str, Slot] = field(default_factory=dict)
+    """Variables that joins before this place have made."""
     error: ProgramError | None = None
 
 
@@ -143,6 +145,8 @@ class Executor:
         self.idle.set()
         self._queue: deque[Item] = deque()
         self._block: Block | None = None
+        self._gathered: dict[str, Slot] = {}
+        """Variables of joins, which nothing declares before they are done."""
         self._lock = threading.Lock()
         self.life.when_set(self.notify)
 
@@ -208,8 +212,8 @@ class Executor:
     def _fail(self, cause: Exception, what: str, line: str) -> None:
         """What comes after fails with this cause."""
         if self.error is None:
-            made = cause if isinstance(cause, ProgramError) else failure(cause, f"{what}{self._where()}", line)
-            self.error = made
+            what = f"{what}{self._where()}"
+            self.error = cause if isinstance(cause, ProgramError) else failure(cause, what, line)
         self.notify()
 
     def end(self, error: Exception | None = None) -> None:
@@ -235,9 +239,7 @@ class Executor:
 
     def _item(self, node: Node, line: str) -> Item:
         match node:
-            case Gen(name=name) | Select(name=name):
-                return Item(node, line, (self._declare(name, line),))
-            case VarScopeEnd(name=name):
+            case Gen(name=name) | Select(name=name) | VarScopeEnd(name=name):
                 return Item(node, line, (self._declare(name, line),))
             case SeparateReasoning(names=names):
                 raw = tuple(self.slots[name] for name in names)
@@ -337,7 +339,7 @@ class Executor:
             case Video():
                 raise RequestError(f"{self.backend.name} takes no videos", param="video", code="unsupported_value")
             case Point() as point:
-                point.context = context.branch()
+                point.context, point.gathered = context.branch(), dict(self._gathered)
                 point.reached.set()
             case Inherit(point=point):
                 self._inherit(point)
@@ -448,7 +450,8 @@ class Executor:
                     raise branch.error
             self.context.fill("".join(b.context.text[b.context.fork_begin :] for b in gather.branches))
             return
-        names = dict.fromkeys(name for branch in gather.branches for name in branch.slots if name not in gather.known)
+        known = gather.known | self._gathered.keys()
+        names = dict.fromkeys(name for branch in gather.branches for name in branch.slots if name not in known)
         for name in names:
             made = [branch.slots[name] for branch in gather.branches if name in branch.slots]
             slot = Slot(name)
@@ -456,13 +459,16 @@ class Executor:
             if failed is not None:
                 slot.error = failed
             slot.fill([s.value for s in made], {"branches": [s.meta for s in made]})
-            self.slots[name] = slot
+            self.slots[name] = self._gathered[name] = slot
 
     def _inherit(self, point: Point) -> None:
         if point.error is not None:
             raise point.error
         assert point.context is not None
         self.context = point.context.branch()
+        self._gathered = dict(point.gathered)
+        for name, slot in point.gathered.items():
+            self.slots.setdefault(name, slot)
         self._open_block()
 
     def _add_picture(self, source: str) -> None:

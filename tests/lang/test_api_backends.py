@@ -73,13 +73,10 @@ def test_a_text_that_the_program_does_not_go_along_with_is_asked_for_again(api):
     first = program.run("\nPet:", backend=backend)
     assert first["rest"] == " cat" and len(api.bodies) == 2
     scripts = iter([SHEET, "Make a character.\nName: Hermione Granger\nPet: owl\n"])
-    StandIn.said, said = lambda self, body: next(scripts)[len(body["prompt"]) :], StandIn.said
-    try:
-        s = program.run("\nPet:", backend=backend)
-        assert s["rest"] == " owl" and len(api.bodies) == 4
-        assert s.get_meta_info("rest")["speculation"] == {"calls": 2, "hits": 0, "misses": 1, "tokens_saved": 0}
-    finally:
-        StandIn.said = said
+    api.script = lambda body: next(scripts)
+    s = program.run("\nPet:", backend=backend)
+    assert s["rest"] == " owl" and len(api.bodies) == 4
+    assert s.get_meta_info("rest")["speculation"] == {"calls": 2, "hits": 0, "misses": 1, "tokens_saved": 0}
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -289,6 +286,28 @@ def test_anthropic(api):
     assert streamed.get_meta_info("a")["finish_reason"] == {"type": "length"}
     with pytest.raises(sgl.ProgramError, match="cannot take min_p"):
         program.run(backend=backend, min_p=0.1)["a"]
+
+
+def test_several_pictures_in_a_turn(api, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"picture")
+
+    @sgl.function
+    def program(s):
+        s += sgl.user(sgl.image(str(tmp_path / "a.png")) + sgl.image("https://host/b.jpg") + "Which?")
+        s += sgl.assistant(sgl.gen("a"))
+
+    api.replies = lambda body: "the first"
+    assert program.run(backend=openai(api))["a"] == "the first"
+    text, first, second = api.bodies[0]["messages"][-1]["content"]
+    assert text["text"] == "Which?" and second["image_url"]["url"] == "https://host/b.jpg"
+    assert first["image_url"]["url"] == "data:image/png;base64,cGljdHVyZQ=="
+    assert program.run(backend=sgl.Anthropic("claude-x", base_url=api.url))["a"] == "the first"
+    parts = api.bodies[-1]["messages"][-1]["content"]
+    assert parts[1]["source"] == {"type": "base64", "media_type": "image/png", "data": "cGljdHVyZQ=="}
+    assert parts[2]["source"] == {"type": "url", "url": "https://host/b.jpg"}
+    with pytest.raises(sgl.ProgramError, match="cannot be read"):
+        missing = sgl.function(lambda s: s.__iadd__(sgl.user(sgl.image("/nowhere.png"))))
+        missing.run(backend=openai(api)).text()
 
 
 def test_completions_score_choices_by_echo(api):

@@ -134,6 +134,22 @@ def test_copy_and_nested_forks(backend):
     assert s.text() == "a d <d>"
 
 
+def test_what_a_join_made_is_there_for_later_branches_and_is_kept(backend):
+    @sgl.function
+    def program(s):
+        s += "a "
+        for word in ("b ", "c "):
+            forks = s.fork(2)
+            forks += word + sgl.gen("x")
+            forks.join()
+        later = s.fork(1)
+        later += "d " + sgl.gen("y")
+        return later[0]["x"]
+
+    s = program.run()
+    assert s.ret_value == s["x"] == ["<b>", "<b>"]
+
+
 def test_var_scope(backend):
     @sgl.function
     def program(s):

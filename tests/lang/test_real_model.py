@@ -95,13 +95,18 @@ def expected(smollm):
     return found
 
 
+def gains_of(expected):
+    """Of each choice: how much likelier its tokens are behind the prompt, on average."""
+    return [sum(a - b for a, b in zip(*rows, strict=True)) / len(rows[0]) for rows in expected]
+
+
 def test_scores_of_choices_are_the_models(engine, expected):
     @sgl.function
     def program(s, method):
         s += QUESTION + sgl.select("answer", CHOICES, choices_method=method)
 
     means = [sum(given) / len(given) for given, _ in expected]
-    gains = [sum(a - b for a, b in zip(*rows, strict=True)) / len(rows[0]) for rows in expected]
+    gains = gains_of(expected)
     methods = (sgl.token_length_normalized, sgl.greedy_token_selection, sgl.unconditional_likelihood_normalized)
     states = program.run_batch([(method,) for method in methods], backend=engine)
     metas = [s.get_meta_info("answer") for s in states]
@@ -141,13 +146,15 @@ def test_the_introductions_programs_run(engine):
     assert len(blocks) == 6 and names["person"].name and names["state"]["country"]
 
 
-def test_a_server_of_our_own(smollm):
+def test_a_server_of_our_own(smollm, expected):
     @sgl.function
     def program(s, method):
         s += QUESTION + sgl.select("answer", CHOICES, choices_method=method)
 
-    with sgl.Runtime(smollm, max_total_tokens=8192) as runtime:
+    with sgl.Runtime(smollm, max_total_tokens=8192, dtype="float32") as runtime:
         s = two_turns.run(backend=runtime, temperature=0)
         assert "Paris" in s["first"] and s.get_meta_info("second")["cached_tokens"] > 20
         assert "".join(two_turns.run(backend=runtime, temperature=0, stream=True).text_iter("first")) == s["first"]
         assert program.run(sgl.greedy_token_selection, backend=runtime)["answer"] == " Paris"
+        gains = program.run(sgl.unconditional_likelihood_normalized, backend=runtime).get_meta_info("answer")
+        assert gains["normalized_unconditional_prompt_logprobs"] == pytest.approx(gains_of(expected), abs=1e-3)

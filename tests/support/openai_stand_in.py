@@ -1,7 +1,7 @@
 """A stand-in for OpenAI's API on a real port: it continues a script, and counts calls and prompt tokens.
 
 A token is a word with the space before it. `script` holds for completions: a prompt that is the beginning of it is
-continued by the rest. `replies` hold for chat: the answer to the last message; or a function of the request.
+continued by the rest. `replies` hold for chat: the answer to the last message. Both may be functions of the request.
 """
 
 import json
@@ -24,7 +24,7 @@ def tokens(text: str) -> list[str]:
 
 @dataclass
 class StandIn:
-    script: str = ""
+    script: Any = ""
     replies: Any = None
     with_logprobs: bool = True
     failures: list[int] = field(default_factory=list)
@@ -63,8 +63,9 @@ class StandIn:
 
     def said(self, body: dict[str, Any]) -> str:
         if "messages" not in body:
-            assert self.script.startswith(body["prompt"]), body["prompt"]
-            return self.script[len(body["prompt"]) :]
+            script = self.script(body) if callable(self.script) else self.script
+            assert script.startswith(body["prompt"]), body["prompt"]
+            return str(script[len(body["prompt"]) :])
         return self.replies(body) if callable(self.replies) else self.replies[body["messages"][-1]["content"]]
 
     def cut(self, text: str, body: dict[str, Any]) -> tuple[list[str], str]:
@@ -82,7 +83,7 @@ class StandIn:
         yield "data: [DONE]\n\n"
 
     def anthropic(self, body: dict[str, Any]) -> Response:
-        text = self.replies[body["messages"][-1]["content"]]
+        text = self.said(body)
         if not body.get("stream"):
             usage = {"input_tokens": 7, "output_tokens": 2}
             return JSONResponse(
