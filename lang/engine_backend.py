@@ -27,10 +27,9 @@ from .templates import chat_template_of, get_chat_template
 T = TypeVar("T")
 SAME_NAME: Final = (
     "max_new_tokens min_new_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty"
-    " stop stop_token_ids ignore_eos seed logit_bias regex json_schema".split()
+    " stop stop_token_ids ignore_eos seed logit_bias regex json_schema ebnf".split()
 )
 """Parameters that the engine has under the same names."""
-NOT_YET: Final = ("stop_regex", "ebnf")
 FORCED_TOKENS: Final = 1024
 """The most tokens a choice may have."""
 FULL_SECONDS: Final = 0.02
@@ -187,9 +186,8 @@ def meta_info(delta: Delta, logprobs: Sequence[TokenLogprob] = (), sampling: Sam
 
 def _request(sampling: Sampling) -> dict[str, Any]:
     """The engine's parameters. Raises RequestError for what it does not have."""
-    for name in NOT_YET:
-        if getattr(sampling, name) is not None:
-            raise RequestError(f"{name} is not supported by the engine yet", param=name, code="unsupported_value")
+    if sampling.stop_regex is not None:
+        raise RequestError("the engine has no stop_regex yet", param="stop_regex", code="unsupported_value")
     if sampling.logprob_start_len not in (None, -1):
         text = "logprobs of the prompt are not supported by the engine yet: logprob_start_len must be -1"
         raise RequestError(text, param="logprob_start_len", code="unsupported_value")

@@ -52,7 +52,7 @@ def test_parameters_reach_the_engine_by_its_names():
     assert not {"dtype", "return_logprob", "json_schema"} & set(options)
 
 
-@pytest.mark.parametrize("name, value", [("stop_regex", "a+"), ("ebnf", "x"), ("logprob_start_len", 0)])
+@pytest.mark.parametrize("name, value", [("stop_regex", "a+"), ("logprob_start_len", 0)])
 def test_what_the_engine_does_not_have_is_refused(name, value):
     engine = FakeEngine()
     with pytest.raises(sgl.ProgramError, match=name):
