@@ -169,7 +169,7 @@ class Schedule:
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
-                if request.constraint is not None and request.constraint.complete:
+                if request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
             request = requests.get(rids[ended])
