@@ -248,7 +248,7 @@ class Schedule:
         for slot in rows[self.slots.jumps[rows]].tolist():
             request = self.slots.requests[slot]
             assert request is not None
-            plan = jumps.planned(request, self.slots, window.budget)
+            plan = jumps.planned(request, self.slots, jumps.room_for(request, window))
             if plan is None:
                 continue
             row, (tokens, state) = np.array([slot]), plan
