@@ -43,6 +43,10 @@ class Grammar:
         """Whether the output may end here."""
         return state >= 0 and bool(self.transitions.item(state, END) >= 0)
 
+    def ends(self, token: int) -> bool:
+        """Whether it is one of the tokens that end an output."""
+        return bool(self.token_class.item(token) == END)
+
     def forced(self, state: int) -> int:
         """The only token that may come, -1 if there is a choice."""
         return int(self.canonical.item(state)) if state >= 0 else -1

@@ -15,12 +15,14 @@ import numpy as np
 
 from .request import Request
 from .slot_table import SlotTable
-from .window import JumpChunk, Landed, PrefillChunk
+from .window import JumpChunk, Landed, PrefillChunk, Window
 
 LONGEST: Final = 64
 """Most of one jump; the rest follows in the next window."""
 MOST_STEPS: Final = 4
 """k while rows may jump: at most three forced tokens are then drawn before the next look."""
+MOST_SCORED: Final = 128
+"""Tokens of a window's jumps for which logprobs are wanted: their logits take 80 MB with a vocabulary of 150,000."""
 LONG_STEP_US: Final = 2000.0
 """Above this a window of one step costs little more than its step, and no jump is missed."""
 
@@ -81,6 +83,13 @@ def worth_waiting(rows: np.ndarray, slots: SlotTable, step_us: float) -> bool:
         return False
     requests = (slots.requests[row] for row in jumping.tolist())
     return any(request is not None and foreseen(request, slots) is None for request in requests)
+
+
+def room_for(request: Request, window: Window) -> int:
+    """Tokens that a jump of the request may have in the window."""
+    if request.params.logprobs is None:
+        return window.budget
+    return min(window.budget, MOST_SCORED - sum(len(jump.tokens) for jump in window.jumps if jump.scored))
 
 
 def planned(request: Request, slots: SlotTable, room: int) -> tuple[list[int], int] | None:

@@ -213,7 +213,7 @@ class Tokens(Message, frozen=True, tag=30):
     top_logprobs: memoryview
     forced: bool = False
     complete: memoryview = NOTHING
-    """int32: the rows with whose token an output matches its grammar."""
+    """int32: the rows with whose token the text that is seen of an output matches its grammar."""
 
 
 class Started(Message, frozen=True, tag=31):
@@ -223,8 +223,8 @@ class Started(Message, frozen=True, tag=31):
     cached_tokens: int
     queued_ns: int
     """From arrival to admission."""
-    complete: bool = False
-    """An empty output matches its grammar."""
+    complete: bool | None = None
+    """Whether an empty output matches its grammar; None: there is none, or nobody knows before the output's end."""
 
 
 class Ended(Message, frozen=True, tag=32):
@@ -318,7 +318,7 @@ class Chunk(Message, frozen=True, tag=35):
     thinking: bool = False
     """The prompt ends in one of ChatPrompt.opens: the output begins amid thoughts."""
     valid: bool | None = None
-    """In the last chunk of an output with a grammar: whether its text matches."""
+    """In the last chunk of an output with a grammar: whether its text matches; None where that is not known."""
 
 
 class Chunks(Message, frozen=True, tag=40):

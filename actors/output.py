@@ -17,10 +17,10 @@ class Output:
     """The output of one request id."""
 
     __slots__ = (
-        "_constrained",
         "_detokenizer",
         "_ends",
         "_fed",
+        "_followed",
         "_keep_stop",
         "_logprobs",
         "_new_ids",
@@ -49,9 +49,8 @@ class Output:
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         thinking: bool = False,
-        constrained: bool = False,
     ) -> None:
-        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking. `constrained`: it has a grammar."""
+        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking."""
         self.rid = rid
         self.front = front
         self.prompt_tokens = prompt_tokens
@@ -75,7 +74,8 @@ class Output:
         self._fed = 0
         """Characters that came out of the detokenizer; of these, `_shown` went to the client or wait for `chunk`."""
         self._shown = 0
-        self._constrained = constrained
+        self._followed = False
+        """All places where the text matches its grammar come to be known."""
         self._ends: deque[int] = deque()
         """Where the text matches its grammar, in characters; all of them until the text there is shown."""
 
@@ -83,7 +83,7 @@ class Output:
         """Take the next token. `finish` is the row's Finish, not POISON. A token of -1 is none (max_new_tokens 0).
 
         The token that ended the output counts, and is among the ids; it has no text (unless no_stop_trim).
-        `complete`: the output matches its grammar with it.
+        `complete`: what is seen of the output matches its grammar now.
         """
         hidden = token < 0 or (finish == Finish.STOP and not self._keep_stop)
         if token >= 0:
@@ -101,13 +101,18 @@ class Output:
                 text += self._detokenizer.finish()
             if text or finish:
                 self._show(text)
-        if complete and not hidden:
-            self.may_end()
+        if complete:
+            self._may_end()
         if self._logprobs:
             self._release_logprobs()
 
-    def may_end(self) -> None:
-        """The text of the tokens so far matches the grammar."""
+    def follow(self, complete: bool) -> None:
+        """It has a grammar, and it will be told whenever the output matches; an empty one does if `complete`."""
+        self._followed = True
+        if complete:
+            self._may_end()
+
+    def _may_end(self) -> None:
         self._ends.append(self._fed)
         while self._ends[0] < self._shown:
             self._ends.popleft()
@@ -138,10 +143,16 @@ class Output:
             forced_tokens=self.forced_tokens,
             jumps=self.jumps,
             thinking=self.thinking,
-            valid=self._shown in self._ends if self._constrained and self.finish is not None else None,
+            valid=self._valid(),
         )
         self._new_text, self._new_ids, self._new_logprobs = "", [], []
         return chunk
+
+    def _valid(self) -> bool | None:
+        """Whether the text matches the grammar; None before the end, and where that is not known."""
+        if self.finish is None:
+            return None
+        return self._shown in self._ends or (False if self._followed else None)
 
     def _show(self, text: str) -> None:
         """Pass text on, as far as it can be no part of a stop string."""

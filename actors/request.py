@@ -83,6 +83,17 @@ class Request:
         if self.guided is not None:
             self.guided.mask = None
 
+    def matches_with(self, token: int, stopped: bool) -> bool:
+        """Whether the text that the client sees is known to match the grammar, now that this token has come.
+
+        stopped: the token ended the output. One that does so by itself (stop_token_ids) is not seen; the grammar's own
+        end says that all before matches.
+        """
+        seen = not stopped or self.params.no_stop_trim
+        if self.constraint is not None:
+            return self.constraint.complete and (seen or self.constraint.grammar.ends(token))
+        return self.guided is not None and stopped and token not in self.params.stop_token_ids
+
     @property
     def jumps(self) -> bool:
         """Whether forced tokens may come as chunks; see jumps.py."""

@@ -169,7 +169,7 @@ class Schedule:
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
-                if request.constraint is not None and request.constraint.complete:
+                if request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
             request = requests.get(rids[ended])
@@ -248,7 +248,7 @@ class Schedule:
         for slot in rows[self.slots.jumps[rows]].tolist():
             request = self.slots.requests[slot]
             assert request is not None
-            plan = jumps.planned(request, self.slots, window.budget)
+            plan = jumps.planned(request, self.slots, jumps.room_for(request, window))
             if plan is None:
                 continue
             row, (tokens, state) = np.array([slot]), plan

@@ -378,7 +378,7 @@ class Scheduler(Actor):
         for request, cached in ((seat.request, seat.cached) for seat in window.admits):
             if request.admissions == 1:
                 of_prompt = min(cached, request.prompt_length)
-                empty = request.constraint is not None and request.constraint.grammar.final(0)
+                empty = None if request.constraint is None else request.constraint.grammar.final(0)
                 self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), empty))
         changes = self._sampler_changes(window)
         for name in self.samplers:

@@ -106,8 +106,8 @@ class Text(Actor):
             case Started():
                 if (output := self.outputs.get(message.rid)) is not None:
                     output.cached_tokens = message.cached_tokens
-                    if message.complete:
-                        output.may_end()
+                    if message.complete is not None:
+                        output.follow(message.complete)
             case Ended():
                 self._ended(message)
             case Stats():
@@ -191,8 +191,8 @@ class Text(Actor):
             return
         ids = prompt.ids
         for rid in range(m.rid, m.rid + m.n):
-            detokenizer, constrained = self._detokenizer(m, ids), m.grammar is not None
-            self.outputs[rid] = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking, constrained)
+            detokenizer = self._detokenizer(m, ids)
+            self.outputs[rid] = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking)
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:

@@ -28,6 +28,7 @@ from .protocol import (
     TopLogprob,
     Usage,
     encode,
+    said,
 )
 
 
@@ -95,7 +96,7 @@ class ChatWriter:
         for index, chunk in enumerate(chunks):
             message, finish = self._answers[index].whole(chunk)
             logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
-            choices.append(ChatChoice(index, message, logprobs, finish))
+            choices.append(ChatChoice(index, message, logprobs, finish, said(chunk.valid)))
         head, counts = self._head, usage(chunks, len(chunks))
         return ChatCompletion(head.id, "chat.completion", head.created, head.model, None, choices, counts)
 
@@ -114,7 +115,7 @@ class ChatWriter:
         # A chunk's logprobs go with its first frame: OpenAI's streams do not say more about their place either.
         choices = [ChunkChoice(index, delta, None if i else logprobs, None) for i, delta in enumerate(deltas)]
         if chunk.finish is not None:
-            choices.append(ChunkChoice(index, Delta(), None, answer.finish_reason(chunk)))
+            choices.append(ChunkChoice(index, Delta(), None, answer.finish_reason(chunk), said(chunk.valid)))
         return map(self._frame, choices)
 
     def tail(self) -> Iterable[bytes]:

@@ -31,6 +31,7 @@ from .protocol import (
     NativeSampling,
     TokenRow,
     encode,
+    said,
 )
 from .service import Service
 from .sse import send_stream
@@ -76,7 +77,7 @@ class Continuation:
             self.top_rows if self.with_logprobs and self.num_top else UNSET,
             chunk.forced_tokens if self.constrained else UNSET,
             chunk.jumps if self.constrained else UNSET,
-            UNSET if chunk.valid is None else chunk.valid,
+            said(chunk.valid),
         )
         return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
 

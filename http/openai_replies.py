@@ -22,6 +22,7 @@ from .protocol import (
     PromptTokensDetails,
     Usage,
     encode,
+    said,
 )
 
 NO_LOGPROB: Final = -9999.0
@@ -165,7 +166,9 @@ class CompletionWriter:
 
     def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
         logprobs = self._logprobs[index].write(chunk.logprobs) if self._logprobs else None
-        return CompletionChoice(self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish)
+        return CompletionChoice(
+            self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish, said(chunk.valid)
+        )
 
     def _object(self, choices: list[CompletionChoice], counts: Usage | UnsetType | None) -> Completion:
         head = self._head

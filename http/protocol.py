@@ -229,6 +229,11 @@ class Usage(Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+def said(valid: bool | None) -> bool | UnsetType:
+    """Return Chunk.valid as replies have it: left out where it is None."""
+    return UNSET if valid is None else valid
+
+
 # ------------------------------------------------------------------ POST /v1/completions
 
 
@@ -250,10 +255,13 @@ class CompletionLogprobs(Struct, frozen=True):
 
 
 class CompletionChoice(Struct, frozen=True):
+    """`valid`, our own: at the end of an output with a grammar, whether its text matches, where that is known."""
+
     text: str
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    valid: bool | UnsetType = UNSET
 
 
 class Completion(Struct, frozen=True):
@@ -386,10 +394,13 @@ class AssistantMessage(Struct, frozen=True):
 
 
 class ChatChoice(Struct, frozen=True):
+    """`valid`: as CompletionChoice's, of the text before tool calls and thoughts were taken out."""
+
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    valid: bool | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, frozen=True):
@@ -411,10 +422,13 @@ class Delta(Struct, frozen=True):
 
 
 class ChunkChoice(Struct, frozen=True):
+    """`valid`: as ChatChoice's, in the last frame of the choice."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    valid: bool | UnsetType = UNSET
 
 
 class ChatCompletionChunk(Struct, frozen=True):

@@ -323,6 +323,8 @@ def running(folder: str) -> Iterator[Any]:
 def test_choices_stops_and_ends(running: Any) -> None:
     ebnf = 'root ::= "a" root "a" | "b"'
     outputs = running.generate(tiny.prompt(9), SamplingParams(seed=1, max_new_tokens=60), n=3, ebnf=ebnf)
+    assert all(o.valid is (True if o.finish_reason == "stop" else None) for o in outputs), "a limit leaves it unknown"
+    assert any(o.valid for o in outputs)
     for o in outputs:
         assert re.fullmatch("a*(ba*)?", o.text)
         assert o.finish_reason == "length" or o.text.count("a") == 2 * o.text.index("b")

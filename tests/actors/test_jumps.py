@@ -134,6 +134,21 @@ def test_requests_with_logprobs_or_penalties_jump_too(params: SamplingParams) ->
     assert e.schedule.counters.jumps == 5
 
 
+def test_the_logits_of_a_windows_jumps_are_bounded() -> None:
+    """Many rows with logprobs come to a long run at once: some jump later, or in pieces."""
+    e = Engine(pages=256, slots=8, chunk=1024, num_continuous_decode_steps=1)
+    for i in range(8):
+        e.add(prompt_of(i, 20), max_new=150, grammar=line(100), params=SamplingParams(logprobs=0))
+    most = 0
+    while e.live:
+        window = e.schedule.plan()
+        if window is not None:
+            most = max(most, sum(len(jump.tokens) for jump in window.jumps))
+            e.executor.run(window)
+        e.report()
+    assert 100 < most <= 128
+
+
 def test_a_request_with_logprobs_draws_its_first_token() -> None:
     """Its prefill has no logits but of the last token."""
     e = Engine(num_continuous_decode_steps=1)

@@ -53,8 +53,8 @@ def logprob(token: int, text: str, top: int) -> TokenLogprob:
 
 def chunk(rid: int, text: str, ids: list[int], done: int, finish: str | None = None, **more: object) -> Chunk:
     """A chunk after `done` tokens in all; 7 prompt tokens, 3 of them cached."""
-    fields = {"logprobs": [], "matched": None} | more
-    return Chunk(rid, text, ids, fields["logprobs"], finish, fields["matched"], 7, done, 3)
+    fields = {"logprobs": [], "matched": None, "valid": None} | more
+    return Chunk(rid, text, ids, fields["logprobs"], finish, fields["matched"], 7, done, 3, valid=fields["valid"])
 
 
 def words(generate: Generate) -> list[Chunks]:
@@ -65,6 +65,7 @@ def words(generate: Generate) -> list[Chunks]:
         last = i == len(WORDS) - 1
         logprobs = [] if top is None else [logprob(10 + i, word, top)]
         more = {"logprobs": logprobs, "matched": 2 if last else None}
+        more["valid"] = False if last and generate.grammar is not None else None
         rids = range(generate.rid, generate.rid + generate.n)
         steps.append(Chunks([chunk(r, word, [10 + i], i + 1, "stop" if last else None, **more) for r in rids]))
     return steps

@@ -186,10 +186,12 @@ async def test_grammars(rig):
     reply = (await rig.http.post("/generate", json={"text": "x", "sampling_params": params})).json()
     assert rig.text.generates[0].grammar == GrammarSpec("regex", "a+")
     assert (reply["meta_info"]["forced_tokens"], reply["meta_info"]["jumps"]) == (0, 0)
+    assert reply["meta_info"]["valid"] is False
     body = {"text": ["x", "y"], "sampling_params": [{"json_schema": '{"type": "null"}'}, {}]}
     replies = (await rig.http.post("/generate", json=body)).json()
     assert [g.grammar for g in rig.text.generates[1:]] == [GrammarSpec("json_schema", '{"type":"null"}'), None]
     assert "jumps" in replies[0]["meta_info"] and "jumps" not in replies[1]["meta_info"]
+    assert "valid" in replies[0]["meta_info"] and "valid" not in replies[1]["meta_info"]
     for given, policy in (("compact", "compact"), ({"any": 3}, "any 3"), ({"indent": 2}, "indent 2")):
         params = {"json_schema": '{"type": "null"}', "json_whitespace": given}
         await rig.http.post("/generate", json={"text": "x", "sampling_params": params})

@@ -257,6 +257,20 @@ async def test_grammars_travel_to_the_text_actor(rig, fields, kind, text):
     assert (kind, text) == (None, None) if grammar is None else (grammar.kind, grammar.text) == (kind, text)
 
 
+async def test_replies_say_whether_a_constrained_output_matches(rig):
+    """Where the engine knows; in a stream with the finish reason."""
+    chat, text = {"messages": USER, "regex": "a+"}, {"prompt": "x", "regex": "a+"}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/completions", text)):
+        (choice,) = (await rig.http.post(path, json=body)).json()["choices"]
+        assert choice["valid"] is False
+        (choice,) = (await rig.http.post(path, json=body | {"regex": None})).json()["choices"]
+        assert "valid" not in choice
+        lines = (await rig.http.post(path, json=body | {"stream": True})).text.split("\n\n")
+        frames = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        assert [f.get("valid") for f in frames] == [None] * (len(frames) - 1) + [False]
+        assert frames[-1]["finish_reason"] == "stop"
+
+
 async def test_whitespace_travels_with_a_schema(rig):
     body = {"messages": USER, "response_format": SCHEMA_FORMAT, "json_whitespace": {"any": 4}}
     assert (await rig.http.post("/v1/chat/completions", json=body)).status_code == 200
