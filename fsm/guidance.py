@@ -7,7 +7,7 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import llguidance
 
@@ -20,10 +20,7 @@ from .schema_types import step
 from .shapes import Unsupported
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions  # a stub's name: the library has no such class when it runs
-
-JSON_OPTIONS: Final["JsonCompileOptions"] = {
+JSON_OPTIONS: Final = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
