@@ -398,6 +398,8 @@ BAD = [
      "/structures/0/begin"),
     ({"structural_tag": {"structures": [{"begin": "<", "schema": False, "end": ""}], "triggers": ["<"]}},
      "structural_tag", "no value satisfies"),
+    ({"structural_tag": {"structures": [{"begin": "<", "schema": {"not": {}}, "end": ""}], "triggers": ["<"]}},
+     "structural_tag", "at /structures/0/schema/not"),
     ({"json_schema": {"properties": {"a": {"not": {}}}}}, "json_schema", "/properties/a/not"),
     ({"json_schema": {"additionalProperties": {"maxLenght": 1}}}, "json_schema", "/additionalProperties/maxLenght"),
     ({"json_schema": {"items": {"$ref": "#/nowhere"}}}, "json_schema", "leads nowhere"),
