@@ -66,6 +66,6 @@ class GuidedRequests:
         return ready
 
     def lost(self) -> None:
-        """The fsm actor died, and knows nothing any more."""
+        """There is another fsm actor, which knows nothing; what was sent since the last one died is lost."""
         for followed in self._followed.values():
             followed.known = -1

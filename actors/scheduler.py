@@ -183,6 +183,7 @@ class Scheduler(Actor):
             case PeerUp(name=name):
                 self.sent_stats = None  # an executor says itself when it is ready, a text actor wants to know
                 if name == FSM:
+                    self.guided.lost()
                     for entry in self.grammars.unsent():
                         self._to_fsm(Compile(entry.handle, entry.spec))
             case Order():
@@ -336,8 +337,6 @@ class Scheduler(Actor):
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
                 text = "the executor died twice while it ran this request; it is not tried again"
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
-        elif m.name == FSM:
-            self.guided.lost()
         elif m.name == "text":
             self.early = []
             for handle in self.grammars.abandon_all():

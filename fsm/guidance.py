@@ -16,7 +16,7 @@ from .errors import BudgetError, EmptyLanguage, PatternError
 from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
 from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED
-from .schema_types import step
+from .schema_types import TRIVIAL, step
 from .shapes import Unsupported
 from .spelling import DEFAULT, Whitespace
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 MAX_PATTERN: Final = 1 << 20
 """Characters of a regular expression that we write."""
-NOT: Final = frozenset("not if $dynamicRef $recursiveRef $recursiveAnchor".split())
-"""Keywords that llguidance itself refuses by name, beside those of TYPED."""
+REFUSED: Final = (TRIVIAL.keys() | {"uniqueItems"}) - {"patternProperties"}
+"""Known keywords that llguidance does not have."""
+SILENT: Final = frozenset("then else minContains maxContains".split())
+"""Without `if` and `contains`, which are refused. llguidance would refuse them too."""
 
 _SCHEMAS: Final = frozenset(
     "items additionalItems additionalProperties contains propertyNames not if then else".split()
@@ -82,7 +84,7 @@ def prepared(schema: Any, pointer: str) -> dict[str, Any]:
     close = _closable(schema)
 
     def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
-        _refuse_unknown(place, where)
+        _leave_what_counts(place, where)
         if isinstance(place.get("pattern"), str):
             place["pattern"] = _exact_pattern(place["pattern"], step(where, "pattern"))
         if close and _is_open(place):
@@ -157,11 +159,16 @@ def _exact_pattern(pattern: str, pointer: str) -> str:
         raise Unsupported(f"the pattern cannot be read: {error}", pointer) from None
 
 
-def _refuse_unknown(schema: dict[str, Any], pointer: str) -> None:
-    """llguidance passes over keywords that it does not know, and counts members of the same name as several."""
-    for keyword, value in schema.items():
-        known = keyword in ANNOTATIONS | COMBINATORS | NOT or keyword in TYPED or keyword.startswith("x-")
-        if not known or (keyword == "$id" and pointer) or (keyword.startswith("exclusive") and isinstance(value, bool)):
+def _leave_what_counts(schema: dict[str, Any], pointer: str) -> None:
+    """Take out of a schema the keywords that say nothing, and refuse those that llguidance refuses, passes over because
+    it does not know them, or reads otherwise: it counts members of the same name as several."""
+    for keyword, value in list(schema.items()):
+        silent = keyword in SILENT or value in TRIVIAL.get(keyword, ()) or (keyword == "uniqueItems" and not value)
+        known = keyword in ANNOTATIONS | COMBINATORS or keyword in TYPED or keyword.startswith("x-")
+        obeyed = keyword not in REFUSED and not (keyword.startswith("exclusive") and isinstance(value, bool))
+        if silent:
+            del schema[keyword]
+        elif not known or not obeyed or (keyword == "$id" and pointer):
             raise Unsupported(f"{keyword} is not supported", step(pointer, keyword))
     least = schema.get("minProperties", 0)
     if isinstance(least, int) and least > len(schema.get("required", [])) and least > 1:

@@ -21,12 +21,30 @@ from test_schedule import prompt_of
 
 from actorserve import Engine, SamplingParams
 from actorserve.actors import executor
+from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
 from actorserve.actors.fsm_worker import Compiler, MadeText, Setup
 from actorserve.actors.guided import GuidedRequests
 from actorserve.actors.match_pool import MatchPool
-from actorserve.actors.messages import GrammarSpec, Masks, Match, MatchFailed, Unmatch
+from actorserve.actors.messages import (
+    Compile,
+    ExecutorReady,
+    FsmInbox,
+    GrammarSpec,
+    Masks,
+    Match,
+    MatchFailed,
+    PeerDown,
+    PeerUp,
+    SchedulerInbox,
+    Submit,
+    TextInbox,
+    Translated,
+    Unmatch,
+)
 from actorserve.actors.request import Request, Stage
+from actorserve.actors.scheduler import Scheduler
+from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import RequestError
 from actorserve.fsm.matcher import Matcher
 
@@ -165,6 +183,38 @@ def test_what_the_fsm_actor_is_told() -> None:
     assert sent() == [(0, [5, 6], "text")], "it is told everything again"
     e.schedule.abort(r.rid)
     assert followed.due() == [Unmatch(r.rid)] and not followed.due()
+
+
+def test_an_fsm_actor_that_comes_up_is_told_what_went_lost_while_it_was_down() -> None:
+    config = EngineConfig(placement="inline")
+    model = ModelInfo(name="m", path="", model_type="", vocab_size=200, context_length=64, eos_ids=(0,))
+    context = Context("sched", config, model, SchedulerInbox, sends_to=["text", "fsm", "exec.0", "sampler.0"])
+    fsm = Context("fsm", config, model, FsmInbox, sends_to=["sched"])
+    connect(context, fsm)
+    for name in ("text", "exec.0", "sampler.0"):
+        connect(context, Context(name, config, model, TextInbox, sends_to=[]))
+    scheduler = Scheduler(context)
+    ids = memoryview(np.arange(5, dtype=np.int32).tobytes())
+    grammar = GrammarSpec("ebnf", NESTED)
+
+    def told(*news: Any) -> list[Match | Compile]:
+        """What the fsm actor gets when the scheduler gets these messages."""
+        for message in news:
+            scheduler.receive(message, "")
+        scheduler.flush()
+        got = []
+        while (item := fsm.inbox.poll()) is not None:
+            got.append(item[0])
+        return [m for m in got if isinstance(m, Match | Compile)]
+
+    params = SamplingParams(seed=1, max_new_tokens=9)
+    submit = Submit(7, ids, params, grammar=grammar)
+    (compile_it,) = told(ExecutorReady(64, 4, 4, "cpu"), submit)
+    assert isinstance(compile_it, Compile)
+    (first,) = told(Translated(compile_it.handle, "text"))
+    assert isinstance(first, Match) and (first.rid, first.start, first.grammar) == (7, 0, "text")
+    told(PeerDown("fsm", 1, "killed"))  # what is sent from here on reaches nobody
+    assert told(PeerUp("fsm", 2)) == [first]
 
 
 # ------------------------------------------------------------------ matchers
@@ -350,6 +400,8 @@ BAD = [
      "/structures/0/begin"),
     ({"structural_tag": {"structures": [{"begin": "<", "schema": False, "end": ""}], "triggers": ["<"]}},
      "structural_tag", "no value satisfies"),
+    ({"structural_tag": {"structures": [{"begin": "<", "schema": {"not": {}}, "end": ""}], "triggers": ["<"]}},
+     "structural_tag", "at /structures/0/schema/not"),
     ({"json_schema": {"properties": {"a": {"not": {}}}}}, "json_schema", "/properties/a/not"),
     ({"json_schema": {"additionalProperties": {"maxLenght": 1}}}, "json_schema", "/additionalProperties/maxLenght"),
     ({"json_schema": {"items": {"$ref": "#/nowhere"}}}, "json_schema", "leads nowhere"),

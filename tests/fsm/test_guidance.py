@@ -103,6 +103,7 @@ def test_every_walk_validates(schema: Any) -> None:
         ({"type": "object", "x-guidance": {"whitespace_flexible": True}}, '{ "a": 1}', False),
         ({"type": "object", "x-guidance": {"whitespace_pattern": " *"}}, '{ "a": 1}', False),
         (True, '[{}, "日本", null, 1.5e3]', True),
+        ({"uniqueItems": False, "minContains": 2, "then": False, "propertyNames": True}, '[1, 1, {"a": {}}]', True),
         ({"type": ["array"], "items": {"pattern": r"^a.$|b\d"}}, '["ab", "xb3x"]', True),
         ({"type": ["array"], "items": {"pattern": r"^a.$|b\d"}}, '["a\u2028"]', False),
     ],
@@ -116,6 +117,8 @@ def test_the_spelling(schema: Any, text: str, fits: bool) -> None:
     [
         ({"type": "object", "properties": {"a": {"maxLenght": 3}}}, Unsupported, "/properties/a/maxLenght"),
         ({"$defs": {"a": {"pattern": "(?=a)"}}, "items": {"$ref": "#/$defs/a"}}, Unsupported, "/$defs/a/pattern"),
+        ({"items": {"uniqueItems": True}}, Unsupported, "/items/uniqueItems"),
+        ({"anyOf": [True, {"if": {"type": "null"}}]}, Unsupported, "/anyOf/1/if"),
         ({"items": {"minProperties": 2}}, Unsupported, "/items/minProperties"),
         ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, Unsupported, "/exclusiveMinimum"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, SchemaError, ""),

@@ -94,15 +94,15 @@ def test_streams_continue_after_an_executors_death(server: LiveServer) -> None:
     server.assert_pages_add_up()
 
 
-def kill_fsm(server: LiveServer) -> None:
+def kill(server: LiveServer, node: str = "fsm") -> None:
     """And wait until it is back."""
-    pid = server.children()["fsm"]
+    pid = server.children()[node]
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: server.children().get("fsm", pid) != pid, 30, "fsm is started again")
+    wait_until(lambda: server.children().get(node, pid) != pid, 30, f"{node} is started again")
 
 
-def constrained(server: LiveServer, regex: str, tokens: int) -> dict[str, Any]:
-    params = {"temperature": 0, "max_new_tokens": tokens, "regex": regex}
+def constrained(server: LiveServer, grammar: str, tokens: int, field: str = "regex") -> dict[str, Any]:
+    params = {"temperature": 0, "max_new_tokens": tokens, field: grammar}
     reply = httpx.post(server.url + "/generate", json={"text": TEXT, "sampling_params": params}, timeout=120)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
@@ -116,9 +116,24 @@ def test_constrained_streams_go_on_without_the_fsm_actor(server: LiveServer) -> 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(constrained, server, pattern, 200)
         wait_until(lambda: server.metrics()["actorserve_running_requests"] == 1 or answer.done(), 30, "it runs")
-        kill_fsm(server)
+        kill(server)
         assert answer.result()["text"] == undisturbed["text"]
     assert constrained(server, "after it [a-z]+", 8)["text"].startswith("after it ")
+
+
+def test_guided_streams_continue_after_the_fsm_actors_death_and_an_executors(server: LiveServer) -> None:
+    """Their matchers die with the fsm actor, and are made again from the tokens."""
+    ebnf = 'root ::= "(" root ")" | word root | word\nword ::= [a-z]+ " "'
+
+    def disturbed(node: str) -> str:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(constrained, server, ebnf, 40, "ebnf")
+            wait_until(lambda: server.metrics()["actorserve_running_requests"] == 1 or answer.done(), 30, "it runs")
+            kill(server, node)
+            return str(answer.result()["text"])
+
+    undisturbed = constrained(server, ebnf, 40, "ebnf")["text"]
+    assert disturbed("fsm") == disturbed("exec.0") == undisturbed
 
 
 def test_a_grammar_is_compiled_again_when_the_fsm_actor_is_back(server: LiveServer) -> None:
@@ -127,7 +142,7 @@ def test_a_grammar_is_compiled_again_when_the_fsm_actor_is_back(server: LiveServ
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(constrained, server, pattern, 6)
         wait_until(lambda: server.metrics()["actorserve_waiting_requests"] == 1 or answer.done(), 30, "it waits")
-        kill_fsm(server)
+        kill(server)
         others = constrained(server, "yes|no", 4)
         assert others["text"] in ("yes", "no")
         assert answer.result()["text"].startswith("{\n")
