@@ -52,11 +52,11 @@ def test_the_loader_with_bulk_copies(name: str, tmp_path: Path, monkeypatch: pyt
     folder = tiny.save(tiny.build(name).to(torch.bfloat16), tmp_path)
     spec = weights.spec_of(weights.read_config(tmp_path))
     _, plain = weights.allocate(spec, torch.device("cpu"), torch.bfloat16)
-    weights._fill(plain, tmp_path, spec, lambda fraction: None)
+    weights._fill(plain, tmp_path, spec, lambda fraction: None, {})
     _, bulk = weights.allocate(spec, DEVICE, torch.bfloat16)
     seen: list[float] = []
     monkeypatch.setattr(weights, "uses_bulk_copy", lambda device: True)
-    weights._fill(bulk, Path(folder), spec, seen.append)
+    weights._fill(bulk, Path(folder), spec, seen.append, {})
     for place in plain:
         assert torch.equal(plain[place].view, bulk[place].view.cpu()), place
     assert seen == sorted(seen) and seen[-1] > 0.9
