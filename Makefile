@@ -6,7 +6,7 @@
 # from PyTorch's, and failing both whatever torch the index has.
 
 ARGS ?=
-ALONE := fsm http kvstore models sampler
+ALONE := fsm http kvstore lang models sampler
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
