@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from .fsm_worker import LENGTH, Answer, Failed, Job, Made, MadeText, Ready, Setup, decode_answer, framed
+from .fsm_worker import LENGTH, Answer, Failed, Job, Ready, Result, Setup, decode_answer, framed
 from .messages import GrammarSpec
 
 GRACE: Final = 0.4
@@ -52,7 +52,7 @@ class Worker:
             raise WorkerDied("the compiler did not start")
         self.refusal = answer.refusal
 
-    async def compile(self, spec: GrammarSpec) -> Made | MadeText | Failed:
+    async def compile(self, spec: GrammarSpec) -> Result:
         """Compile within the deadline, else kill the process. Raises WorkerDied."""
         await self.start()
         if self.refusal is not None:

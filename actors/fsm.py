@@ -8,13 +8,13 @@ was discarded; what a request that runs needs of here can be made again from its
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final
 
 import trio
 
 from .actor import Actor, Context
 from .compile_pool import Worker, WorkerDied
-from .fsm_worker import Failed, Made, MadeText, Setup
+from .fsm_worker import Failed, Made, MadeText, Result, Setup
 from .match_pool import MatchPool
 from .messages import (
     Compile,
@@ -39,7 +39,6 @@ WORKERS: Final = 2
 CACHE_BYTES: Final = 128 << 20
 ENTRY_BYTES: Final = 1024
 """What an answer takes beside its arrays and the grammar's text, roughly."""
-Answer: TypeAlias = Made | MadeText | Failed
 TRIES: Final = 2
 """A compiler that dies of something else than its deadline may have been killed by chance."""
 
@@ -58,16 +57,16 @@ class Cache:
     def __init__(self, most: int = CACHE_BYTES) -> None:
         self.most = most
         self.size = 0
-        self._answers: OrderedDict[GrammarSpec, Answer] = OrderedDict()
+        self._answers: OrderedDict[GrammarSpec, Result] = OrderedDict()
 
-    def get(self, spec: GrammarSpec) -> Answer | None:
+    def get(self, spec: GrammarSpec) -> Result | None:
         """The answer, if it is known."""
         answer = self._answers.get(spec)
         if answer is not None:
             self._answers.move_to_end(spec)
         return answer
 
-    def put(self, spec: GrammarSpec, answer: Answer) -> None:
+    def put(self, spec: GrammarSpec, answer: Result) -> None:
         """Remember, and forget others for it."""
         self._answers[spec] = answer
         self.size += _bytes(spec, answer)
@@ -143,7 +142,7 @@ class Fsm(Actor):
             self._queue.remove(work)
             del self.works[work.spec]
 
-    def _answer(self, handle: int, answer: Answer, status: int = 400, seconds: float = 0.0) -> None:
+    def _answer(self, handle: int, answer: Result, status: int = 400, seconds: float = 0.0) -> None:
         match answer:
             case Made():
                 arrays = (memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical))
@@ -204,7 +203,7 @@ class Fsm(Actor):
         except (WorkerDied, trio.TooSlowError):
             self.context.log.warning("a compiler of grammars ended in its start")
 
-    async def _made(self, worker: Worker, spec: GrammarSpec) -> tuple[Answer, int]:
+    async def _made(self, worker: Worker, spec: GrammarSpec) -> tuple[Result, int]:
         """(the answer, its HTTP status)"""
         for _ in range(TRIES):
             try:
@@ -214,7 +213,7 @@ class Fsm(Actor):
         return Failed("compiler_crashed", "the grammar's compiler ended; send the request again"), 503
 
 
-def _bytes(spec: GrammarSpec, answer: Answer) -> int:
+def _bytes(spec: GrammarSpec, answer: Result) -> int:
     size = len(spec.text) + ENTRY_BYTES
     if isinstance(answer, MadeText):
         size += len(answer.grammar)

@@ -78,7 +78,9 @@ class MadeText(msgspec.Struct, frozen=True, array_like=True, tag=6):
     grammar: str
 
 
-Answer: TypeAlias = Ready | Made | Failed | MadeText
+Result: TypeAlias = Made | MadeText | Failed
+"""What becomes of a Job."""
+Answer: TypeAlias = Ready | Result
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_answer: Final = msgspec.msgpack.Decoder(Answer).decode
 _decode_order: Final = msgspec.msgpack.Decoder(Setup | Job).decode
@@ -115,7 +117,7 @@ class Compiler:
             for first in WARM_UP:  # imports and caches: a client's first grammar takes no longer than its second
                 self.compile(first)
 
-    def compile(self, spec: GrammarSpec) -> Made | MadeText | Failed:
+    def compile(self, spec: GrammarSpec) -> Result:
         """Compile a grammar; never raises."""
         from ..fsm.errors import BudgetError, GrammarError
 

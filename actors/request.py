@@ -83,6 +83,11 @@ class Request:
         if self.guided is not None:
             self.guided.mask = None
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the output must match one."""
+        return self.constraint is not None or self.guided is not None
+
     def matches_with(self, token: int, stopped: bool) -> bool:
         """Whether the text that the client sees is known to match the grammar, now that this token has come.
 

@@ -169,7 +169,7 @@ class Schedule:
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
-                if request.matches_with(token, finish[row] == Finish.STOP):
+                if request.has_grammar and request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
             request = requests.get(rids[ended])
@@ -229,8 +229,10 @@ class Schedule:
         window.k = self._choose_k(rows, joining, more_waits)
         self._grow(window, rows, window.k)
         self._grow(window, joining, window.k - 1)
-        window.once = [slot for slot in (*rows.tolist(), *joined) if self.slots.guided[slot]]
-        self.slots.decoding[window.once] = False  # until their next masks come
+        drawing = np.concatenate([rows, joining])
+        once = drawing[self.slots.guided[drawing]]
+        self.slots.decoding[once] = False  # until their next masks come
+        window.once = once.tolist()
         window.release, self._release = self._release, []
         self.in_flight.append(window)
         self.next_window += 1

@@ -81,11 +81,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
         stream.name(head.id)
-        async with exchange.watched(stream):
-            if request.stream:
-                await send_stream(exchange, stream, writer)
-            else:
-                await exchange.reply(encode(writer.whole(await stream.collect())))
+        await _reply(exchange, stream, writer, bool(request.stream))
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
@@ -98,11 +94,16 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = ChatWriter(head, stream, reading, bool(request.logprobs), usage_frames)
         stream.name(head.id)
-        async with exchange.watched(stream):
-            if request.stream:
-                await send_stream(exchange, stream, writer)
-            else:
-                await exchange.reply(encode(writer.whole(await stream.collect())))
+        await _reply(exchange, stream, writer, bool(request.stream))
+
+
+async def _reply(exchange: Exchange, stream: Stream, writer: CompletionWriter | ChatWriter, streamed: bool) -> None:
+    """Send the engine's output as it comes, or when it is complete."""
+    async with exchange.watched(stream):
+        if streamed:
+            await send_stream(exchange, stream, writer)
+        else:
+            await exchange.reply(encode(writer.whole(await stream.collect())))
 
 
 @contextmanager

@@ -6,9 +6,10 @@ Invariant: a graph reads the slot arrays, the sampler's state and its own inputs
 from the host; its intermediates lie in a pool that all graphs share, since they run one after another.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -75,32 +76,18 @@ class Captured:
         return self.out, self.sampled
 
 
-class DecodeGraphs:
-    """Decode steps, by (bucket, sampler mode)."""
+B = TypeVar("B", bound=Hashable)
+"""The size of a step."""
 
-    def __init__(self, capturer: Capturer, max_batch: int) -> None:
+
+class Ladder(ABC, Generic[B]):
+    """Graphs by (bucket, sampler mode), captured at need or ahead."""
+
+    def __init__(self, capturer: Capturer, buckets: list[B]) -> None:
         self.capturer = capturer
         self.runner = capturer.runner
-        self.buckets = ladder(max_batch)
-        self.max_batch = max_batch
-        self.padding = self.runner.slots.padding
-        self.rows = torch.full((max_batch,), self.padding, dtype=torch.int32, device=self.runner.device)
-        self._host_rows = np.full(max_batch, self.padding, dtype=np.int32)
-        self._graphs: dict[tuple[int, Hashable], Captured] = {}
-
-    def replay(self, host_rows: np.ndarray, mode: Hashable) -> Drawn | None:
-        """Launch one step of the slots [B]; None if no graph is that large."""
-        if len(host_rows) > self.max_batch:
-            return None
-        bucket = next(b for b in self.buckets if b >= len(host_rows))
-        captured = self._graphs.get((bucket, mode)) or self._capture(bucket, mode)
-        wanted = self._host_rows.copy()
-        wanted[: len(host_rows)] = host_rows
-        wanted[len(host_rows) :] = self.padding
-        if not np.array_equal(wanted, self._host_rows):
-            self._host_rows = wanted
-            self.rows.copy_(upload(wanted, self.runner.device))
-        return captured.replay()
+        self.buckets = buckets
+        self._graphs: dict[tuple[B, Hashable], Captured] = {}
 
     def modes(self) -> list[Hashable]:
         """The sampler modes that were needed."""
@@ -111,52 +98,74 @@ class DecodeGraphs:
         for mode in modes:
             for bucket in self.buckets:
                 if (bucket, mode) not in self._graphs:
-                    self._capture(bucket, mode)
+                    self._graph(bucket, mode)
                     return True
         return False
 
-    def _capture(self, bucket: int, mode: Hashable) -> Captured:
+    def _graph(self, bucket: B, mode: Hashable) -> Captured:
+        captured = self._graphs.get((bucket, mode))
+        if captured is None:
+            captured = self._graphs[bucket, mode] = self.capturer.capture(self._padded(bucket), mode)
+        return captured
+
+    @abstractmethod
+    def _padded(self, bucket: B) -> Callable[[], StepLogits]:
+        """Fill the bucket's inputs with padding; returns the forward that reads them."""
+
+
+class DecodeGraphs(Ladder[int]):
+    """Decode steps; a bucket is its rows."""
+
+    def __init__(self, capturer: Capturer, max_batch: int) -> None:
+        super().__init__(capturer, ladder(max_batch))
+        self.max_batch = max_batch
+        self.padding = self.runner.slots.padding
+        self.rows = torch.full((max_batch,), self.padding, dtype=torch.int32, device=self.runner.device)
+        self._host_rows = np.full(max_batch, self.padding, dtype=np.int32)
+
+    def replay(self, host_rows: np.ndarray, mode: Hashable) -> Drawn | None:
+        """Launch one step of the slots [B]; None if no graph is that large."""
+        if len(host_rows) > self.max_batch:
+            return None
+        bucket = next(b for b in self.buckets if b >= len(host_rows))
+        captured = self._graph(bucket, mode)
+        wanted = self._host_rows.copy()
+        wanted[: len(host_rows)] = host_rows
+        wanted[len(host_rows) :] = self.padding
+        if not np.array_equal(wanted, self._host_rows):
+            self._host_rows = wanted
+            self.rows.copy_(upload(wanted, self.runner.device))
+        return captured.replay()
+
+    def _padded(self, bucket: int) -> Callable[[], StepLogits]:
         self.rows.fill_(self.padding)
         self._host_rows[:] = self.padding
         rows = self.rows[:bucket]
-        captured = self._graphs[bucket, mode] = self.capturer.capture(lambda: self.runner.decode(rows, None), mode)
-        return captured
+        return lambda: self.runner.decode(rows, None)
 
 
-class MixedGraphs:
-    """Decode rows beside small prefill chunks, by (bucket, sampler mode)."""
+class MixedGraphs(Ladder[Bucket]):
+    """Decode rows beside small prefill chunks."""
 
     def __init__(self, capturer: Capturer, max_batch: int) -> None:
-        self.capturer = capturer
-        self.buckets = [Bucket(rows, tokens) for rows, tokens in mixed_ladder(max_batch)]
+        super().__init__(capturer, [Bucket(rows, tokens) for rows, tokens in mixed_ladder(max_batch)])
         self._steps: dict[Bucket, MixedStep] = {}
-        self._graphs: dict[tuple[Bucket, Hashable], Captured] = {}
 
     def replay(self, decoding: np.ndarray, chunks: list[ChunkWork], mode: Hashable) -> Drawn | None:
         """Launch one step of the slots `decoding` and the chunks; None if that does not fit."""
         bucket = next((b for b in self.buckets if fits(decoding, chunks, b)), None)
         if bucket is None:
             return None
-        captured = self._graphs.get((bucket, mode)) or self._capture(bucket, mode)
+        captured = self._graph(bucket, mode)
         self._steps[bucket].fill(decoding, chunks)
         return captured.replay()
 
-    def capture_next(self, modes: list[Hashable]) -> bool:
-        """See DecodeGraphs.capture_next."""
-        for mode in modes:
-            for bucket in self.buckets:
-                if (bucket, mode) not in self._graphs:
-                    self._capture(bucket, mode)
-                    return True
-        return False
-
-    def _capture(self, bucket: Bucket, mode: Hashable) -> Captured:
+    def _padded(self, bucket: Bucket) -> Callable[[], StepLogits]:
         step = self._steps.get(bucket)
         if step is None:
-            step = self._steps[bucket] = MixedStep(self.capturer.runner, bucket)
+            step = self._steps[bucket] = MixedStep(self.runner, bucket)
         step.clear()
-        captured = self._graphs[bucket, mode] = self.capturer.capture(step.forward, mode)
-        return captured
+        return step.forward
 
 
 class StepGraphs:

@@ -4,14 +4,13 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import tiny_tokenizers
 import trio
 from test_executor import AheadStepper
+from word_model import word_model
 
 from actorserve import Engine, SamplingParams
 from actorserve.actors import executor
@@ -39,11 +38,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model with the vocabulary of a byte-level tokenizer; id 2 ends outputs in both."""
-    path: Path = tmp_path_factory.mktemp("words")
-    tiny_tokenizers.byte_level(path)
-    kind, fields = tiny.FAMILIES["llama"]
-    tiny.FAMILIES["llama-words"] = (kind, {**fields, "vocab_size": 416})
-    return tiny.save(tiny.build("llama-words"), path)
+    return word_model(tmp_path_factory.mktemp("words"))
 
 
 def engine(folder: str, **options: object) -> Any:

@@ -5,19 +5,18 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-import tiny_tokenizers
 import trio
-from simulated_executor import VOCAB, SimulatedExecutor, expected
+from simulated_executor import VOCAB, expected
 from simulated_grammars import grammar_of
 from test_executor import AheadStepper
 from test_schedule import Engine as Simulation
 from test_schedule import prompt_of
+from word_model import word_model
 
 from actorserve import Engine, SamplingParams
 from actorserve.actors import executor
@@ -143,15 +142,7 @@ def test_death_and_retraction_while_a_draw_is_under_way() -> None:
             e.report()
         while not e.plan():
             pass
-        if what == "retract":
-            e.schedule.retract(r)
-        elif what == "die":
-            e.executor = SimulatedExecutor(64)
-            e.schedule.executor_lost()
-        else:
-            e.schedule.abort(r.rid)
-            e.live.clear()
-        e.schedule.check()
+        e.interrupt(what, r)
         e.drain()
         assert r.stage is Stage.ENDED
 
@@ -223,11 +214,7 @@ def test_an_fsm_actor_that_comes_up_is_told_what_went_lost_while_it_was_down() -
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model with the vocabulary of a byte-level tokenizer; id 2 ends outputs in both."""
-    path: Path = tmp_path_factory.mktemp("words")
-    tiny_tokenizers.byte_level(path)
-    kind, fields = tiny.FAMILIES["llama"]
-    tiny.FAMILIES["llama-words"] = (kind, {**fields, "vocab_size": 416})
-    return tiny.save(tiny.build("llama-words"), path)
+    return word_model(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")

@@ -182,16 +182,9 @@ def test_retraction_and_death_in_the_middle_of_a_run() -> None:
         e = Engine(num_continuous_decode_steps=1)
         r = e.add(prompt_of(1, 20), max_new=60, grammar=line(20))
         assert e.plan() and e.report() and e.plan()
-        if what == "retract":
-            e.schedule.retract(r)
-        elif what == "die":
-            e.executor = SimulatedExecutor(64)
-            e.schedule.executor_lost()
+        e.interrupt(what, r)
+        if what == "die":
             assert len(r.tokens) == 21
-        else:
-            e.schedule.abort(r.rid)
-            e.live.clear()
-        e.schedule.check()
         e.drain()
         assert r.stage is Stage.ENDED
 

@@ -65,6 +65,18 @@ class Engine:
                 assert r.tokens.tolist() == expected(prompt, most, grammar, r.params.stop_token_ids)
         return True
 
+    def interrupt(self, what: str, request: Request) -> None:
+        """Retract it, let the executor die, or abort it."""
+        if what == "retract":
+            self.schedule.retract(request)
+        elif what == "die":
+            self.executor = SimulatedExecutor(self.schedule.pool.num_pages)
+            self.schedule.executor_lost()
+        else:
+            self.schedule.abort(request.rid)
+            self.live.clear()
+        self.schedule.check()
+
     def drain(self) -> None:
         for _ in range(100_000):
             planned = self.plan()

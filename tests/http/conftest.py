@@ -10,8 +10,11 @@ from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
+import msgspec
+import openai
 import pytest
 
 from actorserve.actors.actor import Actor, Context, connect, disconnect
@@ -41,6 +44,8 @@ from actorserve.http.front import HttpFront
 MODEL = ModelInfo(
     name="fake-model", path="/models/fake", model_type="llama", vocab_size=1000, context_length=512, eos_ids=(2,)
 )
+READING = msgspec.structs.replace(MODEL, tool_parser="hermes", reasoning_parser="qwen3")
+"""Outputs are read for calls and thoughts."""
 STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True, 77, 8, 1, 5, 3, 2, 0.75)
 WORDS = ("Hello", " wörld", " and", " moon")
 
@@ -208,8 +213,20 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 
 
 @pytest.fixture
-async def rig(anyio_backend: object) -> AsyncIterator[Rig]:
-    async with open_rig(max_body_bytes=10_000, max_queued_requests=300) as opened:
+def setting() -> dict[str, Any]:
+    """What `rig` is opened with; files may have another."""
+    return {"max_body_bytes": 10_000, "max_queued_requests": 300}
+
+
+@pytest.fixture
+async def rig(anyio_backend: object, setting: dict[str, Any]) -> AsyncIterator[Rig]:
+    async with open_rig(**setting) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(rig: Rig) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{rig.base}/v1", api_key="none", max_retries=0, timeout=20) as opened:
         yield opened
 
 
@@ -223,6 +240,7 @@ def fakes() -> SimpleNamespace:
         say=say,
         WORDS=WORDS,
         MODEL=MODEL,
+        READING=READING,
         STATS=STATS,
         open_rig=open_rig,
         until=until,

@@ -16,12 +16,6 @@ TAG = {"type": "structural_tag", "structures": [{"begin": "<f>", "schema": {}, "
 TAG_TEXT = '{"structures":[{"begin":"<f>","schema":{},"end":"</f>"}],"triggers":["<f"]}'
 
 
-@pytest.fixture
-async def client(rig):
-    async with openai.AsyncOpenAI(base_url=f"{rig.base}/v1", api_key="none", max_retries=0, timeout=20) as opened:
-        yield opened
-
-
 def template_input(rig) -> dict:
     return json.loads(rig.text.generates[-1].prompt.payload)
 

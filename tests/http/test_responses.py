@@ -2,7 +2,6 @@
 
 import json
 
-import msgspec
 import openai
 import pytest
 
@@ -13,16 +12,8 @@ ANSWER = f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}"
 
 
 @pytest.fixture
-async def rig(anyio_backend, fakes):
-    model = msgspec.structs.replace(fakes.MODEL, tool_parser="hermes", reasoning_parser="qwen3")
-    async with fakes.open_rig(model=model) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def client(rig):
-    async with openai.AsyncOpenAI(base_url=f"{rig.base}/v1", api_key="none", max_retries=0, timeout=20) as opened:
-        yield opened
+def setting(fakes):
+    return {"model": fakes.READING}
 
 
 def template_input(rig):

@@ -68,11 +68,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """Return the tiny transformers model of an entry of FAMILIES, float32 with eager attention."""
+def build(name: str, seed: int = 0, **changed: Any) -> Any:
+    """Return the tiny transformers model of an entry of FAMILIES, float32 with eager attention, some fields changed."""
     kind, fields = FAMILIES[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**(COMMON | fields))
+    config = getattr(transformers, f"{kind}Config")(**(COMMON | fields | changed))
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
