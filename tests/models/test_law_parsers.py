@@ -143,7 +143,8 @@ def written(draw: st.DrawFn, name: str) -> str:
 @given(data=st.data())
 def test_meaning(name: str, data: st.DataObject) -> None:
     """Calls with prose around them, and markup that leads nowhere, mean what the plain reference reads."""
-    opener = st.sampled_from([*TOOL_FAMILIES[name].openers, ""]).map(lambda opener: opener and f" {opener}. ")
+    # No name has a "!": `[TOOL_CALLS]. {` is a call of "." that was cut, of which the reference knows nothing.
+    opener = st.sampled_from([*TOOL_FAMILIES[name].openers, ""]).map(lambda opener: opener and f" {opener}! ")
     parts = data.draw(st.lists(st.one_of(prose, opener, written(name)), min_size=1, max_size=4))
     text = "".join(parts)
     content, calls = plain(name, text)
