@@ -8,6 +8,7 @@ runs, asking the L2 for the start of the weight that the next GEMM reads made ev
 Invariant: no host synchronisation; what is launched depends on shapes, dtypes and the Spec only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
 from .layers import Hidden, LinearMap
 from .spec import Rope, Spec
+from .tuned_gemm import TunedGemms
 
 PDL_ROWS: Final = 16
 """Up to here kernels are launched with PDL where a token has PDL_HIDDEN numbers; more rows where it has fewer.
@@ -52,12 +54,14 @@ class TritonOps:
         gemms: dict[tuple[int, int], Choices] = GEMMS,
         fuse: bool = True,
         defer: tuple[torch.dtype, ...] = (torch.bfloat16,),
+        tuned: TunedGemms | None = None,
     ) -> None:
         self.pdl_rows = pdl_rows if has_pdl(device) else 0
         self.gemms = gemms
         self.fuse = fuse
         self.defer = defer
         self.arrived = arrivals(device)
+        self.tuned = tuned
 
     # ------------------------------------------------------------------ the kernels between GEMMs
 
@@ -139,6 +143,14 @@ class TritonOps:
             )
         return out
 
+    def tuning(self) -> AbstractContextManager[None]:
+        """See Ops."""
+        return nullcontext() if self.tuned is None else self.tuned.tuning()
+
+    def tune_ahead(self) -> bool:
+        """See Ops."""
+        return self.tuned is not None and self.tuned.tune_ahead()
+
     def _launch(self, rows: int, warps: int) -> dict[str, Any]:
         """Return a kernel's options in a forward over `rows` tokens."""
         pdl = rows <= self.pdl_rows
@@ -200,8 +212,8 @@ class TritonOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
-        return TritonLinear(weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms)
+        return TritonLinear(weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms, tuned=self.tuned)
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the map x -> x @ weight.T with float32 results, of weight [vocab, hidden]."""
-        return TritonLinear(weight, None, self.arrived, self.pdl_rows, torch.float32, self.gemms)
+        return TritonLinear(weight, None, self.arrived, self.pdl_rows, torch.float32, self.gemms, self.tuned)
