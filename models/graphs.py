@@ -39,9 +39,8 @@ class Capturer:
 
     @torch.inference_mode()
     def capture(self, forward: Callable[[], StepLogits], mode: Hashable) -> "Captured":
-        """Run the step once, on whatever its inputs are, so that all is compiled and measured, then capture it."""
-        with self.runner.decoder.ops.tuning():
-            self._step(forward, mode)
+        """Run the step once, on whatever its inputs are, so that everything is compiled, then capture it."""
+        self._step(forward, mode)
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()

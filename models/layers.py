@@ -7,7 +7,6 @@ Legend: T tokens, H query heads, K KV heads, D head_dim.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -137,9 +136,6 @@ class Ops(Protocol):
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the product of the language model head: float32 [T, vocab] on a GPU; see head.py for a CPU's."""
-
-    def tuning(self) -> AbstractContextManager[None]:
-        """In the block, products that were not measured before are, to be faster from then on."""
 
     def tune_ahead(self) -> bool:
         """Measure one more product that a prefill has; False when all were."""
@@ -279,10 +275,6 @@ class TorchOps:
         if weight.device.type == "cpu" or weight.dtype == torch.float32:
             return self.linear(weight, None)
         return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
-
-    def tuning(self) -> AbstractContextManager[None]:
-        """See Ops."""
-        return nullcontext()
 
     def tune_ahead(self) -> bool:
         """See Ops."""

@@ -8,7 +8,6 @@ runs, asking the L2 for the start of the weight that the next GEMM reads made ev
 Invariant: no host synchronisation; what is launched depends on shapes, dtypes and the Spec only.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -142,10 +141,6 @@ class TritonOps:
                 gate_up, out, width, ACT=act, BLOCK=block, **self._launch(rows, warps)
             )
         return out
-
-    def tuning(self) -> AbstractContextManager[None]:
-        """See Ops."""
-        return nullcontext() if self.tuned is None else self.tuned.tuning()
 
     def tune_ahead(self) -> bool:
         """See Ops."""

@@ -1,9 +1,10 @@
 """The GPU library's GEMMs, each by the algorithm that is fastest here: cuBLASLt's candidates, measured once.
 
-Used by gemm.py wherever a product is the library's. torch runs the first candidate of the library's heuristic, which
-at 8,192 rows of Qwen2-7B's gate-up product takes 3.40 ms on an H200 where the fastest takes 3.19, and at 256 rows 114
-and 108 us. Products are measured before a CUDA graph of their size is captured and, for prefill, while the executor
-idles; what won is kept in the cache folder by GPU and library, so that the next start has it and results stay the same.
+Used by gemm.py for the products of a prefill. torch runs the first candidate of the library's heuristic, which at 8,192
+rows of Qwen2-7B's gate-up product takes 3.40 ms on an H200 where the fastest takes 3.19. Products are measured while
+the executor idles; what won is kept in the cache folder by GPU and library, so that the next start has it and results
+stay the same. Tried and not kept: the same for decode steps. What is fastest alone at 256 rows (gate-up: 108 us instead
+of 114) made whole steps 5 % slower; a GPU at its limit of power is another one (perf/decode.py).
 Invariant: a product that was not measured, or that torch multiplies as fast, is torch's.
 """
 
@@ -11,7 +12,7 @@ import contextlib
 import json
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from .cache import cache_folder
 from .cublaslt import Algorithm, CublasLt, Plan, Product
 
 WORKSPACE: Final = 32 << 20
-EXACT: Final = 512
-"""Up to here each number of rows has its own choice, above the nearest of some; see `bucket`."""
+FEWEST: Final = 768
+"""Rows from which products are measured: no decode step has as many."""
 COLD_BYTES: Final = 128 << 20
 """Weights that are multiplied in turn when a product is measured: more than the L2 cache holds."""
 MOST_WEIGHTS: Final = 8
@@ -42,24 +43,21 @@ Weights = list[tuple[Tensor, Tensor | None]]
 
 
 def bucket(rows: int) -> int:
-    """The number of rows whose choice `rows` share: a power of two or one and a half, the nearest in ratio."""
-    if rows <= EXACT:
-        return rows
+    """The number of rows whose choice `rows` share: the power of two that is nearest in ratio."""
     below = 1 << (rows.bit_length() - 1)
-    steps = (below, below + below // 2, 2 * below)
-    return min(steps, key=lambda step: max(step, rows) / min(step, rows))
+    return below if rows * rows < 2 * below * below else 2 * below
 
 
 class TunedGemms:
     """The choices of one device. For one thread and one stream."""
 
     def __init__(self, device: torch.device, prefill_rows: tuple[int, ...] = (), folder: Path | None = None) -> None:
-        """`prefill_rows`: what `tune_ahead` measures; `folder`: instead of the cache's.
+        """`prefill_rows`: what `tune_ahead` measures, in this order; `folder`: instead of the cache's.
 
         Raises OSError or RuntimeError if the library cannot be had.
         """
         self.library = CublasLt(device, WORKSPACE)
-        self.prefill_rows = prefill_rows
+        self.prefill_rows = [rows for rows in dict.fromkeys(bucket(r) for r in prefill_rows) if rows >= FEWEST]
         self.device = device
         name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
         self._file = (folder or cache_folder() / "gemms") / f"{name}-{self.library.version}.json"
@@ -67,7 +65,6 @@ class TunedGemms:
         self._weights: dict[Product, Weights] = {}
         """By product with no rows."""
         self._plans: OrderedDict[Product, tuple[Plan, Algorithm | None]] = OrderedDict()
-        self._tuning = False
 
     def register(self, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> None:
         """Tell of a weight that will be multiplied."""
@@ -78,11 +75,9 @@ class TunedGemms:
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor | None:
         """x [rows, inputs] @ weight.T + bias in dtype `result`, or None where torch is to do it."""
         rows = len(x)
-        if rows == 0 or not x.is_contiguous() or x.data_ptr() % 16:
+        if rows < FEWEST or not x.is_contiguous() or x.data_ptr() % 16:
             return None
         product = product_of(rows, weight, bias, result)
-        if self._tuning:
-            self._tune(product)
         plan, algorithm = self._plan(product)
         if algorithm is None:
             return None
@@ -90,39 +85,23 @@ class TunedGemms:
         plan.run(algorithm, x, weight, bias, out)
         return out
 
-    @contextlib.contextmanager
-    def tuning(self) -> Iterator[None]:
-        """Measure the products of the block that were not measured before; not while a graph is captured."""
-        self._tuning = True
-        known = len(self._chosen)
-        try:
-            yield
-        finally:
-            self._tuning = False
-            if len(self._chosen) != known:
-                write_choices(self._file, self._chosen)
-
     def tune_ahead(self) -> bool:
-        """Measure one more product of a prefill; False when all were."""
+        """Measure one more product of a prefill, for about a second at most; False when all were."""
         for rows in self.prefill_rows:
-            for kind in self._weights:
+            for kind, weights in self._weights.items():
                 product = replace(kind, rows=rows)
                 # The head, whose result is wider, multiplies one row of each prompt.
                 if product.result == product.dtype and key_of(product) not in self._chosen:
-                    self._tune(product)
+                    self._tune(product, weights[: max(1, -(-COLD_BYTES // weights[0][0].nbytes))])
                     write_choices(self._file, self._chosen)
                     return True
         return False
 
     # ------------------------------------------------------------------ measuring
 
-    def _tune(self, product: Product) -> None:
+    def _tune(self, product: Product, weights: Weights) -> None:
         """Choose for a product and those that share its choice."""
         key = key_of(product)
-        weights = self._weights.get(replace(product, rows=0))
-        if key in self._chosen or not weights:
-            return
-        weights = weights[: max(1, -(-COLD_BYTES // weights[0][0].nbytes))]
         plan = Plan(self.library, product)
         try:
             x = torch.randn(product.rows, product.inputs, dtype=product.dtype, device=self.device)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actorserve.models.cublaslt import Product
-from actorserve.models.tuned_gemm import EXACT, TunedGemms, bucket, key_of, read_choices, write_choices
+from actorserve.models.tuned_gemm import TunedGemms, bucket, key_of, read_choices, write_choices
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BF16 = torch.bfloat16
@@ -16,15 +16,14 @@ BF16 = torch.bfloat16
 
 @given(st.integers(1, 1 << 20))
 def test_a_bucket_is_near(rows: int) -> None:
-    assert 3 / 4 <= bucket(rows) / rows <= 4 / 3
-    assert bucket(bucket(rows)) == bucket(rows)
-    assert rows > EXACT or bucket(rows) == rows
+    assert 0.70 < bucket(rows) / rows < 1.42
+    assert bucket(rows).bit_count() == 1
 
 
 def test_names_tell_products_apart() -> None:
     base = Product(64, 32, 8, False, BF16, BF16)
     others = [
-        Product(32, 64, 8, False, BF16, BF16), Product(64, 32, 9, False, BF16, BF16),
+        Product(32, 64, 8, False, BF16, BF16), Product(64, 32, 16, False, BF16, BF16),
         Product(64, 32, 8, True, BF16, BF16),
         Product(64, 32, 8, False, torch.float16, torch.float16), Product(64, 32, 8, False, BF16, torch.float32),
     ]  # fmt: skip
@@ -53,7 +52,7 @@ def operands(rows: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtyp
 
 
 @gpu
-@pytest.mark.parametrize("rows", [1, 7, 128, 700])
+@pytest.mark.parametrize("rows", [768, 1001, 2048])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "result"), [(BF16, BF16), (torch.float16, torch.float16), (BF16, torch.float32)])
 def test_every_candidate_multiplies(
@@ -66,11 +65,7 @@ def test_every_candidate_multiplies(
     added = rest[0] if rest else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
     gemms = TunedGemms(x.device, folder=tmp_path)
-    gemms.register(weight, added, result)
     key = key_of(Product(384, 512, rows, bias, dtype, result))
-    with gemms.tuning():
-        gemms.multiply(x, weight, added, result)
-    assert read_choices(gemms._file)[key] == gemms._chosen[key]
     plan, _ = gemms._plan(Product(384, 512, rows, bias, dtype, result))
     candidates = gemms._candidates(plan)
     ran = 0
@@ -89,17 +84,22 @@ def test_every_candidate_multiplies(
 
 @gpu
 def test_what_is_no_algorithm_is_not_run(tmp_path: Path) -> None:
-    x, weight = operands(16, 384, 512, False, BF16)
+    x, weight = operands(1024, 384, 512, False, BF16)
     gemms = TunedGemms(x.device, folder=tmp_path)
     for content in (bytes(64), b"\xff" * 64, b"abc"):
-        write_choices(gemms._file, {key_of(Product(384, 512, 16, False, BF16, BF16)): content})
+        write_choices(gemms._file, {key_of(Product(384, 512, 1024, False, BF16, BF16)): content})
         assert TunedGemms(x.device, folder=tmp_path).multiply(x, weight, None, BF16) is None
 
 
 @gpu
 def test_ahead(tmp_path: Path) -> None:
+    """Each product is measured once, also over restarts, and small ones never."""
     x, weight = operands(64, 384, 512, False, BF16)
-    gemms = TunedGemms(x.device, (64, 32), tmp_path)
+    gemms = TunedGemms(x.device, (4096, 2048, 2047, 64), tmp_path)
     gemms.register(weight, None, BF16)
+    gemms.register(weight, None, torch.float32)
     assert [gemms.tune_ahead() for _ in range(3)] == [True, True, False]
-    assert TunedGemms(x.device, (64, 32), tmp_path).tune_ahead() is False  # nothing is registered
+    again = TunedGemms(x.device, (4096, 2048, 1024), tmp_path)
+    again.register(weight, None, BF16)
+    assert [again.tune_ahead() for _ in range(2)] == [True, False]
+    assert again.multiply(x, weight, None, BF16) is None
