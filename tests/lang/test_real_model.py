@@ -13,12 +13,6 @@ CHOICES = (" Paris", " London", " New York City")
 QUESTION = "Question: What is the capital of France?\nAnswer:"
 
 
-@pytest.fixture(scope="module")
-def engine(smollm):
-    with sgl.Engine(smollm, placement="inline", dtype="float32", max_total_tokens=8192) as engine:
-        yield engine
-
-
 @sgl.function
 def two_turns(s):
     s += sgl.system("Answer in one sentence.")
