@@ -1,6 +1,6 @@
 """JSON that always parses: by a regular expression, and by the schema of a Python type, which gives an instance.
 
-What the form forces (braces, names, quotes) is not drawn token by token but computed at once; `forced_tokens` counts it.
+What the form forces (braces, names, quotes) is computed at once instead of token by token; `forced_tokens` counts it.
 
     python -m actorserve.examples.json_decoding
 """

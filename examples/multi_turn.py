@@ -1,4 +1,6 @@
-"""A conversation of several turns: each answer is computed on top of the turns before it, which stay in the cache.
+"""A conversation of several turns.
+
+Each answer is computed on top of the turns before it, which stay in the cache.
 
     python -m actorserve.examples.multi_turn
 """

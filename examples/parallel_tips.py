@@ -1,4 +1,6 @@
-"""Parallel tips: a few short tips are written out at once, each by a branch, and then summed up. SGLang's first example.
+"""Parallel tips: a few short tips are written out at once, each by a branch, and then summed up.
+
+The first example of SGLang's paper: the branches share what stands before them.
 
     python -m actorserve.examples.parallel_tips
 """

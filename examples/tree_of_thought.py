@@ -28,9 +28,7 @@ def solve(s: Any, question: str, depth: int = 2, width: int = 3, keep: int = 2) 
         thoughts = []
         for state in beam:
             branches = state.fork(width)
-            branches += lambda i, n=level: f"\nStep {n + 1}:" + sgl.gen(
-                f"step_{n}", stop="\n", temperature=0.8, seed=i
-            )
+            branches += lambda i, n=level: f"\nStep {n + 1}:" + sgl.gen(f"step_{n}", stop="\n", temperature=0.8, seed=i)
             thoughts += list(branches)
         judges = [rating_of(state) for state in thoughts]  # all are at work before the first is read
         ratings = [int(judge["rating"]) for judge in judges]

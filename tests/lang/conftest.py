@@ -8,7 +8,5 @@ import actorserve.lang as sgl
 @pytest.fixture(scope="session")
 def engine(smollm):
     """In float32, as the references are. Grammars get a minute: other tests may be at work on these cores."""
-    with sgl.Engine(
-        smollm, placement="inline", dtype="float32", max_total_tokens=8192, grammar_seconds=60.0
-    ) as engine:
+    with sgl.Engine(smollm, placement="inline", dtype="float32", max_total_tokens=8192, grammar_seconds=60.0) as engine:
         yield engine
