@@ -32,8 +32,8 @@ ITEMS = (
 
 
 @sgl.function
-def choose(s: Any, begin: str, endings: tuple[str, ...]) -> None:
-    s += SHOTS + begin
+def choose(s: Any, begin: str, endings: tuple[str, ...], shots: str = SHOTS) -> None:
+    s += shots + begin
     s += sgl.select("ending", endings)
 
 

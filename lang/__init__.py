@@ -29,6 +29,7 @@ from .choices import greedy_token_selection, token_length_normalized, unconditio
 from .program import SglFunction, function
 from .state import ProgramState, ProgramStateGroup
 from .templates import ChatTemplate, register_chat_template
+from .tools import ToolCall
 from .variables import ProgramError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "Runtime",
     "RuntimeEndpoint",
     "SglFunction",
+    "ToolCall",
     "assistant",
     "assistant_begin",
     "assistant_end",

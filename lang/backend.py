@@ -15,6 +15,7 @@ from .context import Context
 from .expressions import Sampling
 from .loop import LOOP
 from .templates import ChatTemplate
+from .tools import call_schema
 
 DTYPES: Final = {
     "int": (r"[-+]?[0-9]+[ \n]*", (" ", "\n")),
@@ -38,6 +39,8 @@ class Backend:
     is_chat_model: bool = False
     """It takes conversations, not texts."""
     takes_pictures: bool = False
+    takes_tools: bool = False
+    """Its API has tools; for other backends a call is a JSON schema."""
     most_calls: int = 256
 
     def __init__(self, name: str, chat_template: ChatTemplate) -> None:
@@ -90,8 +93,13 @@ class Backend:
         return RequestError(f"{type(self).__name__} ({self.name}) cannot {what}", code="unsupported_value")
 
 
-def constrained(sampling: Sampling) -> Sampling:
-    """The same with `dtype` as a regular expression. Raises RequestError for an unknown dtype, or beside a regex."""
+def constrained(sampling: Sampling, takes_tools: bool = False) -> Sampling:
+    """The same with `dtype` as a regular expression, and tools as a schema unless the backend takes them as they are.
+
+    Raises RequestError for an unknown dtype, or beside a regex.
+    """
+    if sampling.tools is not None and not takes_tools:
+        return msgspec.structs.replace(sampling, tools=None, json_schema=call_schema(sampling.tools))
     if sampling.dtype is None:
         return sampling
     if sampling.dtype not in DTYPES:

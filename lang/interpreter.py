@@ -322,7 +322,7 @@ class Executor:
                 context.fill(text)
             case Gen() as gen:
                 assert self._block is not None
-                self._block.add_gen(gen.name, self._sampling(gen.sampling), item.slots[0])
+                self._block.add_gen(gen, self._sampling(gen.sampling), item.slots[0])
             case RoleBegin(role=role):
                 context.begin_role(role)
                 self._open_block()
@@ -481,7 +481,7 @@ class Executor:
 
     def _sampling(self, own: Sampling) -> Sampling:
         """The parameters of a call: its own, then the run's, and the template's stop strings."""
-        sampling = constrained(own.over(self.defaults))
+        sampling = constrained(own.over(self.defaults), self.backend.takes_tools)
         stops = dict.fromkeys((*(sampling.stop or ()), *self.context.template.stop_str))
         return msgspec.structs.replace(sampling, stop=tuple(stops))
 
