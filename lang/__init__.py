@@ -1,7 +1,7 @@
 """The frontend language: programs that call a model many times, fork, join and choose. `import actorserve.lang as sgl`.
 
 The words are SGLang's (Zheng et al., arXiv 2312.07104): a program for it runs here with its import changed. Backends
-are imported on first use. docs/frontend.md is the introduction.
+are imported on first use. docs/language.md is the introduction.
 """
 
 from typing import TYPE_CHECKING, Any
