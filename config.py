@@ -130,6 +130,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return 16
 
 
+class Thoughts(msgspec.Struct, frozen=True, array_like=True):
+    """Token ids that begin and end thoughts."""
+
+    opens: tuple[int, ...]
+    closes: tuple[int, ...]
+    opened: bool = False
+    """The output begins amid thoughts."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What everybody must know of the model before it is loaded; read from its folder by the root, without torch."""
 
@@ -144,3 +153,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the family in which it writes tool calls (models/tool_families.py)."""
     reasoning_parser: str | None = None
     """Name of the family in which it marks thoughts (models/reasoning_parser.py)."""
+    thoughts: Thoughts | None = None
+    """The tags of that family, if each is a token."""

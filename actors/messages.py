@@ -20,6 +20,7 @@ from typing import Final, Literal, NewType, TypeAlias
 
 import msgspec
 
+from ..config import Thoughts
 from ..sampler.params import SamplingParams
 
 RequestId = NewType("RequestId", int)  # front index << 40 | counter; n choices of a request take n ids in a row
@@ -107,6 +108,8 @@ class GrammarSpec(Message, frozen=True, tag=7):
     structural tag as JSON."""
     whitespace: str = "spaced"
     """Of JSON: the name of a policy (fsm/spelling.py)."""
+    thoughts: Thoughts | None = None
+    """What may come before it, or must, if the prompt ends amid them."""
 
 
 class Generate(Message, frozen=True, tag=10):

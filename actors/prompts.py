@@ -79,7 +79,7 @@ class Prompts:
             case _:
                 assert_never(prompt)
 
-    def submits(self, request: Generate, ids: NDArray[np.int32]) -> list[Submit]:
+    def submits(self, request: Generate, prompt: Encoded) -> list[Submit]:
         """One Submit per choice. Raises RequestError for parameters out of range.
 
         A max_new_tokens that does not fit is cut to the room in the context, as in SGLang; None takes all of it.
@@ -89,6 +89,10 @@ class Prompts:
         params.check(self._vocab_size)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this server runs without one", param="stop")
+        ids, grammar = prompt.ids, request.grammar
+        if prompt.thinking and grammar is not None and grammar.thoughts is not None:
+            opened = msgspec.structs.replace(grammar.thoughts, opened=True)
+            grammar = msgspec.structs.replace(grammar, thoughts=opened)
         room = self._context_length - len(ids)
         most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
@@ -102,7 +106,7 @@ class Prompts:
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
-                grammar=request.grammar,
+                grammar=grammar,
             )
             for i in range(request.n)
         ]

@@ -177,7 +177,7 @@ class Text(Actor):
         try:
             if isinstance(prompt, ActorserveError):
                 raise prompt
-            submits = self.prompts.submits(m, prompt.ids)
+            submits = self.prompts.submits(m, prompt)
             sched = self.context.ref(SCHEDULER)
             if not sched.up:
                 raise EngineDown(SCHEDULER_DOWN)

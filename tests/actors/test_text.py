@@ -27,6 +27,7 @@ from actorserve.actors.messages import (
     Finish,
     FrontInbox,
     Generate,
+    GrammarSpec,
     Order,
     PeerDown,
     PeerUp,
@@ -43,7 +44,7 @@ from actorserve.actors.messages import (
 )
 from actorserve.actors.prompts import INLINE_CHARS, derived_seed
 from actorserve.actors.text import Text
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import StartupError
 from actorserve.models.tokenizer import Tokenizer, load_tokenizer
 from actorserve.sampler.params import MAX_SEED, MIN_SEED, SamplingParams
@@ -599,10 +600,14 @@ def test_markers_that_a_parser_reads_are_text(world: World, tokenizer: Tokenizer
 def test_whether_a_prompt_opens_thoughts(
     world: World, tokenizer: Tokenizer, opens: tuple[str, ...], thinking: bool
 ) -> None:
-    """The rendered prompt ends in "assistant" and a line end."""
+    """The rendered prompt ends in "assistant" and a line end. A grammar then begins amid thoughts."""
     chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
-    world.fronts["front.0"].ref("text").post(Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams()))
+    grammar = GrammarSpec("regex", "a", thoughts=Thoughts((1,), (2,)))
+    generate = Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams(), grammar=grammar)
+    world.fronts["front.0"].ref("text").post(generate)
     world.settle()
+    (submit,) = world.scheduler()
+    assert submit.grammar == GrammarSpec("regex", "a", thoughts=Thoughts((1,), (2,), opened=thinking))
     (chunk,) = world.say(1, tokenizer.encode("a")[:1], Finish.LENGTH)
     assert chunk.thinking is thinking
 

@@ -38,7 +38,7 @@ from actorserve.actors.messages import (
     TokenLogprob,
     TokenPrompt,
 )
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.http.front import HttpFront
 
 MODEL = ModelInfo(
@@ -46,6 +46,8 @@ MODEL = ModelInfo(
 )
 READING = msgspec.structs.replace(MODEL, tool_parser="hermes", reasoning_parser="qwen3")
 """Outputs are read for calls and thoughts."""
+THINKING = msgspec.structs.replace(READING, thoughts=Thoughts((900,), (901,)))
+"""Thoughts' tags are tokens, so that a grammar can begin after them."""
 STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True, 77, 8, 1, 5, 3, 2, 0.75)
 WORDS = ("Hello", " wörld", " and", " moon")
 
@@ -241,6 +243,7 @@ def fakes() -> SimpleNamespace:
         WORDS=WORDS,
         MODEL=MODEL,
         READING=READING,
+        THINKING=THINKING,
         STATS=STATS,
         open_rig=open_rig,
         until=until,
