@@ -24,12 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses the real model bears the marker `real`, so that `-m "not real"` runs without a network.
 
-    It comes first: of what takes long, nothing is left for one worker at the end.
+    In parallel it comes first: of what takes long, nothing is left for one worker at the end.
     """
     for item in items:
         if "smollm" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real)
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
