@@ -126,11 +126,11 @@ def test_jumps_change_nothing(smollm: str, plain: list[Any], way: tuple[int, boo
 
 
 def test_retraction_in_the_middle_of_runs(smollm: str, plain: list[Any]) -> None:
+    expected = [o.ids for o in plain[:12]]  # few fit at a time: it is slow
     options = {"max_total_tokens": 256, "schedule_conservativeness": 0.0, "num_continuous_decode_steps": 4}
     with Engine.sync(smollm, **{**BASE, **options}) as engine:
         for _ in range(10):  # requests that come in slowly on a busy machine need no retraction
-            outputs = answers(engine, len(plain))
-            assert [o.ids for o in outputs] == [o.ids for o in plain]
+            assert [o.ids for o in answers(engine, len(expected))] == expected
             if engine.stats().retractions > 0:
                 return
     pytest.fail("no retraction")
