@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -319,20 +320,20 @@ class RadixMachine(RuleBasedStateMachine):
         self.engine.check()
 
 
-def machine(size: int, policy_name: str, examples: int) -> Any:
+def machine(size: int, policy_name: str, count: int) -> Any:
     class Machine(RadixMachine):
         page_size = size
         policy = policy_name
 
     case = Machine.TestCase
-    case.settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
+    case.settings = settings(max_examples=count, stateful_step_count=40, deadline=None)
     return case
 
 
-TestPages4 = machine(4, "lru", 80)
-TestPages16 = machine(16, "lru", 40)
+TestPages4 = machine(4, "lru", examples(80, 40))
+TestPages16 = machine(16, "lru", examples(40, 20))
 TestPages1 = machine(1, "lru", 20)
-TestLeastHits = machine(4, "lfu", 40)
+TestLeastHits = machine(4, "lfu", examples(40, 20))
 
 
 # ---------------------------------------------------------------------- the tricky cases, one by one
