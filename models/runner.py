@@ -18,15 +18,14 @@ from .decoder import Decoder
 from .kv_cache import KVCache
 from .slots import SlotArrays
 
-
 NOTHING: Final = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class ChunkWork:
     """These tokens follow the first `start` ones of a slot: of its prompt, or in a slot that decodes its last token and
-    forced ones; with `draws` the last one's logits are wanted. `targets` are the tokens whose logprobs are wanted: those
-    after the chunk's, from its `score_from`-th on (0: the second token of the chunk)."""
+    forced ones; with `draws` the last one's logits are wanted. `targets`: given tokens whose logprobs are wanted, those
+    that follow the chunk's tokens from its `score_from`-th on."""
 
     slot: int
     start: int

@@ -21,7 +21,6 @@ from ..sampler.reference import Sampled
 from .graphs import StepGraphs
 from .runner import ChunkWork, Runner, StepLogits
 
-
 MOST_SCORED: Final = 128
 """Tokens that are scored at once: their logits take 80 MB with a vocabulary of 150,000."""
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import race_kernels, rank_kernels
 from . import scan_kernels as kernels
-from .reference import Sampled, logprobs_of, most_likely
 from .params import MAX_LISTED
+from .reference import Sampled, logprobs_of, most_likely
 from .state import INTS, SamplerState
 
 BLOCK: Final = 1024

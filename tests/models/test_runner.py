@@ -69,7 +69,9 @@ def test_kv_and_logits_after_jumps_are_those_of_a_prefill(folder: str, dtype: st
             found = runner.mixed(rows, [jumping.chunk(1 + jump, scored=True)], True)
             assert found.scored is not None and found.slots.tolist() == [1, 0] and len(found.logits) == 2
             assert found.positions.tolist()[1] == jumping.done
-            scored |= {start + i: row for i, row in enumerate(torch.cat([decoder.logits(found.scored), found.logits[1:]]))}
+            scored |= {
+                start + i: row for i, row in enumerate(torch.cat([decoder.logits(found.scored), found.logits[1:]]))
+            }
         else:
             jumping.done += 1
             runner.decode(runner.upload_rows(rows), rows)

@@ -1,0 +1,88 @@
+"""Logprobs of a request's prompt: which of them are wanted, which are known, and which rows must be computed for them.
+
+Used by schedule.py. The logprob of a token comes from the forward of the token before it, so tokens whose KV is cached
+have none to give, unless it is in the radix tree beside their pages, where everything that becomes known here goes.
+With the most likely tokens, or named ones, it must be computed: the tree has the token's own only.
+Invariant: the wanted tokens before `known` are known; each is told once and in order; what of a prompt may come from
+the cache ends before the token whose forward gives the first one that is not known.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from ..kvstore.radix import RadixTree
+from ..sampler.params import SamplingParams
+
+TOLD_AT_ONCE: Final = 4096
+"""Tokens of one message."""
+
+
+@dataclass(slots=True, eq=False)
+class PromptScores:
+    """One request's. Places are those of tokens in the prompt."""
+
+    start: int
+    """The tokens behind this one are wanted."""
+    end: int
+    """The prompt's length."""
+    plain: bool
+    """Only the tokens' own: what the tree has, too."""
+    values: np.ndarray
+    """float32 [end], NaN where unknown or not wanted."""
+    known: int
+    told: int
+    """Of the wanted tokens before this place the text actor was told."""
+    first_row: int = 0
+    """In its present life, the first token whose forward is to give the next one's."""
+
+    def look_up(self, tree: RadixTree, ids: np.ndarray, namespace: str) -> None:
+        """Take what the tree knows of the next ones; ids int32, the prompt at least."""
+        if not self.plain or self.known >= self.end:
+            return
+        found = tree.logprobs(ids[: self.end], namespace)[self.known :]
+        missing = np.flatnonzero(np.isnan(found))
+        count = int(missing[0]) if len(missing) else len(found)
+        self.values[self.known : self.known + count] = found[:count]
+        self.known += count
+
+    def reusable(self, tokens: int) -> int:
+        """Of so many leading tokens of the request, those whose KV may come from the cache."""
+        return tokens if self.known >= self.end else min(tokens, self.known - 1)
+
+    def provides(self, other: "PromptScores") -> bool:
+        """Whether what becomes known here spares another request, with the same prompt so far, its own rows."""
+        return other.plain and self.start <= other.start
+
+    def seat(self) -> None:
+        """A life begins: rows are computed from the first one that is needed."""
+        self.first_row = self.known - 1
+
+    def rows(self, start: int, end: int) -> tuple[int, int]:
+        """(the first, how many) of the tokens of a chunk [start, end) whose forward gives the next one's."""
+        first = max(start, self.first_row)
+        return first, max(0, min(end, self.end - 1) - first)
+
+    def learn(self, start: int, logprobs: np.ndarray) -> None:
+        """Take those of the tokens from `start` on, float32 [n], as they were computed: who does tells of them."""
+        self.values[start : start + len(logprobs)] = logprobs
+        self.told = start + len(logprobs)
+        self.known = max(self.known, self.told)
+
+    def untold(self) -> tuple[int, np.ndarray] | None:
+        """(place of the first, float32 [n]) of the known ones that nobody was told of, some at a time; then None."""
+        if self.told >= self.known:
+            return None
+        start, self.told = self.told, min(self.known, self.told + TOLD_AT_ONCE)
+        return start, self.values[start : self.told]
+
+
+def prompt_scores(params: SamplingParams, prompt_length: int) -> PromptScores | None:
+    """Return what a new request wants of its prompt; None: nothing."""
+    if not params.wants_prompt or params.logprob_start_len >= prompt_length:
+        return None
+    start = params.logprob_start_len
+    plain = not params.logprobs and not params.token_ids_logprob
+    values = np.full(prompt_length, np.nan, np.float32)
+    return PromptScores(start, prompt_length, plain, values, known=start + 1, told=start + 1)
