@@ -181,7 +181,7 @@ def _logprobs(request: GenerateRequest, count: int) -> list[dict[str, Any]]:
     num_top = _per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
     starts = _per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")
     ids, lists = split_ids(request.token_ids_logprob or [], "token_ids_logprob")
-    listed = [ids] * count if lists is None else _per_prompt(lists, count, [], "token_ids_logprob")
+    listed = [ids] * count if lists is None else _per_prompt(lists, count, ids, "token_ids_logprob")
     return [
         {"logprobs": top, "logprob_start_len": start, "token_ids_logprob": tuple(named)} if asked else {}
         for asked, top, start, named in zip(wanted, num_top, starts, listed, strict=True)
