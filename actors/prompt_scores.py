@@ -67,8 +67,7 @@ class PromptScores:
     def learn(self, start: int, logprobs: np.ndarray) -> None:
         """Take those of the tokens from `start` on, float32 [n], as they were computed: who does tells of them."""
         self.values[start : start + len(logprobs)] = logprobs
-        self.told = start + len(logprobs)
-        self.known = max(self.known, self.told)
+        self.known = self.told = start + len(logprobs)
 
     def untold(self) -> tuple[int, np.ndarray] | None:
         """(place of the first, float32 [n]) of the known ones that nobody was told of, some at a time; then None."""
