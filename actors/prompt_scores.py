@@ -1,8 +1,8 @@
 """Logprobs of a request's prompt: which of them are wanted, which are known, and which rows must be computed for them.
 
 Used by schedule.py. The logprob of a token comes from the forward of the token before it, so tokens whose KV is cached
-have none to give, unless it is in the radix tree beside their pages, where everything that becomes known here goes.
-With the most likely tokens, or named ones, it must be computed: the tree has the token's own only.
+have none to give, unless it is in the radix tree beside their pages, where what becomes known here goes: each token's
+own, and those of the most likely ones. With tokens that the request names, it must be computed.
 Invariant: the wanted tokens before `known` are known; each is told once and in order; what of a prompt may come from
 the cache ends before the token whose forward gives the first one that is not known.
 """
@@ -27,22 +27,25 @@ class PromptScores:
     """The tokens behind this one are wanted."""
     end: int
     """The prompt's length."""
-    plain: bool
-    """Only the tokens' own: what the tree has, too."""
+    named: bool
+    """Those of named tokens are wanted too, which the tree does not have."""
     values: np.ndarray
-    """float32 [end], NaN where unknown or not wanted."""
+    """float32 [end, 1 + 2 top], NaN where unknown or not wanted: the token's own logprob, then logprob and id of each
+    of the most likely tokens (float32 holds ids up to 2**24)."""
     known: int
     told: int
     """Of the wanted tokens before this place the text actor was told."""
     first_row: int = 0
     """In its present life, the first token whose forward is to give the next one's."""
+    kept: int = 0
+    """The tokens before this place are in the tree, with what is known of them."""
 
     def look_up(self, tree: RadixTree, ids: np.ndarray, namespace: str) -> None:
         """Take what the tree knows of the next ones; ids int32, the prompt at least."""
-        if not self.plain or self.known >= self.end:
+        if self.named or self.known >= self.end:
             return
-        found = tree.logprobs(ids[: self.end], namespace)[self.known :]
-        missing = np.flatnonzero(np.isnan(found))
+        found = tree.logprobs(ids[: self.end], self.values.shape[1], namespace)[self.known :]
+        missing = np.flatnonzero(np.isnan(found).any(axis=1))
         count = int(missing[0]) if len(missing) else len(found)
         self.values[self.known : self.known + count] = found[:count]
         self.known += count
@@ -53,24 +56,33 @@ class PromptScores:
 
     def provides(self, other: "PromptScores") -> bool:
         """Whether what becomes known here spares another request, with the same prompt so far, its own rows."""
-        return other.plain and self.start <= other.start
+        return not other.named and self.start <= other.start and self.values.shape[1] >= other.values.shape[1]
 
     def seat(self) -> None:
         """A life begins: rows are computed from the first one that is needed."""
-        self.first_row = self.known - 1
+        self.first_row, self.kept = self.known - 1, 0
 
     def rows(self, start: int, end: int) -> tuple[int, int]:
         """(the first, how many) of the tokens of a chunk [start, end) whose forward gives the next one's."""
         first = max(start, self.first_row)
         return first, max(0, min(end, self.end - 1) - first)
 
-    def learn(self, start: int, logprobs: np.ndarray) -> None:
-        """Take those of the tokens from `start` on, float32 [n], as they were computed: who does tells of them."""
-        self.values[start : start + len(logprobs)] = logprobs
-        self.known = self.told = start + len(logprobs)
+    def learn(self, start: int, values: np.ndarray) -> None:
+        """Take those of the tokens from `start` on, as they were computed: who does tells of them.
+
+        values float32 [n, columns], as here; with more columns, those of requests that want more.
+        """
+        values = values[:, : self.values.shape[1]]
+        self.known = self.told = start + len(values)
+        self.values[start : self.known, : values.shape[1]] = values
+
+    def keep(self, tree: RadixTree, ids: np.ndarray, namespace: str) -> None:
+        """Give the tree what is known of the first tokens, ids int32: their pages are in it."""
+        tree.keep_logprobs(ids, self.values, namespace, self.kept)
+        self.kept = len(ids)
 
     def untold(self) -> tuple[int, np.ndarray] | None:
-        """(place of the first, float32 [n]) of the known ones that nobody was told of, some at a time; then None."""
+        """(place of the first, `values`) of the known ones that nobody was told of, some at a time; then None."""
         if self.told >= self.known:
             return None
         start, self.told = self.told, min(self.known, self.told + TOLD_AT_ONCE)
@@ -82,6 +94,6 @@ def prompt_scores(params: SamplingParams, prompt_length: int) -> PromptScores | 
     if not params.wants_prompt or params.logprob_start_len >= prompt_length:
         return None
     start = params.logprob_start_len
-    plain = not params.logprobs and not params.token_ids_logprob
-    values = np.full(prompt_length, np.nan, np.float32)
-    return PromptScores(start, prompt_length, plain, values, known=start + 1, told=start + 1)
+    values = np.full((prompt_length, 1 + 2 * (params.logprobs or 0)), np.nan, np.float32)
+    named = bool(params.token_ids_logprob)
+    return PromptScores(start, prompt_length, named, values, known=start + 1, told=start + 1)

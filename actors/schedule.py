@@ -159,8 +159,8 @@ class Schedule:
         finish: np.ndarray,
         scores: np.ndarray | None = None,
     ) -> list[Request]:
-        """Take in one step's results: drawn tokens per request id, Finish values (uint8), and `scores` float32, the
-        logprobs of the tokens that the window's chunks were to score.
+        """Take in one step's results: drawn tokens per request id, Finish values (uint8), and `scores` float32 [n,
+        columns], the logprobs of the tokens that the window's chunks were to score (see PromptScores.values).
 
         Step 0 also means that the window's chunks have their KV: their whole pages enter the tree, so that requests
         with the same prefix can start. Returns requests that wanted no token and are now complete.
@@ -517,7 +517,7 @@ class Schedule:
         count = -(-len(ids) // self.page)
         done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
         if request.scores is not None:
-            self.tree.keep_logprobs(ids, request.scores.values[: len(ids)], request.namespace)
+            request.scores.keep(self.tree, ids, request.namespace)
         request.owned[done.taken_from : count] = [False] * max(count - done.taken_from, 0)
         self.tree.lock(done.node)
         if request.node is not None:

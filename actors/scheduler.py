@@ -61,7 +61,7 @@ from .prompt_scores import prompt_scores
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
-from .score_rows import computed_logprobs, known_logprobs, scored_fields, scored_rows
+from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
 from .window import Landed, Window
 
 STATS_SECONDS: Final = 0.25
@@ -350,7 +350,7 @@ class Scheduler(Actor):
         window = schedule.in_flight[0]
         has_chunks = m.step == 0 and bool(window.chunks or window.jumps)
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
-        scores = None if m.scores is None else np.frombuffer(m.scores.logprobs, dtype=np.float32)
+        scores = None if m.scores is None else columns_of(m.scores)
         complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish, scores)
         for item in schedule.scored:
             assert m.scores is not None

@@ -49,6 +49,17 @@ def scored_rows(scores: Scores, rows: np.ndarray) -> Scores:
     )
 
 
+def columns_of(scores: Scores) -> np.ndarray:
+    """Return the scores as PromptScores.values has them: float32 [rows, 1 + 2 top_n]."""
+    n = scores.top_n
+    columns = np.empty((len(scores.logprobs) // 4, 1 + 2 * n), np.float32)
+    columns[:, 0] = np.frombuffer(scores.logprobs, np.float32)
+    if n:
+        columns[:, 1::2] = np.frombuffer(scores.top_logprobs, np.float32).reshape(-1, n)
+        columns[:, 2::2] = np.frombuffer(scores.top_ids, np.int32).reshape(-1, n)
+    return columns
+
+
 def computed_logprobs(item: Scored, scores: Scores) -> PromptLogprobs:
     """Return the message about tokens of a prompt that a chunk scored."""
     s = scored_rows(scores, np.arange(item.row, item.row + item.count))
@@ -61,7 +72,10 @@ def known_logprobs(request: Request) -> Iterator[PromptLogprobs]:
     while request.scores is not None and (news := request.scores.untold()) is not None:
         start, values = news
         ids = request.tokens[start : start + len(values)]
-        yield PromptLogprobs(request.rid, _raw(ids), memoryview(values.tobytes()), 0, NOTHING, NOTHING, NOTHING)
+        own, top, top_ids = values[:, 0], values[:, 1::2], values[:, 2::2].astype(np.int32)
+        arrays = (memoryview(part.tobytes()) for part in (own, top_ids, top))
+        logprobs, tops, top_logprobs = arrays
+        yield PromptLogprobs(request.rid, _raw(ids), logprobs, top.shape[1], tops, top_logprobs, NOTHING)
 
 
 def _raw(values: "array[int]") -> memoryview:

@@ -33,7 +33,7 @@ class Node:
         self.key = key
         self.pages = pages  # replaced, never written to
         self.namespace = namespace
-        self.logprobs: Float32Array | None = None  # [tokens], NaN where unknown; replaced, never written to
+        self.logprobs: Float32Array | None = None  # [tokens, columns], NaN: unknown; replaced, never written to
         self.children: dict[bytes, Node] = {}
         self.order: list[bytes] = []
         self.locks = 0

@@ -22,7 +22,6 @@ from .pages import Float32Array, Int32Array, PagePool
 __all__ = ["Inserted", "Match", "Node", "NodeView", "RadixTree", "Statistics"]
 
 _NO_PAGES: Int32Array = np.zeros(0, np.int32)
-_NO_LOGPROBS: Float32Array = np.zeros(0, np.float32)
 
 
 @dataclass(slots=True)
@@ -126,24 +125,28 @@ class RadixTree:
         offered = pages[:taken_from]
         return Inserted(node, taken_from, offered[offered != known])
 
-    def keep_logprobs(self, tokens: Int32Array, values: Float32Array, namespace: str = "") -> None:
+    def keep_logprobs(self, tokens: Int32Array, values: Float32Array, namespace: str = "", since: int = 0) -> None:
         """Keeps the logprobs of tokens under their prefixes beside their pages, as far as these are in the tree.
 
-        values [n] float32, NaN where unknown: then what was known stays.
+        values float32 [at most n, columns]: a token's own logprob and what the caller likes to keep with it; NaN where
+        unknown: then what was known stays. `since`: those of the tokens before are in the tree already.
         """
         for node, begin, length in self._spans(_key(tokens), namespace):
-            _learn(node, values[begin : begin + length])
+            if begin + length > since:
+                _learn(node, values[begin : begin + length])
 
-    def logprobs(self, tokens: Int32Array, namespace: str = "") -> Float32Array:
-        """What is known of the logprobs of the first tokens under their prefixes: float32 [at most n], NaN: unknown.
+    def logprobs(self, tokens: Int32Array, columns: int, namespace: str = "") -> Float32Array:
+        """What is known of the logprobs of the first tokens: float32 [at most n, columns], NaN where unknown.
 
         Without effect: nothing counts as used.
         """
-        found = [
-            np.full(length, np.nan, np.float32) if node.logprobs is None else node.logprobs[:length]
-            for node, _, length in self._spans(_key(tokens), namespace)
-        ]
-        return np.concatenate(found) if found else _NO_LOGPROBS
+        spans = self._spans(_key(tokens), namespace)
+        found = np.full((sum(length for _, _, length in spans), columns), np.nan, np.float32)
+        for node, begin, length in spans:
+            if node.logprobs is not None:
+                known = node.logprobs[:length, :columns]
+                found[begin : begin + length, : known.shape[1]] = known
+        return found
 
     def lock(self, node: Node) -> None:
         """Keeps `node` and its ancestors from eviction until unlocked as often. Raises ValueError if it is gone."""
@@ -418,12 +421,15 @@ def _key(tokens: Int32Array) -> bytes:
 
 
 def _learn(node: Node, values: Float32Array) -> None:
-    """Takes in the logprobs of the node's first tokens, NaN: unknown."""
+    """Takes in the logprobs of the node's first tokens, [n, columns], NaN: unknown."""
     known = ~np.isnan(values)
     if not known.any():
         return
-    merged = np.full(len(node.tokens), np.nan, np.float32) if node.logprobs is None else node.logprobs.copy()
-    merged[: len(values)][known] = values[known]
+    (rows, columns), had = values.shape, node.logprobs
+    merged = np.full((len(node.tokens), max(columns, 0 if had is None else had.shape[1])), np.nan, np.float32)
+    if had is not None:
+        merged[:, : had.shape[1]] = had
+    merged[:rows, :columns][known] = values[known]
     node.logprobs = merged
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_executor import logprob_of
+from simulated_executor import logprob_of, most_likely
 from test_jumps import line
 from test_schedule import Engine, prompt_of
 
-from actorserve.actors.messages import Scores
+from actorserve.actors.messages import PromptLogprobs, Scores
 from actorserve.actors.prompt_scores import prompt_scores
 from actorserve.actors.request import Request
-from actorserve.actors.score_rows import computed_logprobs, known_logprobs, scored_fields
+from actorserve.actors.score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields
 from actorserve.sampler.params import SamplingParams
 
 
@@ -23,20 +23,25 @@ class Telling(Engine):
 
     def __init__(self, **config: object) -> None:
         super().__init__(**config)  # type: ignore[arg-type]
-        self.told: dict[int, list[tuple[int, float]]] = {}
+        self.told: dict[int, list[tuple[int, float, list[tuple[int, float]]]]] = {}
         self.computed = 0
 
-    def ask(self, prompt: list[int], start: int = 0, top: int = 0, **more: object) -> Request:
-        """A request that wants logprobs of its prompt from `start` on, the `top` most likely tokens' too."""
-        params = SamplingParams(logprobs=top, logprob_start_len=start)
+    def ask(self, prompt: list[int], start: int = 0, top: int = 0, named: bool = False, **more: object) -> Request:
+        """A request that wants logprobs of its prompt from `start` on, the `top` most likely tokens' and a named one's
+        too."""
+        params = SamplingParams(logprobs=top, logprob_start_len=start, token_ids_logprob=(5,) if named else ())
         request = self.add(prompt, params=params, **more)  # type: ignore[arg-type]
         request.scores = prompt_scores(params, len(prompt))
         self.told[request.rid] = []
         return request
 
-    def tell(self, message: object) -> None:
-        ids = np.frombuffer(message.ids, np.int32).tolist()  # type: ignore[attr-defined]
-        self.told[message.rid] += zip(ids, np.frombuffer(message.logprobs, np.float32).tolist(), strict=True)  # type: ignore[attr-defined]
+    def tell(self, m: PromptLogprobs) -> None:
+        ids, logprobs = np.frombuffer(m.ids, np.int32).tolist(), np.frombuffer(m.logprobs, np.float32).tolist()
+        tops = np.frombuffer(m.top_ids, np.int32).reshape(len(ids), m.top_n).tolist()
+        values = np.frombuffer(m.top_logprobs, np.float32).reshape(len(ids), m.top_n).tolist()
+        wanted = self.requests[m.rid].params.logprobs
+        top = [list(zip(a, b, strict=True))[:wanted] for a, b in zip(tops, values, strict=True)]
+        self.told[m.rid] += zip(ids, logprobs, top, strict=True)
 
     def plan(self) -> bool:
         window = self.schedule.plan()
@@ -52,16 +57,26 @@ class Telling(Engine):
             return False
         scores = self.executor.out[0][-1]
         super().report()
-        nothing = memoryview(b"")
         for item in self.schedule.scored:
-            self.tell(computed_logprobs(item, Scores(memoryview(scores.tobytes()), 0, nothing, nothing)))
+            self.tell(computed_logprobs(item, as_message(scores)))
             self.computed += item.count
         return True
 
     def check(self, request: Request) -> None:
         start, prompt = request.params.logprob_start_len, request.tokens[: request.prompt_length].tolist()
-        right = [(prompt[i], logprob_of(prompt[:i], prompt[i])) for i in range(start + 1, len(prompt))]
+        top = request.params.logprobs or 0
+        places = range(start + 1, len(prompt))
+        right = [(prompt[i], logprob_of(prompt[:i], prompt[i]), most_likely(prompt[:i], top)) for i in places]
         assert self.told[request.rid] == right
+
+
+def as_message(columns: np.ndarray) -> Scores:
+    """The inverse of columns_of."""
+    own, top, ids = columns[:, 0], columns[:, 1::2], np.nan_to_num(columns[:, 2::2], nan=-1).astype(np.int32)
+    logprobs, top_ids, top_logprobs = (memoryview(part.tobytes()) for part in (own, ids, top))
+    made = Scores(logprobs, top.shape[1], top_ids, top_logprobs)
+    assert np.array_equal(np.nan_to_num(columns_of(made), nan=-1), np.nan_to_num(columns, nan=-1))
+    return made
 
 
 def run(e: Telling, *requests: Request) -> int:
@@ -98,10 +113,18 @@ def test_what_the_cache_has_without_them_is_computed_again() -> None:
     assert run(e, e.ask(prompt)) == 0
 
 
-def test_the_most_likely_tokens_are_computed_whatever_is_cached() -> None:
+def test_the_most_likely_tokens_are_kept_too() -> None:
     e = Telling()
     prompt = prompt_of(1, 60)
-    assert [run(e, e.ask(prompt, 10, top=2)) for _ in range(2)] == [49, 49]
+    assert run(e, e.ask(prompt)) == 59
+    assert [run(e, e.ask(prompt, 10, top)) for top in (2, 2, 1, 0, 3, 2, 3)] == [49, 0, 0, 0, 49, 0, 0]
+    assert run(e, e.ask(prompt, 0)) == 0
+
+
+def test_those_of_named_tokens_are_computed_whatever_is_cached() -> None:
+    e = Telling()
+    prompt = prompt_of(1, 60)
+    assert [run(e, e.ask(prompt, 10, named=True)) for _ in range(2)] == [49, 49]
     assert run(e, e.ask(prompt, 10)) == 0, "the tokens' own are beside the pages now"
 
 
@@ -164,7 +187,7 @@ def test_beside_jumps() -> None:
     assert True in landed
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_anything_at_once(data: st.DataObject) -> None:
     chunk, k = data.draw(st.sampled_from([16, 40])), data.draw(st.sampled_from([1, 4]))
@@ -175,9 +198,8 @@ def test_anything_at_once(data: st.DataObject) -> None:
         prompt = stem + prompt_of(data.draw(st.integers(0, 3)), data.draw(st.integers(0, 20)))
         if data.draw(st.booleans()):
             start = data.draw(st.integers(0, len(prompt) - 1))
-            asked.append(
-                e.ask(prompt, start, data.draw(st.sampled_from([0, 0, 1])), max_new=data.draw(st.integers(0, 6)))
-            )
+            top, named = data.draw(st.sampled_from([0, 0, 1, 2])), data.draw(st.sampled_from([False, False, True]))
+            asked.append(e.ask(prompt, start, top, named, max_new=data.draw(st.integers(0, 6))))
         else:
             e.add(prompt, max_new=data.draw(st.integers(1, 20)))
         for _ in range(data.draw(st.integers(0, 4))):

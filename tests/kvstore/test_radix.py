@@ -28,8 +28,9 @@ def ids(tokens: Tokens | range | str) -> np.ndarray:
 
 
 def true_logprobs(tokens: Tokens, namespace: str) -> np.ndarray:
-    """float32 [n]: a number for each prefix."""
-    return np.array([hash((namespace, tokens[: i + 1])) % 9973 for i in range(len(tokens))], np.float32)
+    """float32 [n, 3]: numbers for each prefix."""
+    numbers = np.array([hash((namespace, tokens[: i + 1])) % 9973 for i in range(len(tokens))], np.float32)
+    return numbers[:, None] + np.float32(0.25) * np.arange(3, dtype=np.float32)
 
 
 class Store(PagePool):
@@ -85,7 +86,8 @@ class Engine:
 
     def check_logprobs(self, tokens: Tokens, namespace: str) -> np.ndarray:
         """What the tree knows of the tokens' logprobs: of as many as it has, and never another prefix's."""
-        found = self.tree.logprobs(ids(tokens), namespace)
+        found = self.tree.logprobs(ids(tokens), 3, namespace)
+        assert np.array_equal(found[:, :1], self.tree.logprobs(ids(tokens), 1, namespace), equal_nan=True)
         assert found.dtype == np.float32 and len(found) == self.tree.match_length(ids(tokens), namespace)
         known = ~np.isnan(found)
         assert np.array_equal(found[known], true_logprobs(tokens, namespace)[: len(found)][known])
@@ -271,8 +273,10 @@ class RadixMachine(RuleBasedStateMachine):
     @rule(data=st.data(), namespace=NAMESPACES)
     def keep_logprobs(self, data: st.DataObject, namespace: str) -> None:
         tokens = self.draw_prompt(data)
-        kept = np.array([data.draw(st.booleans()) for _ in tokens])
-        values = np.where(kept, true_logprobs(tokens, namespace), np.float32(np.nan))
+        columns = data.draw(st.integers(1, 3))
+        chance = np.random.default_rng(data.draw(st.integers(0, 99)))
+        kept = (chance.random((len(tokens), 1)) < 0.7) & (np.arange(3) < columns)
+        values = np.where(kept, true_logprobs(tokens, namespace), np.float32(np.nan))[:, :columns]
         before = self.engine.check_logprobs(tokens, namespace)
         self.engine.tree.keep_logprobs(ids(tokens), values, namespace)
         after = self.engine.check_logprobs(tokens, namespace)
@@ -725,11 +729,11 @@ def test_logprobs_move_with_their_tokens() -> None:
     engine.run(tokens)
     engine.tree.keep_logprobs(ids(tokens), true_logprobs(tokens, ""))
     engine.match((*tokens[:6], 99))  # splits
-    assert np.array_equal(engine.tree.logprobs(ids(tokens)), true_logprobs(tokens, ""))
-    assert len(engine.tree.logprobs(ids(tokens), "salt")) == 0
+    assert np.array_equal(engine.tree.logprobs(ids(tokens), 3), true_logprobs(tokens, ""))
+    assert len(engine.tree.logprobs(ids(tokens), 3, "salt")) == 0
     longer = (*tokens, 50, 51)
     engine.warm(longer)
     found = engine.check_logprobs(longer, "")
-    assert np.isnan(found).tolist() == [False] * 10 + [True] * 2
+    assert np.isnan(found).all(1).tolist() == np.isnan(found).any(1).tolist() == [False] * 10 + [True] * 2
     engine.evict(1)
     assert len(engine.check_logprobs(longer, "")) == 8
