@@ -7,7 +7,7 @@ Invariant: the wanted tokens before `known` are known; each is told once and in 
 the cache ends before the token whose forward gives the first one that is not known.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..sampler.params import SamplingParams
 
 TOLD_AT_ONCE: Final = 4096
 """Tokens of one message."""
+NOTHING: Final = np.empty((0, 1), np.float32)
 
 
 @dataclass(slots=True, eq=False)
@@ -27,28 +28,39 @@ class PromptScores:
     """The tokens behind this one are wanted."""
     end: int
     """The prompt's length."""
+    top: int
+    """Those of so many most likely tokens are wanted too."""
     named: bool
-    """Those of named tokens are wanted too, which the tree does not have."""
-    values: np.ndarray
-    """float32 [end, 1 + 2 top], NaN where unknown or not wanted: the token's own logprob, then logprob and id of each
-    of the most likely tokens (float32 holds ids up to 2**24)."""
+    """And those of named tokens, which the tree does not have."""
     known: int
     told: int
     """Of the wanted tokens before this place the text actor was told."""
+    values: np.ndarray = field(default_factory=lambda: NOTHING)
+    """float32 [end, 1 + 2 top], from its first life on; NaN where unknown or not wanted. The token's own logprob, then
+    logprob and id of each of the most likely tokens (float32 holds ids up to 2**24)."""
     first_row: int = 0
     """In its present life, the first token whose forward is to give the next one's."""
     kept: int = 0
     """The tokens before this place are in the tree, with what is known of them."""
 
-    def look_up(self, tree: RadixTree, ids: np.ndarray, namespace: str) -> None:
-        """Take what the tree knows of the next ones; ids int32, the prompt at least."""
-        if self.named or self.known >= self.end:
-            return
-        found = tree.logprobs(ids[: self.end], self.values.shape[1], namespace)[self.known :]
+    @property
+    def columns(self) -> int:
+        """Of `values`."""
+        return 1 + 2 * self.top
+
+    def look_up(self, tree: RadixTree, ids: np.ndarray, namespace: str) -> np.ndarray:
+        """Count what the tree knows now of those that were not told, and return it; ids int32, the prompt at least.
+
+        A request that waits has no more than the count: what it has of an earlier life, it has told.
+        """
+        self.known = self.told
+        if self.named or self.told >= self.end:
+            return NOTHING
+        found = tree.logprobs(ids[: self.end], self.columns, namespace)[self.told :]
         missing = np.flatnonzero(np.isnan(found).any(axis=1))
-        count = int(missing[0]) if len(missing) else len(found)
-        self.values[self.known : self.known + count] = found[:count]
-        self.known += count
+        found = found[: missing[0]] if len(missing) else found
+        self.known += len(found)
+        return found
 
     def reusable(self, tokens: int) -> int:
         """Of so many leading tokens of the request, those whose KV may come from the cache."""
@@ -56,10 +68,14 @@ class PromptScores:
 
     def provides(self, other: "PromptScores") -> bool:
         """Whether what becomes known here spares another request, with the same prompt so far, its own rows."""
-        return not other.named and self.start <= other.start and self.values.shape[1] >= other.values.shape[1]
+        return not other.named and self.start <= other.start and self.top >= other.top
 
-    def seat(self) -> None:
-        """A life begins: rows are computed from the first one that is needed."""
+    def seat(self, tree: RadixTree, ids: np.ndarray, namespace: str) -> None:
+        """A life begins: take what `look_up` finds; rows are computed from the first one that is needed."""
+        found = self.look_up(tree, ids, namespace)
+        if not len(self.values):
+            self.values = np.full((self.end, self.columns), np.nan, np.float32)
+        self.values[self.told : self.known] = found
         self.first_row, self.kept = self.known - 1, 0
 
     def rows(self, start: int, end: int) -> tuple[int, int]:
@@ -72,7 +88,7 @@ class PromptScores:
 
         values float32 [n, columns], as here; with more columns, those of requests that want more.
         """
-        values = values[:, : self.values.shape[1]]
+        values = values[:, : self.columns]
         self.known = self.told = start + len(values)
         self.values[start : self.known, : values.shape[1]] = values
 
@@ -94,6 +110,5 @@ def prompt_scores(params: SamplingParams, prompt_length: int) -> PromptScores | 
     if not params.wants_prompt or params.logprob_start_len >= prompt_length:
         return None
     start = params.logprob_start_len
-    values = np.full((prompt_length, 1 + 2 * (params.logprobs or 0)), np.nan, np.float32)
     named = bool(params.token_ids_logprob)
-    return PromptScores(start, prompt_length, named, values, known=start + 1, told=start + 1)
+    return PromptScores(start, prompt_length, params.logprobs or 0, named, known=start + 1, told=start + 1)

@@ -411,6 +411,8 @@ class Schedule:
 
     def _seat(self, window: Window, request: Request, match: Match) -> None:
         del self.waiting[request.rid]
+        if request.scores is not None:
+            request.scores.seat(self.tree, request.ids(), request.namespace)
         self.tree.lock(match.node)
         fresh = self._allocate(-(-len(request.tokens) // self.page) - len(match.pages))
         source, tokens = self._partial_page(window, request, match)
@@ -423,8 +425,6 @@ class Schedule:
         request.target = len(request.tokens)
         request.planned = request.confirmed = cached
         request.stage = Stage.PREFILL
-        if request.scores is not None:
-            request.scores.seat()
         if not request.admissions:
             self.counters.prompt_tokens += request.prompt_length
             self.counters.cached_tokens += min(cached, request.prompt_length)
