@@ -124,9 +124,10 @@ class Ops(Protocol):
         residual_scale: float,
         weight: Tensor,
         eps: float,
-        into: LinearMap,
+        into: LinearMap | None,
     ) -> tuple[Hidden, Tensor]:
-        """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other."""
+        """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other.
+        Without `into` it is a Tensor."""
 
     def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
         """`act_mul` of gate_up(x)."""
@@ -256,7 +257,7 @@ class TorchOps:
         residual_scale: float,
         weight: Tensor,
         eps: float,
-        into: LinearMap,
+        into: LinearMap | None,
     ) -> tuple[Hidden, Tensor]:
         """See Ops."""
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)

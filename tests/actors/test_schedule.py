@@ -289,7 +289,7 @@ def test_poisoned_pages_do_not_enter_the_tree() -> None:
     e = Engine()
     r = e.add(prompt_of(1, 40))
     assert e.plan()
-    number, step, rids, ids, _ = e.executor.out.popleft()
+    number, step, rids, ids, *_ = e.executor.out.popleft()
     e.schedule.report(number, step, rids, ids, np.array([3], dtype=np.uint8))
     assert r.stage is Stage.ENDED and e.schedule.tree.num_pages == 0
     e.schedule.check()
