@@ -35,6 +35,7 @@ from .messages import (
     Finish,
     GrammarSpec,
     GrammarStates,
+    Look,
     Masks,
     Match,
     MatchFailed,
@@ -46,6 +47,7 @@ from .messages import (
     SamplerMessage,
     SchedulerInbox,
     Scores,
+    Seen,
     SlotMasks,
     SlotParams,
     Started,
@@ -59,6 +61,7 @@ from .messages import (
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
+from .view import seen
 from .window import Landed, Window
 
 STATS_SECONDS: Final = 0.25
@@ -188,6 +191,8 @@ class Scheduler(Actor):
                         self._to_fsm(Compile(entry.handle, entry.spec))
             case Order():
                 self._order(message)
+            case Look():
+                self._to_text(seen(self.context, message, self.schedule, self.statistics(), self.paused))
             case Drain():
                 pass  # the fronts send nothing new
 
@@ -301,7 +306,7 @@ class Scheduler(Actor):
         for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
             self._abort(rid)
 
-    def _to_text(self, message: Tokens | Started | Ended | Stats | Done | Refused) -> None:
+    def _to_text(self, message: Tokens | Started | Ended | Stats | Done | Seen | Refused) -> None:
         try:
             self.context.ref("text").post(message)
         except Gone:
