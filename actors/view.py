@@ -16,12 +16,6 @@ MOST_NODES: Final = 1000
 MOST_REQUESTS: Final = 256
 """Of an answer, whatever was asked for: it must stay small beside the tokens that share its lanes."""
 
-_STAGES: Final[dict[Stage, Literal["waiting", "prefill", "decode"]]] = {
-    Stage.WAITING: "waiting",
-    Stage.PREFILL: "prefill",
-    Stage.DECODE: "decode",
-}
-
 
 def seen(context: Context, look: Look, schedule: Schedule | None, stats: Stats, paused: bool) -> Seen:
     """Return the scheduler's answer."""
@@ -35,7 +29,7 @@ def seen(context: Context, look: Look, schedule: Schedule | None, stats: Stats, 
         count = schedule.tree.statistics().nodes
         # Those that run are the older ones in the table, but for the retracted.
         chosen = islice(schedule.requests.values(), min(look.requests, MOST_REQUESTS))
-        requests = [_request(request) for request in chosen if request.stage in _STAGES]
+        requests = [_request(request) for request in chosen if request.stage is not Stage.ENDED]
     return Seen(look.rid, stats, lanes_of(context), nodes, count, requests, paused)
 
 
@@ -62,9 +56,11 @@ def with_lanes_of(context: Context, view: Seen) -> Seen:
 
 
 def _request(request: Request) -> RequestView:
+    # The scheduler calls it DECODE as soon as all of its prompt is planned; people want to see what is done.
+    stage: Literal["waiting", "prefill", "decode"] = "prefill" if request.confirmed < request.target else "decode"
     return RequestView(
         rid=request.rid,
-        stage=_STAGES[request.stage],
+        stage="waiting" if request.stage is Stage.WAITING else stage,
         prompt=request.prompt_length,
         computed=0 if request.stage is Stage.WAITING else request.computed,
         generated=request.generated,

@@ -101,7 +101,7 @@ class Watch:
     """The last look at the engine, for all that ask within FRESH_SECONDS. `seen` is None where nobody answered."""
 
     seen: Seen | None = None
-    at: float = -1.0
+    at: float = float("-inf")
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def look(self, client: "Client") -> Seen | None:

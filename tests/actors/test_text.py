@@ -27,11 +27,13 @@ from actorserve.actors.messages import (
     Finish,
     FrontInbox,
     Generate,
+    Look,
     Order,
     PeerDown,
     PeerUp,
     Refused,
     SchedulerInbox,
+    Seen,
     Started,
     Stats,
     Submit,
@@ -634,6 +636,12 @@ def test_orders_are_passed_on_and_answered(world: World) -> None:
     world.sched.ref("text").post(Done(5))
     world.settle()
     assert world.front() == [Done(5)] and [m.rid for m in world.front("front.1")] == [1 << 40]
+    question(world, Look(8, 9, 9))
+    assert world.scheduler() == [Look(8, 9, 9)]
+    world.sched.ref("text").post(Seen(8, NO_STATS, [], [], 0, [], False))
+    world.settle()
+    (view,) = world.front()
+    assert view.rid == 8 and ("text", "front.0") in [(lane.source, lane.target) for lane in view.lanes]
     question(world, Order(6, "continue"))
     disconnect(world.context, world.sched)
     world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
