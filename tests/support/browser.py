@@ -24,7 +24,7 @@ def open_page(url: str, **options: object) -> Iterator[tuple["Page", list[str]]]
         # In containers tests are root, and Chromium has no sandbox for root.
         browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         complaints: list[str] = []
-        page = browser.new_context(**options).new_page()
+        page = browser.new_context(reduced_motion="reduce", **options).new_page()
         page.set_default_timeout(120_000)  # as the tests of the API; the first output of a busy machine is late
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -327,18 +327,18 @@ def test_the_page_chats_and_shows_the_engine(server: LiveServer, width: int, sch
         before = page.evaluate("fetch('v1/engine/stats').then(reply => reply.json())")
         page.fill("#prompt", f"Name the {width} seas.")
         page.click("[data-panel=sampling]")
-        page.fill("#s-max_tokens", "24")
+        page.fill("#s-max_tokens", "12")
         page.press("#prompt", "Enter")
         page.wait_for_selector(".live .facts .speed")  # figures come while it streams
         page.wait_for_selector("#send:has-text('Send')")
         assert page.inner_text(".turn.assistant .text").strip()
-        assert "24 tokens" in page.inner_text(".facts") and "prompt tokens cached" in page.inner_text(".facts")
+        assert "12 tokens" in page.inner_text(".facts") and "prompt tokens cached" in page.inner_text(".facts")
         if width < 900:
             assert not page.is_visible("#engine")
             page.click("#tabs [data-tab=engine]")
         page.wait_for_selector("#state .dot.ok")
         after = page.evaluate("fetch('v1/engine/stats').then(reply => reply.json())")
-        assert after["scheduler"]["generated_tokens"] == before["scheduler"]["generated_tokens"] + 24
+        assert after["scheduler"]["generated_tokens"] == before["scheduler"]["generated_tokens"] + 12
         sent = [sum(lane["sent"] for lane in view["lanes"] if lane["source"] == "exec.0") for view in (before, after)]
         assert sent[1] > sent[0]
         assert after["tree"]["total"] > before["tree"]["total"]
