@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from actorserve.flags import Formatter, Parser
 from actorserve.models.shapes import KNOWN
 from actorserve.perf.clients import Job, split, work, work_in_processes
 from actorserve.perf.figures import add_floors, report, summarize
@@ -199,9 +200,12 @@ def server_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"pid": pid, "startup_seconds": seconds, "first_token_seconds": record.times[0] - began}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None, prog: str = "python -m actorserve.perf.serve") -> argparse.Namespace:
     """Return the command line; raises SystemExit for a wrong one."""
-    parser = argparse.ArgumentParser(prog="python -m actorserve.perf.serve", description=(__doc__ or "").split("\n")[0])
+    about = (__doc__ or "").split("\n")[0] + " " + (__doc__ or "").rpartition("\n\n")[2]
+    parser = Parser(
+        prog=prog, description=about, usage=f"{prog} [flags]", formatter_class=Formatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:30000")
     add("--launch", metavar="FLAGS", help="run `actorserve run FLAGS` for this; a model of --shape unless FLAGS say")
@@ -253,9 +257,9 @@ def _limit(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def main() -> None:
-    """The command."""
-    args = parse()
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m actorserve.perf.serve") -> None:
+    """The command, also that of `actorserve bench`. Raises SystemExit where a request failed, or it cannot run."""
+    args = parse(arguments, prog)
     figures = run(args)
     print(report_join(figures) if args.join else report(figures))
     if args.json:
