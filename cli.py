@@ -50,7 +50,7 @@ def command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # who reads our output has had enough
-        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush at the end
+        sys.stdout = None  # nothing is left to flush at the end
         return 0
 
 
@@ -154,8 +154,8 @@ def build_parsers() -> tuple[Parser, Parser]:
         "doctor",
         "[--json] [flags of run]",
         "what this machine has, which paths the engine takes on it, and why",
-        "Look at this machine with the eyes of `actorserve run` and its flags. Starts nothing; exit code 1 if "
-        "something would keep it from starting.",
+        "Look at this machine with the eyes of `actorserve run` and its flags. Starts nothing.\n"
+        "Exit code 1 if something would keep `actorserve run` from starting.",
         add_doctor_flags,
     )
     add(

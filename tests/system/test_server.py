@@ -12,6 +12,8 @@ import pytest
 from browser import open_page
 from live_server import LiveServer, wait_until
 
+from actorserve import cli
+
 if TYPE_CHECKING:
     from playwright.sync_api import Route
 
@@ -378,3 +380,13 @@ def test_the_page_asks_for_a_key(server: LiveServer) -> None:
         page.wait_for_selector("#state .dot.ok")
         assert not page.is_visible("dialog")
     assert keys[0] is None and keys[-1] == "Bearer sesame"
+
+
+def test_the_commands_of_a_terminal(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.command(["complete", "--chat", QUESTION, "--url", server.url, "--temperature", "0", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "The capital of France is Paris.\n"
+    assert err.startswith("8 tokens") and "prompt tokens cached" in err
+    load = ["--num-prompts", "2", "--random-input-len", "8", "--random-output-len", "4", "--warmup-requests", "0"]
+    assert cli.command(["bench", "--base-url", server.url, *load]) == 0
+    assert "tokens" in capsys.readouterr().out
