@@ -124,5 +124,6 @@ def greeting(model: ModelInfo, url: str) -> str:
     data = json.dumps(body, ensure_ascii=False).replace("'", r"'\''")
     return (
         f"\nactorserve {__version__} serves {model.name} on {url}\n\n"
+        f"In a browser that is a page to chat and to watch the engine; in a terminal: actorserve chat --url {url}\n\n"
         f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{data}'\n"
     )

@@ -258,7 +258,7 @@ class Client:
             case messages.Refused():
                 if not self.questions.take(message):
                     self._refuse(message)
-            case messages.Tokenized() | messages.Detokenized() | messages.Done():
+            case messages.Tokenized() | messages.Detokenized() | messages.Done() | messages.Seen():
                 self.questions.take(message)
             case messages.Stats():
                 self.stats = message

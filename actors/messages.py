@@ -9,8 +9,8 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
     front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
-    front  --Tokenize, Detokenize, Order-->  text  --Order-->  sched
-    front  <--Tokenized, Detokenized, Done--  text  <--Done, Refused--  sched
+    front  --Tokenize, Detokenize, Order, Look-->  text  --Order, Look-->  sched
+    front  <--Tokenized, Detokenized, Done, Seen--  text  <--Done, Seen, Refused--  sched
                               fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
                                          fsm  --Masks, MatchFailed-->  sched  --Match, Unmatch-->  fsm
 """
@@ -169,6 +169,17 @@ class Order(Message, frozen=True, tag=14):
     action: Action
 
 
+class Look(Message, frozen=True, tag=80):
+    """Front asks what the engine is doing, through text. Owed: Seen, or Refused where there is no scheduler.
+
+    `nodes`, `requests`: the most of each that the answer may hold.
+    """
+
+    rid: int
+    nodes: int
+    requests: int
+
+
 # ------------------------------------------------------------------ text -> sched
 
 
@@ -304,6 +315,60 @@ class Stats(Message, frozen=True, tag=33):
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
 """What is known of a scheduler that is not there."""
+
+
+class LaneView(Message, frozen=True, tag=81):
+    """A lane as one of its ends sees it; a moment old."""
+
+    source: str
+    target: str
+    up: bool
+    waiting: int = 0
+    """Messages that the target has not taken yet."""
+    sent: int = 0
+    """Counter: messages since the lane was made."""
+    full: int = 0
+    """Counter: how often there was no room."""
+    epoch: int = 0
+    """The target's incarnation; 0 where the end that answers does not know it."""
+
+
+class NodeView(Message, frozen=True, tag=82):
+    """A node of the radix tree; see kvstore.nodes. `parent` is -1 for the root of a namespace."""
+
+    id: int
+    parent: int
+    tokens: int
+    pages: int
+    locks: int
+    """Running requests that use it."""
+    hits: int
+
+
+class RequestView(Message, frozen=True, tag=83):
+    """A request, without its text. Lengths in tokens."""
+
+    rid: int
+    stage: Literal["waiting", "prefill", "decode"]
+    prompt: int
+    computed: int
+    """Tokens whose KV is there."""
+    generated: int
+    limit: int
+    """At which it ends, prompt included."""
+
+
+class Seen(Message, frozen=True, tag=84):
+    """The engine at one moment: the scheduler's part. Text adds the lanes that it alone knows and passes it on."""
+
+    rid: int
+    stats: Stats
+    lanes: list[LaneView]
+    nodes: list[NodeView]
+    tree_nodes: int
+    """How many the tree has, roots not counted."""
+    requests: list[RequestView]
+    paused: bool
 
 
 # ------------------------------------------------------------------ text -> front
@@ -635,15 +700,15 @@ class MatchFailed(Message, frozen=True, tag=78):
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
-FrontAnswer: TypeAlias = Tokenized | Detokenized | Done
+FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
-FrontQuestion: TypeAlias = Tokenize | Detokenize | Order
+FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
 TextInbox: TypeAlias = (
     SystemMessage | Generate | Cancel | Abort | FrontQuestion
-    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Refused
+    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | ExecutorReady | StepOut | GrammarNews
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | Look | ExecutorReady | StepOut | GrammarNews
 ExecutorInbox: TypeAlias = SystemMessage | Plan
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage

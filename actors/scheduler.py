@@ -35,6 +35,7 @@ from .messages import (
     Finish,
     GrammarSpec,
     GrammarStates,
+    Look,
     Masks,
     Match,
     MatchFailed,
@@ -47,6 +48,7 @@ from .messages import (
     SamplerMessage,
     SchedulerInbox,
     Scores,
+    Seen,
     SlotMasks,
     SlotParams,
     Started,
@@ -62,6 +64,7 @@ from .ref import Gone
 from .request import Request
 from .schedule import Schedule
 from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
+from .view import seen
 from .window import Landed, Window
 
 STATS_SECONDS: Final = 0.25
@@ -183,6 +186,8 @@ class Scheduler(Actor):
                         self._to_fsm(Compile(entry.handle, entry.spec))
             case Order():
                 self._order(message)
+            case Look():
+                self._to_text(seen(self.context, message, self.schedule, self.statistics(), self.paused))
             case Drain():
                 pass  # the fronts send nothing new
 
@@ -297,7 +302,7 @@ class Scheduler(Actor):
         for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
             self._abort(rid)
 
-    def _to_text(self, message: Tokens | PromptLogprobs | Started | Ended | Stats | Done | Refused) -> None:
+    def _to_text(self, message: Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused) -> None:
         try:
             self.context.ref("text").post(message)
         except Gone:

@@ -35,11 +35,13 @@ from .messages import (
     Finish,
     FrontAnswer,
     Generate,
+    Look,
     Order,
     PeerDown,
     PeerUp,
     PromptLogprobs,
     Refused,
+    Seen,
     Started,
     Stats,
     TextInbox,
@@ -51,6 +53,7 @@ from .messages import (
 from .output import Output
 from .prompts import Encoded, Prompts
 from .ref import Gone
+from .view import with_lanes_of
 
 SCHEDULER: Final = "sched"
 SCHEDULER_DOWN: Final = "the scheduler is not running at the moment; send the request again"
@@ -128,11 +131,11 @@ class Text(Actor):
                 self._tokenize(message, source)
             case Detokenize():
                 self._detokenize(message, source)
-            case Order():
+            case Order() | Look():
                 self._order(message, source)
-            case Done() | Refused():
+            case Done() | Seen() | Refused():
                 if (front := self.ordered.pop(message.rid, None)) is not None:
-                    self._post(front, message)
+                    self._post(front, with_lanes_of(self.context, message) if isinstance(message, Seen) else message)
             case Drain():
                 pass  # the fronts send nothing new
             case _:
@@ -241,7 +244,7 @@ class Text(Actor):
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
         self._post(front, Detokenized(m.rid, text))
 
-    def _order(self, m: Order, front: str) -> None:
+    def _order(self, m: Order | Look, front: str) -> None:
         if not self.context.ref(SCHEDULER).up:
             self._refuse(m.rid, 1, front, EngineDown(SCHEDULER_DOWN))
             return
@@ -375,7 +378,7 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _post(self, name: str, message: Abort | Chunks | Refused | Stats | Order | FrontAnswer) -> None:
+    def _post(self, name: str, message: Abort | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
         """Send; a peer that is down has lost its requests anyway, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)

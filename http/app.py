@@ -17,7 +17,19 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
-from . import control_routes, control_types, native, openai, openapi, protocol, response_types, responses, score
+from . import (
+    control_routes,
+    control_types,
+    engine_view,
+    native,
+    openai,
+    openapi,
+    page,
+    protocol,
+    response_types,
+    responses,
+    score,
+)
 from .error_replies import InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
@@ -26,14 +38,6 @@ from .service import Service
 
 log = logging.getLogger("actorserve.http")
 Handler: TypeAlias = Callable[[Service, Exchange], Awaitable[None]]
-
-HINT = """actorserve is serving {model}.
-
-  curl {base}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"messages": [{{"role": "user", "content": "Hello!"}}]}}'
-
-The API is described at {base}/openapi.json
-"""
 
 
 class Endpoint:
@@ -78,14 +82,6 @@ async def metrics(service: Service, exchange: Exchange) -> None:
 async def api_document(service: Service, exchange: Exchange) -> None:
     """Serve GET /openapi.json: this API, described."""
     await exchange.reply(described())
-
-
-async def index(service: Service, exchange: Exchange) -> None:
-    """Serve GET /: a hint for people."""
-    host = dict(exchange.scope["headers"]).get(b"host", b"").decode("latin-1")
-    base = f"http://{host or f'{service.config.host}:{service.config.port}'}"
-    text = HINT.format(model=service.model_name, base=base)
-    await exchange.reply(text.encode(), content_type=b"text/plain; charset=utf-8")
 
 
 class Served(NamedTuple):
@@ -133,7 +129,8 @@ ROUTES: tuple[Served, ...] = (
     Served(("/ready",), GET, _c.ready, reply=_p.Health),
     Served(("/metrics",), GET, metrics),
     Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
-    Served(("/",), GET, index),
+    Served(("/v1/engine/stats",), GET, engine_view.engine_stats, reply=engine_view.EngineStats),
+    Served(("/",), GET, page.index),
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Service: what every HTTP handler needs, in one object that the front makes and hands to the routes.
 
-Invariant: but for the stored responses it is immutable, and it has no behaviour of its own beyond answering "who are we
-and are we well".
+Invariant: but for the stored responses and the last look at the engine it is immutable, and it has no behaviour of its
+own beyond answering "who are we and are we well".
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
+from .engine_view import Watch
 from .metrics import Metrics
 from .protocol import Health
 from .response_store import ResponseStore
@@ -24,6 +25,7 @@ class Service:
     metrics: Metrics
     started: int
     responses: ResponseStore = field(default_factory=ResponseStore)
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def model_name(self) -> str:

@@ -30,12 +30,14 @@ from actorserve.actors.messages import (
     FrontInbox,
     Generate,
     GrammarSpec,
+    Look,
     Order,
     PeerDown,
     PeerUp,
     PromptLogprobs,
     Refused,
     SchedulerInbox,
+    Seen,
     Started,
     Stats,
     Submit,
@@ -711,6 +713,12 @@ def test_orders_are_passed_on_and_answered(world: World) -> None:
     world.sched.ref("text").post(Done(5))
     world.settle()
     assert world.front() == [Done(5)] and [m.rid for m in world.front("front.1")] == [1 << 40]
+    question(world, Look(8, 9, 9))
+    assert world.scheduler() == [Look(8, 9, 9)]
+    world.sched.ref("text").post(Seen(8, NO_STATS, [], [], 0, [], False))
+    world.settle()
+    (view,) = world.front()
+    assert view.rid == 8 and ("text", "front.0") in [(lane.source, lane.target) for lane in view.lanes]
     question(world, Order(6, "continue"))
     disconnect(world.context, world.sched)
     world.context.inbox.put_system(PeerDown("sched", 1, "killed"))

@@ -29,9 +29,14 @@ from actorserve.actors.messages import (
     Detokenized,
     Done,
     Generate,
+    LaneView,
+    Look,
+    NodeView,
     Order,
     PeerDown,
     Refused,
+    RequestView,
+    Seen,
     Stats,
     TextInbox,
     TextPrompt,
@@ -110,6 +115,8 @@ class FakeText(Actor):
         self.script: Callable[[Generate], list[Chunks | Refused]] = words
         self.arrived = asyncio.Event()
         self.busy = False
+        self.mute = False
+        """Looks get no answer."""
 
     def receive(self, message: object, source: str) -> None:
         if isinstance(message, Generate):
@@ -118,13 +125,13 @@ class FakeText(Actor):
                 copied = TokenPrompt(memoryview(bytes(prompt.ids)))
                 message = Generate(message.rid, message.n, copied, message.params, message.cache_salt, message.priority)
             asyncio.get_running_loop().call_soon(self._say, self.script(message))
-        if isinstance(message, Tokenize | Detokenize | Order):
+        if isinstance(message, Tokenize | Detokenize | Order | Look) and not (self.mute and isinstance(message, Look)):
             asyncio.get_running_loop().call_soon(self.say, self.answer(message))
-        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort):
+        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look):
             self.got.append(message)
             self.arrived.set()
 
-    def answer(self, message: Tokenize | Detokenize | Order) -> object:
+    def answer(self, message: Tokenize | Detokenize | Order | Look) -> object:
         """A token a character, its code point; orders are refused while there are requests."""
         match message:
             case Tokenize():
@@ -135,6 +142,11 @@ class FakeText(Actor):
                 return Detokenized(message.rid, "".join(map(chr, message.ids.cast("i"))))
             case Order():
                 return Refused(message.rid, 1, 400, "not_idle", "busy") if self.busy else Done(message.rid)
+            case Look():
+                lanes = [LaneView("text", "sched", True, 3, 70, 1, 2), LaneView("sched", "exec.0", False)]
+                nodes = [NodeView(1, -1, 0, 0, 1, 4), NodeView(2, 1, 40, 3, 1, 4)]
+                requests = [RequestView(9, "decode", 7, 8, 2, 20)]
+                return Seen(message.rid, STATS, lanes, nodes, 1, requests, False)
 
     def say(self, message: object) -> None:
         self.context.ref("front.0").post(message)

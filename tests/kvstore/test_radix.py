@@ -700,6 +700,7 @@ def test_snapshot_and_statistics(engine: Engine) -> None:
     rows = engine.tree.snapshot()
     assert [(row.tokens, row.pages, row.locks) for row in rows] == [(0, 0, 0), (4, 1, 0), (5, 2, 0), (5, 2, 0)]
     assert [row.parent for row in rows] == [None, rows[0].id, rows[1].id, rows[1].id]
+    assert [row.hits for row in rows] == [1, 1, 0, 0]
     assert engine.tree.snapshot(limit=2) == rows[:2]
     engine.evict(2)
     stats = engine.tree.statistics()
