@@ -1,7 +1,7 @@
 """The ASGI application: the route table, and the one place where a handler's exception becomes a reply.
 
 Made by front.py for its Service; tests drive it with a fake engine. Invariant: every request gets exactly one reply,
-every error has OpenAI's JSON shape, and every reply is counted.
+every error has its protocol's JSON shape, and every reply is counted.
 """
 
 import functools
@@ -17,8 +17,19 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
-from . import control_routes, control_types, native, openai, openapi, protocol, response_types, responses
-from .error_replies import InternalError, error_body, route_error
+from . import (
+    control_routes,
+    control_types,
+    message_types,
+    messages,
+    native,
+    openai,
+    openapi,
+    protocol,
+    response_types,
+    responses,
+)
+from .error_replies import ANTHROPIC_ERRORS, OPENAI_ERRORS, ErrorShape, InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
@@ -39,13 +50,14 @@ The API is described at {base}/openapi.json
 class Endpoint:
     """A handler as an ASGI application; `route` is its name in the metrics."""
 
-    def __init__(self, service: Service, route: str, handler: Handler) -> None:
+    def __init__(self, service: Service, route: str, served: "Served") -> None:
         self._service = service
         self._route = route
-        self._handler = handler
+        self._handler = served.handler
+        self._errors = served.errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._errors)
         try:
             await self._handler(self._service, exchange)
         except ClientGone as gone:
@@ -97,6 +109,7 @@ class Served(NamedTuple):
     request: Any = None
     reply: Any = None
     event: Any = None
+    errors: ErrorShape = OPENAI_ERRORS
 
 
 GET, POST = ("GET",), ("POST",)
@@ -118,6 +131,14 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/responses/{id}",), GET, responses.retrieve, reply=response_types.Response),
     Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
     Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
+    Served(
+        ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,
+        dict[str, Any], ANTHROPIC_ERRORS,
+    ),
+    Served(
+        ("/v1/messages/count_tokens",), POST, messages.count_tokens, message_types.CountRequest,
+        message_types.TokenCount, errors=ANTHROPIC_ERRORS,
+    ),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),
@@ -140,7 +161,7 @@ ROUTES: tuple[Served, ...] = (
 def described() -> bytes:
     """Return the OpenAPI document."""
     operations = [
-        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event)
+        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event, r.errors.type)
         for r in ROUTES
         for path in r.paths
     ]
@@ -156,9 +177,7 @@ def build_app(service: Service) -> Starlette:
         body = error_body(route_error(error.status_code, request.method, request.url.path))
         return Response(body, error.status_code, headers=error.headers, media_type="application/json")
 
-    routes = [
-        Route(path, Endpoint(service, path, r.handler), methods=list(r.methods)) for r in ROUTES for path in r.paths
-    ]
+    routes = [Route(path, Endpoint(service, path, r), methods=list(r.methods)) for r in ROUTES for path in r.paths]
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
     return app

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..actors.client import Stream
 from ..errors import ActorserveError, RequestError
-from .error_replies import error_body, error_headers
+from .error_replies import OPENAI_ERRORS, ErrorShape, error_headers
 
 Header = tuple[bytes, bytes]
 JSON = b"application/json"
@@ -27,10 +27,11 @@ class ClientGone(ActorserveError):
 
 
 class Exchange:
-    """See the module's text. `status` is the one replied with, 0 before."""
+    """See the module's text. `status` is the one replied with, 0 before; `errors` is how they are written."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, errors: ErrorShape = OPENAI_ERRORS) -> None:
         self.scope = scope
+        self.errors = errors
         self.status = 0
         self._receive = receive
         self._send = send
@@ -87,11 +88,11 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def fail(self, error: ActorserveError, headers: Sequence[Header] = ()) -> None:
-        """Reply with an error; inside a stream of events as its last event, without [DONE]."""
+        """Reply with an error; inside a stream of events as its last event, without the usual end."""
         if not self.status:
-            await self.reply(error_body(error), error.status, headers=[*headers, *error_headers(error)])
+            await self.reply(self.errors.body(error), error.status, headers=[*headers, *error_headers(error)])
         elif not self._finished:
-            await self.write(b"data: " + error_body(error) + b"\n\n", last=True)
+            await self.write(self.errors.event(self.errors.body(error)), last=True)
 
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.status = status

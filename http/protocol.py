@@ -496,5 +496,17 @@ class ErrorReply(Struct, frozen=True):
     error: ErrorDetail
 
 
+class AnthropicErrorDetail(Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(Struct, frozen=True):
+    """Anthropic's shape of an error."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
 encode = msgspec.json.Encoder().encode
 """Any of the replies as JSON bytes; NaN becomes null."""
