@@ -55,6 +55,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 30000
     max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
     max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    data_dir: Annotated[
+        str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
+    ] = None
+    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"

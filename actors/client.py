@@ -88,13 +88,26 @@ class Stream:
     by one. Both end after each choice's final chunk, or raise what ended the request, after the chunks before it.
     """
 
-    __slots__ = ("_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "rid")
+    __slots__ = (
+        "_client",
+        "_error",
+        "_ready",
+        "_taken",
+        "_wakeup",
+        "_whole",
+        "choices",
+        "groups",
+        "open",
+        "priority",
+        "rid",
+    )
 
-    def __init__(self, client: "Client", rid: int, counts: Sequence[int]) -> None:
+    def __init__(self, client: "Client", rid: int, counts: Sequence[int], priority: int = 0) -> None:
         """`counts`: the number of choices of each prompt; their ids are `rid` and those that follow."""
         now = time.monotonic_ns()
         count = sum(counts)
         self.rid = rid
+        self.priority = priority
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
         self.choices = [Choice(rid + i, self, [], now) for i in range(count)]
@@ -241,7 +254,7 @@ class Client:
             submission.params.check(self._vocab_size)
         count = sum(s.n for s in submissions)
         self._check_room(count)
-        stream = Stream(self, self._take_rids(count), [s.n for s in submissions])
+        stream = Stream(self, self._take_rids(count), [s.n for s in submissions], priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
         try:
             self._post_all(stream, submissions, cache_salt, priority)
@@ -305,6 +318,10 @@ class Client:
         if not self.stats.executor_up:
             return "the scheduler or the executor is not up"
         return None
+
+    def busy(self, priority: int) -> bool:
+        """Whether a request above this priority is in the engine."""
+        return any(choice.stream.priority > priority for choice in self.table.values())
 
     def _take_rids(self, count: int) -> int:
         """Return the first of that many ids."""

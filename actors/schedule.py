@@ -441,8 +441,8 @@ class Schedule:
         return rows
 
     def _retraction_victim(self) -> Request:
-        """The request with the fewest generated tokens, then the longest prompt: the least work lost."""
-        return min(self.slots.running(), key=lambda r: (r.generated, -r.prompt_length))
+        """Of the lowest priority, the one with the fewest generated tokens, then the longest prompt: the least lost."""
+        return min(self.slots.running(), key=lambda r: (r.priority, r.generated, -r.prompt_length))
 
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""

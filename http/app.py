@@ -18,8 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import ActorserveError
 from . import (
+    batch_types,
+    batches,
     control_routes,
     control_types,
+    files,
     message_types,
     messages,
     native,
@@ -139,6 +142,15 @@ ROUTES: tuple[Served, ...] = (
         ("/v1/messages/count_tokens",), POST, messages.count_tokens, message_types.CountRequest,
         message_types.TokenCount, errors=ANTHROPIC_ERRORS,
     ),
+    Served(("/v1/files",), POST, files.upload, reply=batch_types.FileObject),
+    Served(("/v1/files",), GET, files.list_files, reply=batch_types.FileList),
+    Served(("/v1/files/{id}",), GET, files.retrieve, reply=batch_types.FileObject),
+    Served(("/v1/files/{id}",), ("DELETE",), files.delete, reply=batch_types.DeletedFile),
+    Served(("/v1/files/{id}/content",), GET, files.content),
+    Served(("/v1/batches",), POST, batches.create, batch_types.BatchRequest, batch_types.Batch),
+    Served(("/v1/batches",), GET, batches.list_batches, reply=batch_types.BatchList),
+    Served(("/v1/batches/{id}",), GET, batches.retrieve, reply=batch_types.Batch),
+    Served(("/v1/batches/{id}/cancel",), POST, batches.cancel, reply=batch_types.Batch),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),
@@ -177,7 +189,13 @@ def build_app(service: Service) -> Starlette:
         body = error_body(route_error(error.status_code, request.method, request.url.path))
         return Response(body, error.status_code, headers=error.headers, media_type="application/json")
 
-    routes = [Route(path, Endpoint(service, path, r), methods=list(r.methods)) for r in ROUTES for path in r.paths]
+    routes = []
+    for served in ROUTES:
+        for path in served.paths:
+            endpoint = Endpoint(service, path, served)
+            routes.append(Route(path, endpoint, methods=list(served.methods)))
+            if path in batch_types.ENDPOINTS:
+                service.batch_endpoints[path] = endpoint
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
     return app

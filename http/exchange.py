@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import QueryParams
+from starlette.types import Message, Receive, Scope, Send
 
 from ..actors.client import Stream
 from ..errors import ActorserveError, RequestError
@@ -37,6 +38,35 @@ class Exchange:
         self._send = send
         self._finished = False
 
+    @property
+    def owner(self) -> str:
+        """Name of the API key; "" where there are none."""
+        return str(self.scope.get("state", {}).get("owner", ""))
+
+    @property
+    def path_id(self) -> str:
+        """The {id} in the route's path."""
+        return str(self.scope["path_params"]["id"])
+
+    @property
+    def query(self) -> QueryParams:
+        """What follows the ? in the address."""
+        return QueryParams(self.scope.get("query_string", b""))
+
+    def number(self, name: str, default: int, most: int) -> int:
+        """Return a number of the query, from 1 to `most`. Raises RequestError."""
+        text = self.query.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= most):
+            raise RequestError(f"{name} must be a number from 1 to {most}", param=name)
+        return int(text)
+
+    async def receive(self) -> Message:
+        """Return more of the body. Raises ClientGone."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection")
+        return message
+
     async def body(self, limit: int) -> bytes:
         """Read the whole body. Raises RequestError (413) as soon as it is above `limit` bytes, or ClientGone."""
         # The rest of a body that is too large is read and dropped by the server: a client that is still sending
@@ -47,9 +77,7 @@ class Exchange:
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone("the client closed the connection")
+            message = await self.receive()
             part = message.get("body", b"")
             size += len(part)
             if size > limit:
@@ -73,14 +101,14 @@ class Exchange:
     ) -> None:
         """Send a whole reply."""
         length = (b"content-length", str(len(body)).encode())
-        await self._start(status, [(b"content-type", content_type), length, *headers])
+        await self.start(status, [(b"content-type", content_type), length, *headers])
         await self.write(body, last=True)
 
     async def start_events(self) -> None:
         """Start a reply of server-sent events."""
         # The last header stops nginx from collecting events.
         headers = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await self._start(200, headers)
+        await self.start(200, headers)
 
     async def write(self, body: bytes, last: bool = False) -> None:
         """Send a part of the body. Waits while the client is slow to read."""
@@ -94,7 +122,8 @@ class Exchange:
         elif not self._finished:
             await self.write(self.errors.event(self.errors.body(error)), last=True)
 
-    async def _start(self, status: int, headers: list[Header]) -> None:
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """Start a reply whose body follows by `write`."""
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 

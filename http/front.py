@@ -20,6 +20,8 @@ from ..actors.client import Client, LoopWakeup
 from ..actors.messages import Drain, FrontInbox
 from ..errors import Overloaded
 from .app import build_app
+from .batch_runner import BatchRunner
+from .data_store import DataStore
 from .metrics import Metrics
 from .service import Service
 
@@ -57,7 +59,8 @@ class HttpFront(Actor):
             on_end=metrics.observe,
             new_wakeup=LoopWakeup,
         )
-        self.service = Service(self.client, context.config, context.model, metrics, int(time.time()))
+        store = DataStore(context.config.data_dir) if context.config.data_dir else None
+        self.service = Service(self.client, context.config, context.model, metrics, int(time.time()), store=store)
         self._server = Server(server_config(self.service))
         self._server.servers = []
         self._served = asyncio.Event()
@@ -70,11 +73,16 @@ class HttpFront(Actor):
         # The descriptor stays the node's: the server closes its own copy.
         listener = socket.socket(fileno=os.dup(self.context.files["listen"]))
         loop.add_reader(inbox.fileno(), self.drain)
+        batches = asyncio.create_task(self._run_batches())
         try:
             await self._server.serve(sockets=[listener])
             self._served.set()
             await asyncio.Event().wait()  # an actor's run ends by cancellation only
         finally:
+            batches.cancel()
+            await asyncio.gather(batches, return_exceptions=True)
+            if self.service.store is not None:
+                self.service.store.close()
             loop.remove_reader(inbox.fileno())
             for server in self._server.servers:
                 server.close()
@@ -98,6 +106,10 @@ class HttpFront(Actor):
         self._end_requests()
         self._server.should_exit = True
         await self._served.wait()
+
+    async def _run_batches(self) -> None:
+        if self.service.store is not None:
+            await BatchRunner(self.service, self.service.store, self.service.batch_endpoints).run()
 
     def _end_requests(self) -> None:
         self.client.fail_all(Overloaded("the server is shutting down; try again", status=503))

@@ -168,31 +168,31 @@ async def test_count_tokens(rig, claude):
     assert json.loads(rig.text.got[0].prompt.payload)["tools"][0]["function"]["name"] == "weather"
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"messages": []}, "messages"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": None}, "max_tokens"),
-        ({"temperature": 101}, "temperature"),
-        ({"stop_sequences": [""]}, "stop_sequences[0]"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
-        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].id"),
-        ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0]"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice.name"),
-        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 50}}, "thinking.budget_tokens"),
-        ({"mcp_servers": [{}]}, "mcp_servers"),
-    ],
-)
-async def test_refused_with_the_field_in_anthropics_shape(rig, change, field):
-    reply = await rig.http.post("/v1/messages", json=ASKED | change)
-    body = reply.json()
-    assert (reply.status_code, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error")
-    assert body["error"]["message"].startswith(field)
+BAD = [
+    ({"messages": []}, "messages"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": None}, "max_tokens"),
+    ({"temperature": 101}, "temperature"),
+    ({"stop_sequences": [""]}, "stop_sequences[0]"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].id"),
+    ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0]"),
+    ({"tool_choice": {"type": "any"}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice.name"),
+    ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 50}}, "thinking.budget_tokens"),
+    ({"mcp_servers": [{}]}, "mcp_servers"),
+]
+
+
+async def test_refused_with_the_field_in_anthropics_shape(rig):
+    for change, field in BAD:
+        reply = await rig.http.post("/v1/messages", json=ASKED | change)
+        body = reply.json()
+        assert (reply.status_code, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error")
+        assert body["error"]["message"].startswith(field)
     assert rig.text.got == []
 
 
