@@ -1,8 +1,8 @@
-"""The command `actorserve`: run, plan, version. Parses, runs, and turns every way to end into an exit code.
+"""The command `actorserve`: run, plan, batch, version. Parses, runs, and turns every way to end into an exit code.
 
-0: stopped as asked. 1: the engine died and gave up, or a plan does not fit. 2: it cannot start so (a bad flag, model
-or port); one line says why. 128 + signal: a second signal ended it at once. Invariant: a mistake of the user never
-shows a traceback.
+0: stopped as asked, or done. 1: the engine died and gave up, a plan does not fit, or requests of a batch were refused.
+2: it cannot start so (a bad flag, model or port); one line says why. 128 + signal: a second signal ended it at once.
+Invariant: a mistake of the user never shows a traceback.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import StartupError
-from .flags import USAGE_ERROR, Formatter, Parser, add_config_flags, config_from
+from .flags import USAGE_ERROR, Formatter, Parser, add_batch_flags, add_config_flags, config_from
 from .plan import add_plan_flags, plan
 
 EXAMPLES = """examples:
@@ -19,6 +19,12 @@ EXAMPLES = """examples:
   actorserve run --model DIR --port 8000      serve a local Hugging Face folder
   actorserve run --model FILE.gguf            serve a GGUF file (converted once into the cache)
   actorserve plan --model DIR --gpu h200      does it fit, with how many requests, how fast at best
+  actorserve batch -i IN.jsonl -o OUT.jsonl   answer a file of requests, and go on where it was stopped
+"""
+BATCH = """Answer a file of requests and end. Each line of INPUT is a JSON object, as in OpenAI's batches:
+  {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
+OUTPUT gets a line for each as it is answered. What it answers already is not asked again: after a
+crash or Ctrl-C, the same command goes on. Exit code 1: some lines were refused; their answers say why.
 """
 
 
@@ -42,6 +48,10 @@ def command(arguments: Sequence[str]) -> int:
                 return serve(config_from(parsed, own))
             case "plan":
                 return plan(parsed, config_from(parsed, own), own)
+            case "batch":
+                from .batch import batch
+
+                return batch(parsed, config_from(parsed, own), own)
             case "version":
                 print(f"actorserve {__version__}")
                 return 0
@@ -65,7 +75,7 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     parser.add_argument("--version", action="version", version=f"actorserve {__version__}")
     commands = parser.add_subparsers(
-        dest="command", title="commands", metavar="{run,plan,version}", parser_class=Parser
+        dest="command", title="commands", metavar="{run,plan,batch,version}", parser_class=Parser
     )
     run = commands.add_parser(
         "run",
@@ -89,5 +99,16 @@ def build_parsers() -> tuple[Parser, Parser]:
     )
     planned.set_defaults(parser=planned)
     add_plan_flags(planned)
+    batched = commands.add_parser(
+        "batch",
+        prog="actorserve batch",
+        usage="actorserve batch -i INPUT -o OUTPUT [flags of run]",
+        help="answer a file of requests, as for OpenAI's batches, without a server; goes on where it was stopped",
+        description=BATCH,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    batched.set_defaults(parser=batched)
+    add_batch_flags(batched)
     commands.add_parser("version", prog="actorserve version", help="print the version", allow_abbrev=False)
     return parser, run

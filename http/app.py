@@ -7,7 +7,7 @@ every error has its protocol's JSON shape, and every reply is counted.
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -169,6 +169,10 @@ ROUTES: tuple[Served, ...] = (
 )  # fmt: skip
 
 
+BATCHED: Final = tuple(path for r in ROUTES for path in r.paths if path in batch_types.ENDPOINTS)
+"""What the lines of batches may ask for."""
+
+
 @functools.cache
 def described() -> bytes:
     """Return the OpenAPI document."""
@@ -194,7 +198,7 @@ def build_app(service: Service) -> Starlette:
         for path in served.paths:
             endpoint = Endpoint(service, path, served)
             routes.append(Route(path, endpoint, methods=list(served.methods)))
-            if path in batch_types.ENDPOINTS:
+            if path in BATCHED:
                 service.batch_endpoints[path] = endpoint
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients

@@ -9,12 +9,10 @@ is done again, and nothing else.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import msgspec
-from starlette.types import ASGIApp
 
 from . import batch_store
 from .batch_store import Job, Line
@@ -41,12 +39,11 @@ _CANCELLED: Final = LineError("batch_cancelled", "the batch was cancelled before
 
 
 class BatchRunner:
-    """`endpoints`: what answers requests to a path of the API."""
+    """See the module's text."""
 
-    def __init__(self, service: Service, store: DataStore, endpoints: Mapping[str, ASGIApp]) -> None:
+    def __init__(self, service: Service, store: DataStore) -> None:
         self._service = service
         self._store = store
-        self._endpoints = endpoints
         self._running: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         config = service.config
@@ -136,18 +133,26 @@ class BatchRunner:
 
     async def _answer(self, job: Job, line: Line) -> None:
         """Ask for a line's answer until there is one, and keep it."""
-        tries = 0
-        name = batch_store.new_line_id()
-        body = line_body(_decoder.decode(line.request).body, priority=LOWEST_PRIORITY, stream=False)
-        while True:
-            reply = await inner_call(self._endpoints[job.batch.endpoint], job.batch.endpoint, body, job.owner, name)
-            if reply.status not in RETRY_STATUSES or tries >= MOST_TRIES:
-                break
-            client = self._service.client
-            if reply.status == 503 and not client.draining and client.reason_down() is None:
-                tries += 1
-            await asyncio.sleep(RETRY_SECONDS)
-        response = LineResponse(reply.status, name, msgspec.Raw(reply.body))
-        output = OutputLine(name, line.custom_id, response, None)
-        good = reply.status == 200
+        request = _decoder.decode(line.request)
+        output, good = await ask(self._service, request, job.owner, priority=LOWEST_PRIORITY)
         await self._store.do(partial(batch_store.answer, row=job.row, number=line.number, good=good, line=output))
+
+
+async def ask(service: Service, request: InputLine, owner: str = "", **fields: Any) -> tuple[OutputLine, bool]:
+    """Return (the answer to a line, whether it is a good one). While the engine refuses work, this waits.
+
+    `fields` are set in the line's body; nothing is streamed.
+    """
+    tries = 0
+    name = batch_store.new_line_id()
+    body = line_body(request.body, stream=False, **fields)
+    while True:
+        reply = await inner_call(service.batch_endpoints[request.url], request.url, body, owner, name)
+        if reply.status not in RETRY_STATUSES or tries >= MOST_TRIES:
+            break
+        client = service.client
+        if reply.status == 503 and not client.draining and client.reason_down() is None:
+            tries += 1
+        await asyncio.sleep(RETRY_SECONDS)
+    response = LineResponse(reply.status, name, msgspec.Raw(reply.body))
+    return OutputLine(name, request.custom_id, response, None), reply.status == 200

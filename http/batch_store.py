@@ -7,7 +7,7 @@ has each line of its input in exactly one of its two files, and no rows in `line
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final, NamedTuple
 
 import msgspec
@@ -124,7 +124,7 @@ def validate(db: Database, job: Job, most_bytes: int) -> Batch:
         if not text.strip():
             continue
         try:
-            line = _checked(text, job.batch.endpoint, seen, most_bytes)
+            line = checked_line(text, [job.batch.endpoint], seen, most_bytes)
             rows.append((job.row, number, line.custom_id, start, len(text)))
         except RequestError as error:
             errors.append(BatchError(error.code, error.message, number + 1, error.param))
@@ -195,12 +195,13 @@ def _batch(row: tuple[bytes, int, int, int]) -> Batch:
     return msgspec.structs.replace(msgspec.json.decode(body, type=Batch), request_counts=RequestCounts(*counts))
 
 
-def _checked(text: bytes, endpoint: str, seen: set[str], most_bytes: int) -> InputLine:
+def checked_line(text: bytes, endpoints: Collection[str], seen: set[str], most_bytes: int) -> InputLine:
+    """Return a line of an input; its custom_id is `seen` then. Raises RequestError."""
     if len(text) > most_bytes:
         raise RequestError(f"the line is above {most_bytes} bytes", code="body_too_large")
     line = decode_body(_line_decoder, text)
-    if line.url != endpoint:
-        raise RequestError(f"url is not the batch's endpoint, {endpoint}", param="url", code="mismatched_endpoint")
+    if line.url not in endpoints:
+        raise RequestError(f"url must be {' or '.join(endpoints)}", param="url", code="mismatched_endpoint")
     if not bytes(line.body).lstrip().startswith(b"{"):
         raise RequestError("body is not an object", param="body", code="invalid_type")
     if line.custom_id in seen:
@@ -210,12 +211,12 @@ def _checked(text: bytes, endpoint: str, seen: set[str], most_bytes: int) -> Inp
 
 
 def _input_lines(db: Database, file: int, most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(where it starts, text) of each line; one that is too long comes in parts, each of which is too long."""
     with db.blobopen("files", "content", file, readonly=True) as blob:
         yield from split_lines(blob.read, most_bytes)
 
 
 def split_lines(read: Callable[[int], bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(where it starts, text) of each line of what `read` gives out; one above the limit comes in parts above it."""
     start, rest = 0, b""
     while piece := read(PIECE):
         *whole, rest = (rest + piece).split(b"\n")

@@ -109,7 +109,7 @@ class HttpFront(Actor):
 
     async def _run_batches(self) -> None:
         if self.service.store is not None:
-            await BatchRunner(self.service, self.service.store, self.service.batch_endpoints).run()
+            await BatchRunner(self.service, self.service.store).run()
 
     def _end_requests(self) -> None:
         self.client.fail_all(Overloaded("the server is shutting down; try again", status=503))

@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import LiveServer, live_server, wait_until
+from live_server import LiveServer, alive, live_server, wait_until
 
 ROUTE = 'actorserve_http_requests_total{route="/v1/chat/completions",status="200"}'
 
@@ -76,9 +76,10 @@ def test_a_thousand_lines_are_answered_once_over_kill_9(smollm: str, tmp_path: P
     with live_server(tmp_path, *flags) as first, first.client() as client:
         name = start(client, 1000)
         wait_for(client, name, 500, 600)
+        children = first.children().values()
         first.process.kill()
         first.process.wait()
-    wait_until(lambda: not any(first.children_left()), 10, "its processes are gone")
+        wait_until(lambda: not any(map(alive, children)), 10, "its processes are gone")
     with sqlite3.connect(tmp_path / "data" / "actorserve.sqlite") as db:
         (before,) = db.execute("SELECT count(*) FROM lines WHERE answer IS NOT NULL").fetchone()
     db.close()
