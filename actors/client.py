@@ -10,7 +10,7 @@ import asyncio
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -244,8 +244,15 @@ class Client:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
         return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
 
-    def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
-        """Ask for continuations of several prompts, read as one stream.
+    def submit_all(
+        self,
+        submissions: Sequence[Submission],
+        cache_salt: str = "",
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+    ) -> Stream:
+        """Ask for continuations of several prompts, read as one stream. Waiting tenants take turns by their weight.
 
         Raises RequestError for bad parameters, Overloaded above the limit or while draining, EngineDown without a
         text actor. Then nothing of it runs.
@@ -257,7 +264,7 @@ class Client:
         stream = Stream(self, self._take_rids(count), [s.n for s in submissions], priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
         try:
-            self._post_all(stream, submissions, cache_salt, priority)
+            self._post_all(stream, submissions, cache_salt, tenant, weight)
         except Gone:
             self.forget(stream)
             raise EngineDown("the engine is starting or restarting; try again") from None
@@ -294,10 +301,13 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
-    def abort(self, name: str | None) -> None:
-        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort"."""
+    def abort(self, name: str | None, among: Collection[Stream] | None = None) -> None:
+        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort".
+
+        `among`: only those of these streams.
+        """
         for choice in self.table.values():
-            if name is None or choice.name == name:
+            if (name is None or choice.name == name) and (among is None or choice.stream in among):
                 with suppress(Gone):
                     self._text.post(messages.Abort(choice.rid))
 
@@ -337,10 +347,14 @@ class Client:
         if len(self.table) + count > self._limit:
             raise Overloaded(f"{len(self.table)} requests are in the engine, the most is {self._limit}; try again")
 
-    def _post_all(self, stream: Stream, submissions: Sequence[Submission], salt: str, priority: int) -> None:
-        arrival = stream.choices[0].arrival_ns
+    def _post_all(
+        self, stream: Stream, submissions: Sequence[Submission], salt: str, tenant: str, weight: float
+    ) -> None:
+        arrival, priority = stream.choices[0].arrival_ns, stream.priority
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
-            self._text.post(messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival, s.grammar))
+            self._text.post(
+                messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival, s.grammar, tenant, weight)
+            )
 
     def _deliver(self, chunks: list[messages.Chunk]) -> None:
         while self.orphans:

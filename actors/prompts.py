@@ -103,6 +103,8 @@ class Prompts:
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
                 grammar=request.grammar,
+                tenant=request.tenant,
+                weight=request.weight,
             )
             for i in range(request.n)
         ]

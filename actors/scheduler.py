@@ -219,6 +219,8 @@ class Scheduler(Actor):
             priority=m.priority,
             arrival_ns=m.arrival_ns,
             limit=len(ids) + m.params.max_new_tokens,
+            tenant=m.tenant,
+            weight=m.weight,
         )
         if m.grammar is None:
             self._add(request)

@@ -66,6 +66,8 @@ ANTHROPIC_ERRORS: Final = ErrorShape(AnthropicErrorReply, anthropic_error_body, 
 
 def error_headers(error: ActorserveError) -> list[tuple[bytes, bytes]]:
     """Return the headers an error asks for: Retry-After in seconds where trying again makes sense."""
+    if error.status == 401:
+        return [(b"www-authenticate", b"Bearer")]
     if error.status not in RETRY_STATUSES:
         return []
     return [(b"retry-after", str(getattr(error, "retry_after", 1)).encode())]

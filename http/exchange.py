@@ -7,6 +7,7 @@ of chunks that is being produced for it, whether it streams or waits.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.datastructures import QueryParams
 from starlette.types import Message, Receive, Scope, Send
@@ -33,15 +34,20 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, errors: ErrorShape = OPENAI_ERRORS) -> None:
         self.scope = scope
         self.errors = errors
+        self.inside = "owner" in self.state
+        """It comes from inner_call."""
+        self.owner: str = self.state.get("owner", "")
+        """Name of the API key; "" where there are none."""
         self.status = 0
         self._receive = receive
         self._send = send
         self._finished = False
 
     @property
-    def owner(self) -> str:
-        """Name of the API key; "" where there are none."""
-        return str(self.scope.get("state", {}).get("owner", ""))
+    def state(self) -> dict[str, Any]:
+        """What is known of the request: `owner`, `request_id`, `key`, `tokens`."""
+        state: dict[str, Any] = self.scope.setdefault("state", {})
+        return state
 
     @property
     def path_id(self) -> str:

@@ -8,6 +8,7 @@ At the end running streams may finish until the deadline, and get a last error e
 import asyncio
 import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import uvicorn
 from ..actors.actor import Actor, Context
 from ..actors.client import Client, LoopWakeup
 from ..actors.messages import Drain, FrontInbox
-from ..errors import Overloaded
+from ..errors import Overloaded, StartupError
 from .app import build_app
 from .batch_runner import BatchRunner
 from .data_store import DataStore
@@ -116,8 +117,12 @@ class HttpFront(Actor):
 
 
 def server_config(service: Service) -> uvicorn.Config:
-    """Return how uvicorn runs the application: httptools, no access log, no banner, no websockets."""
-    return uvicorn.Config(
+    """Return how uvicorn runs the application: httptools, TLS if asked for, no banner, no websockets.
+
+    Raises StartupError for a certificate that cannot be used.
+    """
+    settings = service.config
+    config = uvicorn.Config(
         build_app(service),
         loop="none",
         http="httptools",
@@ -130,4 +135,15 @@ def server_config(service: Service) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
     )
+    if settings.ssl_certfile is None and (settings.ssl_keyfile or settings.ssl_ca_certs):
+        raise StartupError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(f"--ssl-certfile {settings.ssl_certfile}: {error}") from error
+    return config

@@ -33,8 +33,8 @@ class Operation(NamedTuple):
     error: Any = ErrorReply
 
 
-def document(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
-    """Return the document as JSON data."""
+def document(operations: Sequence[Operation], title: str, version: str, root_path: str = "") -> dict[str, Any]:
+    """Return the document as JSON data. `root_path`: where a proxy has the API."""
     types = [t for o in operations for t in (o.request, o.reply, o.event, o.error) if t is not None]
     types = [*dict.fromkeys(types)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
@@ -47,6 +47,7 @@ def document(operations: Sequence[Operation], title: str, version: str) -> dict[
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
+        "servers": [{"url": root_path or "/"}],
         "paths": paths,
         "components": {"schemas": components},
     }

@@ -16,13 +16,14 @@ from .data_store import DataStore
 from .metrics import Metrics
 from .protocol import Health
 from .response_store import ResponseStore
+from .tenants import TenantClient
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
     """`started` is Unix time in seconds. `batch_endpoints`: what answers a batch's lines, by path."""
 
-    client: Client
+    client: Client | TenantClient
     config: EngineConfig
     model: ModelInfo
     metrics: Metrics
