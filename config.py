@@ -71,6 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     root_path: Annotated[str, Meta(description="path under which a proxy has the server, e.g. /llm")] = ""
     access_log: Annotated[str | None, Meta(description="file for a JSON line a request; - is stdout")] = None
+    resumable_streams: Annotated[
+        bool, Meta(description="every stream can be resumed for 60 s by Last-Event-ID, not just those that ask for it")
+    ] = False
     data_dir: Annotated[
         str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
     ] = None

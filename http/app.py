@@ -35,6 +35,7 @@ from . import (
     protocol,
     response_types,
     responses,
+    resume,
 )
 from .access import Access, access_log
 from .api_keys import KeyRing, read_keys
@@ -67,11 +68,28 @@ class Endpoint:
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._served.event is None:
+            await self._answer(scope, receive, send)
+        elif resume.header(scope, b"last-event-id"):
+            await self._answer(scope, receive, send, self._resume)
+        elif resume.wants_log(scope, self._service.config.resumable_streams):
+            log, body_read = self._service.streams.open(self._answer, scope, receive)
+            await self._service.streams.follow(log, -1, send, resume.client_left(receive, body_read))
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _resume(self, service: Service, exchange: Exchange) -> None:
+        last = resume.header(exchange.scope, b"last-event-id").decode("latin-1")
+        log, number = service.streams.find(last, exchange.owner)
+        await service.streams.follow(log, number, exchange.relay, resume.client_left(exchange.receive_any))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, handler: Handler | None = None) -> None:
+        """Let the request in, have the handler reply, turn what it raises into a reply."""
         exchange = Exchange(scope, receive, send, self._served.errors)
         client: TenantClient | None = None
         try:
             client = self._gate.admit(exchange, self._served)
-            await self._served.handler(replace(self._service, client=client), exchange)
+            await (handler or self._served.handler)(replace(self._service, client=client), exchange)
         except ClientGone as gone:
             exchange.status = gone.status
         except ActorserveError as error:

@@ -39,6 +39,8 @@ class Exchange:
         self.owner: str = self.state.get("owner", "")
         """Name of the API key; "" where there are none."""
         self.status = 0
+        self.writes = 0
+        """Parts of the body so far."""
         self._receive = receive
         self._send = send
         self._finished = False
@@ -65,6 +67,10 @@ class Exchange:
         if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= most):
             raise RequestError(f"{name} must be a number from 1 to {most}", param=name)
         return int(text)
+
+    async def receive_any(self) -> Message:
+        """Return what the client does next."""
+        return await self._receive()
 
     async def receive(self) -> Message:
         """Return more of the body. Raises ClientGone."""
@@ -119,7 +125,15 @@ class Exchange:
     async def write(self, body: bytes, last: bool = False) -> None:
         """Send a part of the body. Waits while the client is slow to read."""
         self._finished = last
+        self.writes += 1
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def relay(self, message: Message) -> None:
+        """Send a message of another reply."""
+        if message["type"] == "http.response.start":
+            await self.start(message["status"], message["headers"])
+        else:
+            await self.write(message["body"], last=not message["more_body"])
 
     async def fail(self, error: ActorserveError, headers: Sequence[Header] = ()) -> None:
         """Reply with an error; inside a stream of events as its last event, without the usual end."""

@@ -16,6 +16,7 @@ from .data_store import DataStore
 from .metrics import Metrics
 from .protocol import Health
 from .response_store import ResponseStore
+from .resume import EventLogs
 from .tenants import TenantClient
 
 
@@ -29,6 +30,7 @@ class Service:
     metrics: Metrics
     started: int
     responses: ResponseStore = field(default_factory=ResponseStore)
+    streams: EventLogs = field(default_factory=EventLogs)
     store: DataStore | None = None
     new_batch: asyncio.Event = field(default_factory=asyncio.Event)
     batch_endpoints: dict[str, ASGIApp] = field(default_factory=dict)
