@@ -91,7 +91,7 @@ class BatchRunner:
             room = self._room()
             lines = await self._store.do(partial(batch_store.open_lines, job=job, after=last, limit=room))
             for line in lines:
-                last = line.number
+                last = line.place
                 self._start(job, line)
             if not self._running and not lines and room:
                 return True
@@ -135,7 +135,7 @@ class BatchRunner:
         """Ask for a line's answer until there is one, and keep it."""
         request = _decoder.decode(line.request)
         output, good = await ask(self._service, request, job.owner, priority=LOWEST_PRIORITY)
-        await self._store.do(partial(batch_store.answer, row=job.row, number=line.number, good=good, line=output))
+        await self._store.do(partial(batch_store.answer, row=job.row, place=line.place, good=good, line=output))
 
 
 async def ask(service: Service, request: InputLine, owner: str = "", **fields: Any) -> tuple[OutputLine, bool]:

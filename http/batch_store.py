@@ -33,6 +33,8 @@ from .error_replies import decode_body
 MOST_LINES: Final = 50_000
 MOST_ERRORS: Final = 20
 """That are told of a batch that is refused."""
+SORTED_BYTES: Final = 512
+"""Of a line's body, what its turn goes by."""
 _COLUMNS: Final = "body, total, completed, failed"
 _SPOOL_BYTES: Final = 8 << 20
 _line_decoder: Final = msgspec.json.Decoder(InputLine)
@@ -48,9 +50,9 @@ class Job(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line without an answer."""
+    """A line without an answer. `place`: its turn among the lines of the batch."""
 
-    number: int
+    place: int
     custom_id: str
     request: bytes
 
@@ -116,7 +118,10 @@ def status(db: Database, row: int) -> str:
 
 
 def validate(db: Database, job: Job, most_bytes: int) -> Batch:
-    """Note the lines of a new batch's input; or what is wrong with them, and the batch has failed."""
+    """Note the lines of a new batch's input; or what is wrong with them, and the batch has failed.
+
+    Lines take their turns sorted by how their bodies begin: those with the same system prompt find it cached.
+    """
     errors: list[BatchError] = []
     seen: set[str] = set()
     rows = []
@@ -125,7 +130,7 @@ def validate(db: Database, job: Job, most_bytes: int) -> Batch:
             continue
         try:
             line = checked_line(text, [job.batch.endpoint], seen, most_bytes)
-            rows.append((job.row, number, line.custom_id, start, len(text)))
+            rows.append((bytes(line.body)[:SORTED_BYTES], number, line.custom_id, start, len(text)))
         except RequestError as error:
             errors.append(BatchError(error.code, error.message, number + 1, error.param))
         if len(errors) >= MOST_ERRORS:
@@ -138,22 +143,23 @@ def validate(db: Database, job: Job, most_bytes: int) -> Batch:
     now = int(time.time())
     if errors:
         return _move(db, job.row, job.batch, "failed", failed_at=now, errors=BatchErrors(errors))
-    db.executemany("INSERT INTO lines(batch, number, custom_id, start, size) VALUES(?, ?, ?, ?, ?)", rows)
+    query = "INSERT INTO lines(batch, place, number, custom_id, start, size) VALUES(?, ?, ?, ?, ?, ?)"
+    db.executemany(query, ((job.row, place, *row[1:]) for place, row in enumerate(sorted(rows))))
     db.execute("UPDATE batches SET total = ? WHERE number = ?", (len(rows), job.row))
     return _move(db, job.row, job.batch, "in_progress", in_progress_at=now)
 
 
 def open_lines(db: Database, job: Job, after: int, limit: int) -> list[Line]:
-    """Return lines without an answer beyond line `after`, in order."""
-    query = "SELECT number, custom_id, start, size FROM lines WHERE batch = ? AND number > ? AND answer IS NULL"
-    rows = db.execute(f"{query} ORDER BY number LIMIT ?", (job.row, after, limit)).fetchall()
-    return [Line(number, name, read_file(db, job.file, start, size)) for number, name, start, size in rows]
+    """Return lines without an answer beyond place `after`, in order."""
+    query = "SELECT place, custom_id, start, size FROM lines WHERE batch = ? AND place > ? AND answer IS NULL"
+    rows = db.execute(f"{query} ORDER BY place LIMIT ?", (job.row, after, limit)).fetchall()
+    return [Line(place, name, read_file(db, job.file, start, size)) for place, name, start, size in rows]
 
 
-def answer(db: Database, row: int, number: int, good: bool, line: OutputLine) -> None:
+def answer(db: Database, row: int, place: int, good: bool, line: OutputLine) -> None:
     """Keep a line's answer, if it has none yet."""
-    query = "UPDATE lines SET good = ?, answer = ? WHERE batch = ? AND number = ? AND answer IS NULL"
-    if db.execute(query, (good, msgspec.json.encode(line), row, number)).rowcount:
+    query = "UPDATE lines SET good = ?, answer = ? WHERE batch = ? AND place = ? AND answer IS NULL"
+    if db.execute(query, (good, msgspec.json.encode(line), row, place)).rowcount:
         column = "completed" if good else "failed"
         db.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE number = ?", (row,))
 
@@ -161,9 +167,9 @@ def answer(db: Database, row: int, number: int, good: bool, line: OutputLine) ->
 def finish(db: Database, job: Job, end: Status, reason: LineError | None = None) -> Batch:
     """Write a batch's files and end it as `end`; lines without an answer get `reason`."""
     if reason is not None:
-        query = "SELECT number, custom_id FROM lines WHERE batch = ? AND answer IS NULL"
-        for number, custom_id in db.execute(query, (job.row,)).fetchall():
-            answer(db, job.row, number, False, OutputLine(new_line_id(), custom_id, None, reason))
+        query = "SELECT place, custom_id FROM lines WHERE batch = ? AND answer IS NULL"
+        for place, custom_id in db.execute(query, (job.row,)).fetchall():
+            answer(db, job.row, place, False, OutputLine(new_line_id(), custom_id, None, reason))
     batch = get(db, job.owner, job.batch.id)[1]
     files = {}
     for kind, good in (("output", True), ("error", False)):

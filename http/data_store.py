@@ -32,8 +32,8 @@ CREATE TABLE IF NOT EXISTS batches(
     input TEXT NOT NULL, body BLOB NOT NULL, total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
     failed INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS lines(
-    batch INTEGER NOT NULL, number INTEGER NOT NULL, custom_id TEXT NOT NULL, start INTEGER NOT NULL,
-    size INTEGER NOT NULL, good INTEGER, answer BLOB, PRIMARY KEY(batch, number));
+    batch INTEGER NOT NULL, place INTEGER NOT NULL, number INTEGER NOT NULL, custom_id TEXT NOT NULL,
+    start INTEGER NOT NULL, size INTEGER NOT NULL, good INTEGER, answer BLOB, PRIMARY KEY(batch, place));
 """
 _FILE: Final = "id, bytes, created_at, filename, purpose"
 _FILE_COLUMNS: Final = "id, owner, created_at, filename, purpose, bytes, content"

@@ -264,6 +264,16 @@ async def test_a_new_front_goes_on_where_the_old_one_was(fakes, setting):
     assert not again & before and len(again | before) == 9
 
 
+async def test_lines_with_the_same_beginning_run_together(rig, client):
+    asked = [line(i) for i in range(8)]
+    for i, one in enumerate(asked):
+        one["body"]["messages"].insert(0, {"role": "system", "content": f"You are number {i % 2}"})
+    batch = await ended(client, await created(client, asked))
+    systems = [json.loads(m.prompt.payload)["messages"][0]["content"][-1] for m in rig.text.generates]
+    assert "".join(systems) == "00001111"
+    assert [one["custom_id"] for one in await lines_of(client, batch.output_file_id)] == [f"line-{i}" for i in range(8)]
+
+
 async def test_streamed_fields_of_a_line_are_overridden(rig, client):
     batch = await ended(client, await created(client, [line(0, stream=True)]))
     assert batch.request_counts.completed == 1
@@ -292,7 +302,7 @@ async def test_a_line_has_one_answer(tmp_path):
 
     def twice(db: sqlite3.Connection) -> None:
         db.execute("INSERT INTO batches(id, owner, status, input, body) VALUES('b', '', 'in_progress', 'f', '{}')")
-        db.execute("INSERT INTO lines(batch, number, custom_id, start, size) VALUES(1, 0, 'a', 0, 1)")
+        db.execute("INSERT INTO lines(batch, place, number, custom_id, start, size) VALUES(1, 0, 0, 'a', 0, 1)")
         for text in ("first", "second"):
             error = batch_store.LineError(text, text)
             batch_store.answer(db, 1, 0, False, batch_store.OutputLine(text, "a", None, error))
@@ -310,7 +320,7 @@ async def test_a_transaction_that_raises_leaves_nothing(tmp_path):
     store = DataStore(str(tmp_path))
 
     def half(db: sqlite3.Connection) -> None:
-        db.execute("INSERT INTO lines(batch, number, custom_id, start, size) VALUES(1, 0, 'a', 0, 1)")
+        db.execute("INSERT INTO lines(batch, place, number, custom_id, start, size) VALUES(1, 0, 0, 'a', 0, 1)")
         raise RequestError("no")
 
     with pytest.raises(RequestError):
