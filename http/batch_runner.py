@@ -93,9 +93,9 @@ class BatchRunner:
             for line in lines:
                 last = line.place
                 self._start(job, line)
+            await self._look()
             if not self._running and not lines and room:
                 return True
-            await self._look()
 
     def _room(self) -> int:
         """How many lines may be started now."""
@@ -119,7 +119,7 @@ class BatchRunner:
         """Wait until it is worth looking again. Raises what a line's task raised: the disk is full, or the like."""
         if self._running:
             await asyncio.wait(self._running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        else:
+        elif not self._room():
             await asyncio.sleep(LOOK_SECONDS)
         failed, self._failed = self._failed, None
         if failed is not None:

@@ -165,11 +165,15 @@ def answer(db: Database, row: int, place: int, good: bool, line: OutputLine) -> 
 
 
 def finish(db: Database, job: Job, end: Status, reason: LineError | None = None) -> Batch:
-    """Write a batch's files and end it as `end`; lines without an answer get `reason`."""
-    if reason is not None:
-        query = "SELECT place, custom_id FROM lines WHERE batch = ? AND answer IS NULL"
-        for place, custom_id in db.execute(query, (job.row,)).fetchall():
-            answer(db, job.row, place, False, OutputLine(new_line_id(), custom_id, None, reason))
+    """Write a batch's files and end it as `end`; lines without an answer get `reason`, and without one there are none.
+
+    Raises RuntimeError otherwise: the batch goes on.
+    """
+    query = "SELECT place, custom_id FROM lines WHERE batch = ? AND answer IS NULL"
+    for place, custom_id in db.execute(query, (job.row,)).fetchall():
+        if reason is None:
+            raise RuntimeError(f"line {custom_id!r} of {job.batch.id} has no answer")
+        answer(db, job.row, place, False, OutputLine(new_line_id(), custom_id, None, reason))
     batch = get(db, job.owner, job.batch.id)[1]
     files = {}
     for kind, good in (("output", True), ("error", False)):

@@ -274,6 +274,21 @@ async def test_lines_with_the_same_beginning_run_together(rig, client):
     assert [one["custom_id"] for one in await lines_of(client, batch.output_file_id)] == [f"line-{i}" for i in range(8)]
 
 
+async def test_an_answer_that_cannot_be_kept_is_asked_for_again(rig, client, monkeypatch):
+    """The disk fails once, at the last line: the batch does not end without that line."""
+    keep, failures = batch_store.answer, [OSError("disk full")]
+
+    def answer(db, row, place, good, line):
+        if line.custom_id == "line-1" and failures:
+            raise failures.pop()
+        keep(db, row, place, good, line)
+
+    monkeypatch.setattr(batch_store, "answer", answer)
+    batch = await ended(client, await created(client, [line(0), line(1)]))
+    assert (batch.status, batch.request_counts.completed) == ("completed", 2)
+    assert len(rig.text.generates) == 3
+
+
 async def test_streamed_fields_of_a_line_are_overridden(rig, client):
     batch = await ended(client, await created(client, [line(0, stream=True)]))
     assert batch.request_counts.completed == 1
