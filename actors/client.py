@@ -10,7 +10,7 @@ import asyncio
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -88,13 +88,26 @@ class Stream:
     by one. Both end after each choice's final chunk, or raise what ended the request, after the chunks before it.
     """
 
-    __slots__ = ("_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "rid")
+    __slots__ = (
+        "_client",
+        "_error",
+        "_ready",
+        "_taken",
+        "_wakeup",
+        "_whole",
+        "choices",
+        "groups",
+        "open",
+        "priority",
+        "rid",
+    )
 
-    def __init__(self, client: "Client", rid: int, counts: Sequence[int]) -> None:
+    def __init__(self, client: "Client", rid: int, counts: Sequence[int], priority: int = 0) -> None:
         """`counts`: the number of choices of each prompt; their ids are `rid` and those that follow."""
         now = time.monotonic_ns()
         count = sum(counts)
         self.rid = rid
+        self.priority = priority
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
         self.choices = [Choice(rid + i, self, [], now) for i in range(count)]
@@ -231,8 +244,15 @@ class Client:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
         return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
 
-    def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
-        """Ask for continuations of several prompts, read as one stream.
+    def submit_all(
+        self,
+        submissions: Sequence[Submission],
+        cache_salt: str = "",
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+    ) -> Stream:
+        """Ask for continuations of several prompts, read as one stream. Waiting tenants take turns by their weight.
 
         Raises RequestError for bad parameters, Overloaded above the limit or while draining, EngineDown without a
         text actor. Then nothing of it runs.
@@ -241,10 +261,10 @@ class Client:
             submission.params.check(self._vocab_size)
         count = sum(s.n for s in submissions)
         self._check_room(count)
-        stream = Stream(self, self._take_rids(count), [s.n for s in submissions])
+        stream = Stream(self, self._take_rids(count), [s.n for s in submissions], priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
         try:
-            self._post_all(stream, submissions, cache_salt, priority)
+            self._post_all(stream, submissions, cache_salt, tenant, weight)
         except Gone:
             self.forget(stream)
             raise EngineDown("the engine is starting or restarting; try again") from None
@@ -281,10 +301,13 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
-    def abort(self, name: str | None) -> None:
-        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort"."""
+    def abort(self, name: str | None, among: Collection[Stream] | None = None) -> None:
+        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort".
+
+        `among`: only those of these streams.
+        """
         for choice in self.table.values():
-            if name is None or choice.name == name:
+            if (name is None or choice.name == name) and (among is None or choice.stream in among):
                 with suppress(Gone):
                     self._text.post(messages.Abort(choice.rid))
 
@@ -306,6 +329,10 @@ class Client:
             return "the scheduler or the executor is not up"
         return None
 
+    def busy(self, priority: int) -> bool:
+        """Whether a request above this priority is in the engine."""
+        return any(choice.stream.priority > priority for choice in self.table.values())
+
     def _take_rids(self, count: int) -> int:
         """Return the first of that many ids."""
         rid = self._next_rid
@@ -320,10 +347,14 @@ class Client:
         if len(self.table) + count > self._limit:
             raise Overloaded(f"{len(self.table)} requests are in the engine, the most is {self._limit}; try again")
 
-    def _post_all(self, stream: Stream, submissions: Sequence[Submission], salt: str, priority: int) -> None:
-        arrival = stream.choices[0].arrival_ns
+    def _post_all(
+        self, stream: Stream, submissions: Sequence[Submission], salt: str, tenant: str, weight: float
+    ) -> None:
+        arrival, priority = stream.choices[0].arrival_ns, stream.priority
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
-            self._text.post(messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival, s.grammar))
+            self._text.post(
+                messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival, s.grammar, tenant, weight)
+            )
 
     def _deliver(self, chunks: list[messages.Chunk]) -> None:
         while self.orphans:

@@ -128,6 +128,9 @@ class Generate(Message, frozen=True, tag=10):
     """CLOCK_MONOTONIC when the front took the request."""
     grammar: GrammarSpec | None = None
     """What each output must match."""
+    tenant: str = ""
+    """The API key's name, and its share of the engine in relation to others'."""
+    weight: float = 1.0
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -195,6 +198,8 @@ class Submit(Message, frozen=True, tag=20):
     priority: int = 0
     arrival_ns: int = 0
     grammar: GrammarSpec | None = None
+    tenant: str = ""
+    weight: float = 1.0
 
 
 class Abort(Message, frozen=True, tag=21):

@@ -58,6 +58,12 @@ class Request:
     """Window of its last admission."""
     blocked_until: int = -1
     """After a retraction: the last window that may still bring tokens; no admission before it is reported."""
+    tenant: str = ""
+    """Whose it is, for fair shares; "" without API keys."""
+    weight: float = 1.0
+    """The tenant's share in relation to others'."""
+    charged: int = 0
+    """Of its tokens, those that the tenant was charged for, or that it found in the cache."""
     crashes: int = 0
     """Executor deaths while it held a slot."""
     matched: tuple[int, int] = (-1, 0)

@@ -20,6 +20,7 @@ from ..kvstore.eviction import make_policy
 from ..kvstore.pages import PagePool
 from ..kvstore.radix import Match, RadixTree
 from . import jumps
+from .fair_share import FairShare
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
@@ -67,6 +68,7 @@ class Schedule:
         self.order = make_order(
             config.schedule_policy, config.random_seed, self._matched, lambda r: self._match(r).node
         )
+        self.fair = FairShare()
         self.ratio = NewTokenRatio(config.schedule_conservativeness)
         self.counters = Counters()
         self.in_flight: deque[Window] = deque()
@@ -362,7 +364,7 @@ class Schedule:
             return False
         held_back = 0
         reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
-        for request in self.order(list(self.waiting.values())):
+        for request in self.fair.arrange(self.order(list(self.waiting.values())), self.slots.running()):
             if not self.slots.free:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
@@ -426,6 +428,7 @@ class Schedule:
         request.planned = request.confirmed = cached
         request.stage = Stage.PREFILL
         if not request.admissions:
+            request.charged = cached
             self.counters.prompt_tokens += request.prompt_length
             self.counters.cached_tokens += min(cached, request.prompt_length)
         request.admissions += 1
@@ -476,8 +479,8 @@ class Schedule:
         return rows
 
     def _retraction_victim(self) -> Request:
-        """The request with the fewest generated tokens, then the longest prompt: the least work lost."""
-        return min(self.slots.running(), key=lambda r: (r.generated, -r.prompt_length))
+        """Of the lowest priority, the one with the fewest generated tokens, then the longest prompt: the least lost."""
+        return min(self.slots.running(), key=lambda r: (r.priority, r.generated, -r.prompt_length))
 
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""
@@ -542,6 +545,7 @@ class Schedule:
         self._unseat(request)
 
     def _unseat(self, request: Request) -> None:
+        self.fair.charge(request)
         self.slots.give_back(request.slot)
         request.slot = -1
         self.prefilling.pop(request.rid, None)

@@ -220,6 +220,8 @@ class Scheduler(Actor):
             arrival_ns=m.arrival_ns,
             limit=len(ids) + m.params.max_new_tokens,
             scores=prompt_scores(m.params, len(ids)),
+            tenant=m.tenant,
+            weight=m.weight,
         )
         if m.grammar is None:
             self._add(request)
