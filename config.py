@@ -31,9 +31,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, Meta(description="how it marks its thoughts: qwen3, deepseek-r1, ...; none; auto: by its template")
     ] = "auto"
     load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy"],
-        Meta(description="dummy: random weights of config.json's shape"),
+        Literal["auto", "safetensors", "gguf", "dummy", "stub"],
+        Meta(description="dummy: random weights of config.json's shape; stub: no model, tokens by a hash, for tests"),
     ] = "auto"
+    stub_step_ms: Annotated[float, Meta(ge=0, description="with --load-format stub: time of a step")] = 1.0
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(

@@ -4,13 +4,16 @@ Invariant: `chunk` gives out each character, token and logprob once and in order
 tokens came between two chunks; work per token does not grow with the output.
 """
 
+from array import array
 from collections import deque
 from typing import Literal
+
+from msgspec.structs import replace
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
 from ..sampler.params import SamplingParams
-from .messages import Chunk, Finish, TokenLogprob
+from .messages import Chunk, Finish, Resumed, Submit, TokenLogprob
 
 
 class Output:
@@ -27,12 +30,17 @@ class Output:
         "_new_logprobs",
         "_new_text",
         "_shown",
+        "_skip_chars",
+        "_skip_ids",
         "_stop",
+        "_submit",
+        "aborted",
         "cached_tokens",
-        "completion_tokens",
+        "deaths",
         "finish",
         "forced_tokens",
         "front",
+        "ids",
         "jumps",
         "matched",
         "prompt_tokens",
@@ -43,19 +51,26 @@ class Output:
 
     def __init__(
         self,
-        rid: int,
+        submit: Submit,
         front: str,
-        prompt_tokens: int,
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         thinking: bool = False,
     ) -> None:
-        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking."""
-        self.rid = rid
+        """`submit`: how the scheduler was asked; `params`: the front's, with the stop strings.
+
+        `detokenizer` None: token ids only. `thinking`: as Chunk.thinking.
+        """
+        self.rid = submit.rid
         self.front = front
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = len(submit.ids) // 4
         self.cached_tokens = 0
-        self.completion_tokens = 0
+        self.ids = array("i")
+        """The tokens so far."""
+        self.aborted = False
+        """Its front wants it to end with what there is."""
+        self.deaths = 0
+        """Of schedulers, since its last token."""
         self.forced_tokens = 0
         self.jumps = 0
         self.thinking = thinking
@@ -63,6 +78,7 @@ class Output:
         """SamplingParams.logprobs: None means that no logprobs are wanted."""
         self.finish: Literal["stop", "length", "abort"] | None = None
         self.matched: int | str | None = None
+        self._submit = submit
         self._detokenizer = detokenizer
         self._stop = StopMatcher(params.stop, trim=not params.no_stop_trim) if params.stop else None
         self._keep_stop = params.no_stop_trim
@@ -78,6 +94,30 @@ class Output:
         """All places where the text matches its grammar come to be known."""
         self._ends: deque[int] = deque()
         """Where the text matches its grammar, in characters; all of them until the text there is shown."""
+        self._skip_ids = self._skip_chars = 0
+        """Of what comes next, the front has these already."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self.ids)
+
+    def submission(self) -> Submit:
+        """How to ask a scheduler for the rest of it."""
+        return replace(self._submit, generated=memoryview(self.ids.tobytes())) if self.ids else self._submit
+
+    def resume(self, m: Resumed) -> None:
+        """Go on where the front lost the last text actor: before anything else was pushed.
+
+        Tokens whose logprobs it lacks are drawn again; they come out the same, and are not given out twice.
+        """
+        ids = array("i")
+        ids.frombytes(m.ids)
+        known = ids if self.top_logprobs is None else ids[: m.logprobs]
+        for token in known:
+            self.push(token, Finish.NONE)
+        self._skip_ids, self._skip_chars = len(ids), m.chars
+        self.cached_tokens, self.forced_tokens, self.jumps = m.cached_tokens, m.forced_tokens, m.jumps
 
     def push(self, token: int, finish: int, logprob: TokenLogprob | None = None, *, complete: bool = False) -> None:
         """Take the next token. `finish` is the row's Finish, not POISON. A token of -1 is none (max_new_tokens 0).
@@ -87,7 +127,7 @@ class Output:
         """
         hidden = token < 0 or (finish == Finish.STOP and not self._keep_stop)
         if token >= 0:
-            self.completion_tokens += 1
+            self.ids.append(token)
             self._new_ids.append(token)
         if logprob is not None and not hidden:
             self._logprobs.append((self._fed, logprob))
@@ -128,6 +168,8 @@ class Output:
 
     def chunk(self) -> Chunk | None:
         """What is new since the last call; None if there is nothing to see yet."""
+        if self._skip_ids or self._skip_chars:
+            self._skip()
         if self.finish is None and not self._new_text and (self._detokenizer is not None or not self._new_ids):
             return None
         chunk = Chunk(
@@ -147,6 +189,12 @@ class Output:
         )
         self._new_text, self._new_ids, self._new_logprobs = "", [], []
         return chunk
+
+    def _skip(self) -> None:
+        ids, chars = min(self._skip_ids, len(self._new_ids)), min(self._skip_chars, len(self._new_text))
+        self._new_ids, self._new_text = self._new_ids[ids:], self._new_text[chars:]
+        self._skip_ids -= ids
+        self._skip_chars -= chars
 
     def _valid(self) -> bool | None:
         """Whether the text matches the grammar; None before the end, and where that is not known."""

@@ -57,8 +57,10 @@ class Request:
     """Window of its last admission."""
     blocked_until: int = -1
     """After a retraction: the last window that may still bring tokens; no admission before it is reported."""
+    suspect: bool = False
+    """An executor died while it was at work, and no token of it has come since."""
     crashes: int = 0
-    """Executor deaths while it held a slot."""
+    """Such deaths of which it alone can be the cause."""
     matched: tuple[int, int] = (-1, 0)
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
     constraint: Constraint | None = None
@@ -67,6 +69,8 @@ class Request:
     """Its newest tokens, forced ones, that nobody was told of yet: they wait until a chunk has computed their KV."""
     guided: Guided | None = None
     """The same where the fsm actor follows the grammar: then it draws only when a mask has come."""
+    opening: bool | None = None
+    """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:

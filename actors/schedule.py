@@ -126,14 +126,21 @@ class Schedule:
     def executor_lost(self) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
 
-        Returns the requests that were running in MAX_CRASHES executor deaths: they are ended, since one of them
-        may be the cause.
+        One of those that were at work may be the cause, so they are suspects until a token of them comes, and run one
+        at a time until then (`_admit`). Returns those of which the executor died MAX_CRASHES times while no other
+        suspect was at work: they are ended.
         """
         guilty = []
+        begun = self.in_flight[0].number if self.in_flight else -1
+        at_work = [r for r in self.slots.running() if r.window <= begun]
+        causes = [r for r in at_work if r.suspect] or at_work
+        for request in at_work:
+            request.suspect = True
+        if len(causes) == 1:
+            causes[0].crashes += 1
         for request in self.slots.running():
             self._drop_pages(request)
             self._unseat(request)
-            request.crashes += 1
             if request.crashes >= MAX_CRASHES:
                 request.stage = Stage.ENDED
                 del self.requests[request.rid]
@@ -169,6 +176,8 @@ class Schedule:
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
+                if request.suspect:
+                    request.suspect, request.crashes = False, 0
                 if request.has_grammar and request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
@@ -335,13 +344,15 @@ class Schedule:
         if not self.waiting or not self.slots.free:
             return False
         held_back = 0
+        suspected = any(r.suspect for r in self.slots.running())
         reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
         for request in self.order(list(self.waiting.values())):
             if not self.slots.free:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            if request.blocked_until > reported or request.waits_for_mask or self._prefix_is_coming(request):
+            barred = request.blocked_until > reported or request.waits_for_mask or (request.suspect and suspected)
+            if barred or self._prefix_is_coming(request):
                 held_back += 1
                 continue
             if not self.config.disable_jump_forward:
@@ -353,6 +364,7 @@ class Schedule:
             if not self._fits(request, match, reserved):
                 break
             self._seat(window, request, match)
+            suspected = suspected or request.suspect
         return held_back > 0
 
     def _prefix_is_coming(self, request: Request) -> bool:

@@ -151,6 +151,8 @@ class Scheduler(Actor):
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
+        self.lost: dict[str, str] = {}
+        """Peers that died and are not back, and why they died."""
         self.paused = False
         self.sent_stats: Stats | None = None
 
@@ -181,7 +183,9 @@ class Scheduler(Actor):
             case PeerDown():
                 self._peer_down(message)
             case PeerUp(name=name):
+                self.lost.pop(name, None)
                 self.sent_stats = None  # an executor says itself when it is ready, a text actor wants to know
+                self._send_stats()
                 if name == FSM:
                     self.guided.lost()
                     for entry in self.grammars.unsent():
@@ -209,16 +213,18 @@ class Scheduler(Actor):
     def _submit(self, m: Submit) -> None:
         ids = array("i")
         ids.frombytes(m.ids)
+        prompt_length = len(ids)
+        ids.frombytes(m.generated)
         assert m.params.max_new_tokens is not None, "the text actor resolves it"
         request = Request(
             rid=m.rid,
             tokens=ids,
-            prompt_length=len(ids),
+            prompt_length=prompt_length,
             params=m.params,
             namespace=m.cache_salt,
             priority=m.priority,
             arrival_ns=m.arrival_ns,
-            limit=len(ids) + m.params.max_new_tokens,
+            limit=prompt_length + m.params.max_new_tokens,
         )
         if m.grammar is None:
             self._add(request)
@@ -330,12 +336,14 @@ class Scheduler(Actor):
         self._send_stats()
 
     def _peer_down(self, m: PeerDown) -> None:
+        self.lost[m.name] = m.reason
         if m.name in self.executors:
             self.executor_up = False
             self.grammars.loaded.clear()
-            self._send_stats()
+        self._send_stats()
+        if m.name in self.executors:
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
-                text = "the executor died twice while it ran this request; it is not tried again"
+                text = "the executor died twice of this request, as far as can be told; it is not tried again"
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
         elif m.name == "text":
             self.early = []
@@ -377,8 +385,7 @@ class Scheduler(Actor):
         for request, cached in ((seat.request, seat.cached) for seat in window.admits):
             if request.admissions == 1:
                 of_prompt = min(cached, request.prompt_length)
-                empty = None if request.constraint is None else request.constraint.grammar.final(0)
-                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), empty))
+                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), request.opening))
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:
@@ -469,7 +476,7 @@ class Scheduler(Actor):
         """Return the present state and the totals."""
         s = self.schedule
         if s is None:
-            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
+            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting, down=self.down())
         c, g = s.counters, self.grammars.counters
         return Stats(
             waiting=len(s.waiting) + self.grammars.waiting,
@@ -494,4 +501,12 @@ class Scheduler(Actor):
             grammars_compiled=g.compiled,
             grammars_failed=g.failed,
             grammar_seconds=g.seconds,
+            down=self.down(),
         )
+
+    def down(self) -> str:
+        """Return what is not up, for people; empty if everything is."""
+        if self.lost:
+            name, reason = next(iter(self.lost.items()))
+            return f"{name} is down: {reason}"
+        return "" if self.executor_up else "the executor is starting"

@@ -7,12 +7,15 @@ Invariant: names are unique, each lane joins two actors of the topology, at most
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from ..config import EngineConfig
 from .lane import DEFAULT_CAPACITY
 
 Kind = Literal["process", "inline", "attached"]
+MODEL: Final = ("actorserve.actors.executor:Executor", "actorserve.actors.sampler:Sampler")
+"""Who runs the model, and who draws."""
+STUB: Final = ("actorserve.actors.stub_executor:StubExecutor", "actorserve.actors.stub_executor:StubSampler")
 BIG_LANE = 4 << 20
 """Bytes of the lanes that carry prompts and batches."""
 
@@ -100,13 +103,8 @@ def engine_topology(
     """
     front_nodes = tuple(fronts)
     ranks = range(config.tp_size)
-    executors = {
-        rank: (
-            ActorSpec(f"exec.{rank}", "actorserve.actors.executor:Executor"),
-            ActorSpec(f"sampler.{rank}", "actorserve.actors.sampler:Sampler"),
-        )
-        for rank in ranks
-    }
+    executor, sampler = STUB if config.load_format == "stub" else MODEL
+    executors = {rank: (ActorSpec(f"exec.{rank}", executor), ActorSpec(f"sampler.{rank}", sampler)) for rank in ranks}
     sched = ActorSpec("sched", "actorserve.actors.scheduler:Scheduler")
     text = ActorSpec("text", "actorserve.actors.text:Text")
     # Without a tokenizer nobody knows what tokens spell: there are no grammars.
