@@ -154,6 +154,8 @@ class Scheduler(Actor):
         self.lost: dict[str, str] = {}
         """Peers that died and are not back, and why they died."""
         self.paused = False
+        self.idle_seconds = 0.0
+        """Since the last step of an executor that has work, our own loop's hangs not counted."""
         self.sent_stats: Stats | None = None
 
     async def start(self) -> None:
@@ -359,6 +361,7 @@ class Scheduler(Actor):
         schedule = self.schedule
         if schedule is None or not schedule.in_flight or schedule.in_flight[0].number != m.window:
             return  # from before an executor's death
+        self.idle_seconds = 0.0
         window = schedule.in_flight[0]
         has_chunks = m.step == 0 and bool(window.chunks or window.jumps)
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
@@ -465,6 +468,17 @@ class Scheduler(Actor):
         while True:
             self._send_stats()
             await trio.sleep(STATS_SECONDS)
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """An executor whose device hangs takes its plans and computes none of them."""
+        limit = self.context.config.hang_seconds
+        works = self.executor_up and self.schedule is not None and bool(self.schedule.in_flight)
+        self.idle_seconds = self.idle_seconds + STATS_SECONDS if works else 0.0
+        if self.idle_seconds > limit:
+            self.idle_seconds = 0.0
+            for name in self.executors:
+                self.context.accuse(name, f"{name} computed no step for {limit:g} s")
 
     def _send_stats(self) -> None:
         stats = self.statistics()

@@ -40,6 +40,8 @@ class NodeSpec:
     """Nodes of one group restart together."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Open descriptors that the actors get as context.files; they stay the caller's."""
+    front: bool = False
+    """Requests come in here: it stops before the others."""
     start_seconds: float = 120.0
     """Without a word of progress for this long, a starting node is killed."""
 
@@ -83,12 +85,12 @@ class Topology:
 def http_front(index: int, listen: int) -> NodeSpec:
     """The node of an HTTP front: actor "front.<index>", which gets the listening socket as files["listen"]."""
     name = f"front.{index}"
-    return NodeSpec(name, (ActorSpec(name, "actorserve.http.front:HttpFront"),), files={"listen": listen})
+    return NodeSpec(name, (ActorSpec(name, "actorserve.http.front:HttpFront"),), files={"listen": listen}, front=True)
 
 
 def attached_client(name: str = "client") -> NodeSpec:
     """The node of an embedded client: an actor of that name, in whoever holds the other end of its socket."""
-    return NodeSpec(name, (ActorSpec(name),), kind="attached")
+    return NodeSpec(name, (ActorSpec(name),), kind="attached", front=True)
 
 
 def engine_topology(

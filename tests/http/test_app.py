@@ -296,8 +296,7 @@ async def test_new_requests_are_refused_while_draining(rig):
     assert (reply.status_code, "retry-after" in reply.headers) == (503, True)
 
 
-async def test_stop_ends_what_does_not_finish(rig, fakes, monkeypatch):
-    monkeypatch.setattr("actorserve.http.front.STOP_SECONDS", 0.0)
+async def test_stop_ends_what_does_not_finish(rig, fakes):
     rig.text.script = lambda g: fakes.words(g)[:1]
     async with rig.http.stream("POST", "/generate", json={"text": "a", "stream": True}) as reply:
         lines = reply.aiter_lines()
