@@ -76,6 +76,8 @@ class Schedule:
         """Forced tokens that came with the last report, before the tokens that it brought."""
         self.complete: list[int] = []
         """Rows of the last report with whose token the output matches its grammar."""
+        self.since = 0
+        """The first window that can be of the present requests; those before were of others, maybe of the same ids."""
         self._last_k = 1
         self._release: list[int] = []
 
@@ -109,6 +111,12 @@ class Schedule:
         if request is not None:
             self._end(request, keep=True)
         return request is not None
+
+    def abort_all(self) -> None:
+        """End all requests, whose ids may come again: nothing that windows in flight bring is anybody's."""
+        for rid in list(self.requests):
+            self.abort(rid)
+        self.since = self.next_window
 
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing happens, while there are requests."""
@@ -161,6 +169,8 @@ class Schedule:
         Step 0 also means that the window's chunks have their KV: their whole pages enter the tree, so that requests
         with the same prefix can start. Returns requests that wanted no token and are now complete.
         """
+        if window < self.since:
+            rids, ids, finish = [], [], finish[:0]
         current = self.in_flight[0]
         assert current.number == window, "windows report in order"
         chunks = [c for c in current.chunks if c.admission == c.request.admissions] if step == 0 else []
@@ -193,7 +203,7 @@ class Schedule:
         return complete
 
     def _land(self, landed: list[Landed]) -> None:
-        self.landed = [item for item in landed if item.request.rid in self.requests]
+        self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
         forced = sum(len(item.tokens) for item in self.landed)
         self.counters.jumps += len(self.landed)
         self.counters.forced_tokens += forced
@@ -351,7 +361,8 @@ class Schedule:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            barred = request.blocked_until > reported or request.waits_for_mask or (request.suspect and suspected)
+            barred = max(request.blocked_until, self.since - 1) > reported or request.waits_for_mask
+            barred = barred or (request.suspect and suspected)
             if barred or self._prefix_is_coming(request):
                 held_back += 1
                 continue

@@ -352,8 +352,7 @@ class Scheduler(Actor):
             for handle in self.grammars.abandon_all():
                 self._to_fsm(Discard(handle))
             if self.schedule is not None:
-                for rid in list(self.schedule.requests):
-                    self.schedule.abort(rid)
+                self.schedule.abort_all()
 
     # ------------------------------------------------------------------ results
 
@@ -368,7 +367,7 @@ class Scheduler(Actor):
         complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish)
         if schedule.landed:
             self._to_text(forced_tokens_of(schedule.landed, m.scores))
-        if rids:
+        if rids and m.window >= schedule.since:
             self._to_text(tokens_of(m, schedule.complete))
         for request in complete:
             self._complete_without_token(request)
