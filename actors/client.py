@@ -30,7 +30,9 @@ from .ref import Gone
 INDEX_SHIFT: Final = 40
 EPOCH_SHIFT: Final = 32
 MAX_DEATHS: Final = 3
-TEXT_DIED: Final = f"the text actor died {MAX_DEATHS} times before the request's next output; it is not tried again"
+GUILTY_NS: Final = 3_000_000_000
+"""Who was asked for longer ago when the text actor died is not the cause."""
+TEXT_DIED: Final = f"the text actor died {MAX_DEATHS} times soon after it got this request; it is not tried again"
 JOIN_EVERY: Final = 64
 """A stalled reader's chunks are joined in blocks of this many: memory stays near the text's own size."""
 
@@ -89,8 +91,10 @@ class Choice:
     logprobs: int = 0
     """Received so far, as the tokens."""
     aborted: bool = False
+    asked_ns: int = 0
+    """When the present text actor was asked."""
     deaths: int = 0
-    """Of text actors, since its last chunk."""
+    """Of text actors in a row, soon after they were asked and before a chunk came."""
 
     def received(self, chunk: messages.Chunk) -> None:
         """Count a chunk's content."""
@@ -127,7 +131,7 @@ class Stream:
         self.rid = rid
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
-        self.choices = [Choice(rid + i, self, [], now) for i in range(count)]
+        self.choices = [Choice(rid + i, self, [], now, asked_ns=now) for i in range(count)]
         self.open = count
         """Choices whose final chunk has not arrived; 0 also once the stream was cancelled or failed."""
         self._client = client
@@ -353,9 +357,9 @@ class Client:
         """All wait for the next text actor, but those that may be what it dies of."""
         self.stats = None
         self._text_died = True
-        given_up = []
+        given_up, now = [], time.monotonic_ns()
         for choice in self.table.values():
-            choice.deaths += 1
+            choice.deaths = choice.deaths + 1 if now - choice.asked_ns < GUILTY_NS else 0
             if choice.deaths >= MAX_DEATHS:
                 given_up.append(choice.stream)
         for stream in given_up:
@@ -369,7 +373,9 @@ class Client:
             for stream in live.values():
                 for asked in stream.requests:
                     self._text.post(self._rest_of(asked))
+            now = time.monotonic_ns()
             for choice in self.table.values():
+                choice.asked_ns = now
                 if choice.aborted:
                     self._text.post(messages.Abort(choice.rid))
             self.questions.ask_again()

@@ -4,6 +4,7 @@ Invariant: `chunk` gives out each character, token and logprob once and in order
 tokens came between two chunks; work per token does not grow with the output.
 """
 
+import time
 from array import array
 from collections import deque
 from typing import Literal
@@ -35,6 +36,7 @@ class Output:
         "_stop",
         "_submit",
         "aborted",
+        "asked_ns",
         "cached_tokens",
         "deaths",
         "finish",
@@ -69,8 +71,10 @@ class Output:
         """The tokens so far."""
         self.aborted = False
         """Its front wants it to end with what there is."""
+        self.asked_ns = time.monotonic_ns()
+        """When the present scheduler was asked."""
         self.deaths = 0
-        """Of schedulers, since its last token."""
+        """Of schedulers in a row, soon after they were asked and before a token came."""
         self.forced_tokens = 0
         self.jumps = 0
         self.thinking = thinking

@@ -7,6 +7,7 @@ unless the front cancelled it or died; and after its final message an id is unkn
 """
 
 import os
+import time
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
@@ -54,7 +55,9 @@ from .ref import Gone
 
 SCHEDULER: Final = "sched"
 MAX_DEATHS: Final = 3
-SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times before the request's next token; it is not tried again"
+GUILTY_NS: Final = 3_000_000_000
+"""What was asked for longer ago when the scheduler died is not the cause."""
+SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it got this request; it is not tried again"
 OURS: Final = -1
 """Id of an order of nobody's."""
 FAILURES: Final[dict[int, str]] = {
@@ -341,7 +344,9 @@ class Text(Actor):
         self.scheduler_up = True
         if self.paused:
             self._to_scheduler(Order(OURS, "pause"))
+        now = time.monotonic_ns()
         for output in self.outputs.values():
+            output.asked_ns = now
             self._to_scheduler(output.submission())
         for _, order in self.ordered.values():
             self._to_scheduler(order)
@@ -349,8 +354,9 @@ class Text(Actor):
     def _scheduler_down(self, reason: str) -> None:
         self.scheduler_up = False
         self._stats(replace(NO_STATS, down=f"the scheduler is down: {reason}"))
+        now = time.monotonic_ns()
         for output in list(self.outputs.values()):
-            output.deaths += 1
+            output.deaths = output.deaths + 1 if now - output.asked_ns < GUILTY_NS else 0
             if output.aborted:
                 self._end_aborted(output)
             elif output.deaths >= MAX_DEATHS:

@@ -6,6 +6,7 @@ With --thorough (`make chaos`) as often as it takes to believe it. What is print
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,28 +43,33 @@ def bodies(count: int, tokens: int, same: int = 4) -> list[dict[str, Any]]:
     ]
 
 
-def down(server: LiveServer) -> str | None:
-    """Why it is not ready, None if it is."""
-    reply = server.get("/ready")
-    return None if reply.status_code == 200 else str(reply.json()["reason"])
-
-
 class Times:
     """Seconds of each kill until /ready said so, and until it was well again."""
 
     def __init__(self) -> None:
+        self.reasons: set[str] = set()
+        """That /ready gave."""
         self.noticed: list[float] = []
         self.ready: list[float] = []
+
+    def lists(self) -> tuple[list[float], list[float]]:
+        return self.noticed, self.ready
 
     def watch(self, server: LiveServer, node: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to a node and wait until the server is ready again."""
         pid = server.children()[node]
         started = time.monotonic()
         os.kill(pid, number)
-        wait_until(lambda: down(server) is not None or server.children().get(node, pid) != pid, 30, f"{node} is missed")
+        wait_until(lambda: self._down(server) or server.children().get(node, pid) != pid, 30, f"{node} is missed")
         self.noticed.append(time.monotonic() - started)
         wait_until(lambda: server.children().get(node, pid) != pid and server.is_ready(), 120, f"{node} is back")
         self.ready.append(time.monotonic() - started)
+
+    def _down(self, server: LiveServer) -> bool:
+        reply = server.get("/ready")
+        if reply.status_code != 200:
+            self.reasons.add(reply.json()["reason"])
+        return reply.status_code != 200
 
 
 def assert_unharmed(load: LiveLoad, undisturbed: list[Answer], exact: bool) -> None:
@@ -93,7 +99,8 @@ def kill_at_random(
             time.sleep(rng.uniform(0, rest))
             times.watch(server, NODES[number % len(NODES)])
     assert_unharmed(load, undisturbed, exact)
-    print(f"{kills} kills: noticed within {max(times.noticed):.3f} s, ready within {max(times.ready):.2f} s")
+    noticed, ready = (f"{max(t):.2f} s at most, {statistics.median(t):.2f} s in the middle" for t in times.lists())
+    print(f"{kills} kills; /ready says so after {noticed}; all is well after {ready}", *sorted(times.reasons), sep="\n")
     server.assert_pages_add_up()
     assert shared_memory() == before
 
@@ -121,6 +128,7 @@ def test_a_stopped_executor_is_replaced(stub: LiveServer) -> None:
     with LiveLoad(stub.url, streams) as load:
         times.watch(stub, "exec.0", signal.SIGSTOP)
     assert_unharmed(load, undisturbed, exact=True)
+    assert times.reasons
     print(f"stopped: noticed after {times.noticed[0]:.2f} s of the limit's 3, ready after {times.ready[0]:.2f} s")
 
 
