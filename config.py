@@ -31,9 +31,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, Meta(description="how it marks its thoughts: qwen3, deepseek-r1, ...; none; auto: by its template")
     ] = "auto"
     load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy"],
-        Meta(description="dummy: random weights of config.json's shape"),
+        Literal["auto", "safetensors", "gguf", "dummy", "stub"],
+        Meta(description="dummy: random weights of config.json's shape; stub: no model, tokens by a hash, for tests"),
     ] = "auto"
+    stub_step_ms: Annotated[float, Meta(ge=0, description="with --load-format stub: time of a step")] = 1.0
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(
@@ -144,8 +145,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["process", "inline"], Meta(description="process: one process per actor; inline: all actors in one loop")
     ] = "process"
     hang_seconds: Annotated[
-        float, Meta(gt=0, description="an actor with mail that takes none for this long is restarted")
+        float, Meta(gt=0, description="an actor that does not react, or computes no step, for this long is restarted")
     ] = 60.0
+    max_restarts: Annotated[
+        int, Meta(ge=0, description="deaths of one actor in a minute after which the engine gives up")
+    ] = 3
+    drain_timeout: Annotated[
+        float, Meta(ge=0, description="seconds that running requests have to end after SIGTERM; Ctrl-C waits for none")
+    ] = 10.0
 
     @property
     def page_size(self) -> int:

@@ -90,7 +90,7 @@ async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.so
                 code = 128 + number
                 nursery.cancel_scope.cancel(reason="a second signal")
             supervisor_told.set()
-            supervisor.request_stop()
+            supervisor.request_stop(config.drain_timeout if number == signal.SIGTERM else 0.0)
 
     supervisor_told = trio.Event()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

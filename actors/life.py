@@ -191,6 +191,7 @@ class Node:
         self.stopped = trio.Event()
         self.guests: deque[ControlSocket] = deque()
         self.guest_came = trio.Event()
+        self.leaving = False  # has been told to stop: there will be no next life
         self.begin(None)
 
     def begin(self, life: Life | None) -> None:
@@ -201,6 +202,7 @@ class Node:
         self.failed: Failed | None = None
         self.verdict: str | None = None  # why we ended it
         self.with_group = False  # ended because another node of its group failed
+        self.pinged = False  # and has not answered yet
 
     def kill(self, verdict: str) -> None:
         """End this life, if there is one."""

@@ -2,7 +2,7 @@
 
 The supervisor runs one process of it (or several on one listening socket, handed over as files["listen"]).
 Invariant: everything runs in one event loop; the inbox is drained once per wake and each stream's reader wakes once.
-At the end running streams may finish until the deadline, and get a last error event after it, never a silent cut.
+At the end running streams may finish until Drain's deadline, and get a last error event then, never a silent cut.
 """
 
 import asyncio
@@ -27,10 +27,6 @@ from .metrics import Metrics
 from .service import Service
 
 KEEP_ALIVE_SECONDS: Final = 75
-STOP_SECONDS: Final = 0.4
-"""What a stop leaves to running requests, counted from the Drain before it: the node's own grace may be 1 s."""
-FAREWELL_SECONDS: Final = 0.5
-"""For the last error events to leave."""
 POLL_SECONDS: Final = 0.02
 
 
@@ -65,7 +61,8 @@ class HttpFront(Actor):
         self._server = Server(server_config(self.service))
         self._server.servers = []
         self._served = asyncio.Event()
-        self._drained_at: float | None = None
+        self._deadline_ns = 0
+        """Until then running requests may end; Drain's."""
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -92,17 +89,16 @@ class HttpFront(Actor):
         """Pass messages to the client; from a Drain on, new requests are refused and old ones have a deadline."""
         self.client.receive(message, source)
         if isinstance(message, Drain):
-            self._drained_at = time.monotonic()
-            seconds = (message.deadline_ns - time.monotonic_ns()) / 1e9 - FAREWELL_SECONDS
+            self._deadline_ns = message.deadline_ns
+            seconds = (message.deadline_ns - time.monotonic_ns()) / 1e9
             asyncio.get_running_loop().call_later(max(0.0, seconds), self._end_requests)
 
     async def stop(self) -> None:
-        """Leave running requests a moment, end the rest with an error, and close all connections."""
+        """Leave running requests their time, end the rest with an error, and close all connections."""
         # Until then connections are taken and answered with 503: the listening socket is the supervisor's too, so
         # who came after a close would hang in its queue.
         self.client.draining = True
-        deadline = (self._drained_at or time.monotonic()) + STOP_SECONDS
-        while self.client.table and time.monotonic() < deadline:  # noqa: ASYNC110
+        while self.client.table and time.monotonic_ns() < self._deadline_ns:  # noqa: ASYNC110
             await asyncio.sleep(POLL_SECONDS)
         self._end_requests()
         self._server.should_exit = True

@@ -31,7 +31,7 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
     check_supported(config)
     folder, name = _folder(config, progress)
     facts = _read_json(folder / "config.json")
-    if config.load_format != "dummy":
+    if config.load_format not in ("dummy", "stub"):
         _check_weights(folder)
     vocab_size = facts.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1 or not isinstance(facts.get("model_type"), str):
