@@ -23,13 +23,14 @@ from torch import Tensor
 from ..config import EngineConfig
 from ..errors import StartupError
 from .attention import make_backend
+from .cpu_kernels import kernels
 from .decoder import Decoder, LayerWeights, Weights, check_supported
 from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import Linear, LinearMap, Ops, TorchOps
-from .quantized import QuantizedLinear, dequantise, kernel, kind_of
+from .quantized import QuantizedLinear, dequantise, kind_of, takes
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
 
@@ -147,7 +148,7 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     try:
         if reason:
             raise StartupError(reason)
-        kernel()
+        kernels()
     except StartupError as error:
         if asked:
             raise StartupError(f"--quantization gguf: {error}") from None
@@ -226,7 +227,7 @@ def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tens
     for name, part in zip(shapes, parts, strict=True):
         _check_blocks(name, part, shapes[name])
     stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
-    return QuantizedLinear(stacked, inputs, bias) if kernel().takes(stacked, inputs) else None
+    return QuantizedLinear(stacked, inputs, bias) if takes(stacked, inputs) else None
 
 
 def _check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:
