@@ -66,6 +66,7 @@ INLINE void weights(int bits, struct group g, int j, vec *even, vec *odd) {
 struct product {
     enum kind kind;
     const uint8_t *weight;
+    const float *bias;
     long outputs, inputs;
     const float *x;
     long rows;
@@ -186,14 +187,16 @@ static void product_task(void *data, long i) {
     long units = a->outputs / LANES, from = i * a->share, to = from + a->share < units ? from + a->share : units;
     if (a->kind == Q8_0) shares(8, a, from, to);
     else shares(4, a, from, to);
+    for (long row = 0; a->bias && row < a->rows; row++)
+        for (long i = from * LANES; i < to * LANES; i += LANES)
+            store(a->y + row * a->outputs + i, load(a->y + row * a->outputs + i) + load(a->bias + i));
 }
 
 /* How many outputs a unit holds: what the packing must know. */
 int lanes(void) { return LANES; }
 
-/* y [rows, outputs] = x [rows, inputs] @ weight.T, all contiguous; outputs % LANES == 0, inputs % GROUP == 0. */
-void linear(int kind, const void *weight, long outputs, long inputs, const float *x, long rows, float *y, int threads) {
-    long units = outputs / LANES, share = units / (threads * 6L) / 4 * 4;
-    struct product a = {kind, weight, outputs, inputs, x, rows, y, share > 4 ? share : 4};
+void linear(const struct map *map, const float *x, long rows, float *y, int threads) {
+    long units = map->outputs / LANES, share = units / (threads * 6L) / 4 * 4;
+    struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, x, rows, y, share > 4 ? share : 4};
     parallel(product_task, &a, (units + a.share - 1) / a.share, threads);
 }

@@ -1,7 +1,7 @@
 """C source to a loaded library: compiled for this very CPU at the first use, then taken from the cache folder.
 
-Used by cpu_kernels.py. Needs a C compiler at run time, as Triton does on a GPU; who calls has another way where there is
-none. Invariant: a cached library was made from these files, by this compiler, for a CPU with these features.
+Used by cpu_kernels.py. Needs a C compiler at run time, as Triton does on a GPU; who calls has another way where there
+is none. Invariant: a cached library was made from these files, by this compiler, for a CPU with these features.
 """
 
 import ctypes

@@ -10,37 +10,30 @@ Invariant: a token's result depends on its query and what it sees alone: not on 
 #define GROUP 8       /* query heads of a KV head computed at a time */
 #define ALONE 32768   /* products that one thread has done before another one has come */
 
-struct attention {
-    const float *q, *cache;
-    float *out;
-    const int64_t *pages, *first, *end;
-    long tokens, heads, kv_heads, dim, page_size;
-    float scale;
-};
+/* parts[i] and parts[i + step], added so that their sums over lanes `step` apart are neighbours: halves as many. */
+INLINE void halve(vec *parts, int step) {
+    ivec index = (COUNTED & ~step) + (COUNTED & step) * (LANES / step);
+#pragma GCC unroll 8
+    for (int i = 0; i < step; i++)
+        parts[i] = chosen(parts[i], parts[i + step], index) + chosen(parts[i], parts[i + step], index + step);
+}
 
-/* Sums of LANES vectors, one a lane: halves are added until one is left. */
+/* The sum of each of LANES vectors, one a lane. */
 INLINE vec sums(vec *parts) {
-    for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++) {
-            vec a = parts[i], b = parts[i + step];
-            ivec low, high;
-            for (int lane = 0; lane < LANES; lane++) {
-                int at = lane / (2 * step) * (2 * step) + lane % step, second = lane / step % 2 * LANES;
-                low[lane] = at + second, high[lane] = at + step + second;
-            }
-            parts[i] = chosen(a, b, low) + chosen(a, b, high);
-        }
+    if (LANES == 16) halve(parts, 8);
+    halve(parts, 4);
+    halve(parts, 2);
+    halve(parts, 1);
     return parts[0];
 }
 
 /* scores [group, BLOCK] of `count` keys; what is beyond them is -inf. */
 INLINE void score(const float *const *keys, int count, const float *q, long dim, int group, float scale,
                   float (*scores)[BLOCK]) {
-    ivec lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int first = 0; first < count; first += LANES)
         for (int h = 0; h < group; h++) {
             vec parts[LANES];
+#pragma GCC unroll 16
             for (int j = 0; j < LANES; j++) parts[j] = (vec){0};
             for (long d = 0; d < dim; d += LANES) {
                 vec query = load(q + h * dim + d);
@@ -48,7 +41,7 @@ INLINE void score(const float *const *keys, int count, const float *q, long dim,
                 for (int j = 0; j < LANES; j++) parts[j] += query * load(keys[first + j] + d);
             }
             vec s = sums(parts) * scale;
-            ivec seen = lane < (ivec){0} + (count - first);
+            ivec seen = COUNTED < (ivec){0} + (count - first);
             s = (vec)(((ivec)s & seen) | ((ivec)all(-INFINITY) & ~seen));
             store(scores[h] + first, s);
         }
@@ -88,6 +81,16 @@ INLINE float soften(float *scores, int count, float *best, float *total) {
     return before;
 }
 
+/* Where the keys of tokens [from, from + count) of a KV head are. */
+INLINE void find_keys(const struct attention *a, const int32_t *pages, long from, int count, long head,
+                      const float **keys) {
+    long page = from / a->page_size, offset = from % a->page_size, size = 2 * a->kv_heads * a->dim;
+    for (int i = 0; i < count; page++, offset = 0) {
+        const float *key = a->cache + (pages[page] * a->page_size + offset) * size + head * a->dim;
+        for (; i < count && offset < a->page_size; i++, offset++, key += size) keys[i] = key;
+    }
+}
+
 /* `group` heads of a token that share the KV head `head`. */
 INLINE void attend_group(const struct attention *a, long token, long head, const float *q, int group, float *out) {
     const int32_t *pages = (const int32_t *)a->pages[token];
@@ -97,10 +100,7 @@ INLINE void attend_group(const struct attention *a, long token, long head, const
     for (long i = 0; i < group * a->dim; i += LANES) store(out + i, (vec){0});
     for (long at = a->first[token]; at < a->end[token]; at += BLOCK) {
         int count = a->end[token] - at < BLOCK ? a->end[token] - at : BLOCK;
-        for (int i = 0; i < count; i++) {
-            long slot = pages[(at + i) / a->page_size] * a->page_size + (at + i) % a->page_size;
-            keys[i] = a->cache + (slot * 2 * a->kv_heads + head) * a->dim;
-        }
+        find_keys(a, pages, at, count, head, keys);
         for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
         score(keys, count, q, a->dim, group, a->scale, scores);
         for (int h = 0; h < group; h++) {
@@ -118,10 +118,10 @@ static void attend_task(void *data, long i) {
     const struct attention *a = data;
     long token = i / a->kv_heads, head = i % a->kv_heads, group = a->heads / a->kv_heads;
     for (long done = 0; done < group;) {
-        long left = group - done, at = (token * a->heads + head * group + done) * a->dim;
+        long left = group - done, at = (head * group + done) * a->dim;
         int count = left >= 8 ? 8 : left >= 4 ? 4 : left;
-        const float *q = a->q + at;
-        float *out = a->out + at;
+        const float *q = a->q + token * a->stride + at;
+        float *out = a->out + token * a->heads * a->dim + at;
         if (count == 8) attend_group(a, token, head, q, 8, out);
         if (count == 4) attend_group(a, token, head, q, 4, out);
         if (count == 3) attend_group(a, token, head, q, 3, out);
@@ -131,14 +131,7 @@ static void attend_task(void *data, long i) {
     }
 }
 
-/* out [tokens, heads, dim] = attention of q, the same shape, over one layer's cache [slots, 2, kv_heads, dim].
-
-Token t sees its sequence's tokens first[t] to end[t] - 1; pages[t] is the address of its page numbers, int32. `keys` is
-the sum of what all see. dim is a multiple of 2 * LANES.
-*/
-void attend(const float *q, const float *cache, float *out, const int64_t *pages, const int64_t *first,
-            const int64_t *end, long tokens, long heads, long kv_heads, long dim, long page_size, float scale, long keys,
-            int threads) {
-    struct attention a = {q, cache, out, pages, first, end, tokens, heads, kv_heads, dim, page_size, scale};
-    parallel(attend_task, &a, tokens * kv_heads, keys * heads * dim < ALONE ? 1 : threads);
+void attend(const struct attention *a, int threads) {
+    long tokens = a->tokens, work = a->keys * a->heads * a->dim;
+    parallel(attend_task, (void *)a, tokens * a->kv_heads, work < ALONE ? 1 : threads);
 }

@@ -16,6 +16,12 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
+#if LANES == 16
+#define COUNTED ((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#else
+#define COUNTED ((ivec){0, 1, 2, 3, 4, 5, 6, 7})
+#endif
+
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec all(float x) { return x - (vec){0}; }
@@ -68,3 +74,47 @@ INLINE vec exponential(vec x) {
 
 /* Run task(data, 0), ..., task(data, tasks - 1) on up to `threads` threads and return when all are done. */
 void parallel(void (*task)(void *, long), void *data, long tasks, int threads);
+
+/* A linear map with quantized weights, [outputs, inputs]; outputs % LANES == 0, inputs % 32 == 0. See block_kernels.c. */
+struct map {
+    int kind; /* as quantized.KINDS */
+    const uint8_t *weight;
+    const float *bias; /* [outputs], or NULL */
+    long outputs, inputs;
+};
+
+/* y [rows, outputs] = map(x [rows, inputs]). */
+void linear(const struct map *map, const float *x, long rows, float *y, int threads);
+
+/* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
+void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
+              int threads);
+
+/* Heads of tokens on their way to the cache. */
+struct rotation {
+    float *qkv; /* [tokens, heads + 2 * kv_heads, dim]: queries and keys are normalised and rotated in place */
+    long tokens, heads, kv_heads, dim;
+    const float *qk_norm; /* [heads + kv_heads, dim], or NULL */
+    float eps;
+    long rotated;
+    const float *cos, *sin; /* [tokens, rotated] as rope.rotation_table's, or NULL: nothing rotates */
+    const int64_t *slots;   /* [tokens] */
+    float *cache;           /* [slots, 2, kv_heads, dim]: takes keys and values */
+};
+void rotate_and_write(const struct rotation *a, int threads);
+
+/* Token t sees its sequence's tokens first[t] to end[t] - 1; pages[t] is the address of its page numbers, int32. */
+struct attention {
+    const float *q; /* rows of [heads, dim], `stride` apart */
+    long stride;
+    const float *cache; /* [slots, 2, kv_heads, dim] */
+    float *out;         /* [tokens, heads, dim] */
+    const int64_t *pages, *first, *end;
+    long tokens, heads, kv_heads, dim, page_size; /* dim is a multiple of 2 * LANES */
+    float scale;
+    long keys; /* sum of what all see: the amount of work */
+};
+void attend(const struct attention *a, int threads);
+
+/* y [rows, inter] = silu(gate) * up of gate_up [rows, 2 * inter]. */
+void silu_mul(const float *gate_up, float *y, long rows, long inter, int threads);

@@ -1,5 +1,5 @@
 /* What lies between the linear maps of a layer, in float32: RMSNorm, rotation with the write of keys and values, and
-the MLP's activation. Used by cpu_ops.py, whose tests compare with layers.py.
+the MLP's activation. Used by cpu_ops.py and cpu_decoder.c; tests compare with layers.py.
 
 Invariant: a row's result does not depend on the batch that it is in. Widths are multiples of LANES.
 */
@@ -29,43 +29,41 @@ static void norm_task(void *data, long row) {
     for (long i = 0; i < a->hidden; i += LANES) store(x + i, load(residual + i) * factor * load(a->weight + i));
 }
 
-/* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
               int threads) {
     struct norm a = {x, residual, weight, hidden, scale, eps};
     parallel(norm_task, &a, rows, threads_for(rows * hidden, threads));
 }
 
-struct rotation {
-    float *qkv;
-    long heads, kv_heads, dim, rotated;
-    const float *cos, *sin;
-    const int64_t *slots;
-    float *cache;
-};
+/* Normalise and rotate one head. */
+INLINE void rotate_head(const struct rotation *a, float *x, const float *weight, const float *cos, const float *sin) {
+    if (weight) {
+        vec squares = {0};
+        for (long i = 0; i < a->dim; i += LANES) squares += load(x + i) * load(x + i);
+        float factor = 1.0f / sqrtf(sum(squares) / a->dim + a->eps);
+        for (long i = 0; i < a->dim; i += LANES) store(x + i, load(x + i) * factor * load(weight + i));
+    }
+    long half = a->rotated / 2;
+    for (long i = 0; cos && i < half; i += LANES) {
+        vec low = load(x + i), high = load(x + half + i);
+        store(x + i, low * load(cos + i) + high * load(sin + i));
+        store(x + half + i, high * load(cos + half + i) + low * load(sin + half + i));
+    }
+}
 
 static void rotate_task(void *data, long token) {
     const struct rotation *a = data;
-    long half = a->rotated / 2, width = a->kv_heads * a->dim;
-    float *x = a->qkv + token * (a->heads + 2 * a->kv_heads) * a->dim;
-    const float *cos = a->cos + token * a->rotated, *sin = a->sin + token * a->rotated;
-    for (long h = 0; h < a->heads + a->kv_heads && a->cos; h++)
-        for (long i = 0; i < half; i += LANES) {
-            float *low = x + h * a->dim + i, *high = low + half;
-            vec first = load(low), second = load(high);
-            store(low, first * load(cos + i) + second * load(sin + i));
-            store(high, second * load(cos + half + i) + first * load(sin + half + i));
-        }
-    float *to = a->cache + a->slots[token] * 2 * width;
-    for (long i = 0; i < 2 * width; i += LANES) store(to + i, load(x + a->heads * a->dim + i));
+    long width = 2 * a->kv_heads * a->dim;
+    float *x = a->qkv + token * (a->heads * a->dim + width), *to = a->cache + a->slots[token] * width;
+    const float *cos = a->cos ? a->cos + token * a->rotated : NULL, *sin = a->sin + token * a->rotated;
+    for (long h = 0; h < a->heads + a->kv_heads; h++)
+        rotate_head(a, x + h * a->dim, a->qk_norm ? a->qk_norm + h * a->dim : NULL, cos, sin);
+    for (long i = 0; i < width; i += LANES) store(to + i, load(x + a->heads * a->dim + i));
 }
 
-/* Rotate queries and keys of qkv [tokens, heads + 2 * kv_heads, dim] in place, and write keys and values to
-cache [slots, 2, kv_heads, dim]. cos and sin [tokens, rotated] as rope.rotation_table's, or NULL: nothing rotates. */
-void rotate_and_write(float *qkv, long tokens, long heads, long kv_heads, long dim, long rotated, const float *cos,
-                      const float *sin, const int64_t *slots, float *cache, int threads) {
-    struct rotation a = {qkv, heads, kv_heads, dim, rotated, cos, sin, slots, cache};
-    parallel(rotate_task, &a, tokens, threads_for(tokens * (heads + 2 * kv_heads) * dim, threads));
+void rotate_and_write(const struct rotation *a, int threads) {
+    long numbers = a->tokens * (a->heads + 2 * a->kv_heads) * a->dim;
+    parallel(rotate_task, (void *)a, a->tokens, threads_for(numbers, threads));
 }
 
 struct activation {
@@ -84,7 +82,6 @@ static void silu_task(void *data, long row) {
     }
 }
 
-/* y [rows, inter] = silu(gate) * up of gate_up [rows, 2 * inter]. */
 void silu_mul(const float *gate_up, float *y, long rows, long inter, int threads) {
     struct activation a = {gate_up, y, inter};
     parallel(silu_task, &a, rows, threads_for(rows * inter, threads));

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .cpu_kernels import kernels, threads
+from .cpu_kernels import Map, kernels, threads
 
 GROUP: Final = 32
 """Values of a row that share a scale."""
@@ -72,7 +72,7 @@ def takes(blocks: Tensor, inputs: int) -> bool:
 class QuantizedLinear:
     """x float32 [T, inputs] -> float32 [T, outputs] with blocks uint8 [outputs, bytes] that the kernel `takes`."""
 
-    __slots__ = ("bias", "inputs", "kind", "linear", "outputs", "weight")
+    __slots__ = ("bias", "inputs", "kind", "linear", "map", "outputs", "weight")
 
     def __init__(self, blocks: Tensor, inputs: int, bias: Tensor | None) -> None:
         kind = kind_of(blocks, inputs)
@@ -80,16 +80,14 @@ class QuantizedLinear:
         self.linear, self.kind, self.bias = kernels().linear, kind, bias
         self.outputs, self.inputs = len(blocks), inputs
         self.weight = pack(blocks, inputs, kernels().lanes)
+        self.map = Map(kind, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), self.outputs, inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.shape[1] != self.inputs:
             raise ValueError(f"a map of {self.inputs} float32 inputs got {x.dtype} [..., {x.shape[1]}]")
         rows = len(x)
         y = x.new_empty(rows, self.outputs)
-        if rows == 0:
-            return y
-        x = x.contiguous()
-        self.linear(
-            self.kind, self.weight.data_ptr(), self.outputs, self.inputs, x.data_ptr(), rows, y.data_ptr(), threads()
-        )
-        return y if self.bias is None else y.add_(self.bias)
+        if rows:
+            x = x.contiguous()
+            self.linear(self.map, x.data_ptr(), rows, y.data_ptr(), threads())
+        return y

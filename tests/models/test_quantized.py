@@ -15,9 +15,10 @@ from torch import Tensor
 from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
 from actorserve.models import c_library, quantized
+from actorserve.models.attention import TorchAttention
 from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
-from actorserve.models.layers import Linear
+from actorserve.models.layers import Linear, TorchOps
 from actorserve.models.quantized import QuantizedLinear, dequantise, pack, takes
 from actorserve.models.weights import load_decoder
 
@@ -214,6 +215,7 @@ def test_real_model_equals_its_dense_form(smollm: str) -> None:
             dense = torch.cat([dequantise(kept[f"{prefix}{part}.weight"], inputs) for part in names])
             setattr(layer, name, Linear(dense, None))
     decoder.weights.head.product = Linear(decoder.weights.embed, None)
+    decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), TorchAttention()
     expected = Driver.of(decoder).logits(ids, [24])
     assert (got - expected).abs().max() < 1e-4 * expected.std()
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
