@@ -6,7 +6,7 @@ for the device, so that a batch without chunks can be captured in a CUDA graph.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,15 @@ class Weights:
     head: Head
 
 
+class Layers(Protocol):
+    """The first layers in one call, where a device has that."""
+
+    def run(
+        self, hidden: Tensor, residual: Tensor, table: Any, kv_slots: Tensor, kv: KVCache, plan: AttentionPlan
+    ) -> int:
+        """Take normed hidden states and the residual stream [T, hidden] through them in place; return how many."""
+
+
 def check_supported(spec: Spec) -> None:
     """Raise StartupError naming the fields of the spec that this decoder does not implement."""
     unsupported = {
@@ -83,6 +92,7 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         ops: Ops | None = None,
+        layers: Layers | None = None,
     ) -> None:
         check_supported(spec)
         self.spec = spec
@@ -91,6 +101,7 @@ class Decoder:
         self.weights = weights
         self.attention = attention
         self.ops: Ops = ops or TorchOps()
+        self.layers = layers
         self.frequencies = None if spec.rope is None else inverse_frequencies(spec.rope).to(device)
 
     @torch.inference_mode()
@@ -126,7 +137,8 @@ class Decoder:
         if spec.embed_scale != 1.0:
             residual = residual * spec.embed_scale
         hidden: Hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
-        for i, layer in enumerate(weights.layers):
+        done = 0 if self.layers is None else self.layers.run(hidden, residual, table, batch.kv_slots, kv, plan)
+        for i, layer in enumerate(weights.layers[done:], done):
             last = i + 1 == spec.layers
             x = self._attend(i, layer, hidden, batch, kv, plan, table if spec.rotates(i) else None)
             if last and batch.logit_rows is not None:

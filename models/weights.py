@@ -23,6 +23,10 @@ from torch import Tensor
 from ..config import EngineConfig
 from ..errors import StartupError
 from .attention import make_backend
+from .cpu_attention import CpuAttention
+from .cpu_decoder import CpuLayers, fits
+from .cpu_kernels import kernels
+from .cpu_ops import CpuOps
 from .decoder import Decoder, LayerWeights, Weights, check_supported
 from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
@@ -30,7 +34,7 @@ from .head import Head
 from .kv_cache import kv_dtype
 from .layers import Linear, LinearMap, Ops, TorchOps
 from .ledger import CHUNK
-from .quantized import QuantizedLinear, dequantise, kernel, kind_of
+from .quantized import QuantizedLinear, dequantise, kind_of, takes
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
 
@@ -73,15 +77,23 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
         fill_dummy(places.values(), config.random_seed, device)
     else:
         _fill(places, folder, spec, progress, blocks)
-    ops = make_ops(config, device, spec)
+    ops = make_ops(config, device, spec, bool(blocks))
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    return Decoder(spec, weights, attention, device, dtype, ops)
+    if blocks and config.attention_backend == "auto":
+        attention = CpuAttention(attention)
+    layers = CpuLayers(spec, weights) if blocks and fits(spec, weights) else None
+    return Decoder(spec, weights, attention, device, dtype, ops, layers)
 
 
-def make_ops(config: EngineConfig, device: torch.device, spec: Spec) -> Ops:
-    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them."""
+def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool) -> Ops:
+    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
+
+    For quantized weights, our C kernels on a CPU.
+    """
+    if quantized:
+        return CpuOps()
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
     from .triton_ops import TritonOps, pdl_rows
@@ -153,7 +165,7 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     try:
         if reason:
             raise StartupError(reason)
-        kernel()
+        kernels()
     except StartupError as error:
         if asked:
             raise StartupError(f"--quantization gguf: {error}") from None
@@ -232,7 +244,7 @@ def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tens
     for name, part in zip(shapes, parts, strict=True):
         _check_blocks(name, part, shapes[name])
     stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
-    return QuantizedLinear(stacked, inputs, bias) if kernel().takes(stacked, inputs) else None
+    return QuantizedLinear(stacked, inputs, bias) if takes(stacked, inputs) else None
 
 
 def _check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:
