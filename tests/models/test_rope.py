@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from actorserve.models.families import rope_of
+from actorserve.models.rope_config import rope_of
 from actorserve.models.rope import inverse_frequencies, rotate_, rotation_table
 from actorserve.models.spec import Rope
 
