@@ -7,16 +7,20 @@ from typing import Any
 
 from ..errors import StartupError
 from .rope_config import Config, head_dim_of, rope_of
-from .spec import Norm, Spec
+from .spec import Act, Norm, Spec
 
-ACTS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+ACTS: dict[str, Act] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
-}  # fmt: skip
+}
 SLIDING = "sliding_attention"
 
 
-def act_of(name: Any) -> str:
+def act_of(name: Any) -> Act:
     """The Spec's name of an activation function. Raises StartupError for others."""
     if name not in ACTS:
         raise StartupError(f"config.json: hidden_act {name!r} is not served; served: {', '.join(sorted(ACTS))}")
@@ -253,7 +257,7 @@ def gpt2(config: Config) -> Spec:
         o_bias=True,
         mlp_bias=True,
         scale=None if config.get("scale_attn_weights", True) else 1.0,
-        act=act_of(config.get("activation_function", "gelu_new")),  # type: ignore[arg-type]
+        act=act_of(config.get("activation_function", "gelu_new")),
         gated=False,
         tied=config.get("tie_word_embeddings", True),
     )
@@ -263,14 +267,16 @@ def olmo2(config: Config) -> Spec:
     """OLMo 2: norms after each part, queries and keys normalised over all heads."""
     norm = rms_of(config, 1e-5)
     bias = bool(config.get("attention_bias", False))
-    return base(
-        config, norm=norm, layout="post", qk_norm=norm, qk_norm_shape="all", qkv_bias=bias, o_bias=bias
-    )
+    return base(config, norm=norm, layout="post", qk_norm=norm, qk_norm_shape="all", qkv_bias=bias, o_bias=bias)
 
 
 def exaone(config: Config) -> Spec:
     """EXAONE 3: a Llama under other names."""
-    known = {"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"}
+    known = {
+        "num_layers": "num_hidden_layers",
+        "layer_norm_epsilon": "rms_norm_eps",
+        "activation_function": "hidden_act",
+    }
     config = {"rms_norm_eps": 1e-5} | {known.get(key, key): value for key, value in config.items()}
     return llama(config, rope=rope_of(config, default_theta=500000.0))
 

@@ -52,7 +52,7 @@ def attend(
     mla = spec.mla
     assert mla is not None
     width = projected.shape[1] - mla.kv_rank - mla.rope
-    q, latent, key = projected.split([width, mla.kv_rank, mla.rope], dim=1)
+    q, latent, key = torch.split(projected, [width, mla.kv_rank, mla.rope], dim=1)
     if weights.q_up is not None and weights.q_norm is not None:
         q = weights.q_up(rms_norm(q, weights.q_norm, mla.eps))
     q = q.reshape(len(q), spec.heads, mla.nope + mla.rope)

@@ -70,14 +70,15 @@ def layer_of(name: str) -> int | None:
 
 def qkv(tensor: "Tensor", spec: Spec) -> Pieces:
     """Queries, keys and values one after another; weight or bias."""
-    kv = spec.kv_heads * spec.head_dim
-    parts = tensor.split([spec.heads * spec.head_dim, kv, kv])
-    yield from zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    if len(tensor) != q + 2 * kv:
+        raise ValueError(f"{q} + 2 * {kv} rows were expected")
+    yield from (("q_proj", tensor[:q]), ("k_proj", tensor[q : q + kv]), ("v_proj", tensor[q + kv :]))
 
 
 def grouped_qkv(tensor: "Tensor", spec: Spec) -> Pieces:
     """For each KV head its queries, then its key and value (InternLM 2)."""
-    groups = tensor.unflatten(0, (spec.kv_heads, spec.group + 2, spec.head_dim))
+    groups = tensor.reshape(spec.kv_heads, spec.group + 2, spec.head_dim, *tensor.shape[1:])
     yield "q_proj", groups[:, : spec.group].flatten(0, 2)
     yield "k_proj", groups[:, spec.group].flatten(0, 1)
     yield "v_proj", groups[:, spec.group + 1].flatten(0, 1)
@@ -107,8 +108,9 @@ def stacked(name: str, turned: bool = False) -> Cut:
     """All experts' matrices under one another, [experts * inter, hidden]; `turned`: each is transposed (DBRX)."""
 
     def cut(tensor: "Tensor", spec: Spec) -> Pieces:
-        assert spec.moe is not None
-        for expert, matrix in enumerate(tensor.unflatten(0, (spec.moe.experts, spec.moe.inter))):
+        if spec.moe is None:
+            raise ValueError("it has no experts")
+        for expert, matrix in enumerate(tensor.reshape(spec.moe.experts, spec.moe.inter, -1)):
             yield f"{expert}.{name}", matrix.t() if turned else matrix
 
     return cut

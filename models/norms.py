@@ -1,7 +1,7 @@
 """Normalisations in torch: RMS and LayerNorm with their weights, and those of query and key heads.
 
-Used by layers.py and the decoder. A weight that has an offset added (Gemma's 1 + w) is kept in float32, since in 16 bits
-the sum would lose most of w; so weights may be wider than what they are applied to.
+Used by layers.py and the decoder. A weight that has an offset added (Gemma's 1 + w) is kept in float32, since in 16
+bits the sum would lose most of w; so weights may be wider than what they are applied to.
 Legend: T tokens, H query heads, K KV heads, D head_dim.
 """
 
@@ -50,7 +50,10 @@ def is_head_rms(spec: Spec) -> bool:
 def plain_qk_norm_(qkv: Tensor, weight: Tensor, spec: Spec) -> None:
     """Normalise queries and keys in place as `spec` says, whatever it is: qkv [T, H + 2K, D], weight [H + K, D]."""
     assert spec.qk_norm is not None
-    for part, gain in ((qkv[:, : spec.heads], weight[: spec.heads]), (qkv[:, spec.heads : len(weight)], weight[spec.heads :])):
+    for part, gain in (
+        (qkv[:, : spec.heads], weight[: spec.heads]),
+        (qkv[:, spec.heads : len(weight)], weight[spec.heads :]),
+    ):
         rows = part.flatten(1) if spec.qk_norm_shape == "all" else part
         part.copy_((_unit(rows, spec.qk_norm) * gain.view(rows.shape[1:])).view(part.shape))
 
@@ -58,4 +61,6 @@ def plain_qk_norm_(qkv: Tensor, weight: Tensor, spec: Spec) -> None:
 def _unit(x: Tensor, norm: Norm) -> Tensor:
     """x normalised over its last dimension, without weights."""
     shape = (x.shape[-1],)
-    return F.layer_norm(x, shape, None, None, norm.eps) if norm.kind == "layer" else F.rms_norm(x, shape, None, norm.eps)
+    return (
+        F.layer_norm(x, shape, None, None, norm.eps) if norm.kind == "layer" else F.rms_norm(x, shape, None, norm.eps)
+    )

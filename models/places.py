@@ -1,6 +1,7 @@
-"""The weights of a Spec, not yet filled, and the place of every tensor of a checkpoint in them, by our names (names.py).
+"""The weights of a Spec, not yet filled, and in them the place of every tensor of a checkpoint, by our names.
 
-Used by weights.py and the tests. What one GEMM multiplies is one tensor, of which the checkpoint's tensors are views.
+Used by weights.py and the tests. What one GEMM multiplies is one tensor, of which the checkpoint's tensors are views;
+what our names are, and how a family's become them, is in names.py.
 Invariant: every element of the weights belongs to exactly one place.
 """
 
@@ -158,7 +159,9 @@ class Allocation:
             gate_up=gate_up,
             down_proj=down,
             shared=self._dense(prefix + "shared_experts.", moe.shared_inter) if moe.shared_inter else None,
-            shared_gate=self._linear(prefix, {"shared_expert_gate": 1}, spec.hidden, False) if moe.shared_gate else None,
+            shared_gate=self._linear(prefix, {"shared_expert_gate": 1}, spec.hidden, False)
+            if moe.shared_gate
+            else None,
         )
 
     # ------------------------------------------------------------------ tensors

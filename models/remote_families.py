@@ -3,7 +3,7 @@
 Used by families.py, which has the table. What is here is read off that code, once; nothing of a checkpoint is ever run.
 """
 
-from .dense_families import act_of, base, llama, refuse
+from .dense_families import base, llama, refuse
 from .rope_config import Config
 from .spec import Norm, Rope, Spec
 
@@ -19,6 +19,7 @@ def qwen(config: Config) -> Spec:
     refuse(config, rotary_pct=1.0, no_bias=True, scale_attn_weights=True)
     return base(
         config | {"intermediate_size": config["intermediate_size"] // 2},  # of its two halves together
+        kv_heads=config["num_attention_heads"],
         head_dim=config.get("kv_channels", 128),
         norm=Norm("rms", config.get("layer_norm_epsilon", 1e-6)),
         rope=Rope(float(config.get("rotary_emb_base", 10000.0)), config.get("kv_channels", 128)),
@@ -29,7 +30,11 @@ def qwen(config: Config) -> Spec:
 def chatglm(config: Config) -> Spec:
     """ChatGLM 2 and 3, GLM-4-9B in its own format: half of each head rotated, in pairs."""
     refuse(
-        config, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False, interleaved_qkv=False
+        config,
+        rmsnorm=True,
+        post_layer_norm=True,
+        apply_residual_connection_post_layernorm=False,
+        interleaved_qkv=False,
     )
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width = config.get("kv_channels") or hidden // heads
@@ -47,6 +52,5 @@ def chatglm(config: Config) -> Spec:
         qkv_bias=bias or bool(config.get("add_qkv_bias", False)),
         o_bias=bias,
         mlp_bias=bias,
-        act=act_of("silu"),  # type: ignore[arg-type]
         tied=bool(config.get("tie_word_embeddings", False)),
     )

@@ -52,7 +52,9 @@ def _scaling(parameters: Config, max_position: int) -> RopeScaling | None:
         )
     if kind == "yarn":
         return _yarn(parameters, max_position)
-    raise StartupError(f"config.json: rope type {kind!r} is not served yet; served: default, dynamic, linear, llama3, yarn")
+    raise StartupError(
+        f"config.json: rope type {kind!r} is not served yet; served: default, dynamic, linear, llama3, yarn"
+    )
 
 
 def _yarn(parameters: Config, max_position: int) -> RopeScaling:

@@ -1,4 +1,4 @@
-"""Families with experts, and those with latent attention: config.json to Spec. Used by families.py, which has the table.
+"""Families with experts, and with latent attention: config.json to Spec. Used by families.py, which has the table.
 
 Grok-1 and the first DeepSeek have no code in transformers: these readings are of the code beside their checkpoints.
 """
@@ -78,7 +78,7 @@ def dbrx(config: Config) -> Spec:
         norm=Norm("layer", 1e-5),
         rope=Rope(float(theta), hidden // heads),
         clip_qkv=attention.get("clip_qkv"),
-        act=act_of((ffn.get("ffn_act_fn") or {}).get("name", "silu")),  # type: ignore[arg-type]
+        act=act_of((ffn.get("ffn_act_fn") or {}).get("name", "silu")),
         tied=config.get("tie_word_embeddings", False),
         moe=Moe(ffn.get("moe_num_experts", 4), ffn.get("moe_top_k", 1), inter, (True,) * layers),
     )
@@ -180,7 +180,7 @@ def grok1(config: Config) -> Spec:
         layout="sandwich",
         act="gelu_tanh",
         scale=float(config["attn_output_multiplier"]) if "attn_output_multiplier" in config else None,
-        attn_softcap=float(config.get("attn_logit_softcapping", config.get("max_attn_value", 30.0))),
+        attn_softcap=float(config.get("attn_logit_softcapping") or config.get("max_attn_value") or 30.0),
         embed_scale=float(config.get("embedding_multiplier_scale", 1.0)),
         logit_scale=float(config.get("output_multiplier_scale", 1.0)),
         tied=config.get("tie_word_embeddings", True),

@@ -8,6 +8,9 @@ Invariant: a Spec is complete; None or () means "the model does not have it", no
 from dataclasses import dataclass
 from typing import Literal
 
+Act = Literal["silu", "gelu", "gelu_tanh"]
+"""An activation function; gelu_tanh is GELU's tanh approximation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -145,7 +148,7 @@ class Spec:
     """[layers] a token sees itself and window - 1 tokens before it; None: all. (): no layer has a window."""
     causal: bool = True
 
-    act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    act: Act = "silu"
     gated: bool = True
     """mlp = down(act(gate(x)) * up(x)), else down(act(up(x)))."""
     layout: Literal["pre", "parallel", "sandwich", "post"] = "pre"

@@ -181,9 +181,7 @@ def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
     return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
-def _fill(
-    places: dict[str, Place], folder: Path, spec: Spec, names: Names, progress: Progress, blocks: Blocks
-) -> None:
+def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, progress: Progress, blocks: Blocks) -> None:
     """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact."""
     files = _files(folder)
     total = sum(file.stat().st_size for file in files) or 1

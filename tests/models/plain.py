@@ -18,10 +18,13 @@ def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def rotated(x: Tensor, theta: float = 10000.0) -> Tensor:
     """x [tokens, heads, head_dim]"""
     half = x.shape[-1] // 2
-    angle = torch.arange(len(x), dtype=torch.float64)[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.view_as_complex(torch.stack((x[..., :half], x[..., half:]), -1)) * torch.polar(
-        torch.ones_like(angle), angle
-    )[:, None]
+    angle = torch.arange(len(x), dtype=torch.float64)[:, None] * theta ** (
+        -torch.arange(half, dtype=torch.float64) / half
+    )
+    turned = (
+        torch.view_as_complex(torch.stack((x[..., :half], x[..., half:]), -1))
+        * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
     return torch.cat((turned.real, turned.imag), -1)
 
 

@@ -47,7 +47,9 @@ def renamed(tensors: Tensors, *changes: tuple[str, str]) -> Tensors:
     return out
 
 
-def fused(tensors: Tensors, parts: list[str], whole: str, join: Callable[[list[Tensor]], Tensor] = torch.cat) -> Tensors:
+def fused(
+    tensors: Tensors, parts: list[str], whole: str, join: Callable[[list[Tensor]], Tensor] = torch.cat
+) -> Tensors:
     """Modules `parts` of each layer become the module `whole`."""
     out = dict(tensors)
     for first in [name for name in tensors if f".{parts[0]}." in name]:
@@ -102,8 +104,9 @@ def chatglm(folder: Path) -> tuple[Reference, str]:
     model = tiny.build("glm", rope_parameters=rope, rms_norm_eps=1e-4)
     tensors = fused(based_on(model, folder), ["q_proj", "k_proj", "v_proj"], "query_key_value")
     tensors = renamed(
-        tensors, ("model.embed_tokens", "transformer.embedding.word_embeddings"), ("lm_head", "transformer.output_layer"),
-        ("model.norm", "transformer.encoder.final_layernorm"), ("model.", "transformer.encoder."),
+        tensors, ("model.embed_tokens", "transformer.embedding.word_embeddings"),
+        ("lm_head", "transformer.output_layer"), ("model.norm", "transformer.encoder.final_layernorm"),
+        ("model.", "transformer.encoder."),
         ("self_attn", "self_attention"), ("o_proj", "dense"), ("gate_up_proj", "dense_h_to_4h"),
         ("down_proj", "dense_4h_to_h"),
     )  # fmt: skip

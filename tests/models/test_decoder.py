@@ -48,7 +48,9 @@ def assert_close(logits: torch.Tensor, reference: torch.Tensor, tolerance: float
     assert (logits - reference).abs().max() <= tolerance * reference.std()
 
 
-@pytest.mark.parametrize("sizes", [[LENGTH], [7] * 10, [60] + [1] * 10, [64, 6]], ids=["whole", "sevens", "steps", "64"])
+@pytest.mark.parametrize(
+    "sizes", [[LENGTH], [7] * 10, [60] + [1] * 10, [64, 6]], ids=["whole", "sevens", "steps", "64"]
+)
 def test_logits_equal_transformers(family: tuple[Reference, Decoder], sizes: list[int]) -> None:
     reference, decoder = family
     ids = tiny.prompt(LENGTH)

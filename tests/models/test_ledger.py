@@ -13,9 +13,9 @@ from actorserve.models import floors, ledger
 from actorserve.models.families import spec_of
 from actorserve.models.floors import GIB, GPUS, Limits
 from actorserve.models.kv_cache import KVCache
+from actorserve.models.places import allocate
 from actorserve.models.shapes import KNOWN, write_shape
 from actorserve.models.spec import Spec
-from actorserve.models.places import allocate
 
 H200 = Limits(4.3e12, 790e12)
 SPECS = {name: spec_of(config) for name, config in KNOWN.items()}
