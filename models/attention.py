@@ -290,6 +290,12 @@ def make_backend(name: str, device: torch.device, spec: Spec, dtype: torch.dtype
         return TorchAttention()
     if device.type != "cuda":
         raise StartupError(f"--attention-backend {name} needs a GPU")
+    if spec.mla is not None:
+        from .latent_attention import LatentAttention
+
+        if name == "flashinfer":
+            raise StartupError("--attention-backend flashinfer: not for latent attention; take auto or triton")
+        return LatentAttention(spec)
     from .triton_attention import TritonAttention
 
     if name == "triton" or (name == "auto" and importlib.util.find_spec("flashinfer") is None):
