@@ -199,7 +199,7 @@ def stablelm(config: Config) -> Spec:
     )
 
 
-def cohere(config: Config) -> Spec:
+def cohere(config: Config, **fields: Any) -> Spec:
     """Command-R and R+: LayerNorm, attention and MLP side by side, interleaved rope, scaled logits."""
     norm = Norm("layer", config.get("layer_norm_eps", 1e-5))
     bias = bool(config.get("attention_bias", False))
@@ -214,6 +214,18 @@ def cohere(config: Config) -> Spec:
         qk_norm_shape="head",
         logit_scale=float(config.get("logit_scale", 0.0625)),
         tied=config.get("tie_word_embeddings", True),
+        **fields,
+    )
+
+
+def cohere2(config: Config) -> Spec:
+    """Command-R7B and Command-A: three layers with a window, then one without, which has no rope."""
+    pattern, layers = config.get("sliding_window_pattern") or 4, config["num_hidden_layers"]
+    kinds = config.get("layer_types") or [SLIDING if (i + 1) % pattern else "full_attention" for i in range(layers)]
+    return cohere(
+        config,
+        windows=windows_of(kinds, config.get("sliding_window", 4096)),
+        nope_layers=tuple(kind != SLIDING for kind in kinds),
     )
 
 

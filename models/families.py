@@ -145,6 +145,7 @@ class Family:
 FAMILIES: Final[dict[str, Family]] = {
     "chatglm": Family(remote.chatglm, CHATGLM),
     "cohere": Family(dense.cohere, COHERE),
+    "cohere2": Family(dense.cohere2),
     "dbrx": Family(sparse.dbrx, DBRX),
     "deepseek": Family(sparse.deepseek),
     "deepseek_v2": Family(sparse.deepseek_v2),

@@ -1,7 +1,7 @@
 """Attention over a cache of latents on a GPU (MLA, see mla.py): one Triton kernel, for decode rows and chunks.
 
-Used by the decoder where TritonAttention is for heads. A decode row is a tile of one query, cut on the device, so that a
-step can be replayed as a CUDA graph; few rows split their keys, and torch merges the parts.
+Used by the decoder where TritonAttention is for heads. A decode row is a tile of one query, cut on the device, so that
+a step can be replayed as a CUDA graph; few rows split their keys, and torch merges the parts.
 Invariant: results are TorchAttention's, up to rounding (tests/models/test_latent_attention.py).
 """
 

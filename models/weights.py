@@ -56,6 +56,7 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     device = pick_device(config.device)
     blocks = kept_blocks(config, folder, device)
     dtype = torch.float32 if blocks else pick_dtype(config.dtype, facts, device)
+    check_dtype(spec, device, dtype)
     progress(0.0)
     weights, places = allocate(spec, device, dtype, blocks)
     if config.load_format == "dummy":
@@ -107,6 +108,12 @@ def pick_dtype(name: str, facts: dict[str, Any], device: torch.device) -> torch.
     if device.type == "cpu":
         return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
     return DTYPES.get(str(facts.get("dtype") or facts.get("torch_dtype")), torch.bfloat16)
+
+
+def check_dtype(spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise StartupError where torch's grouped GEMM, which experts run on, would wait for the host at each call."""
+    if spec.moe is not None and device.type == "cuda" and dtype != torch.bfloat16:
+        raise StartupError("a model with experts runs on a GPU in bfloat16 only; take --dtype bfloat16")
 
 
 def cpu_multiplies_bfloat16() -> bool:

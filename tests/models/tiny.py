@@ -103,6 +103,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-12b": ("StableLm", {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
     "cohere": ("Cohere", {"logit_scale": 0.5, "layer_norm_eps": 1e-3}),
     "cohere-plus": ("Cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.5, "num_hidden_layers": 4, "sliding_window": 9}),
     "glm": ("Glm", {"head_dim": 16}),
     "glm4": ("Glm4", {"head_dim": 16}),
     "phi3": ("Phi3", {"sliding_window": 20, "partial_rotary_factor": 0.5}),
@@ -150,7 +151,7 @@ def edit_config(folder: str, **fields: Any) -> None:
 
 
 def load(folder: str, **fields: Any) -> Decoder:
-    """Load a folder with our loader, float32 on the CPU."""
+    """Load a folder with our loader, float32 on the CPU unless told otherwise."""
     settings = {"dtype": "float32", "device": "cpu"} | fields
     return load_decoder(folder, EngineConfig(**settings), lambda fraction: None)
 
@@ -190,6 +191,11 @@ class Driver:
 
     def forward(self, work: list[tuple[Request, int]], logit_rows: Tensor | None = None) -> Tensor:
         """Run the next n tokens of each request; entries with n == 1 and something before it are decode rows."""
+        return self.decoder.forward(self.batch(work, logit_rows), self.kv)
+
+    def batch(self, work: list[tuple[Request, int]], logit_rows: Tensor | None = None) -> Batch:
+        """The batch of `forward`, on the decoder's device; the requests count its tokens as done."""
+        device = self.decoder.device
         decoding = [r for r, n in work if n == 1 and r.done]
         chunked = [(r, n) for r, n in work if not (n == 1 and r.done)]
         spans = [(r, r.done, r.done + 1) for r in decoding] + [(r, r.done, r.done + n) for r, n in chunked]
@@ -200,19 +206,18 @@ class Driver:
         positions = torch.cat([torch.arange(a, b) for _, a, b in spans])
         slots = torch.cat([r.pages[(p := torch.arange(a, b)) // PAGE].long() * PAGE + p % PAGE for r, a, b in spans])
         lengths = torch.tensor([r.done + 1 for r in decoding], dtype=torch.int32)
-        batch = Batch(
-            ids=torch.tensor([token for r, a, b in spans for token in r.ids[a:b]]),
-            positions=positions,
-            kv_slots=slots,
-            decode_tables=tables,
-            decode_lengths=lengths,
-            max_decode_length=int(lengths.max()) if decoding else 0,
-            logit_rows=logit_rows,
-            chunks=[Chunk(a, b - a, r.pages) for r, a, b in spans[len(decoding) :]],
-        )
         for request, _, end in spans:
             request.done = end
-        return self.decoder.forward(batch, self.kv)
+        return Batch(
+            ids=torch.tensor([token for r, a, b in spans for token in r.ids[a:b]], device=device),
+            positions=positions.to(device),
+            kv_slots=slots.to(device),
+            decode_tables=tables.to(device),
+            decode_lengths=lengths.to(device),
+            max_decode_length=int(lengths.max()) if decoding else 0,
+            logit_rows=logit_rows,
+            chunks=[Chunk(a, b - a, r.pages.to(device)) for r, a, b in spans[len(decoding) :]],
+        )
 
     def logits(self, ids: list[int], sizes: list[int]) -> Tensor:
         """All logits [len(ids), vocab] of one sequence computed in chunks of these sizes."""
