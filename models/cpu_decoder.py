@@ -13,6 +13,8 @@ from .cpu_attention import CpuPlan
 from .cpu_kernels import Layer, kernels, threads
 from .cpu_ops import rotates, rotation_of
 from .kv_cache import KVCache
+from .layers import DenseMlp
+from .norms import is_head_rms
 from .quantized import QuantizedLinear
 from .spec import Spec
 
@@ -34,8 +36,9 @@ class CpuLayers:
             layer, following = weights.layers[i], weights.layers[i + 1]
             entry.qkv, entry.o, entry.gate_up, entry.down = (linear.map for linear in maps_of(layer))
             entry.qk_norm = None if layer.qk_norm is None else layer.qk_norm.data_ptr()
-            entry.mlp_norm = layer.mlp_norm.data_ptr()
-            entry.next_norm = following.attention_norm.data_ptr()
+            assert layer.mlp_norm is not None and following.attention_norm is not None
+            entry.mlp_norm = layer.mlp_norm.weight.data_ptr()
+            entry.next_norm = following.attention_norm.weight.data_ptr()
             entry.rotates = spec.rotates(i)
 
     def run(
@@ -66,11 +69,16 @@ class CpuLayers:
 
 
 def maps_of(layer: "LayerWeights") -> tuple[Any, ...]:
-    """The four linear maps of a layer."""
-    return layer.qkv, layer.o, layer.gate_up, layer.down
+    """The four linear maps of a layer with a dense MLP."""
+    assert isinstance(layer.mlp, DenseMlp)
+    return layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down
 
 
 def fits(spec: Spec, weights: "Weights") -> bool:
     """Whether `CpuLayers` takes this model. The cache's dtype is the plan's concern."""
-    maps = [linear for layer in weights.layers[:-1] for linear in maps_of(layer)]
-    return spec.act == "silu" and rotates(spec) and all(isinstance(linear, QuantizedLinear) for linear in maps)
+    plain = spec.layout == "pre" and spec.norm.kind == "rms" and spec.gated and spec.act == "silu"
+    heads = spec.clip_qkv is None and spec.local_rope is None and (spec.qk_norm is None or is_head_rms(spec))
+    layers = weights.layers[:-1]
+    if not (plain and heads and rotates(spec) and all(isinstance(layer.mlp, DenseMlp) for layer in layers)):
+        return False
+    return all(isinstance(linear, QuantizedLinear) for layer in layers for linear in maps_of(layer))
