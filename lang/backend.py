@@ -1,6 +1,7 @@
 """What the interpreter asks of a model: Backend, the base of every one, and what all of them share.
 
-Invariant: all coroutines run in the loop of loop.py, as many at once as `most_calls`; the rest waits its turn there.
+Invariant: all coroutines run in the backend's `loop` (that of loop.py, but for programs on a server), as many calls at
+once as `most_calls`; the rest waits its turn there.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -13,7 +14,7 @@ from ..errors import RequestError
 from .choices import METHODS, ChoicesDecision, ChoicesMethod
 from .context import Context
 from .expressions import Sampling
-from .loop import LOOP
+from .loop import LOOP, Tasks
 from .templates import ChatTemplate
 from .tools import call_schema
 
@@ -46,6 +47,7 @@ class Backend:
     def __init__(self, name: str, chat_template: ChatTemplate) -> None:
         self.name = name
         self.chat_template = chat_template
+        self.loop: Tasks = LOOP
         self._limiter: anyio.CapacityLimiter | None = None
 
     @property

@@ -186,7 +186,7 @@ class TritonOps:
         residual_scale: float,
         weight: Tensor,
         eps: float,
-        into: LinearMap,
+        into: LinearMap | None,
     ) -> tuple[Hidden, Tensor]:
         """See Ops."""
         ours, rows = self._fusing(linear, len(x)), len(x)
@@ -199,7 +199,7 @@ class TritonOps:
         ours = self._fusing(gate_up, len(x))
         return self.act_mul(gate_up(x), act) if ours is None else ours.gated(x, act)
 
-    def _fusing(self, linear: LinearMap, rows: int) -> TritonLinear | None:
+    def _fusing(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
         """`linear`, if it is a GEMM of ours at this many rows."""
         if self.fuse and isinstance(linear, TritonLinear) and linear.tile(rows) is not None:
             return linear
