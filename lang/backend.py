@@ -15,6 +15,7 @@ from .choices import METHODS, ChoicesDecision, ChoicesMethod
 from .context import Context
 from .expressions import Sampling
 from .loop import LOOP, Tasks
+from .remote import ProgramReply, ProgramRequest
 from .templates import ChatTemplate
 from .tools import call_schema
 
@@ -42,6 +43,8 @@ class Backend:
     takes_pictures: bool = False
     takes_tools: bool = False
     """Its API has tools; for other backends a call is a JSON schema."""
+    takes_programs: bool = False
+    """It runs whole programs (remote.py)."""
     most_calls: int = 256
 
     def __init__(self, name: str, chat_template: ChatTemplate) -> None:
@@ -70,6 +73,10 @@ class Backend:
     ) -> ChoicesDecision:
         """Choose the continuation. Raises RequestError where the backend cannot score choices by this method."""
         raise self._cannot("select")
+
+    async def run_program(self, request: ProgramRequest) -> ProgramReply:
+        """Run a whole program there. Raises ActorserveError."""
+        raise self._cannot("run programs")
 
     async def commit(self, context: Context) -> None:
         """Compute the context's text into the prefix cache; without effect where there is none to talk to."""

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "sampler": set[str](),
     "models": {"fsm", "kvstore", "sampler"},
     "actors": {"fsm", "kvstore", "sampler", "models"},
-    "http": {"fsm", "kvstore", "sampler", "models", "actors"},
+    "http": {"fsm", "kvstore", "sampler", "models", "actors", "lang"},  # lang: programs that run on the server
     "lang": {"models", "engine", "outputs"},  # the engine's public API, and the formats of reasoning
 }
 FREE = {"examples", "perf", "tests"}
