@@ -42,7 +42,7 @@ GRAMMARS = ("--grammar-seconds", "30")
 
 @dataclass
 class Workload:
-    """`run` gives a batch to the language, (items, backend, remote); `ask` does one of the programs by calls of its own."""
+    """`run` gives a batch to the language (items, backend, remote); `ask` does a program by calls of its own."""
 
     name: str
     items: list[dict[str, Any]]
