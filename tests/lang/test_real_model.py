@@ -197,7 +197,7 @@ def programs_run_on_the_server(runtime):
     with pytest.raises(sgl.ProgramError, match="variable 'x'"):
         sgl.function(lambda s: s.__iadd__("a" + sgl.gen("x", top_p=7))).run(backend=runtime, remote=True)["x"]
     for body, param in (
-        ({"program": [{"type": "Loop"}]}, "program[0]"),
+        ({"program": [{"type": "Loop"}]}, "program[0].type"),
         ({"program": [{"type": "Append", "state": 1, "nodes": []}]}, "program"),
         ({}, "program"),
     ):
