@@ -9,8 +9,8 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
     front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
-    front  --Tokenize, Detokenize, Order-->  text  --Order-->  sched
-    front  <--Tokenized, Detokenized, Done--  text  <--Done, Refused--  sched
+    front  --Tokenize, Detokenize, Order, Look-->  text  --Order, Look-->  sched
+    front  <--Tokenized, Detokenized, Done, Seen--  text  <--Done, Seen, Refused--  sched
                               fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
                                          fsm  --Masks, MatchFailed-->  sched  --Match, Unmatch-->  fsm
 """
@@ -20,6 +20,7 @@ from typing import Final, Literal, NewType, TypeAlias
 
 import msgspec
 
+from ..config import Thoughts
 from ..sampler.params import SamplingParams
 
 RequestId = NewType("RequestId", int)  # front index << 40 | counter; n choices of a request take n ids in a row
@@ -107,6 +108,25 @@ class GrammarSpec(Message, frozen=True, tag=7):
     structural tag as JSON."""
     whitespace: str = "spaced"
     """Of JSON: the name of a policy (fsm/spelling.py)."""
+    thoughts: Thoughts | None = None
+    """What may come before it, or must, if the prompt ends amid them."""
+
+
+class Resumed(Message, frozen=True, tag=8):
+    """Part of Generate: a choice that goes on after its text actor died, and what its front has of it."""
+
+    rid: int
+    ids: memoryview
+    """int32, its tokens so far."""
+    chars: int
+    """Characters of its text so far."""
+    logprobs: int
+    """Of `ids`, those from the first on whose logprobs came."""
+    cached_tokens: int
+    forced_tokens: int
+    jumps: int
+    prompt_logprobs: int
+    """Of its prompt, those that came."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -125,6 +145,11 @@ class Generate(Message, frozen=True, tag=10):
     """CLOCK_MONOTONIC when the front took the request."""
     grammar: GrammarSpec | None = None
     """What each output must match."""
+    tenant: str = ""
+    """The API key's name, and its share of the engine in relation to others'."""
+    weight: float = 1.0
+    resumed: list[Resumed] | None = None
+    """Asked again after a text actor's death: the choices that have not ended. None: all n begin."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -166,6 +191,17 @@ class Order(Message, frozen=True, tag=14):
     action: Action
 
 
+class Look(Message, frozen=True, tag=80):
+    """Front asks what the engine is doing, through text. Owed: Seen, or Refused where there is no scheduler.
+
+    `nodes`, `requests`: the most of each that the answer may hold.
+    """
+
+    rid: int
+    nodes: int
+    requests: int
+
+
 # ------------------------------------------------------------------ text -> sched
 
 
@@ -181,6 +217,10 @@ class Submit(Message, frozen=True, tag=20):
     priority: int = 0
     arrival_ns: int = 0
     grammar: GrammarSpec | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    generated: memoryview = NOTHING
+    """int32, what a scheduler or text actor that died had seen of the output: it goes on behind."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -235,14 +275,15 @@ class PromptLogprobs(Message, frozen=True, tag=38):
 
 
 class Started(Message, frozen=True, tag=31):
-    """Sent once a request, before its first token: how many prompt tokens came from the prefix cache."""
+    """Sent once a Submit, before its first token: how many prompt tokens came from the prefix cache."""
 
     rid: int
     cached_tokens: int
     queued_ns: int
     """From arrival to admission."""
     complete: bool | None = None
-    """Whether an empty output matches its grammar; None: there is none, or nobody knows before the output's end."""
+    """Whether the output that the Submit came with, an empty one in general, matches its grammar; None: there is none,
+    or nobody knows before the output's end."""
 
 
 class Ended(Message, frozen=True, tag=32):
@@ -297,10 +338,66 @@ class Stats(Message, frozen=True, tag=33):
     grammars_failed: int = 0
     grammar_seconds: float = 0.0
     """Counter: what compiling them took, failures included."""
+    down: str = ""
+    """What is not up, and why; empty: everything is."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
 """What is known of a scheduler that is not there."""
+
+
+class LaneView(Message, frozen=True, tag=81):
+    """A lane as one of its ends sees it; a moment old."""
+
+    source: str
+    target: str
+    up: bool
+    waiting: int = 0
+    """Messages that the target has not taken yet."""
+    sent: int = 0
+    """Counter: messages since the lane was made."""
+    full: int = 0
+    """Counter: how often there was no room."""
+    epoch: int = 0
+    """The target's incarnation; 0 where the end that answers does not know it."""
+
+
+class NodeView(Message, frozen=True, tag=82):
+    """A node of the radix tree; see kvstore.nodes. `parent` is -1 for the root of a namespace."""
+
+    id: int
+    parent: int
+    tokens: int
+    pages: int
+    locks: int
+    """Running requests that use it."""
+    hits: int
+
+
+class RequestView(Message, frozen=True, tag=83):
+    """A request, without its text. Lengths in tokens."""
+
+    rid: int
+    stage: Literal["waiting", "prefill", "decode"]
+    prompt: int
+    computed: int
+    """Tokens whose KV is there."""
+    generated: int
+    limit: int
+    """At which it ends, prompt included."""
+
+
+class Seen(Message, frozen=True, tag=84):
+    """The engine at one moment: the scheduler's part. Text adds the lanes that it alone knows and passes it on."""
+
+    rid: int
+    stats: Stats
+    lanes: list[LaneView]
+    nodes: list[NodeView]
+    tree_nodes: int
+    """How many the tree has, roots not counted."""
+    requests: list[RequestView]
+    paused: bool
 
 
 # ------------------------------------------------------------------ text -> front
@@ -632,15 +729,15 @@ class MatchFailed(Message, frozen=True, tag=78):
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
-FrontAnswer: TypeAlias = Tokenized | Detokenized | Done
+FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
-FrontQuestion: TypeAlias = Tokenize | Detokenize | Order
+FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
 TextInbox: TypeAlias = (
     SystemMessage | Generate | Cancel | Abort | FrontQuestion
-    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Refused
+    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | ExecutorReady | StepOut | GrammarNews
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | Look | ExecutorReady | StepOut | GrammarNews
 ExecutorInbox: TypeAlias = SystemMessage | Plan
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage

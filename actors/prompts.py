@@ -81,7 +81,7 @@ class Prompts:
             case _:
                 assert_never(prompt)
 
-    def submits(self, request: Generate, ids: NDArray[np.int32]) -> list[Submit]:
+    def submits(self, request: Generate, prompt: Encoded) -> list[Submit]:
         """One Submit per choice. Raises RequestError for parameters out of range.
 
         A max_new_tokens that does not fit is cut to the room in the context, as in SGLang; None takes all of it.
@@ -91,6 +91,10 @@ class Prompts:
         params.check(self._vocab_size)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this server runs without one", param="stop")
+        ids, grammar = prompt.ids, request.grammar
+        if prompt.thinking and grammar is not None and grammar.thoughts is not None:
+            opened = msgspec.structs.replace(grammar.thoughts, opened=True)
+            grammar = msgspec.structs.replace(grammar, thoughts=opened)
         check_start(params, len(ids))
         room = self._context_length - len(ids)
         most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
@@ -105,7 +109,9 @@ class Prompts:
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
-                grammar=request.grammar,
+                grammar=grammar,
+                tenant=request.tenant,
+                weight=request.weight,
             )
             for i in range(request.n)
         ]

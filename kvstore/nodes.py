@@ -78,6 +78,7 @@ class NodeView(NamedTuple):
     tokens: int
     pages: int
     locks: int
+    hits: int
 
 
 @dataclass(slots=True, frozen=True)

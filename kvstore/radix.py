@@ -9,6 +9,7 @@ has no locked descendant: the pages of all unlocked nodes are what `evict` can f
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -198,9 +199,9 @@ class RadixTree:
         self.evict(self.num_pages)
 
     def snapshot(self, limit: int = 1000) -> list[NodeView]:
-        """Up to `limit` nodes, parents before children, for metrics or a picture. Holds no token ids."""
+        """Up to `limit` nodes, level by level, for metrics or a picture; O(limit + roots). Holds no token ids."""
         return [
-            NodeView(n.id, n.parent.id if n.parent else None, len(n.key) // TOKEN_BYTES, len(n.pages), n.locks)
+            NodeView(n.id, n.parent.id if n.parent else None, len(n.key) // TOKEN_BYTES, len(n.pages), n.locks, n.hits)
             for n in islice(self._nodes(), limit)
         ]
 
@@ -249,11 +250,13 @@ class RadixTree:
         assert node.logprobs is None or len(node.logprobs) == len(node.key) // TOKEN_BYTES
 
     def _nodes(self) -> Iterator[Node]:
-        """Every node, roots too, level by level."""
-        level = list(self._roots.values())
-        while level:
-            yield from level
-            level = [child for node in level for child in node.children.values()]
+        """Every node, roots too, level by level; no further than it is read."""
+        parents = deque(self._roots.values())
+        yield from self._roots.values()
+        while parents:
+            for child in parents.popleft().children.values():
+                yield child
+                parents.append(child)
 
     def _walk(self, key: bytes, root: Node) -> _Walk:
         """Follows whole pages: one turn per node, whatever the length of its edge."""

@@ -190,7 +190,9 @@ class Stepper:
         return step
 
     def prepare_ahead(self) -> bool:
-        """Capture one more graph while there is time; False when all are there."""
+        """While there is time measure a product of prefills or capture a graph; False when all is done."""
+        if self.runner.decoder.ops.tune_ahead():
+            return True
         return self.graphs is not None and self.graphs.capture_next()
 
 

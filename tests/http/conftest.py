@@ -29,9 +29,15 @@ from actorserve.actors.messages import (
     Detokenized,
     Done,
     Generate,
+    LaneView,
+    Look,
+    NodeView,
     Order,
     PeerDown,
+    PeerUp,
     Refused,
+    RequestView,
+    Seen,
     Stats,
     TextInbox,
     TextPrompt,
@@ -40,7 +46,7 @@ from actorserve.actors.messages import (
     TokenLogprob,
     TokenPrompt,
 )
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.http.front import HttpFront
 from actorserve.sampler.params import SamplingParams
 
@@ -49,6 +55,8 @@ MODEL = ModelInfo(
 )
 READING = msgspec.structs.replace(MODEL, tool_parser="hermes", reasoning_parser="qwen3")
 """Outputs are read for calls and thoughts."""
+THINKING = msgspec.structs.replace(READING, thoughts=Thoughts((900,), (901,)))
+"""Thoughts' tags are tokens, so that a grammar can begin after them."""
 STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True, 77, 8, 1, 5, 3, 2, 0.75)
 WORDS = ("Hello", " wörld", " and", " moon")
 
@@ -108,21 +116,23 @@ class FakeText(Actor):
         self.script: Callable[[Generate], list[Chunks | Refused]] = words
         self.arrived = asyncio.Event()
         self.busy = False
+        self.mute = False
+        """Looks get no answer."""
 
     def receive(self, message: object, source: str) -> None:
         if isinstance(message, Generate):
             prompt = message.prompt
             if isinstance(prompt, TokenPrompt):  # aliases the lane
                 copied = TokenPrompt(memoryview(bytes(prompt.ids)))
-                message = Generate(message.rid, message.n, copied, message.params, message.cache_salt, message.priority)
+                message = replace(message, prompt=copied)
             asyncio.get_running_loop().call_soon(self._say, self.script(message))
-        if isinstance(message, Tokenize | Detokenize | Order):
+        if isinstance(message, Tokenize | Detokenize | Order | Look) and not (self.mute and isinstance(message, Look)):
             asyncio.get_running_loop().call_soon(self.say, self.answer(message))
-        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort):
+        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look):
             self.got.append(message)
             self.arrived.set()
 
-    def answer(self, message: Tokenize | Detokenize | Order) -> object:
+    def answer(self, message: Tokenize | Detokenize | Order | Look) -> object:
         """A token a character, its code point; orders are refused while there are requests."""
         match message:
             case Tokenize():
@@ -133,6 +143,11 @@ class FakeText(Actor):
                 return Detokenized(message.rid, "".join(map(chr, message.ids.cast("i"))))
             case Order():
                 return Refused(message.rid, 1, 400, "not_idle", "busy") if self.busy else Done(message.rid)
+            case Look():
+                lanes = [LaneView("text", "sched", True, 3, 70, 1, 2), LaneView("sched", "exec.0", False)]
+                nodes = [NodeView(1, -1, 0, 0, 1, 4), NodeView(2, 1, 40, 3, 1, 4)]
+                requests = [RequestView(9, "decode", 7, 8, 2, 20)]
+                return Seen(message.rid, STATS, lanes, nodes, 1, requests, False)
 
     def say(self, message: object) -> None:
         self.context.ref("front.0").post(message)
@@ -172,6 +187,11 @@ class Rig:
         """What the node does when the text actor dies."""
         disconnect(self.front.context, self.text.context)
         self.front.context.inbox.put_system(PeerDown("text", 1, "killed"))
+
+    def revive_text(self) -> None:
+        """And what it does when there is another."""
+        connect(self.front.context, self.text.context, codec=True)
+        self.front.context.inbox.put_system(PeerUp("text", 2))
 
 
 @contextlib.asynccontextmanager
@@ -262,6 +282,7 @@ def fakes() -> SimpleNamespace:
         WORDS=WORDS,
         MODEL=MODEL,
         READING=READING,
+        THINKING=THINKING,
         STATS=STATS,
         open_rig=open_rig,
         until=until,

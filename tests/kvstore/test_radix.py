@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -349,20 +350,20 @@ class RadixMachine(RuleBasedStateMachine):
         self.engine.check()
 
 
-def machine(size: int, policy_name: str, examples: int) -> Any:
+def machine(size: int, policy_name: str, count: int) -> Any:
     class Machine(RadixMachine):
         page_size = size
         policy = policy_name
 
     case = Machine.TestCase
-    case.settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
+    case.settings = settings(max_examples=count, stateful_step_count=40, deadline=None)
     return case
 
 
-TestPages4 = machine(4, "lru", 80)
-TestPages16 = machine(16, "lru", 40)
+TestPages4 = machine(4, "lru", examples(80, 40))
+TestPages16 = machine(16, "lru", examples(40, 20))
 TestPages1 = machine(1, "lru", 20)
-TestLeastHits = machine(4, "lfu", 40)
+TestLeastHits = machine(4, "lfu", examples(40, 20))
 
 
 # ---------------------------------------------------------------------- the tricky cases, one by one
@@ -699,6 +700,7 @@ def test_snapshot_and_statistics(engine: Engine) -> None:
     rows = engine.tree.snapshot()
     assert [(row.tokens, row.pages, row.locks) for row in rows] == [(0, 0, 0), (4, 1, 0), (5, 2, 0), (5, 2, 0)]
     assert [row.parent for row in rows] == [None, rows[0].id, rows[1].id, rows[1].id]
+    assert [row.hits for row in rows] == [1, 1, 0, 0]
     assert engine.tree.snapshot(limit=2) == rows[:2]
     engine.evict(2)
     stats = engine.tree.statistics()

@@ -4,13 +4,20 @@ import itertools
 import json
 import math
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import anthropic
 import httpx
 import jsonschema
 import openai
 import pytest
+from browser import open_page
 from live_server import LiveServer, wait_until
+
+from actorserve import cli
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 QUESTION = "What is the capital of France?"
 
@@ -350,3 +357,98 @@ def test_responses_go_on(server: LiveServer) -> None:
     assert call.type == "function_call"
     jsonschema.validate(json.loads(call.arguments), WEATHER)
     assert last.response.usage.input_tokens > first.usage.total_tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_the_page_chats_and_shows_the_engine(server: LiveServer, width: int, scheme: str) -> None:
+    size = {"width": width, "height": 800}
+    with open_page(server.url + "/", viewport=size, color_scheme=scheme) as (page, complaints):
+        before = page.evaluate("fetch('v1/engine/stats').then(reply => reply.json())")
+        page.fill("#prompt", f"Name the {width} seas.")
+        page.click("[data-panel=sampling]")
+        page.fill("#s-max_tokens", "12")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".live .facts .speed")  # figures come while it streams
+        page.wait_for_selector("#send:has-text('Send')")
+        assert page.inner_text(".turn.assistant .text").strip()
+        assert "12 tokens" in page.inner_text(".facts") and "prompt tokens cached" in page.inner_text(".facts")
+        if width < 900:
+            assert not page.is_visible("#engine")
+            page.click("#tabs [data-tab=engine]")
+        page.wait_for_selector("#state .dot.ok")
+        after = page.evaluate("fetch('v1/engine/stats').then(reply => reply.json())")
+        assert after["scheduler"]["generated_tokens"] == before["scheduler"]["generated_tokens"] + 12
+        sent = [sum(lane["sent"] for lane in view["lanes"] if lane["source"] == "exec.0") for view in (before, after)]
+        assert sent[1] > sent[0]
+        assert after["tree"]["total"] > before["tree"]["total"]
+        page.wait_for_function(shown(".node", after["tree"]["total"]))
+        assert page.locator(".actor").count() == len(after["actors"]) == 6
+        assert page.locator("#chart path").count() == 2, "the line of what was generated, and its area"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
+        assert complaints == []
+
+
+def shown(selector: str, count: int) -> str:
+    """A condition on a page: a function, since its policy lets it evaluate no text."""
+    return f"() => document.querySelectorAll('{selector}').length === {count}"
+
+
+def test_the_page_asks_for_a_key(server: LiveServer) -> None:
+    """A server behind something that wants one: the page asks, sends it, and keeps it in the tab."""
+    keys: list[str | None] = []
+    with open_page("about:blank") as (page, _):
+
+        def gate(route: "Route") -> None:
+            keys.append(route.request.headers.get("authorization"))
+            if keys[-1] == "Bearer sesame":
+                route.continue_()
+            else:
+                body = json.dumps({"error": {"message": "this server wants an API key"}})
+                route.fulfill(status=401, body=body, content_type="application/json")
+
+        page.route("**/v1/**", gate)
+        page.goto(server.url + "/")
+        page.wait_for_selector("dialog[open]")
+        assert "wants an API key" in page.inner_text("dialog")
+        page.fill("#key-text", "sesame")
+        page.click("#key-save")
+        page.wait_for_selector("#state .dot.ok")
+        page.reload()
+        page.wait_for_selector("#state .dot.ok")
+        assert not page.is_visible("dialog")
+    assert keys[0] is None and keys[-1] == "Bearer sesame"
+
+
+def test_the_commands_of_a_terminal(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.command(["complete", "--chat", QUESTION, "--url", server.url, "--temperature", "0", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "The capital of France is Paris.\n"
+    assert err.startswith("8 tokens") and "prompt tokens cached" in err
+    load = ["--num-prompts", "2", "--random-input-len", "8", "--random-output-len", "4", "--warmup-requests", "0"]
+    assert cli.command(["bench", "--base-url", server.url, *load]) == 0
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_anthropics_client(server: LiveServer) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}]}
+    greedy = {"temperature": 0}  # the client has no parameter for it any more
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as client:
+        asked["model"] = client.models.list().data[0].id
+        message = client.messages.create(**asked, max_tokens=20, extra_body=greedy)
+        assert [block.text for block in message.content if block.type == "text"] == ["The capital of France is Paris."]
+        assert (message.stop_reason, message.usage.output_tokens) == ("end_turn", 8)
+        prompt = message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+        assert client.messages.count_tokens(**asked).input_tokens == prompt
+        with client.messages.stream(**asked, max_tokens=20, extra_body=greedy, stop_sequences=[" is P"]) as stream:
+            pieces = list(stream.text_stream)
+            final = stream.get_final_message()
+        assert ("".join(pieces), len(pieces) > 1) == ("The capital of France", True)
+        assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", " is P")
+        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        schema["additionalProperties"] = False
+        tool: Any = {"name": "add", "input_schema": schema}
+        choice: Any = {"type": "tool", "name": "add"}
+        called = client.messages.create(**asked, max_tokens=99, tools=[tool], tool_choice=choice, extra_body=greedy)
+        (block,) = called.content
+        assert (called.stop_reason, block.type) == ("tool_use", "tool_use")
+        assert block.name == "add" and block.input["a"] in (1, 2)
