@@ -56,6 +56,29 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 30000
     max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
     max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    api_key: Annotated[str | None, Meta(description="key that every request must bring, but those for health")] = None
+    api_key_file: Annotated[
+        str | None,
+        Meta(description="TOML file of [[keys]]: name, key, tokens_per_minute, weight, ..."),
+    ] = None
+    cors_origins: Annotated[
+        str | None, Meta(description="web pages that may call the server: origins with commas between, or *")
+    ] = None
+    ssl_certfile: Annotated[str | None, Meta(description="certificate chain (PEM): serve https")] = None
+    ssl_keyfile: Annotated[str | None, Meta(description="its private key (PEM), if in a file of its own")] = None
+    ssl_ca_certs: Annotated[
+        str | None,
+        Meta(description="certificates (PEM) by which clients' own must be signed; default: they need none"),
+    ] = None
+    root_path: Annotated[str, Meta(description="path under which a proxy has the server, e.g. /llm")] = ""
+    access_log: Annotated[str | None, Meta(description="file for a JSON line a request; - is stdout")] = None
+    resumable_streams: Annotated[
+        bool, Meta(description="every stream can be resumed for 60 s by Last-Event-ID, not just those that ask for it")
+    ] = False
+    data_dir: Annotated[
+        str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
+    ] = None
+    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
@@ -92,7 +115,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int | None,
         Meta(
             description="prompt tokens per forward; <= 0 disables chunking; default 256 on CPU, on a GPU 8192, "
-            "512 while others decode"
+            "384 while others decode"
         ),
     ] = None
     max_prefill_tokens: Annotated[Positive, Meta(description="prompt tokens per forward without chunking")] = 16384
@@ -137,6 +160,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return 16
 
 
+class Thoughts(msgspec.Struct, frozen=True, array_like=True):
+    """Token ids that begin and end thoughts."""
+
+    opens: tuple[int, ...]
+    closes: tuple[int, ...]
+    opened: bool = False
+    """The output begins amid thoughts."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What everybody must know of the model before it is loaded; read from its folder by the root, without torch."""
 
@@ -151,3 +183,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the family in which it writes tool calls (models/tool_families.py)."""
     reasoning_parser: str | None = None
     """Name of the family in which it marks thoughts (models/reasoning_parser.py)."""
+    thoughts: Thoughts | None = None
+    """The tags of that family, if each is a token."""

@@ -11,7 +11,7 @@ import asyncio
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -90,6 +90,7 @@ class Choice:
     chars: int = 0
     logprobs: int = 0
     """Received so far, as the tokens."""
+    prompt_logprobs: int = 0
     aborted: bool = False
     asked_ns: int = 0
     """When the present text actor was asked."""
@@ -101,6 +102,7 @@ class Choice:
         self.ids.extend(chunk.ids)
         self.chars += len(chunk.text)
         self.logprobs += len(chunk.logprobs)
+        self.prompt_logprobs += len(chunk.prompt_logprobs)
         self.last = chunk
         self.deaths = 0
 
@@ -108,7 +110,7 @@ class Choice:
         """What a new text actor must know of it."""
         cached, forced, jumps = (c.cached_tokens, c.forced_tokens, c.jumps) if (c := self.last) else (0, 0, 0)
         ids = memoryview(self.ids.tobytes())
-        return messages.Resumed(self.rid, ids, self.chars, self.logprobs, cached, forced, jumps)
+        return messages.Resumed(self.rid, ids, self.chars, self.logprobs, cached, forced, jumps, self.prompt_logprobs)
 
 
 class Stream:
@@ -119,16 +121,18 @@ class Stream:
     """
 
     __slots__ = (
-        "_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "requests", "rid",
+        "_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "priority",
+        "requests", "rid",
     )  # fmt: skip
 
-    def __init__(self, client: "Client", rid: int, counts: Sequence[int]) -> None:
+    def __init__(self, client: "Client", rid: int, counts: Sequence[int], priority: int = 0) -> None:
         """`counts`: the number of choices of each prompt; their ids are `rid` and those that follow."""
         now = time.monotonic_ns()
         count = sum(counts)
         self.requests: list[messages.Generate] = []
         """What was asked, prompt by prompt."""
         self.rid = rid
+        self.priority = priority
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
         self.choices = [Choice(rid + i, self, [], now, asked_ns=now) for i in range(count)]
@@ -267,8 +271,15 @@ class Client:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
         return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
 
-    def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
-        """Ask for continuations of several prompts, read as one stream.
+    def submit_all(
+        self,
+        submissions: Sequence[Submission],
+        cache_salt: str = "",
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+    ) -> Stream:
+        """Ask for continuations of several prompts, read as one stream. Waiting tenants take turns by their weight.
 
         Raises RequestError for bad parameters, Overloaded above the limit or while draining, EngineDown before there
         is a text actor; then nothing of it runs. While one is restarted the request waits for it.
@@ -277,12 +288,15 @@ class Client:
             submission.params.check(self._vocab_size)
         count = sum(s.n for s in submissions)
         self._check_room(count)
-        stream = Stream(self, self._take_rids(count), [s.n for s in submissions])
+        stream = Stream(self, self._take_rids(count), [s.n for s in submissions], priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
         arrival = stream.choices[0].arrival_ns
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
-            asked = messages.Generate(rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar)
-            stream.requests.append(asked)
+            stream.requests.append(
+                messages.Generate(
+                    rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar, tenant=tenant, weight=weight
+                )
+            )
         try:
             for asked in stream.requests:
                 self._post(asked)
@@ -299,7 +313,7 @@ class Client:
             case messages.Refused():
                 if not self.questions.take(message):
                     self._refuse(message)
-            case messages.Tokenized() | messages.Detokenized() | messages.Done():
+            case messages.Tokenized() | messages.Detokenized() | messages.Done() | messages.Seen():
                 self.questions.take(message)
             case messages.Stats():
                 self.stats = message
@@ -322,10 +336,13 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
-    def abort(self, name: str | None) -> None:
-        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort"."""
+    def abort(self, name: str | None, among: Collection[Stream] | None = None) -> None:
+        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort".
+
+        `among`: only those of these streams.
+        """
         for choice in self.table.values():
-            if name is None or choice.name == name:
+            if (name is None or choice.name == name) and (among is None or choice.stream in among):
                 choice.aborted = True
                 with suppress(Gone):  # it is said again when there is a text actor
                     self._text.post(messages.Abort(choice.rid))
@@ -347,6 +364,10 @@ class Client:
         if self.stats.down or not self.stats.executor_up:
             return self.stats.down or "the executor is not up"
         return None
+
+    def busy(self, priority: int) -> bool:
+        """Whether a request above this priority is in the engine."""
+        return any(choice.stream.priority > priority for choice in self.table.values())
 
     def _post(self, message: messages.Message) -> None:
         """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one."""
@@ -454,4 +475,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.jumps,
         last.thinking,
         last.valid,
+        [logprob for chunk in chunks for logprob in chunk.prompt_logprobs],
     )

@@ -22,6 +22,9 @@ from .node import innermost, run_node
 from .topology import NodeSpec
 
 _ENTRY = "from actorserve.actors.node import main; main()"
+_SPIN_COUNT = "2000"
+"""Looks that a thread of torch's OpenMP takes for more work before it sleeps, about 0.1 ms. Its own number is 300,000:
+on a CPU they would watch through all of the next forward, on cores that it needs."""
 
 
 class Life(Protocol):
@@ -65,6 +68,7 @@ class ProcessLife:
                 [sys.executable, "-P", "-c", _ENTRY, str(theirs.fileno()), str(os.getpid()), f"--node={name}"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={"GOMP_SPINCOUNT": _SPIN_COUNT} | os.environ,
             )
         except OSError:
             self.control.close()

@@ -35,7 +35,7 @@ class Question:
         self.answer: Answer | ActorserveError | None = None
 
 
-Answer = list[int] | str | messages.Done
+Answer = list[int] | str | messages.Done | messages.Seen
 
 
 class Questions:
@@ -72,7 +72,14 @@ class Questions:
         rid = self._new_rid()
         await self._ask(rid, messages.Order(rid, action))
 
-    def take(self, message: messages.Tokenized | messages.Detokenized | messages.Done | messages.Refused) -> bool:
+    async def look(self, nodes: int, requests: int) -> messages.Seen:
+        """Return what the engine is doing, with at most so many radix nodes and requests."""
+        rid = self._new_rid()
+        answer = await self._ask(rid, messages.Look(rid, nodes, requests))
+        assert isinstance(answer, messages.Seen)
+        return answer
+
+    def take(self, message: messages.FrontAnswer | messages.Refused) -> bool:
         """Take an answer; False if nobody asked (any more)."""
         question = self._open.get(message.rid)
         if question is None:
@@ -82,7 +89,7 @@ class Questions:
                 question.answer = list(message.ids.cast("i"))
             case messages.Detokenized():
                 question.answer = message.text
-            case messages.Done():
+            case messages.Done() | messages.Seen():
                 question.answer = message
             case messages.Refused():
                 question.answer = refusal(message)

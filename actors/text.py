@@ -6,6 +6,7 @@ Invariant: every request id that a front sent gets exactly one final message (a 
 unless the front cancelled it or died; and after its final message an id is unknown here, so late rows are ignored.
 """
 
+import math
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..errors import ActorserveError, EngineDown, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.template import ChatTemplate
 from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Actor, Context
 from .messages import (
@@ -36,10 +38,13 @@ from .messages import (
     Finish,
     FrontAnswer,
     Generate,
+    Look,
     Order,
     PeerDown,
     PeerUp,
+    PromptLogprobs,
     Refused,
+    Seen,
     Started,
     Stats,
     Submit,
@@ -52,6 +57,7 @@ from .messages import (
 from .output import Output
 from .prompts import Encoded, Prompts
 from .ref import Gone
+from .view import with_lanes_of
 
 SCHEDULER: Final = "sched"
 MAX_DEATHS: Final = 3
@@ -77,7 +83,7 @@ class Text(Actor):
         """Running requests by id."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
-        self.ordered: dict[int, tuple[str, Order]] = {}
+        self.ordered: dict[int, tuple[str, Order | Look]] = {}
         """Orders that the scheduler has not answered, with their fronts."""
         self.scheduler_up = False
         """It knows all that is here: it was told when it came up."""
@@ -111,6 +117,8 @@ class Text(Actor):
         match message:
             case Tokens():
                 self._tokens(message)
+            case PromptLogprobs():
+                self._prompt_logprobs(message)
             case Generate():
                 self._generate(message, source)
             case Cancel():
@@ -134,9 +142,9 @@ class Text(Actor):
                 self._tokenize(message, source)
             case Detokenize():
                 self._detokenize(message, source)
-            case Order():
+            case Order() | Look():
                 self._order(message, source)
-            case Done() | Refused():
+            case Done() | Seen() | Refused():
                 self._order_ended(message)
             case Drain():
                 pass  # the fronts send nothing new
@@ -149,10 +157,13 @@ class Text(Actor):
             ref = self.context.ref(front)
             if ref.backlog:
                 continue  # credit wakes us, and flush is called again
-            made = (output.chunk() for output in self._changed.pop(front).values())
-            chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
-            if chunks:
-                self._post(front, Chunks(chunks))
+            changed = list(self._changed.pop(front).values())
+            while changed:
+                made = [output.chunk() for output in changed]
+                chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
+                if chunks:
+                    self._post(front, Chunks(chunks))
+                changed = [output for output in changed if output.holds_prompt]
 
     # ------------------------------------------------------------------ from the fronts
 
@@ -187,7 +198,7 @@ class Text(Actor):
         try:
             if isinstance(prompt, ActorserveError):
                 raise prompt
-            submits = self.prompts.submits(m, prompt.ids)
+            submits = self.prompts.submits(m, prompt)
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
@@ -197,8 +208,15 @@ class Text(Actor):
                 output = Output(submit, front, m.params, self._detokenizer(m, prompt.ids), prompt.thinking)
                 if resumed is not None:
                     output.resume(resumed[submit.rid])
+                if m.params.wants_prompt:
+                    output.push_prompt([self._first_of_prompt(prompt.ids, m.params)])
                 self.outputs[submit.rid] = output
                 self._to_scheduler(output.submission())
+
+    def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
+        """Of the first token that is wanted: nothing is before it."""
+        first = int(ids[params.logprob_start_len])
+        return TokenLogprob(first, math.nan, self._bytes(first), [])
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
@@ -251,18 +269,18 @@ class Text(Actor):
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
         self._post(front, Detokenized(m.rid, text))
 
-    def _order(self, m: Order, front: str) -> None:
+    def _order(self, m: Order | Look, front: str) -> None:
         self.ordered[m.rid] = (front, m)
         self._to_scheduler(m)
 
-    def _order_ended(self, m: Done | Refused) -> None:
+    def _order_ended(self, m: Done | Seen | Refused) -> None:
         found = self.ordered.pop(m.rid, None)
         if found is None:
             return
         front, order = found
-        if isinstance(m, Done) and order.action != "flush_cache":
+        if isinstance(m, Done) and isinstance(order, Order) and order.action != "flush_cache":
             self.paused = order.action != "continue"
-        self._post(front, m)
+        self._post(front, with_lanes_of(self.context, m) if isinstance(m, Seen) else m)
 
     # ------------------------------------------------------------------ from the scheduler
 
@@ -282,8 +300,8 @@ class Text(Actor):
                 self._refuse(rid, 1, output.front, ActorserveError(FAILURES[finish]))
                 continue
             logprob = None
-            if logprobs is not None and output.top_logprobs is not None and ids[row] >= 0:
-                logprob = self._logprob(m, row, ids[row], logprobs[row], output.top_logprobs)
+            if logprobs is not None and output.params.logprobs is not None and ids[row] >= 0:
+                logprob = self._logprob(m, row, ids[row], logprobs[row], output.params)
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
@@ -295,14 +313,36 @@ class Text(Actor):
                 if not finish:  # a stop string: the scheduler does not know yet
                     self._to_scheduler(Abort(rid))
 
-    def _logprob(self, m: Tokens, row: int, token: int, logprob: float, wanted: int) -> TokenLogprob:
-        first, count = row * m.top_n, min(wanted, m.top_n)
+    def _prompt_logprobs(self, m: PromptLogprobs) -> None:
+        output = self.outputs.get(m.rid)
+        if output is None:
+            return  # cancelled
+        ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
+        logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist()
+        output.push_prompt(
+            [
+                self._logprob(m, row, token, logprob, output.params)
+                for row, (token, logprob) in enumerate(zip(ids, logprobs, strict=True))
+            ]
+        )
+        self._mark_changed(output)
+
+    def _logprob(
+        self, m: Tokens | PromptLogprobs, row: int, token: int, logprob: float, params: SamplingParams
+    ) -> TokenLogprob:
+        first, count = row * m.top_n, min(params.logprobs or 0, m.top_n)
         top: list[tuple[int, float, bytes]] = []
         if count:
             ids = np.frombuffer(m.top_ids, dtype=np.int32, count=count, offset=4 * first).tolist()
             values = np.frombuffer(m.top_logprobs, dtype=np.float32, count=count, offset=4 * first).tolist()
             top = [(i, value, self._bytes(i)) for i, value in zip(ids, values, strict=True)]
-        return TokenLogprob(token, logprob, self._bytes(token), top)
+        named = params.token_ids_logprob
+        if not named or not len(m.listed):
+            return TokenLogprob(token, logprob, self._bytes(token), top)
+        width = len(m.listed) // len(m.logprobs)
+        values = np.frombuffer(m.listed, dtype=np.float32, count=len(named), offset=4 * row * width).tolist()
+        listed = [(i, value, self._bytes(i)) for i, value in zip(named, values, strict=True)]
+        return TokenLogprob(token, logprob, self._bytes(token), top, listed)
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._detokenizers is None else self._detokenizers.bytes[token]
@@ -391,12 +431,12 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | Order) -> None:
+    def _to_scheduler(self, message: Abort | Submit | Order | Look) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
         if self.scheduler_up:
             self._post(SCHEDULER, message)
 
-    def _post(self, name: str, message: Abort | Submit | Chunks | Refused | Stats | Order | FrontAnswer) -> None:
+    def _post(self, name: str, message: Abort | Submit | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
         """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import StartupError
 from actorserve.models import resolve
 from actorserve.models.resolve import resolve_model
@@ -54,6 +54,19 @@ def test_context_length(folder: Path) -> None:
     assert resolved(folder, context_length=300).context_length == 300
     with pytest.raises(StartupError, match="pass --context-length"):
         resolved(folder)
+
+
+def test_context_of_qwen_1_is_what_it_was_trained_on(folder: Path) -> None:
+    write(folder / "config.json", CONFIG | {"model_type": "qwen", "seq_length": 512})
+    assert resolved(folder).context_length == 512
+
+
+def test_vocabulary_of_chatglm_is_the_padded_one(folder: Path) -> None:
+    facts = {"model_type": "chatglm", "padded_vocab_size": 128, "seq_length": 64, "eos_token_id": 120}
+    for more in ({}, {"vocab_size": 100}):
+        write(folder / "config.json", facts | more)
+        found = resolved(folder)
+        assert (found.vocab_size, found.context_length, found.eos_ids) == (128, 64, (120,))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +116,22 @@ def test_parsers(folder: Path, settings: dict[str, str], expected: tuple[str, st
     write(folder / "tokenizer_config.json", {"chat_template": "<tool_call> {{ thinking }} </think>"})
     info = resolved(folder, **settings)
     assert (info.tool_parser, info.reasoning_parser) == expected
+
+
+@pytest.mark.parametrize(
+    ("added", "family", "expected"),
+    [
+        ([("<think>", 90), ("</think>", 91)], "auto", Thoughts((90,), (91,))),
+        ([("<think>", 90), ("</think>", 91)], "deepseek-r1", Thoughts((90,), (91,), opened=True)),
+        ([("<think>", 90)], "auto", None),
+        ([("<think>", 90), ("</think>", 91)], "none", None),
+    ],
+)
+def test_tags_of_thoughts(folder: Path, added: list[tuple[str, int]], family: str, expected: Thoughts | None) -> None:
+    """Their ids, if each is a token."""
+    write(folder / "tokenizer_config.json", {"chat_template": "{{ thinking }} </think>"})
+    write(folder / "tokenizer.json", {"added_tokens": [{"content": text, "id": i} for text, i in added]})
+    assert resolved(folder, reasoning_parser=family).thoughts == expected
 
 
 def test_parsers_of_other_templates(folder: Path, tmp_path: Path) -> None:
