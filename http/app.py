@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..actors.client import Client
 from ..config import EngineConfig
 from ..errors import ActorserveError, RequestError
+from ..lang import remote
 from . import (
     batch_types,
     batches,
@@ -34,6 +35,7 @@ from . import (
     openai,
     openapi,
     page,
+    programs,
     protocol,
     response_types,
     responses,
@@ -177,6 +179,7 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/responses/{id}",), GET, responses.retrieve, reply=response_types.Response),
     Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
     Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
+    Served(("/v1/programs",), POST, programs.run, remote.ProgramRequest, remote.ProgramReply),
     Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,

@@ -7,18 +7,23 @@ of chunks that is being produced for it, whether it streams or waits.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
-from ..actors.client import Stream
 from ..errors import ActorserveError, RequestError
 from .error_replies import OPENAI_ERRORS, ErrorShape, error_headers
 
 Header = tuple[bytes, bytes]
 JSON = b"application/json"
 SSE = b"text/event-stream; charset=utf-8"
+
+
+class Cancellable(Protocol):
+    """Work for a client: a Stream, or more of them."""
+
+    def cancel(self, error: ActorserveError | None = None) -> None: ...
 
 
 class ClientGone(ActorserveError):
@@ -99,7 +104,7 @@ class Exchange:
                 return b"".join(parts)
 
     @asynccontextmanager
-    async def watched(self, stream: Stream) -> AsyncIterator[None]:
+    async def watched(self, stream: Cancellable) -> AsyncIterator[None]:
         """While inside, a disconnect cancels `stream` (its reader gets ClientGone); on leaving, it is cancelled."""
         watcher = asyncio.create_task(self._watch(stream))
         try:
@@ -147,7 +152,7 @@ class Exchange:
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def _watch(self, stream: Stream) -> None:
+    async def _watch(self, stream: Cancellable) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             continue
         stream.cancel(ClientGone("the client closed the connection"))

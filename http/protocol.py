@@ -478,6 +478,8 @@ class ModelDescription(Struct, frozen=True):
     has_chat_template: bool
     tool_call_parser: str
     reasoning_parser: str | None
+    runs_programs: bool = True
+    """There is /v1/programs."""
 
 
 class Health(Struct, frozen=True):

@@ -77,13 +77,14 @@ class TenantClient:
     `limited` is False for what comes from inside (batches): it has no limits, and is not counted.
     """
 
-    __slots__ = ("_client", "_limited", "_streams", "_tenant")
+    __slots__ = ("_client", "_limited", "_streams", "_tenant", "_used")
 
     def __init__(self, client: Client, tenant: Tenant, limited: bool = True) -> None:
         self._client = client
         self._tenant = tenant
         self._limited = limited
         self._streams: list[Stream] = []
+        self._used = (0, 0)
 
     def submit(
         self,
@@ -101,6 +102,7 @@ class TenantClient:
         """As Client.submit_all; raises for the tenant's limits, too."""
         tenant = self._tenant
         if self._limited:
+            self._settle([stream for stream in self._streams if not stream.open])
             tenant.check(priority)
         salt = f"{tenant.salt}/{cache_salt}" if tenant.salt else cache_salt
         stream = self._client.submit_all(submissions, salt, priority, tenant.name, tenant.weight)
@@ -116,17 +118,23 @@ class TenantClient:
 
     def close(self) -> tuple[int, int]:
         """The request has ended: settle what it used. Returns (prompt tokens, generated tokens)."""
+        self._settle(self._streams)
+        return self._used
+
+    def _settle(self, streams: list[Stream]) -> None:
+        """Count what streams that are over have used; a program has many one after another."""
         prompt, generated = 0, 0
-        for stream in self._streams:
+        for stream in streams:
             self._tenant.streams.discard(stream)
             prompts, outputs = used_tokens(stream)
             prompt, generated = prompt + prompts, generated + outputs
         if self._limited:
-            self._tenant.live -= len(self._streams)
+            self._tenant.live -= len(streams)
             if self._tenant.bucket is not None:
                 self._tenant.bucket.take(prompt + generated)
-        self._streams = []
-        return prompt, generated
+        self._used = (self._used[0] + prompt, self._used[1] + generated)
+        over = set(streams)
+        self._streams = [stream for stream in self._streams if stream not in over]
 
     # ------------------------------------------------------------------ as they are
 

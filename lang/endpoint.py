@@ -21,6 +21,7 @@ from .context import Context
 from .expressions import Sampling
 from .http_calls import Http
 from .loop import LOOP
+from .remote import ProgramReply, ProgramRequest
 from .templates import chat_template_of, get_chat_template
 
 OUTSIDE: Final = frozenset(
@@ -50,6 +51,7 @@ class RuntimeEndpoint(Backend):
         self.model_info: dict[str, Any] = LOOP.call(self._http.get, "/get_model_info")
         name = str(self.model_info["model_path"])
         super().__init__(name, get_chat_template(chat_template_name) if chat_template_name else chat_template_of(name))
+        self.takes_programs = bool(self.model_info.get("runs_programs"))
         self._is_ours = "context_length" in self.model_info and "has_chat_template" in self.model_info
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
@@ -74,6 +76,10 @@ class RuntimeEndpoint(Backend):
         scores = await self._prompt_scores(context.text, choices, answer["meta_info"]["prompt_tokens"])
         alone = await self._unconditional(scores) if method.requires_unconditional_logprobs else None
         return method.decide(choices, scores, alone)
+
+    async def run_program(self, request: ProgramRequest) -> ProgramReply:
+        answer = await self._http.post("/v1/programs", msgspec.to_builtins(request, str_keys=True))
+        return msgspec.convert(answer, ProgramReply)
 
     async def commit(self, context: Context) -> None:
         await self._http.post("/generate", self._whole(context.text))

@@ -4,7 +4,6 @@ from array import array
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -18,6 +17,7 @@ from actorserve.actors.schedule import Schedule
 from actorserve.config import EngineConfig
 from actorserve.errors import RequestError
 from actorserve.sampler.params import SamplingParams
+from examples import examples
 
 
 class Engine:

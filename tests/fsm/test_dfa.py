@@ -6,7 +6,6 @@ import sys
 import grammars
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from actorserve.fsm.pattern import parse_pattern
 from actorserve.fsm.syntax import NOTHING, Choice, Concat, Node, Repeat, Text, chars
 from actorserve.fsm.utf8 import ByteDfa
 from actorserve.fsm.vocabulary import build_tables
+from examples import examples
 
 
 def automaton(pattern: str) -> ByteDfa:

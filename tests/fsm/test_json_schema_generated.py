@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
-from examples import examples
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from syntax_walk import walk
 
 from actorserve.fsm.json_schema import SchemaError, Unsupported, schema_to_syntax
 from actorserve.fsm.lengths import matches
+from examples import examples
 
 NAMES = ["a", "ab", "b", 'q"', "é"]
 TEXTS = ["", "a", "ab", "ba", "aab", "b1", "\n", '"', "é😀", "2024-02-29", "abcabc"]

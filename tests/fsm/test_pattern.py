@@ -6,7 +6,6 @@ import warnings
 
 import grammars
 import pytest
-from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from actorserve.fsm.errors import EmptyLanguage, PatternError
 from actorserve.fsm.pattern import parse_pattern
 from actorserve.fsm.syntax import Node
 from actorserve.fsm.utf8 import ByteDfa
+from examples import examples
 
 CHARACTERS = [*map(chr, range(0x250)), *"κΣσςſKåÅİıßẞǅΩ日本語🎉\u0301\u2028\u3000\u0660\ud7ff\ue000\U0010ffff"]
 TEXTS = [

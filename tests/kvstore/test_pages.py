@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from actorserve.kvstore.pages import OutOfPages, PagePool
+from examples import examples
 
 
 def test_new_pool_hands_out_ascending_pages() -> None:

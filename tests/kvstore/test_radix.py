@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -19,6 +18,7 @@ from actorserve.kvstore.eviction import make_policy
 from actorserve.kvstore.pages import PagePool
 from actorserve.kvstore.radix import Inserted, Match, Node, RadixTree
 from actorserve.kvstore.reference import Path, ReferenceCache
+from examples import examples
 
 Tokens = tuple[int, ...]
 
