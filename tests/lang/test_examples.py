@@ -49,7 +49,7 @@ def test_multi_turn(few):
 
 
 def test_essay_judge(few):
-    s = essay_judge.judge.run(essay_judge.ESSAY, essay_judge.DIMENSIONS[:2], temperature=0, **few)
+    s = essay_judge.judge.run("Trees cool the streets. " * 3, essay_judge.DIMENSIONS[:2], temperature=0, **few)
     judgments = s["judgment"]
     assert len(judgments) == 2 and s["grade"] in essay_judge.GRADES
     assert f"\nclarity: {judgments[0]}\noriginality: {judgments[1]}\nSum up" in s.text()
