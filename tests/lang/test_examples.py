@@ -55,8 +55,8 @@ def test_essay_judge(few):
     assert f"\nclarity: {judgments[0]}\noriginality: {judgments[1]}\nSum up" in s.text()
     assert s.text().endswith(f"{s['summary']}\nGrade: {s['grade']}<|im_end|>\n")
     assert "Judge the" not in s.text(), "the branches' own text stays theirs"
-    essay = s.get_meta_info("summary")["prompt_tokens"] // 2
-    assert all(meta["cached_tokens"] > essay for meta in s.get_meta_info("judgment")["branches"]), "computed once"
+    for meta in s.get_meta_info("judgment")["branches"]:
+        assert meta["cached_tokens"] > 30 > meta["prompt_tokens"] - meta["cached_tokens"], "the essay is computed once"
 
 
 def test_tree_of_thought(few):
