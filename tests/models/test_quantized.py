@@ -147,8 +147,8 @@ def test_model_equals_its_dense_form(folder: str) -> None:
     """Whatever is in model.safetensors of the tensors that are blocks; and the same bits in chunks and step by step."""
     ids = tiny.prompt(40)
     decoder = tiny.load(folder, dtype="auto")
-    kinds = [isinstance(getattr(layer, name), QuantizedLinear) for layer in decoder.weights.layers
-             for name in ("qkv", "o", "gate_up", "down")]  # fmt: skip
+    kinds = [isinstance(getattr(part, name), QuantizedLinear) for layer in decoder.weights.layers
+             for part, name in ((layer, "qkv"), (layer, "o"), (layer.mlp, "gate_up"), (layer.mlp, "down"))]  # fmt: skip
     assert kinds == [True] * 6 + [False] + [True] * 4 + [False]
     assert isinstance(decoder.weights.head.product, QuantizedLinear)
     got = Driver.of(decoder).logits(ids, [40])
@@ -209,9 +209,10 @@ def test_real_model_equals_its_dense_form(smollm: str) -> None:
             "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
         }  # fmt: skip
         for name, names in parts.items():
-            inputs = getattr(layer, name).inputs
+            holder = layer if name in ("qkv", "o") else layer.mlp
+            inputs = getattr(holder, name).inputs
             dense = torch.cat([dequantise(kept[f"{prefix}{part}.weight"], inputs) for part in names])
-            setattr(layer, name, Linear(dense, None))
+            setattr(holder, name, Linear(dense, None))
     decoder.weights.head.product = Linear(decoder.weights.embed, None)
     expected = Driver.of(decoder).logits(ids, [24])
     assert (got - expected).abs().max() < 1e-4 * expected.std()
