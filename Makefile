@@ -6,7 +6,8 @@
 # from PyTorch's, and failing both whatever torch the index has.
 
 ARGS ?=
-ALONE := fsm http kvstore lang models sampler
+QUIET := actors/test_inbox.py actors/test_lane.py actors/test_node.py actors/test_spin.py actors/test_supervisor.py \
+	perf/test_whole_engine.py system/test_death.py system/test_gpu_equality.py system/test_server.py test_cli.py
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,18 +20,21 @@ DEV_EXTRA := $(if $(GPU),[dev$(comma)gpu],[dev])
 TORCH_VERSION := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help run test lint types fmt perf size clean
+.PHONY: help run test chaos lint types fmt perf size clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' Makefile
 
 run: $(VENV)/installed ## serve the embedded chat model; ARGS="--model DIR --port 8000 ..."
 	@$(BIN)/actorserve run $(ARGS)
 
-# What looks at nothing outside its process runs on all cores at once; servers and their deaths want the machine alone.
+# All cores at once, but for QUIET: servers, deaths and wake-ups, which want the machine alone.
 test: $(VENV)/installed-dev ## the whole test suite; ARGS="tests/kvstore -q" for a part
 	@if test -n "$(ARGS)"; then $(BIN)/python -m pytest $(ARGS); else \
-		$(BIN)/python -m pytest -q -n auto --dist worksteal $(addprefix tests/,$(ALONE)) && \
-		$(BIN)/python -m pytest -q $(addprefix --ignore=tests/,$(ALONE)); fi
+		$(BIN)/python -m pytest -q -n auto --dist worksteal tests $(addprefix --ignore=tests/,$(QUIET)) && \
+		$(BIN)/python -m pytest -q $(addprefix tests/,$(QUIET)); fi
+
+chaos: $(VENV)/installed-dev ## actors die under live streams, hundreds of times; random tests of the scheduler at full length
+	@$(BIN)/python -m pytest -q -s --thorough tests/system/test_chaos.py tests/actors/test_stub_world.py $(ARGS)
 
 lint: types ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from .lane import LaneCorrupt, LaneReceiver
+from .lane import LaneCorrupt, LaneMetrics, LaneReceiver
 from .spin import DISTURBED, LONGEST, Spin
 
 SUPERVISOR = "supervisor"
@@ -59,14 +59,14 @@ class LocalLane:
     A message goes over as it is, so its arrays belong to the receiver once sent.
     """
 
-    __slots__ = ("closed", "codec", "feed", "inbox", "limit", "queue", "ready", "sent_ns", "source", "space")
+    __slots__ = ("closed", "codec", "feed", "inbox", "limit", "queue", "ready", "sent", "sent_ns", "source", "space")
 
     def __init__(self, source: str, inbox: "Inbox", limit: int, codec: bool) -> None:
         self.source, self.inbox, self.limit, self.codec = source, inbox, limit, codec
         self.queue: deque[tuple[Any, int]] = deque()
         self.ready = self.closed = False
         self.feed = self
-        self.sent_ns = 0
+        self.sent = self.sent_ns = 0
         self.space = trio.lowlevel.ParkingLot()
 
     @property
@@ -79,6 +79,7 @@ class LocalLane:
         if self.codec:
             message = self.inbox.decode(msgspec.msgpack.encode(message))
         self.queue.append((message, time.monotonic_ns()))
+        self.sent += 1
         if not self.ready:
             self.inbox.queue_lane(self)
             self.inbox.ring()
@@ -87,6 +88,10 @@ class LocalLane:
     def drained(self) -> bool:
         """`next` would return None."""
         return not self.queue
+
+    def metrics(self) -> LaneMetrics:
+        """As a ring's, but for bytes: there are none, and `capacity` is in messages."""
+        return LaneMetrics(0, len(self.queue), self.sent, self.sent - len(self.queue), 0, self.limit)
 
     def next(self) -> Any:
         """The next message, or None; when it was sent is `sent_ns`."""
@@ -233,6 +238,11 @@ class Inbox:
             self._decode_errors,
             self._corrupt_lanes,
         )
+
+    def lanes(self) -> dict[str, LaneMetrics]:
+        """Each connected lane by the name of the actor that sends."""
+        found = {ring.source: ring.feed.metrics() for ring in self._rings.values()}
+        return found | {source: lane.metrics() for source, lane in self._locals.items()}
 
     # ------------------------------------------------------------------ for the node and the refs
 

@@ -106,6 +106,10 @@ class _End:
         if self.capacity & (self.capacity - 1):
             raise LaneCorrupt("capacity is not a power of two")
 
+    def metrics(self) -> "LaneMetrics":
+        """What the header page shows, to whoever has an end of the lane."""
+        return _read_header(self._words)
+
     def close(self) -> None:
         """Give up this end. Views that somebody still holds stay readable: the mapping goes with the last one."""
         if self.closed:
@@ -407,6 +411,13 @@ class LaneMetrics(NamedTuple):
     capacity: int
 
 
+def _read_header(w: memoryview) -> LaneMetrics:
+    """Depths are never negative although the words are read one after another."""
+    received, tail = w[_W_RECEIVED], w[_W_TAIL]
+    sent, head = w[_W_SENT], w[_W_HEAD]
+    return LaneMetrics(max(head - tail, 0), max(sent - received, 0), sent, received, w[_W_FULL], w[_W_CAPACITY])
+
+
 class LaneGauge:
     """A read-only look at a lane's header page, for the supervisor: metrics and the hang watchdog."""
 
@@ -419,11 +430,8 @@ class LaneGauge:
         self._words = self._raw.cast("Q")
 
     def read(self) -> LaneMetrics:
-        """Depths are never negative although the words are read one after another."""
-        w = self._words
-        received, tail = w[_W_RECEIVED], w[_W_TAIL]
-        sent, head = w[_W_SENT], w[_W_HEAD]
-        return LaneMetrics(max(head - tail, 0), max(sent - received, 0), sent, received, w[_W_FULL], w[_W_CAPACITY])
+        """What the header page shows."""
+        return _read_header(self._words)
 
     def close(self) -> None:
         self._words.release()

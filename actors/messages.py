@@ -6,11 +6,11 @@ request ids of int64. A decoded memoryview aliases the ring: whoever keeps it be
 No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
 
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
-    front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
+    front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
-    front  --Tokenize, Detokenize, Order-->  text  --Order-->  sched
-    front  <--Tokenized, Detokenized, Done--  text  <--Done, Refused--  sched
+    front  --Tokenize, Detokenize, Order, Look-->  text  --Order, Look-->  sched
+    front  <--Tokenized, Detokenized, Done, Seen--  text  <--Done, Seen, Refused--  sched
                               fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
                                          fsm  --Masks, MatchFailed-->  sched  --Match, Unmatch-->  fsm
 """
@@ -20,6 +20,7 @@ from typing import Final, Literal, NewType, TypeAlias
 
 import msgspec
 
+from ..config import Thoughts
 from ..sampler.params import SamplingParams
 
 RequestId = NewType("RequestId", int)  # front index << 40 | counter; n choices of a request take n ids in a row
@@ -107,6 +108,25 @@ class GrammarSpec(Message, frozen=True, tag=7):
     structural tag as JSON."""
     whitespace: str = "spaced"
     """Of JSON: the name of a policy (fsm/spelling.py)."""
+    thoughts: Thoughts | None = None
+    """What may come before it, or must, if the prompt ends amid them."""
+
+
+class Resumed(Message, frozen=True, tag=8):
+    """Part of Generate: a choice that goes on after its text actor died, and what its front has of it."""
+
+    rid: int
+    ids: memoryview
+    """int32, its tokens so far."""
+    chars: int
+    """Characters of its text so far."""
+    logprobs: int
+    """Of `ids`, those from the first on whose logprobs came."""
+    cached_tokens: int
+    forced_tokens: int
+    jumps: int
+    prompt_logprobs: int = 0
+    """Of its prompt, those that came."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -125,6 +145,11 @@ class Generate(Message, frozen=True, tag=10):
     """CLOCK_MONOTONIC when the front took the request."""
     grammar: GrammarSpec | None = None
     """What each output must match."""
+    tenant: str = ""
+    """The API key's name, and its share of the engine in relation to others'."""
+    weight: float = 1.0
+    resumed: list[Resumed] | None = None
+    """Asked again after a text actor's death: the choices that have not ended. None: all n begin."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -166,6 +191,17 @@ class Order(Message, frozen=True, tag=14):
     action: Action
 
 
+class Look(Message, frozen=True, tag=80):
+    """Front asks what the engine is doing, through text. Owed: Seen, or Refused where there is no scheduler.
+
+    `nodes`, `requests`: the most of each that the answer may hold.
+    """
+
+    rid: int
+    nodes: int
+    requests: int
+
+
 # ------------------------------------------------------------------ text -> sched
 
 
@@ -181,6 +217,10 @@ class Submit(Message, frozen=True, tag=20):
     priority: int = 0
     arrival_ns: int = 0
     grammar: GrammarSpec | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    generated: memoryview = NOTHING
+    """int32, what a scheduler or text actor that died had seen of the output: it goes on behind."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -199,7 +239,8 @@ class Tokens(Message, frozen=True, tag=30):
     """One step's new tokens, one row a request. A row with the token -1 brings no token, only its finish.
 
     rids int64 [rows], ids int32 [rows], finish uint8 [rows] (Finish). With logprobs (else empty arrays):
-    logprobs float32 [rows], NaN where not asked; top_ids int32 and top_logprobs float32 [rows, top_n].
+    logprobs float32 [rows], NaN where not asked; top_ids int32 and top_logprobs float32 [rows, top_n]; listed float32
+    [rows, most], of the tokens that requests named (token_ids_logprob), empty where none did.
     `forced`: these tokens were not drawn, since grammars leave no other; a request has several rows, one a token, and
     all of them are of one jump.
     """
@@ -214,17 +255,35 @@ class Tokens(Message, frozen=True, tag=30):
     forced: bool = False
     complete: memoryview = NOTHING
     """int32: the rows with whose token the text that is seen of an output matches its grammar."""
+    listed: memoryview = NOTHING
+
+
+class PromptLogprobs(Message, frozen=True, tag=38):
+    """The next tokens of a prompt whose logprobs were asked for, one row a token; arrays as in Tokens.
+
+    They come in the prompt's order, from the one after the first `logprob_start_len + 1` on, and all of them before the
+    request's first row of Tokens.
+    """
+
+    rid: int
+    ids: memoryview
+    logprobs: memoryview
+    top_n: int
+    top_ids: memoryview
+    top_logprobs: memoryview
+    listed: memoryview
 
 
 class Started(Message, frozen=True, tag=31):
-    """Sent once a request, before its first token: how many prompt tokens came from the prefix cache."""
+    """Sent once a Submit, before its first token: how many prompt tokens came from the prefix cache."""
 
     rid: int
     cached_tokens: int
     queued_ns: int
     """From arrival to admission."""
     complete: bool | None = None
-    """Whether an empty output matches its grammar; None: there is none, or nobody knows before the output's end."""
+    """Whether the output that the Submit came with, an empty one in general, matches its grammar; None: there is none,
+    or nobody knows before the output's end."""
 
 
 class Ended(Message, frozen=True, tag=32):
@@ -279,23 +338,84 @@ class Stats(Message, frozen=True, tag=33):
     grammars_failed: int = 0
     grammar_seconds: float = 0.0
     """Counter: what compiling them took, failures included."""
+    down: str = ""
+    """What is not up, and why; empty: everything is."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
 """What is known of a scheduler that is not there."""
 
 
+class LaneView(Message, frozen=True, tag=81):
+    """A lane as one of its ends sees it; a moment old."""
+
+    source: str
+    target: str
+    up: bool
+    waiting: int = 0
+    """Messages that the target has not taken yet."""
+    sent: int = 0
+    """Counter: messages since the lane was made."""
+    full: int = 0
+    """Counter: how often there was no room."""
+    epoch: int = 0
+    """The target's incarnation; 0 where the end that answers does not know it."""
+
+
+class NodeView(Message, frozen=True, tag=82):
+    """A node of the radix tree; see kvstore.nodes. `parent` is -1 for the root of a namespace."""
+
+    id: int
+    parent: int
+    tokens: int
+    pages: int
+    locks: int
+    """Running requests that use it."""
+    hits: int
+
+
+class RequestView(Message, frozen=True, tag=83):
+    """A request, without its text. Lengths in tokens."""
+
+    rid: int
+    stage: Literal["waiting", "prefill", "decode"]
+    prompt: int
+    computed: int
+    """Tokens whose KV is there."""
+    generated: int
+    limit: int
+    """At which it ends, prompt included."""
+
+
+class Seen(Message, frozen=True, tag=84):
+    """The engine at one moment: the scheduler's part. Text adds the lanes that it alone knows and passes it on."""
+
+    rid: int
+    stats: Stats
+    lanes: list[LaneView]
+    nodes: list[NodeView]
+    tree_nodes: int
+    """How many the tree has, roots not counted."""
+    requests: list[RequestView]
+    paused: bool
+
+
 # ------------------------------------------------------------------ text -> front
 
 
 class TokenLogprob(Message, frozen=True, tag=34):
-    """A generated token with its logprob, and the most likely ones at its place (id, logprob, text)."""
+    """A token with its logprob, and the most likely ones at its place (id, logprob, text).
+
+    Of a prompt, the first token that was asked for has no logprob: NaN, and nothing else.
+    """
 
     token: int
     logprob: float
     text: bytes
     """The token's own bytes: a part of a UTF-8 character at times."""
     top: list[tuple[int, float, bytes]]
+    listed: list[tuple[int, float, bytes]] = []
+    """The same of the tokens that the request named (token_ids_logprob)."""
 
 
 class Chunk(Message, frozen=True, tag=35):
@@ -319,6 +439,8 @@ class Chunk(Message, frozen=True, tag=35):
     """The prompt ends in one of ChatPrompt.opens: the output begins amid thoughts."""
     valid: bool | None = None
     """In the last chunk of an output with a grammar: whether its text matches; None where that is not known."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """The prompt's next tokens, where their logprobs were asked for: all before the output's first token."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -400,10 +522,14 @@ class Plan(Message, frozen=True, tag=51):
     sampler_changes: int
     """Messages that the sampler was sent for this window."""
     chunk_scored: memoryview = NOTHING
-    """[chunks] 1 where the logprobs of the chunk's tokens but the first are wanted; empty: nowhere."""
+    """[chunks] of how many given tokens behind the chunk's the logprobs are wanted; empty: nowhere."""
     once_slots: memoryview = NOTHING
     """Slots that draw in step 0 and then rest until they are named again, since each of their tokens needs a mask of
     its own: those of the chunks here, and others, which decode in step 0."""
+    score_starts: memoryview = NOTHING
+    """[chunks] the place in the chunk before the first of these tokens; empty: nowhere."""
+    score_ids: memoryview = NOTHING
+    """These tokens, one chunk's after another's: the last of a chunk's may be the one that follows it."""
 
 
 class SlotParams(Message, frozen=True, tag=52):
@@ -492,6 +618,7 @@ class Scores(Message, frozen=True, tag=62):
     top_n: int
     top_ids: memoryview
     top_logprobs: memoryview
+    listed: memoryview = NOTHING
 
 
 class StepOut(Message, frozen=True, tag=61):
@@ -509,7 +636,8 @@ class StepOut(Message, frozen=True, tag=61):
     step_ns: int
     """Time of the step on the executor."""
     scores: Scores | None = None
-    """Of the tokens of chunks that are `chunk_scored`, in the plan's order."""
+    """Of Plan.score_ids, in their order."""
+    listed: memoryview = NOTHING
 
 
 # ------------------------------------------------------------------ sched -> fsm
@@ -601,14 +729,15 @@ class MatchFailed(Message, frozen=True, tag=78):
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
-FrontAnswer: TypeAlias = Tokenized | Detokenized | Done
+FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
-FrontQuestion: TypeAlias = Tokenize | Detokenize | Order
+FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
 TextInbox: TypeAlias = (
-    SystemMessage | Generate | Cancel | Abort | FrontQuestion | Tokens | Started | Ended | Stats | Done | Refused
-)
+    SystemMessage | Generate | Cancel | Abort | FrontQuestion
+    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused
+)  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | ExecutorReady | StepOut | GrammarNews
+SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | Look | ExecutorReady | StepOut | GrammarNews
 ExecutorInbox: TypeAlias = SystemMessage | Plan
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage

@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from .inbox import Inbox, LocalLane
-from .lane import LaneCorrupt, LaneSender
+from .lane import LaneCorrupt, LaneMetrics, LaneSender
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -48,6 +48,14 @@ class Ref:
     def backlog(self) -> int:
         """Messages that wait here for room in the lane."""
         return len(self._backlog)
+
+    def metrics(self) -> LaneMetrics | None:
+        """How full the lane is, what waits here for room in it included; None while the peer is down."""
+        lane = self._ring if self._ring is not None else self._local
+        if lane is None or not self.up:
+            return None
+        seen = lane.metrics()
+        return seen._replace(depth_frames=seen.depth_frames + len(self._backlog))
 
     def try_send(self, message: Any) -> bool:
         """Send now, or return False when the lane is full or older messages wait. Raises Gone."""

@@ -13,6 +13,7 @@ import numpy as np
 from ..kvstore.radix import Node
 from ..sampler.params import SamplingParams
 from .constraint import Constraint, Guided
+from .prompt_scores import PromptScores
 
 
 class Stage(Enum):
@@ -57,8 +58,16 @@ class Request:
     """Window of its last admission."""
     blocked_until: int = -1
     """After a retraction: the last window that may still bring tokens; no admission before it is reported."""
+    tenant: str = ""
+    """Whose it is, for fair shares; "" without API keys."""
+    weight: float = 1.0
+    """The tenant's share in relation to others'."""
+    charged: int = 0
+    """Of its tokens, those that the tenant was charged for, or that it found in the cache."""
+    suspect: bool = False
+    """An executor died while it was at work, and no token of it has come since."""
     crashes: int = 0
-    """Executor deaths while it held a slot."""
+    """Such deaths of which it alone can be the cause."""
     matched: tuple[int, int] = (-1, 0)
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
     constraint: Constraint | None = None
@@ -67,6 +76,10 @@ class Request:
     """Its newest tokens, forced ones, that nobody was told of yet: they wait until a chunk has computed their KV."""
     guided: Guided | None = None
     """The same where the fsm actor follows the grammar: then it draws only when a mask has come."""
+    scores: PromptScores | None = None
+    """What it wants to know of its prompt's logprobs."""
+    opening: bool | None = None
+    """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:
@@ -118,6 +131,12 @@ class Request:
     def computed(self) -> int:
         """Leading tokens whose KV the executor has reported."""
         return self.confirmed if self.confirmed < self.target else max(self.target, len(self.tokens) - 1)
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens whose KV may come from the cache: never all, since one must be computed to draw the next."""
+        most = len(self.tokens) - 1
+        return most if self.scores is None else self.scores.reusable(most)
 
     @property
     def wants_tokens(self) -> bool:

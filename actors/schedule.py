@@ -20,12 +20,13 @@ from ..kvstore.eviction import make_policy
 from ..kvstore.pages import PagePool
 from ..kvstore.radix import Match, RadixTree
 from . import jumps
+from .fair_share import FairShare
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
 from .request import Request, Stage, common_prefix
 from .slot_table import SlotTable
-from .window import Counters, JumpChunk, Landed, PrefillChunk, Seat, Window
+from .window import Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
 
 IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
@@ -67,6 +68,7 @@ class Schedule:
         self.order = make_order(
             config.schedule_policy, config.random_seed, self._matched, lambda r: self._match(r).node
         )
+        self.fair = FairShare()
         self.ratio = NewTokenRatio(config.schedule_conservativeness)
         self.counters = Counters()
         self.in_flight: deque[Window] = deque()
@@ -74,8 +76,12 @@ class Schedule:
         self.step_us = 0.0
         self.landed: list[Landed] = []
         """Forced tokens that came with the last report, before the tokens that it brought."""
+        self.scored: list[Scored] = []
+        """Tokens of prompts whose logprobs came with the last report."""
         self.complete: list[int] = []
         """Rows of the last report with whose token the output matches its grammar."""
+        self.since = 0
+        """The first window that can be of the present requests; those before were of others, maybe of the same ids."""
         self._last_k = 1
         self._release: list[int] = []
 
@@ -110,6 +116,12 @@ class Schedule:
             self._end(request, keep=True)
         return request is not None
 
+    def abort_all(self) -> None:
+        """End all requests, whose ids may come again: nothing that windows in flight bring is anybody's."""
+        for rid in list(self.requests):
+            self.abort(rid)
+        self.since = self.next_window
+
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing happens, while there are requests."""
         if self.requests:
@@ -126,14 +138,21 @@ class Schedule:
     def executor_lost(self) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
 
-        Returns the requests that were running in MAX_CRASHES executor deaths: they are ended, since one of them
-        may be the cause.
+        One of those that were at work may be the cause, so they are suspects until a token of them comes, and run one
+        at a time until then (`_admit`). Returns those of which the executor died MAX_CRASHES times while no other
+        suspect was at work: they are ended.
         """
         guilty = []
+        begun = self.in_flight[0].number if self.in_flight else -1
+        at_work = [r for r in self.slots.running() if r.window <= begun]
+        causes = [r for r in at_work if r.suspect] or at_work
+        for request in at_work:
+            request.suspect = True
+        if len(causes) == 1:
+            causes[0].crashes += 1
         for request in self.slots.running():
             self._drop_pages(request)
             self._unseat(request)
-            request.crashes += 1
             if request.crashes >= MAX_CRASHES:
                 request.stage = Stage.ENDED
                 del self.requests[request.rid]
@@ -148,12 +167,23 @@ class Schedule:
 
     # ------------------------------------------------------------------ results
 
-    def report(self, window: int, step: int, rids: list[int], ids: list[int], finish: np.ndarray) -> list[Request]:
-        """Take in one step's results: drawn tokens per request id, and Finish values (uint8).
+    def report(
+        self,
+        window: int,
+        step: int,
+        rids: list[int],
+        ids: list[int],
+        finish: np.ndarray,
+        scores: np.ndarray | None = None,
+    ) -> list[Request]:
+        """Take in one step's results: drawn tokens per request id, Finish values (uint8), and `scores` float32 [n,
+        columns], the logprobs of the tokens that the window's chunks were to score (see PromptScores.values).
 
         Step 0 also means that the window's chunks have their KV: their whole pages enter the tree, so that requests
         with the same prefix can start. Returns requests that wanted no token and are now complete.
         """
+        if window < self.since:
+            rids, ids, finish = [], [], finish[:0]
         current = self.in_flight[0]
         assert current.number == window, "windows report in order"
         chunks = [c for c in current.chunks if c.admission == c.request.admissions] if step == 0 else []
@@ -161,14 +191,17 @@ class Schedule:
             if chunk.request.slot >= 0:
                 chunk.request.confirmed = chunk.end
         requests = self.requests
-        self.landed = []
+        self.landed, self.scored = [], []
         if step == 0:
-            self._land(jumps.landed(chunks, current.jumps))
+            of_prompts = self._learn(current, scores)
+            self._land(jumps.landed(chunks, current.jumps, of_prompts))
         self.complete = []
         for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
+                if request.suspect:
+                    request.suspect, request.crashes = False, 0
                 if request.has_grammar and request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
@@ -184,11 +217,24 @@ class Schedule:
         return complete
 
     def _land(self, landed: list[Landed]) -> None:
-        self.landed = [item for item in landed if item.request.rid in self.requests]
+        self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
         forced = sum(len(item.tokens) for item in self.landed)
         self.counters.jumps += len(self.landed)
         self.counters.forced_tokens += forced
         self.counters.generated_tokens += forced
+
+    def _learn(self, window: Window, scores: np.ndarray | None) -> int:
+        """Take in the logprobs of prompts' tokens; returns in how many rows they came."""
+        row = 0
+        for chunk in window.chunks:
+            request = chunk.request
+            if chunk.scored and chunk.admission == request.admissions and request.rid in self.requests:
+                assert request.scores is not None and scores is not None
+                place = chunk.score_from + 1
+                request.scores.learn(place, scores[row : row + chunk.scored])
+                self.scored.append(Scored(request, place, chunk.scored, row))
+            row += chunk.scored
+        return row
 
     def step_took(self, step_us: float) -> None:
         """Learn the time of a decode step, from which k follows."""
@@ -285,7 +331,8 @@ class Schedule:
         window.budget -= end - start
         request.planned = end
         draws = end == request.target and request.wants_tokens
-        window.chunks.append(PrefillChunk(request, request.admissions, start, end, draws))
+        rows = (0, 0) if request.scores is None else request.scores.rows(start, end)
+        window.chunks.append(PrefillChunk(request, request.admissions, start, end, draws, *rows))
         self.counters.prefilled_tokens += end - start
         if draws:
             request.stage = Stage.DECODE
@@ -335,13 +382,16 @@ class Schedule:
         if not self.waiting or not self.slots.free:
             return False
         held_back = 0
+        suspected = any(r.suspect for r in self.slots.running())
         reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
-        for request in self.order(list(self.waiting.values())):
+        for request in self.fair.arrange(self.order(list(self.waiting.values())), self.slots.running()):
             if not self.slots.free:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            if request.blocked_until > reported or request.waits_for_mask or self._prefix_is_coming(request):
+            barred = max(request.blocked_until, self.since - 1) > reported or request.waits_for_mask
+            barred = barred or (request.suspect and suspected)
+            if barred or self._prefix_is_coming(request):
                 held_back += 1
                 continue
             if not self.config.disable_jump_forward:
@@ -353,6 +403,7 @@ class Schedule:
             if not self._fits(request, match, reserved):
                 break
             self._seat(window, request, match)
+            suspected = suspected or request.suspect
         return held_back > 0
 
     def _prefix_is_coming(self, request: Request) -> bool:
@@ -366,6 +417,8 @@ class Schedule:
             if other.namespace != request.namespace or provided[:IN_BATCH_PREFIX].tobytes() != head:
                 continue
             shared = common_prefix(ids[:-1], provided) // self.page * self.page
+            if request.scores is not None and (other.scores is None or not other.scores.provides(request.scores)):
+                shared = min(shared, request.reusable)
             if shared > max(reach, other.confirmed):
                 reach = shared
         return reach > 0 and reach - self._matched(request) >= IN_BATCH_PREFIX
@@ -383,6 +436,8 @@ class Schedule:
 
     def _seat(self, window: Window, request: Request, match: Match) -> None:
         del self.waiting[request.rid]
+        if request.scores is not None:
+            request.scores.seat(self.tree, request.ids(), request.namespace)
         self.tree.lock(match.node)
         fresh = self._allocate(-(-len(request.tokens) // self.page) - len(match.pages))
         source, tokens = self._partial_page(window, request, match)
@@ -396,6 +451,7 @@ class Schedule:
         request.planned = request.confirmed = cached
         request.stage = Stage.PREFILL
         if not request.admissions:
+            request.charged = cached
             self.counters.prompt_tokens += request.prompt_length
             self.counters.cached_tokens += min(cached, request.prompt_length)
         request.admissions += 1
@@ -413,7 +469,7 @@ class Schedule:
         """
         page, tokens = match.partial_page, match.partial_tokens
         start = len(match.pages) * self.page
-        wanted = request.ids()[start : min(start + self.page, len(request.tokens) - 1)]
+        wanted = request.ids()[start : min(start + self.page, request.reusable)]
         for other in self.slots.running():
             if other.node is match.node and other.window != window.number and other.computed > start + tokens:
                 shared = common_prefix(wanted, other.ids()[start : other.computed])
@@ -422,14 +478,19 @@ class Schedule:
         return page, tokens
 
     def _match(self, request: Request) -> Match:
-        """Return the cached prefix; never the whole request, since a token must be computed to draw the next."""
-        return self.tree.match(request.ids()[:-1], request.namespace)
+        """Return the cached prefix that it may use; see Request.reusable."""
+        return self.tree.match(self._usable(request), request.namespace)
 
     def _matched(self, request: Request) -> int:
         if request.matched[0] != self.tree_state:
-            tokens = self.tree.match_length(request.ids()[:-1], request.namespace)
+            tokens = self.tree.match_length(self._usable(request), request.namespace)
             request.matched = (self.tree_state, tokens)
         return request.matched[1]
+
+    def _usable(self, request: Request) -> np.ndarray:
+        if request.scores is not None:
+            request.scores.look_up(self.tree, request.ids(), request.namespace)
+        return request.ids()[: request.reusable]
 
     # ------------------------------------------------------------------ retraction
 
@@ -441,8 +502,8 @@ class Schedule:
         return rows
 
     def _retraction_victim(self) -> Request:
-        """The request with the fewest generated tokens, then the longest prompt: the least work lost."""
-        return min(self.slots.running(), key=lambda r: (r.generated, -r.prompt_length))
+        """Of the lowest priority, the one with the fewest generated tokens, then the longest prompt: the least lost."""
+        return min(self.slots.running(), key=lambda r: (r.priority, r.generated, -r.prompt_length))
 
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""
@@ -481,6 +542,8 @@ class Schedule:
         """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there."""
         count = -(-len(ids) // self.page)
         done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
+        if request.scores is not None:
+            request.scores.keep(self.tree, ids, request.namespace)
         request.owned[done.taken_from : count] = [False] * max(count - done.taken_from, 0)
         self.tree.lock(done.node)
         if request.node is not None:
@@ -505,6 +568,7 @@ class Schedule:
         self._unseat(request)
 
     def _unseat(self, request: Request) -> None:
+        self.fair.charge(request)
         self.slots.give_back(request.slot)
         request.slot = -1
         self.prefilling.pop(request.rid, None)

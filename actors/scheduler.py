@@ -35,6 +35,7 @@ from .messages import (
     Finish,
     GrammarSpec,
     GrammarStates,
+    Look,
     Masks,
     Match,
     MatchFailed,
@@ -42,10 +43,12 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
+    PromptLogprobs,
     Refused,
     SamplerMessage,
     SchedulerInbox,
     Scores,
+    Seen,
     SlotMasks,
     SlotParams,
     Started,
@@ -56,9 +59,12 @@ from .messages import (
     Translated,
     Unmatch,
 )
+from .prompt_scores import prompt_scores
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
+from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
+from .view import seen
 from .window import Landed, Window
 
 STATS_SECONDS: Final = 0.25
@@ -89,6 +95,7 @@ def tokens_of(m: StepOut, complete: list[int]) -> Tokens:
         top_ids=copy(m.top_ids),
         top_logprobs=copy(m.top_logprobs),
         complete=int32(complete),
+        listed=copy(m.listed),
     )
 
 
@@ -103,24 +110,15 @@ def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
     if scores is None:
         return plain
     rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
-    logprobs, top_ids, top_logprobs = scored_rows(scores, np.array(rows))
-    return replace(plain, logprobs=logprobs, top_n=scores.top_n, top_ids=top_ids, top_logprobs=top_logprobs)
-
-
-def scored_rows(scores: Scores, rows: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
-    """Return (logprobs, top_ids, top_logprobs) of some rows of the scores; row -1: nobody asked."""
-    asked = rows >= 0
-
-    def pick(view: memoryview, dtype: type[np.generic], width: int, absent: float) -> memoryview:
-        found = np.full((len(rows), width), absent, dtype)
-        found[asked] = np.frombuffer(view, dtype).reshape(-1, width)[rows[asked]]
-        return memoryview(found.tobytes())
-
-    logprobs = pick(scores.logprobs, np.float32, 1, np.nan)
-    if not scores.top_n:
-        return logprobs, NOTHING, NOTHING
-    top_ids = pick(scores.top_ids, np.int32, scores.top_n, -1)
-    return logprobs, top_ids, pick(scores.top_logprobs, np.float32, scores.top_n, np.nan)
+    found = scored_rows(scores, np.array(rows))
+    return replace(
+        plain,
+        logprobs=found.logprobs,
+        top_n=found.top_n,
+        top_ids=found.top_ids,
+        top_logprobs=found.top_logprobs,
+        listed=found.listed,
+    )
 
 
 def jumps_of(window: Window) -> GrammarStates:
@@ -151,7 +149,11 @@ class Scheduler(Actor):
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
+        self.lost: dict[str, str] = {}
+        """Peers that died and are not back, and why they died."""
         self.paused = False
+        self.idle_seconds = 0.0
+        """Since the last step of an executor that has work, our own loop's hangs not counted."""
         self.sent_stats: Stats | None = None
 
     async def start(self) -> None:
@@ -181,13 +183,17 @@ class Scheduler(Actor):
             case PeerDown():
                 self._peer_down(message)
             case PeerUp(name=name):
+                self.lost.pop(name, None)
                 self.sent_stats = None  # an executor says itself when it is ready, a text actor wants to know
+                self._send_stats()
                 if name == FSM:
                     self.guided.lost()
                     for entry in self.grammars.unsent():
                         self._to_fsm(Compile(entry.handle, entry.spec))
             case Order():
                 self._order(message)
+            case Look():
+                self._to_text(seen(self.context, message, self.schedule, self.statistics(), self.paused))
             case Drain():
                 pass  # the fronts send nothing new
 
@@ -209,16 +215,21 @@ class Scheduler(Actor):
     def _submit(self, m: Submit) -> None:
         ids = array("i")
         ids.frombytes(m.ids)
+        prompt_length = len(ids)
+        ids.frombytes(m.generated)
         assert m.params.max_new_tokens is not None, "the text actor resolves it"
         request = Request(
             rid=m.rid,
             tokens=ids,
-            prompt_length=len(ids),
+            prompt_length=prompt_length,
             params=m.params,
             namespace=m.cache_salt,
             priority=m.priority,
             arrival_ns=m.arrival_ns,
-            limit=len(ids) + m.params.max_new_tokens,
+            limit=prompt_length + m.params.max_new_tokens,
+            scores=prompt_scores(m.params, prompt_length),
+            tenant=m.tenant,
+            weight=m.weight,
         )
         if m.grammar is None:
             self._add(request)
@@ -301,7 +312,7 @@ class Scheduler(Actor):
         for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
             self._abort(rid)
 
-    def _to_text(self, message: Tokens | Started | Ended | Stats | Done | Refused) -> None:
+    def _to_text(self, message: Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused) -> None:
         try:
             self.context.ref("text").post(message)
         except Gone:
@@ -330,20 +341,21 @@ class Scheduler(Actor):
         self._send_stats()
 
     def _peer_down(self, m: PeerDown) -> None:
+        self.lost[m.name] = m.reason
         if m.name in self.executors:
             self.executor_up = False
             self.grammars.loaded.clear()
-            self._send_stats()
+        self._send_stats()
+        if m.name in self.executors:
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
-                text = "the executor died twice while it ran this request; it is not tried again"
+                text = "the executor died twice of this request, as far as can be told; it is not tried again"
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
         elif m.name == "text":
             self.early = []
             for handle in self.grammars.abandon_all():
                 self._to_fsm(Discard(handle))
             if self.schedule is not None:
-                for rid in list(self.schedule.requests):
-                    self.schedule.abort(rid)
+                self.schedule.abort_all()
 
     # ------------------------------------------------------------------ results
 
@@ -351,13 +363,18 @@ class Scheduler(Actor):
         schedule = self.schedule
         if schedule is None or not schedule.in_flight or schedule.in_flight[0].number != m.window:
             return  # from before an executor's death
+        self.idle_seconds = 0.0
         window = schedule.in_flight[0]
         has_chunks = m.step == 0 and bool(window.chunks or window.jumps)
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
-        complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish)
+        scores = None if m.scores is None else columns_of(m.scores)
+        complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish, scores)
+        for item in schedule.scored:
+            assert m.scores is not None
+            self._to_text(computed_logprobs(item, m.scores))
         if schedule.landed:
             self._to_text(forced_tokens_of(schedule.landed, m.scores))
-        if rids:
+        if rids and m.window >= schedule.since:
             self._to_text(tokens_of(m, schedule.complete))
         for request in complete:
             self._complete_without_token(request)
@@ -377,8 +394,9 @@ class Scheduler(Actor):
         for request, cached in ((seat.request, seat.cached) for seat in window.admits):
             if request.admissions == 1:
                 of_prompt = min(cached, request.prompt_length)
-                empty = None if request.constraint is None else request.constraint.grammar.final(0)
-                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), empty))
+                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), request.opening))
+            for told in known_logprobs(request):
+                self._to_text(told)
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:
@@ -433,7 +451,6 @@ class Scheduler(Actor):
         ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
         chunks = [(c.request.slot, c.start, c.end - c.start, int(c.draws)) for c in w.chunks]
         chunks += [(j.request.slot, j.start, len(j.tokens), 1) for j in w.jumps]
-        scored = [int(j.scored) for j in w.jumps]
         return Plan(
             window=w.number,
             k=w.k,
@@ -448,8 +465,8 @@ class Scheduler(Actor):
             chunk_ids=memoryview(ids.tobytes()),
             chunk_starts=int32([start for _, start, _, _ in chunks]),
             sampler_changes=sampler_changes,
-            chunk_scored=int32([0] * len(w.chunks) + scored) if any(scored) else NOTHING,
             once_slots=int32(w.once),
+            **scored_fields(w),
         )
 
     # ------------------------------------------------------------------ statistics
@@ -458,6 +475,17 @@ class Scheduler(Actor):
         while True:
             self._send_stats()
             await trio.sleep(STATS_SECONDS)
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """An executor whose device hangs takes its plans and computes none of them."""
+        limit = self.context.config.hang_seconds
+        works = self.executor_up and self.schedule is not None and bool(self.schedule.in_flight)
+        self.idle_seconds = self.idle_seconds + STATS_SECONDS if works else 0.0
+        if self.idle_seconds > limit:
+            self.idle_seconds = 0.0
+            for name in self.executors:
+                self.context.accuse(name, f"{name} computed no step for {limit:g} s")
 
     def _send_stats(self) -> None:
         stats = self.statistics()
@@ -469,7 +497,7 @@ class Scheduler(Actor):
         """Return the present state and the totals."""
         s = self.schedule
         if s is None:
-            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
+            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting, down=self.down())
         c, g = s.counters, self.grammars.counters
         return Stats(
             waiting=len(s.waiting) + self.grammars.waiting,
@@ -494,4 +522,12 @@ class Scheduler(Actor):
             grammars_compiled=g.compiled,
             grammars_failed=g.failed,
             grammar_seconds=g.seconds,
+            down=self.down(),
         )
+
+    def down(self) -> str:
+        """Return what is not up, for people; empty if everything is."""
+        if self.lost:
+            name, reason = next(iter(self.lost.items()))
+            return f"{name} is down: {reason}"
+        return "" if self.executor_up else "the executor is starting"

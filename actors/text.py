@@ -1,21 +1,26 @@
 """The text actor: text in, token ids to the scheduler; token ids back, text out to the fronts.
 
 It owns the tokenizer, the chat template, and for each running request a detokenizer and its stop strings (Output).
+When the scheduler dies, its successor is asked for the rest of every output, and the fronts see a pause.
 Invariant: every request id that a front sent gets exactly one final message (a Chunk with `finish`, or Refused),
 unless the front cancelled it or died; and after its final message an id is unknown here, so late rows are ignored.
 """
 
+import math
 import os
+import time
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
 import numpy as np
 import trio
+from msgspec.structs import replace
 
 from ..errors import ActorserveError, EngineDown, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.template import ChatTemplate
 from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Actor, Context
 from .messages import (
@@ -33,12 +38,16 @@ from .messages import (
     Finish,
     FrontAnswer,
     Generate,
+    Look,
     Order,
     PeerDown,
     PeerUp,
+    PromptLogprobs,
     Refused,
+    Seen,
     Started,
     Stats,
+    Submit,
     TextInbox,
     Tokenize,
     Tokenized,
@@ -48,10 +57,15 @@ from .messages import (
 from .output import Output
 from .prompts import Encoded, Prompts
 from .ref import Gone
+from .view import with_lanes_of
 
 SCHEDULER: Final = "sched"
-SCHEDULER_DOWN: Final = "the scheduler is not running at the moment; send the request again"
-SCHEDULER_DIED: Final = "the scheduler restarted; send the request again"
+MAX_DEATHS: Final = 3
+GUILTY_NS: Final = 3_000_000_000
+"""What was asked for longer ago when the scheduler died is not the cause."""
+SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it got this request; it is not tried again"
+OURS: Final = -1
+"""Id of an order of nobody's."""
 FAILURES: Final[dict[int, str]] = {
     Finish.POISON: "the model's output for this request was not a number, or no token was allowed",
     Finish.GRAMMAR: "the grammar left no token that could come next, as when it ends before min_new_tokens",
@@ -69,8 +83,12 @@ class Text(Actor):
         """Running requests by id."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
-        self.ordered: dict[int, str] = {}
-        """Orders that the scheduler has not answered: their fronts."""
+        self.ordered: dict[int, tuple[str, Order | Look]] = {}
+        """Orders that the scheduler has not answered, with their fronts."""
+        self.scheduler_up = False
+        """It knows all that is here: it was told when it came up."""
+        self.paused = False
+        """By the last order that was carried out."""
         self.stats = NO_STATS
         """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
@@ -99,6 +117,8 @@ class Text(Actor):
         match message:
             case Tokens():
                 self._tokens(message)
+            case PromptLogprobs():
+                self._prompt_logprobs(message)
             case Generate():
                 self._generate(message, source)
             case Cancel():
@@ -113,21 +133,19 @@ class Text(Actor):
             case Stats():
                 self._stats(message)
             case PeerDown():
-                self._peer_down(message.name)
+                self._peer_down(message)
             case PeerUp():
                 self._peer_up(message.name)
             case Abort():
-                if message.rid in self.outputs:  # else it has ended, or is not tokenized yet
-                    self._post(SCHEDULER, message)
+                self._abort(message)
             case Tokenize():
                 self._tokenize(message, source)
             case Detokenize():
                 self._detokenize(message, source)
-            case Order():
+            case Order() | Look():
                 self._order(message, source)
-            case Done() | Refused():
-                if (front := self.ordered.pop(message.rid, None)) is not None:
-                    self._post(front, message)
+            case Done() | Seen() | Refused():
+                self._order_ended(message)
             case Drain():
                 pass  # the fronts send nothing new
             case _:
@@ -139,10 +157,13 @@ class Text(Actor):
             ref = self.context.ref(front)
             if ref.backlog:
                 continue  # credit wakes us, and flush is called again
-            made = (output.chunk() for output in self._changed.pop(front).values())
-            chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
-            if chunks:
-                self._post(front, Chunks(chunks))
+            changed = list(self._changed.pop(front).values())
+            while changed:
+                made = [output.chunk() for output in changed]
+                chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
+                if chunks:
+                    self._post(front, Chunks(chunks))
+                changed = [output for output in changed if output.holds_prompt]
 
     # ------------------------------------------------------------------ from the fronts
 
@@ -173,26 +194,29 @@ class Text(Actor):
             return ActorserveError("the prompt could not be tokenized")
 
     def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
-        """Hand the choices to the scheduler, or refuse them all."""
+        """Hand the choices to the scheduler, or refuse them all. If it is down they wait for the next one."""
         try:
             if isinstance(prompt, ActorserveError):
                 raise prompt
-            submits = self.prompts.submits(m, prompt.ids)
-            sched = self.context.ref(SCHEDULER)
-            if not sched.up:
-                raise EngineDown(SCHEDULER_DOWN)
-            for submit in submits:
-                sched.post(submit)
+            submits = self.prompts.submits(m, prompt)
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
-        except Gone:
-            self._refuse(m.rid, m.n, front, EngineDown(SCHEDULER_DOWN))
-            return
-        ids = prompt.ids
-        for rid in range(m.rid, m.rid + m.n):
-            detokenizer = self._detokenizer(m, ids)
-            self.outputs[rid] = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking)
+        resumed = None if m.resumed is None else {one.rid: one for one in m.resumed}
+        for submit in submits:
+            if resumed is None or submit.rid in resumed:
+                output = Output(submit, front, m.params, self._detokenizer(m, prompt.ids), prompt.thinking)
+                if resumed is not None:
+                    output.resume(resumed[submit.rid])
+                if m.params.wants_prompt:
+                    output.push_prompt([self._first_of_prompt(prompt.ids, m.params)])
+                self.outputs[submit.rid] = output
+                self._to_scheduler(output.submission())
+
+    def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
+        """Of the first token that is wanted: nothing is before it."""
+        first = int(ids[params.logprob_start_len])
+        return TokenLogprob(first, math.nan, self._bytes(first), [])
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
@@ -206,7 +230,22 @@ class Text(Actor):
         for rid in range(m.rid, m.rid + m.n):
             self._changed.get(front, {}).pop(rid, None)
             if self._forget(rid) is not None:
-                self._post(SCHEDULER, Abort(rid))
+                self._to_scheduler(Abort(rid))
+
+    def _abort(self, m: Abort) -> None:
+        """A front's wish; an output that has ended or is not tokenized yet is not known."""
+        output = self.outputs.get(m.rid)
+        if output is not None:
+            output.aborted = True
+            if self.scheduler_up:
+                self._to_scheduler(m)
+            else:
+                self._end_aborted(output)
+
+    def _end_aborted(self, output: Output) -> None:
+        del self.outputs[output.rid]
+        output.abort()
+        self._mark_changed(output)
 
     def _tokenize(self, m: Tokenize, front: str) -> None:
         if self.prompts.is_long(m.prompt):
@@ -230,12 +269,18 @@ class Text(Actor):
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
         self._post(front, Detokenized(m.rid, text))
 
-    def _order(self, m: Order, front: str) -> None:
-        if not self.context.ref(SCHEDULER).up:
-            self._refuse(m.rid, 1, front, EngineDown(SCHEDULER_DOWN))
+    def _order(self, m: Order | Look, front: str) -> None:
+        self.ordered[m.rid] = (front, m)
+        self._to_scheduler(m)
+
+    def _order_ended(self, m: Done | Seen | Refused) -> None:
+        found = self.ordered.pop(m.rid, None)
+        if found is None:
             return
-        self.ordered[m.rid] = front
-        self._post(SCHEDULER, m)
+        front, order = found
+        if isinstance(m, Done) and isinstance(order, Order) and order.action != "flush_cache":
+            self.paused = order.action != "continue"
+        self._post(front, with_lanes_of(self.context, m) if isinstance(m, Seen) else m)
 
     # ------------------------------------------------------------------ from the scheduler
 
@@ -255,47 +300,69 @@ class Text(Actor):
                 self._refuse(rid, 1, output.front, ActorserveError(FAILURES[finish]))
                 continue
             logprob = None
-            if logprobs is not None and output.top_logprobs is not None and ids[row] >= 0:
-                logprob = self._logprob(m, row, ids[row], logprobs[row], output.top_logprobs)
+            if logprobs is not None and output.params.logprobs is not None and ids[row] >= 0:
+                logprob = self._logprob(m, row, ids[row], logprobs[row], output.params)
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
+            output.deaths = 0
             output.push(ids[row], finish, logprob, complete=row in complete)
             self._mark_changed(output)
             if output.finish is not None:
                 del self.outputs[rid]
                 if not finish:  # a stop string: the scheduler does not know yet
-                    self._post(SCHEDULER, Abort(rid))
+                    self._to_scheduler(Abort(rid))
 
-    def _logprob(self, m: Tokens, row: int, token: int, logprob: float, wanted: int) -> TokenLogprob:
-        first, count = row * m.top_n, min(wanted, m.top_n)
+    def _prompt_logprobs(self, m: PromptLogprobs) -> None:
+        output = self.outputs.get(m.rid)
+        if output is None:
+            return  # cancelled
+        ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
+        logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist()
+        output.push_prompt(
+            [
+                self._logprob(m, row, token, logprob, output.params)
+                for row, (token, logprob) in enumerate(zip(ids, logprobs, strict=True))
+            ]
+        )
+        self._mark_changed(output)
+
+    def _logprob(
+        self, m: Tokens | PromptLogprobs, row: int, token: int, logprob: float, params: SamplingParams
+    ) -> TokenLogprob:
+        first, count = row * m.top_n, min(params.logprobs or 0, m.top_n)
         top: list[tuple[int, float, bytes]] = []
         if count:
             ids = np.frombuffer(m.top_ids, dtype=np.int32, count=count, offset=4 * first).tolist()
             values = np.frombuffer(m.top_logprobs, dtype=np.float32, count=count, offset=4 * first).tolist()
             top = [(i, value, self._bytes(i)) for i, value in zip(ids, values, strict=True)]
-        return TokenLogprob(token, logprob, self._bytes(token), top)
+        named = params.token_ids_logprob
+        if not named or not len(m.listed):
+            return TokenLogprob(token, logprob, self._bytes(token), top)
+        width = len(m.listed) // len(m.logprobs)
+        values = np.frombuffer(m.listed, dtype=np.float32, count=len(named), offset=4 * row * width).tolist()
+        listed = [(i, value, self._bytes(i)) for i, value in zip(named, values, strict=True)]
+        return TokenLogprob(token, logprob, self._bytes(token), top, listed)
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._detokenizers is None else self._detokenizers.bytes[token]
 
     def _ended(self, m: Ended) -> None:
-        output = self.outputs.pop(m.rid, None)
+        output = self.outputs.get(m.rid)
         if output is None:
             return  # the answer to our Abort
         if m.status == 0:
-            output.abort()
-            self._mark_changed(output)
+            self._end_aborted(output)
             return
-        self._unmark(output)
+        self._forget(m.rid)
         error = ActorserveError(m.message, param=m.param, code=m.code, status=m.status)
         self._refuse(m.rid, 1, output.front, error)
 
     def _stats(self, m: Stats) -> None:
-        """To every front that has room: newer ones follow. That it is up or down must arrive, so it waits for room."""
+        """To every front that has room: newer ones follow. What is up or down must arrive, so it waits for room."""
         if m == self.stats:
             return
-        news, self.stats = m.executor_up != self.stats.executor_up, m
+        news, self.stats = (m.executor_up, m.down) != (self.stats.executor_up, self.stats.down), m
         for name in self.context.peers():
             ref = self.context.ref(name)
             if name != SCHEDULER and ref.up:
@@ -307,25 +374,47 @@ class Text(Actor):
     # ------------------------------------------------------------------ peers
 
     def _peer_up(self, name: str) -> None:
-        if name != SCHEDULER and self.stats.executor_up:
+        if name == SCHEDULER:
+            self._ask_again()
+        elif self.stats != NO_STATS:
             self._post(name, self.stats)  # the next ones may be long in coming
 
-    def _peer_down(self, name: str) -> None:
-        if name == SCHEDULER:
-            self._stats(NO_STATS)
-            for output in list(self.outputs.values()):
+    def _ask_again(self) -> None:
+        """Tell a new scheduler all that the last one knew, as far as it was told here."""
+        self.scheduler_up = True
+        if self.paused:
+            self._to_scheduler(Order(OURS, "pause"))
+        now = time.monotonic_ns()
+        for output in self.outputs.values():
+            output.asked_ns = now
+            self._to_scheduler(output.submission())
+        for _, order in self.ordered.values():
+            self._to_scheduler(order)
+
+    def _scheduler_down(self, reason: str) -> None:
+        self.scheduler_up = False
+        self._stats(replace(NO_STATS, down=f"the scheduler is down: {reason}"))
+        now = time.monotonic_ns()
+        for output in list(self.outputs.values()):
+            output.deaths = output.deaths + 1 if now - output.asked_ns < GUILTY_NS else 0
+            if output.aborted:
+                self._end_aborted(output)
+            elif output.deaths >= MAX_DEATHS:
                 self._forget(output.rid)
-                self._refuse(output.rid, 1, output.front, EngineDown(SCHEDULER_DIED))
-            for rid, front in self.ordered.items():
-                self._refuse(rid, 1, front, EngineDown(SCHEDULER_DIED))
-            self.ordered.clear()
+                error = EngineDown(SCHEDULER_DIED, code="scheduler_crashed")
+                self._refuse(output.rid, 1, output.front, error)
+
+    def _peer_down(self, m: PeerDown) -> None:
+        if m.name == SCHEDULER:
+            self._scheduler_down(m.reason)
             return
+        name = m.name
         self._changed.pop(name, None)
         self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
-        self.ordered = {rid: front for rid, front in self.ordered.items() if front != name}
+        self.ordered = {rid: (front, order) for rid, (front, order) in self.ordered.items() if front != name}
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)
-            self._post(SCHEDULER, Abort(output.rid))
+            self._to_scheduler(Abort(output.rid))
 
     def _forget(self, rid: int) -> Output | None:
         output = self.outputs.pop(rid, None)
@@ -342,8 +431,13 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _post(self, name: str, message: Abort | Chunks | Refused | Stats | Order | FrontAnswer) -> None:
-        """Send; a peer that is down has lost its requests anyway, and its PeerDown follows."""
+    def _to_scheduler(self, message: Abort | Submit | Order | Look) -> None:
+        """Send, if it is up; else the next one is told all that still holds."""
+        if self.scheduler_up:
+            self._post(SCHEDULER, message)
+
+    def _post(self, name: str, message: Abort | Submit | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
+        """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)
         except Gone:

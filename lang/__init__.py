@@ -1,7 +1,7 @@
 """The frontend language: programs that call a model many times, fork, join and choose. `import actorserve.lang as sgl`.
 
 The words are SGLang's (Zheng et al., arXiv 2312.07104): a program for it runs here with its import changed. Backends
-are imported on first use. docs/frontend.md is the introduction.
+are imported on first use. docs/language.md is the introduction.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from .choices import greedy_token_selection, token_length_normalized, unconditio
 from .program import SglFunction, function
 from .state import ProgramState, ProgramStateGroup
 from .templates import ChatTemplate, register_chat_template
+from .tools import ToolCall
 from .variables import ProgramError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "Runtime",
     "RuntimeEndpoint",
     "SglFunction",
+    "ToolCall",
     "assistant",
     "assistant_begin",
     "assistant_end",

@@ -7,12 +7,15 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+import msgspec
+
 from ..errors import RequestError
 from .backend import Backend, Reply
 from .context import Context
 from .expressions import Sampling
 from .http_calls import Http
 from .templates import get_chat_template
+from .tools import call_text
 
 VERSION: Final = "2023-06-01"
 IDLE: Final = {
@@ -33,6 +36,7 @@ class Anthropic(Backend):
 
     is_chat_model = True
     takes_pictures = True
+    takes_tools = True
 
     def __init__(
         self,
@@ -52,10 +56,13 @@ class Anthropic(Backend):
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
         answer = await self._http.post("/v1/messages", self._body(context, sampling))
-        text = "".join(part["text"] for part in answer["content"] if part["type"] == "text")
+        calls = [call_text(part["name"], part["input"]) for part in answer["content"] if part["type"] == "tool_use"]
+        text = calls[0] if calls else "".join(part["text"] for part in answer["content"] if part["type"] == "text")
         return Reply([text], {"id": answer.get("id"), **_meta(answer.get("stop_reason"), answer.get("usage") or {})})
 
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        if sampling.tools is not None:
+            raise self._cannot("stream calls of tools")
         reason: str | None = None
         usage: dict[str, Any] = {}
         async for event in self._http.events("/v1/messages", self._body(context, sampling) | {"stream": True}):
@@ -88,7 +95,18 @@ class Anthropic(Backend):
             "system": "\n\n".join(m["content"] for m in messages if m["role"] == "system") or None,
             "messages": [_turn(message) for message in messages if message["role"] != "system"],
         }
+        if sampling.tools is not None:
+            body |= {
+                "tools": [_tool(tool["function"]) for tool in msgspec.json.decode(sampling.tools)],
+                "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            }
         return {name: value for name, value in body.items() if value is not None}
+
+
+def _tool(function: dict[str, Any]) -> dict[str, Any]:
+    """A function in Anthropic's form."""
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    return {"name": function["name"], "description": function.get("description") or "", "input_schema": schema}
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:

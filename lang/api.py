@@ -23,6 +23,7 @@ from .expressions import (
     sequence,
 )
 from .structured import schema_of
+from .tools import ToolCall, tools_of
 
 DTYPE_NAMES: Final = {int: "int", float: "float", bool: "bool", str: "str"}
 
@@ -57,19 +58,25 @@ def gen(
     logit_bias: dict[int, float] | None = None,
     priority: int | None = None,
     ebnf: str | None = None,
+    tools: Texts[Any] | None = None,
 ) -> Expr:
     """The model continues the text, and what it says becomes the variable `name`.
 
     Parameters that are None are those of the run. n above 1: the variable is a list, and the first of it is appended.
     `choices`: as `select`. `dtype`: int, float, bool or str, the form of the text, which stays text. `json_schema`:
     JSON text, a parsed schema, or a type (msgspec struct, dataclass, pydantic model), of which the variable is then an
-    instance. Raises RequestError and re.error for parameters that are wrong.
+    instance. `tools`: functions, or tools in OpenAI's form; the model calls one, and the variable is a ToolCall. Raises
+    RequestError and re.error for parameters that are wrong.
     """
     if choices:
         return select(name, choices, temperature or 0.0, choices_method or token_length_normalized)
     if regex is not None:
         re.compile(regex)
     schema, output_type = (None, None) if json_schema is None else schema_of(json_schema)
+    if tools is not None:
+        if any(given is not None for given in (regex, json_schema, ebnf, dtype)):
+            raise RequestError("tools and regex, json_schema, ebnf or dtype exclude each other", param="tools")
+        output_type = ToolCall
     sampling = Sampling(
         max_new_tokens=max_tokens,
         min_new_tokens=min_tokens,
@@ -96,6 +103,7 @@ def gen(
         regex=regex,
         json_schema=schema,
         ebnf=ebnf,
+        tools=None if tools is None else tools_of(tools),
     )
     return Gen(name, sampling, output_type)
 

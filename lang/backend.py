@@ -1,6 +1,7 @@
 """What the interpreter asks of a model: Backend, the base of every one, and what all of them share.
 
-Invariant: all coroutines run in the loop of loop.py, as many at once as `most_calls`; the rest waits its turn there.
+Invariant: all coroutines run in the backend's `loop` (that of loop.py, but for programs on a server), as many calls at
+once as `most_calls`; the rest waits its turn there.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -13,8 +14,10 @@ from ..errors import RequestError
 from .choices import METHODS, ChoicesDecision, ChoicesMethod
 from .context import Context
 from .expressions import Sampling
-from .loop import LOOP
+from .loop import LOOP, Tasks
+from .remote import ProgramReply, ProgramRequest
 from .templates import ChatTemplate
+from .tools import call_schema
 
 DTYPES: Final = {
     "int": (r"[-+]?[0-9]+[ \n]*", (" ", "\n")),
@@ -38,11 +41,16 @@ class Backend:
     is_chat_model: bool = False
     """It takes conversations, not texts."""
     takes_pictures: bool = False
+    takes_tools: bool = False
+    """Its API has tools; for other backends a call is a JSON schema."""
+    takes_programs: bool = False
+    """It runs whole programs (remote.py)."""
     most_calls: int = 256
 
     def __init__(self, name: str, chat_template: ChatTemplate) -> None:
         self.name = name
         self.chat_template = chat_template
+        self.loop: Tasks = LOOP
         self._limiter: anyio.CapacityLimiter | None = None
 
     @property
@@ -65,6 +73,10 @@ class Backend:
     ) -> ChoicesDecision:
         """Choose the continuation. Raises RequestError where the backend cannot score choices by this method."""
         raise self._cannot("select")
+
+    async def run_program(self, request: ProgramRequest) -> ProgramReply:
+        """Run a whole program there. Raises ActorserveError."""
+        raise self._cannot("run programs")
 
     async def commit(self, context: Context) -> None:
         """Compute the context's text into the prefix cache; without effect where there is none to talk to."""
@@ -90,8 +102,13 @@ class Backend:
         return RequestError(f"{type(self).__name__} ({self.name}) cannot {what}", code="unsupported_value")
 
 
-def constrained(sampling: Sampling) -> Sampling:
-    """The same with `dtype` as a regular expression. Raises RequestError for an unknown dtype, or beside a regex."""
+def constrained(sampling: Sampling, takes_tools: bool = False) -> Sampling:
+    """The same with `dtype` as a regular expression, and tools as a schema unless the backend takes them as they are.
+
+    Raises RequestError for an unknown dtype, or beside a regex.
+    """
+    if sampling.tools is not None and not takes_tools:
+        return msgspec.structs.replace(sampling, tools=None, json_schema=call_schema(sampling.tools))
     if sampling.dtype is None:
         return sampling
     if sampling.dtype not in DTYPES:

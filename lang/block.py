@@ -8,14 +8,16 @@ or fails; a message that disagrees is never used.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
 from ..errors import RequestError
 from .backend import Backend
 from .context import Context
-from .expressions import Sampling
+from .expressions import Gen, Sampling
 from .speculation import TRIES, Ahead, ahead_of, beyond, may_speculate
+from .structured import instance
 from .variables import Slot
 
 
@@ -23,7 +25,7 @@ from .variables import Slot
 class Wanted:
     """A recorded `gen`."""
 
-    name: str | None
+    output_type: Any
     sampling: Sampling
     slot: Slot
 
@@ -44,8 +46,8 @@ class Block:
         elif text:
             self.parts.append(text)
 
-    def add_gen(self, name: str | None, sampling: Sampling, slot: Slot) -> None:
-        self.parts.append(Wanted(name, sampling, slot))
+    def add_gen(self, gen: Gen, sampling: Sampling, slot: Slot) -> None:
+        self.parts.append(Wanted(gen.output_type, sampling, slot))
 
     def text(self) -> str:
         """All text of a block without gens."""
@@ -135,4 +137,5 @@ async def _one_by_one(block: Block, backend: Backend, context: Context) -> None:
         context.text += reply.texts[0]
         several = (part.sampling.n or 1) > 1
         meta = reply.meta | {"speculation": context.speculation.report()}
-        part.slot.fill(list(reply.texts) if several else reply.texts[0], meta)
+        values = [instance(text, part.output_type) for text in reply.texts]
+        part.slot.fill(values if several else values[0], meta)

@@ -52,6 +52,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     json_schema: str | None = None
     """A JSON schema as JSON text."""
     ebnf: str | None = None
+    tools: str | None = None
+    """OpenAI's list of tools as JSON text, of which one must be called (tools.py)."""
 
     def over(self, defaults: "Sampling") -> "Sampling":
         """These parameters, and where they say nothing, `defaults`."""

@@ -6,8 +6,8 @@ variable that was declared is filled or failed; after a failure the rest of the 
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import msgspec
 
@@ -36,12 +36,13 @@ from .expressions import (
     flatten,
 )
 from .images import load
-from .loop import LOOP, Signal
+from .loop import Signal
 from .program_lines import error_line, program_line
 from .reasoning import split
 from .speculation import ahead_of, beyond, may_speculate
 from .structured import instance
 from .variables import ProgramError, Slot, failure, filled
+from .work import QUICK, Elsewhere, Flush, Gather, Inherit, Item, Point
 
 RUN_DEFAULTS: Final = Sampling(
     max_new_tokens=128,
@@ -58,56 +59,6 @@ RUN_DEFAULTS: Final = Sampling(
     ignore_eos=False,
 )
 """SGLang's defaults of a run."""
-
-
-@dataclass(slots=True)
-class Point:
-    """A place in a state's queue where branches begin."""
-
-    reached: Signal = field(default_factory=Signal)
-    context: Context | None = None
-    gathered: dict[str, Slot] = field(default_factory=dict)
-    """Variables that joins before this place have made."""
-    error: ProgramError | None = None
-
-
-@dataclass(slots=True)
-class Inherit:
-    """The first item of a branch: wait for the point and go on from there."""
-
-    point: Point
-
-
-@dataclass(slots=True)
-class Gather:
-    """Wait for the branches; take over their new variables as lists (gather_variable), or their texts."""
-
-    branches: list["Executor"]
-    known: frozenset[str]
-    mode: str
-
-
-@dataclass(slots=True)
-class Flush:
-    """Ask the model now for what the open block of a chat model has recorded (block.py)."""
-
-
-QUICK: Final = (
-    Literal, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Image, Video, Point, Flush, Exception
-)  # fmt: skip
-"""What needs no waiting."""
-Work: TypeAlias = "Node | Point | Inherit | Gather | Flush | Exception"
-"""An exception ends the state, after the work before it."""
-
-
-@dataclass(slots=True)
-class Item:
-    """One piece of work; `slots` are the variables it must fill, `raw` those it reads."""
-
-    work: Work
-    line: str
-    slots: tuple[Slot, ...] = ()
-    raw: tuple[Slot, ...] = ()
 
 
 class Executor:
@@ -152,14 +103,14 @@ class Executor:
 
     # ------------------------------------------------------------------ the program's side
 
-    def submit(self, expr: Any) -> None:
-        """Append texts and expressions. Raises RequestError for anything else."""
-        line = program_line()
+    def submit(self, expr: Any, line: str | None = None) -> None:
+        """Append texts and expressions; `line`: where the program does. Raises RequestError for anything else."""
+        line = program_line() if line is None else line
         self._put([self._item(node, line) for node in flatten(expr)])
 
-    def fork(self, size: int) -> list["Executor"]:
+    def fork(self, size: int, line: str | None = None) -> list["Executor"]:
         """`size` states that go on from here, each alone; the prefix is computed once before they do."""
-        line = program_line()
+        line = program_line() if line is None else line
         point = Point()
         self._put([*([Item(Commit(), line)] if size > 1 else []), Item(point, line)])
         branches = []
@@ -179,11 +130,16 @@ class Executor:
             branches.append(branch)
         return branches
 
-    def join(self, branches: list["Executor"], mode: str) -> None:
+    def join(self, branches: list["Executor"], mode: str, line: str | None = None) -> None:
         """Raises RequestError for an unknown mode."""
         if mode not in ("gather_variable", "concate_and_append"):
             raise RequestError(f"join takes gather_variable or concate_and_append, not {mode!r}", param="mode")
-        self._put([Item(Gather(branches, frozenset(self.slots), mode), program_line())])
+        line = program_line() if line is None else line
+        self._put([Item(Gather(branches, frozenset(self.slots), mode), line)])
+
+    def run_elsewhere(self, run: Callable[["Executor"], Awaitable[None]]) -> None:
+        """The program's whole run is that of `run`, which fills this state."""
+        self._put([Item(Elsewhere(run), program_line())])
 
     def find(self, name: str) -> Slot:
         """The variable, perhaps still on its way. Waits only if it is not declared. Raises KeyError."""
@@ -264,7 +220,7 @@ class Executor:
             if start:
                 self.idle = Signal()
         if start:
-            LOOP.start(self._drain)
+            self.backend.loop.start(self._drain)
         self.notify()
         if self.eager:
             self.idle.wait()
@@ -322,7 +278,7 @@ class Executor:
                 context.fill(text)
             case Gen() as gen:
                 assert self._block is not None
-                self._block.add_gen(gen.name, self._sampling(gen.sampling), item.slots[0])
+                self._block.add_gen(gen, self._sampling(gen.sampling), item.slots[0])
             case RoleBegin(role=role):
                 context.begin_role(role)
                 self._open_block()
@@ -370,6 +326,8 @@ class Executor:
                 self._inherit(point)
             case Gather() as gather:
                 await self._gather(gather)
+            case Elsewhere(run=run):
+                await run(self)
             case Argument() | Variable() | Fork() | Join():
                 raise RequestError(f"{type(item.work).__name__} belongs to traced programs")
             case _:
@@ -481,7 +439,7 @@ class Executor:
 
     def _sampling(self, own: Sampling) -> Sampling:
         """The parameters of a call: its own, then the run's, and the template's stop strings."""
-        sampling = constrained(own.over(self.defaults))
+        sampling = constrained(own.over(self.defaults), self.backend.takes_tools)
         stops = dict.fromkeys((*(sampling.stop or ()), *self.context.template.stop_str))
         return msgspec.structs.replace(sampling, stop=tuple(stops))
 

@@ -18,29 +18,41 @@ from anyio.from_thread import BlockingPortal
 T = TypeVar("T")
 
 
-class LoopThread:
+class Tasks:
+    """Tasks of the loop that `start` is called in: for a server, which has one. `cancel` ends them."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Run a coroutine function as a task. It must not raise."""
+        task = asyncio.get_running_loop().create_task(function(*args))
+        self._tasks.add(task)  # the loop itself holds its tasks weakly
+        task.add_done_callback(self._tasks.discard)
+
+    def cancel(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+
+
+class LoopThread(Tasks):
     """Starts at the first use, and ends with the program: its thread is a daemon."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
-        """Run a coroutine function as a task, from any thread, also from a finalizer. It must not raise."""
+        """As Tasks.start, from any thread, also from a finalizer."""
         self._running()
         if threading.current_thread() is self._thread:
-            self._spawn(function, *args)
+            super().start(function, *args)
         else:
             # Not in the caller's context, which may say that this is trio.
-            self._loop.call_soon_threadsafe(self._spawn, function, *args, context=Context())
-
-    def _spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
-        task = self._loop.create_task(function(*args))
-        self._tasks.add(task)  # the loop itself holds its tasks weakly
-        task.add_done_callback(self._tasks.discard)
+            self._loop.call_soon_threadsafe(super().start, function, *args, context=Context())
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function and wait for its result. Raises what it raises."""

@@ -19,6 +19,7 @@ from .context import Context
 from .expressions import Sampling
 from .http_calls import Http
 from .templates import chat_template_of, get_chat_template
+from .tools import call_text
 
 COMPLETION_MODELS: Final = ("gpt-3.5-turbo-instruct", "davinci-002", "babbage-002")
 NEW_LIMIT: Final = re.compile(r"^(o\d|gpt-5)")
@@ -27,7 +28,9 @@ CHECKS: Final = 3
 """Calls for a text that must match a regular expression on a server that cannot be told to."""
 NOT_OPENAI: Final = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "min_new_tokens": 0}
 """Parameters that OpenAI does not have, and their values without effect."""
-NEVER: Final = ("stop_regex", "ebnf", "stop_token_ids", "priority")
+NEVER: Final = ("stop_regex", "stop_token_ids", "priority")
+LANGUAGES: Final = ("regex", "ebnf")
+"""Parameters that servers with `continues` take beyond OpenAI's."""
 
 
 class OpenAI(Backend):
@@ -58,7 +61,7 @@ class OpenAI(Backend):
         template = get_chat_template(chat_template) if chat_template else chat_template_of(model_name)
         super().__init__(model_name, template)
         self.is_chat_model = model_name not in COMPLETION_MODELS if is_chat_model is None else is_chat_model
-        self.takes_pictures = self.is_chat_model
+        self.takes_pictures = self.takes_tools = self.is_chat_model
         self._continues = continues
         self._extra = extra_body or {}
         self._query = ""
@@ -86,6 +89,8 @@ class OpenAI(Backend):
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         if sampling.regex is not None and not self._continues:
             raise RequestError("a stream cannot be checked against a regular expression", param="regex")
+        if sampling.tools is not None:
+            raise self._cannot("stream calls of tools")
         path, body = self._request(context, sampling)
         finish, tokens = None, 0
         async for event in self._http.events(path, body | {"stream": True}):
@@ -196,8 +201,13 @@ class OpenAI(Backend):
             if not self._continues:
                 raise self._cannot(f"take {name}")
             body["min_tokens" if name == "min_new_tokens" else name] = value
+        if sampling.ebnf is not None and not self._continues:
+            raise self._cannot("take ebnf (a server that does is told by continues=True)")
         if self._continues:
-            body["regex"] = sampling.regex
+            body |= {name: getattr(sampling, name) for name in LANGUAGES}
+        if sampling.tools is not None:
+            tools = msgspec.json.decode(sampling.tools)
+            body |= {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
         return {name: value for name, value in body.items() if value is not None}
 
 
@@ -208,10 +218,17 @@ def _response_format(schema: str | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": inner}
 
 
+def _said(message: dict[str, Any]) -> str:
+    """A message's text; the first of its calls, if it has some (tools.py)."""
+    for call in message.get("tool_calls") or ():
+        return call_text(call["function"]["name"], call["function"]["arguments"])
+    return message.get("content") or ""
+
+
 def _reply(answer: dict[str, Any]) -> Reply:
     """A reply of either kind. meta_info has "output_token_texts" where the server tells the tokens."""
     choices = sorted(answer["choices"], key=lambda choice: choice.get("index") or 0)
-    texts = [choice["text"] if "text" in choice else choice["message"].get("content") or "" for choice in choices]
+    texts = [choice["text"] if "text" in choice else _said(choice["message"]) for choice in choices]
     usage, first = answer.get("usage") or {}, choices[0]
     logprobs = first.get("logprobs") or {}
     rows = logprobs.get("content")

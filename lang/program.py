@@ -24,6 +24,8 @@ from .backend import Backend, resolve
 from .expressions import Sampling, Untraceable
 from .interpreter import Executor
 from .loop import LOOP
+from .recording import record
+from .remote_run import run_remotely
 from .state import ProgramState
 from .tracing import Trace, constant_prefix, trace_program, tracing
 
@@ -84,16 +86,30 @@ class SglFunction:
     # ------------------------------------------------------------------ one run
 
     def run(
-        self, *args: Any, stream: bool = False, backend: Any = None, use_thread: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        stream: bool = False,
+        backend: Any = None,
+        use_thread: bool = True,
+        remote: bool = False,
+        **kwargs: Any,
     ) -> ProgramState:
         """Run the body with `args` and `kwargs` and return its state, in which the model may still be at work.
 
         Among `kwargs` are the sampling parameters that hold where a `gen` says nothing: max_new_tokens=128,
         temperature=1.0, stop and so on (RUN_FIELDS, OWN_FIELDS). `stream`: return at once; the body runs in a thread,
-        for `text_iter`. `use_thread=False`: each statement ends before the next one begins. Raises what the
-        body raises.
+        for `text_iter`. `use_thread=False`: each statement ends before the next one begins. `remote`: the backend's
+        server runs the program as a whole, if it can be said as data (recording.py); otherwise it runs here, and
+        `state.local_reason` says why. Raises what the body raises; with `remote` it is raised by `state.ret_value`.
         """
+        reason = None
+        if remote:
+            found = self._send(args, kwargs, backend, stream)
+            if isinstance(found, ProgramState):
+                return found
+            reason = found
         state, call = self._prepare(args, kwargs, backend, stream, eager=not use_thread)
+        state.local_reason = reason
         if stream:
             self._begin(state, call, _start_thread)
         elif self.is_async:
@@ -103,9 +119,18 @@ class SglFunction:
                 state.ret_value = call()
         return state
 
-    async def arun(self, *args: Any, stream: bool = False, backend: Any = None, **kwargs: Any) -> ProgramState:
+    async def arun(
+        self, *args: Any, stream: bool = False, backend: Any = None, remote: bool = False, **kwargs: Any
+    ) -> ProgramState:
         """As `run`, in any event loop: an `async def` body runs here, a plain one in a thread."""
+        reason = None
+        if remote:
+            found = self._send(args, kwargs, backend, stream)
+            if isinstance(found, ProgramState):
+                return found
+            reason = found
         state, call = self._prepare(args, kwargs, backend, stream)
+        state.local_reason = reason
         if self.is_async and not stream:
             await _run_async(state, call)
             return state
@@ -128,17 +153,18 @@ class SglFunction:
         num_threads: str | int = "auto",
         progress_bar: bool = False,
         generator_style: bool = False,
+        remote: bool = False,
         **sampling: Any,
     ) -> Any:
         """Run once for each item, a dict or a tuple of arguments; returns the states in this order, all done.
 
         `num_threads`: how many programs run at once; "auto": as many as the backend takes. `generator_style`: an
         iterator that runs ahead of its reader a little. What a body raises is raised where its state is read, and by
-        `state.error()`; the others go on.
+        `state.error()`; the others go on. `remote`: as in `run`.
         """
         if len(batch_kwargs) > 1:
             self.cache(backend)
-        runs = self._batch(batch_kwargs, backend, num_threads, generator_style, sampling)
+        runs = self._batch(batch_kwargs, backend, num_threads, generator_style, sampling, remote)
         states = _wait_all(runs, len(batch_kwargs), progress_bar)
         return states if generator_style else list(states)
 
@@ -153,12 +179,13 @@ class SglFunction:
         backend: Any = None,
         num_threads: str | int = "auto",
         progress_bar: bool = False,
+        remote: bool = False,
         **sampling: Any,
     ) -> AsyncIterator[ProgramState]:
         """As `run_batch` in generator style, in any event loop."""
         if len(batch_kwargs) > 1:
             await self.acache(backend)
-        runs = self._batch(batch_kwargs, backend, num_threads, True, sampling)
+        runs = self._batch(batch_kwargs, backend, num_threads, True, sampling, remote)
         with tqdm(total=len(batch_kwargs), disable=not progress_bar) as bar:
             for state in runs:
                 await state.stream_executor.life.reached()
@@ -195,6 +222,36 @@ class SglFunction:
         state = ProgramState(executor)
         return state, partial(self.func, state, *args, **(arguments | self.bind_arguments))
 
+    def _send(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        backend: Any,
+        stream: bool = False,
+        gate: "Gate | None" = None,
+    ) -> ProgramState | str:
+        """A state that the backend's server will fill, or why it cannot."""
+        where = resolve(backend)
+        if stream:
+            return "a stream is run here: the server sends a program's outcome as a whole"
+        if not where.takes_programs:
+            return f"{type(where).__name__} ({where.name}) runs no programs"
+        sampling, arguments = self._split(kwargs)
+        values = dict(zip(self.arg_names, args, strict=False)) | arguments | self.bind_arguments
+        try:
+            recorded = record(self.func, values)
+        except Untraceable as error:
+            return error.message
+        state = ProgramState(Executor(where, sampling))
+        state.remote = True
+
+        async def run(executor: Executor) -> None:
+            async with gate.places if gate else nullcontext():
+                await run_remotely(state, recorded, where, executor)
+
+        state.stream_executor.run_elsewhere(run)
+        return state
+
     def _split(self, kwargs: dict[str, Any]) -> tuple[Sampling, dict[str, Any]]:
         """What of the keyword arguments says how to draw, and what is the program's."""
         own = OWN_FIELDS - set(self.arg_names)
@@ -226,7 +283,13 @@ class SglFunction:
             start(partial(_run_quietly, state, call, gate))
 
     def _batch(
-        self, batch: Sequence[Any], backend: Any, num_threads: str | int, lazily: bool, sampling: dict[str, Any]
+        self,
+        batch: Sequence[Any],
+        backend: Any,
+        num_threads: str | int,
+        lazily: bool,
+        sampling: dict[str, Any],
+        remote: bool = False,
     ) -> Iterator[ProgramState]:
         """Start the programs and give out their states in order, perhaps not done yet."""
         items = [self._arguments(item) for item in batch]
@@ -238,7 +301,12 @@ class SglFunction:
             for item in items:
                 if lazily and len(started) >= CHUNK:
                     yield started.popleft()
+                sent = self._send((), item | sampling, where, gate=gate) if remote else None
+                if isinstance(sent, ProgramState):
+                    started.append(sent)
+                    continue
                 state, call = self._prepare((), item | sampling, where)
+                state.local_reason = sent
                 self._begin(state, call, pool.submit, gate)
                 started.append(state)
             yield from started

@@ -121,7 +121,14 @@ def ahead_of(text: str, meta: dict[str, Any], sampling: Sampling) -> Ahead:
 
 def may_speculate(sampling: Sampling) -> bool:
     """Whether a `gen` can be answered from what another one's call drew: nothing but text is asked of it."""
-    asked = (sampling.regex, sampling.json_schema, sampling.ebnf, sampling.dtype, sampling.return_logprob)
+    asked = (
+        sampling.regex,
+        sampling.json_schema,
+        sampling.ebnf,
+        sampling.dtype,
+        sampling.tools,
+        sampling.return_logprob,
+    )
     return not any(asked) and (sampling.n or 1) == 1 and not sampling.stop_token_ids and not sampling.min_new_tokens
 
 

@@ -25,6 +25,10 @@ class ProgramState:
         self.stream_executor = executor
         self.body_error: Exception | None = None
         """What ended the program's function."""
+        self.remote = False
+        """The whole program was sent to the backend's server (`run(remote=True)`)."""
+        self.local_reason: str | None = None
+        """Why it was not, though this was asked for."""
         self._ret_value: Any = None
 
     # ------------------------------------------------------------------ append

@@ -4,6 +4,7 @@ Arguments that are not given and all variables are placeholders; a body that nee
 that place. Invariant: `constant_prefix` is a prefix of the text of every run of the program with this backend.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -184,7 +185,7 @@ def _record(program: "SglFunction", arguments: dict[str, Any], state: TraceState
     values: dict[str, Any] = {name: Argument(name) for name in program.required}
     token = tracing.set(state)
     try:
-        _run_to_end(program.func, state, values | arguments)
+        run_body(program.func, state, values | arguments)
     except _EnoughError:
         return None
     except Exception as error:
@@ -194,14 +195,14 @@ def _record(program: "SglFunction", arguments: dict[str, Any], state: TraceState
     return None
 
 
-def _run_to_end(func: Callable[..., Any], state: TraceState, values: dict[str, Any]) -> None:
-    """Call a body; an `async def` one as far as it goes without waiting."""
+def run_body(func: Callable[..., Any], state: TraceState, values: dict[str, Any]) -> Any:
+    """Call a body and return its value; an `async def` one as far as it goes without waiting. Raises Untraceable."""
     result = func(state, **values)
-    if not hasattr(result, "send"):
-        return
+    if not inspect.iscoroutine(result):
+        return result
     try:
         result.send(None)
-    except StopIteration:
-        return
+    except StopIteration as end:
+        return end.value
     result.close()
     raise Untraceable("the program waits for something that is known only when it runs")

@@ -8,7 +8,7 @@ for the device, so that a batch without chunks can be captured in a CUDA graph.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,15 @@ class Weights:
     head: Head
 
 
+class Layers(Protocol):
+    """The first layers in one call, where a device has that."""
+
+    def run(
+        self, hidden: Tensor, residual: Tensor, table: Any, kv_slots: Tensor, kv: KVCache, plan: AttentionPlan
+    ) -> int:
+        """Take normed hidden states and the residual stream [T, hidden] through them in place; return how many."""
+
+
 @dataclass(slots=True)
 class Step:
     """What the layers of one forward share."""
@@ -102,6 +111,7 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         ops: Ops | None = None,
+        layers: Layers | None = None,
     ) -> None:
         check_supported(spec)
         self.spec = spec
@@ -110,6 +120,7 @@ class Decoder:
         self.weights = weights
         self.attention = attention
         self.ops: Ops = ops or TorchOps()
+        self.layers = layers
         self.embed_scale = torch.tensor(spec.embed_scale, dtype=dtype).item()
         """As Gemma was trained: a number of the model's dtype."""
         self.merges = spec.layout == "pre" and spec.norm.kind == "rms"
@@ -124,6 +135,23 @@ class Decoder:
         R rows in the order of batch.logit_rows, all T tokens where that is None. Tokens whose logits are not wanted
         go through the attention of the last layer (for their keys and values) and no further.
         """
+        hidden = self._run(batch, kv, self.weights.head.product)
+        if hidden is None:
+            return torch.empty(0, self.spec.vocab, dtype=torch.float32, device=self.device)
+        return self.logits(hidden)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
+        """As `forward`, but return what comes before the head, normed hidden states [R, hidden]; R is not 0.
+
+        For rows whose logits would take too much memory at once: `logits` may be asked for some of them.
+        """
+        hidden = self._run(batch, kv, None)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _run(self, batch: Batch, kv: KVCache, head: LinearMap | None) -> Hidden | None:
+        """The layers: normed hidden states [R, hidden] for `head`, plain ones without; None for no rows."""
         spec = self.spec
         table = self._rotation(batch.positions, spec.rope, self.frequencies)
         local = table
@@ -131,8 +159,7 @@ class Decoder:
             local = self._rotation(batch.positions, spec.local_rope, self.local_frequencies)
         step = Step(batch, kv, self.attention.plan(batch, kv, spec), table, local)
         residual = self._embed(batch)
-        hidden = self._merged(residual, step) if self.merges else self._plain(residual, step)
-        return residual.new_empty(0, spec.vocab, dtype=torch.float32) if hidden is None else self._logits(hidden)
+        return self._merged(residual, step, head) if self.merges else self._plain(residual, step)
 
     def _rotation(self, positions: Tensor, rope: Rope | None, frequencies: Tensor | None) -> Any:
         if rope is None or frequencies is None:
@@ -149,15 +176,19 @@ class Decoder:
 
     # ------------------------------------------------------------------ the layers, both return None for no rows
 
-    def _merged(self, residual: Tensor, step: Step) -> Hidden | None:
+    def _merged(self, residual: Tensor, step: Step, head: LinearMap | None) -> Hidden | None:
         """Layers with an RMS norm before each part: normed hidden states [R, hidden] of embeddings [T, hidden]."""
         spec, weights, eps, ops = self.spec, self.weights, self.spec.norm.eps, self.ops
         scale = spec.residual_scale
         norms = [layer.attention_norm for layer in weights.layers] + [weights.norm]
-        into = [layer.qkv for layer in weights.layers] + [weights.head.product]
+        into = [*(layer.qkv for layer in weights.layers), head]
         assert norms[0] is not None
         hidden: Hidden = ops.rms_norm(residual, norms[0].weight, eps)
-        for i, layer in enumerate(weights.layers):
+        done = 0
+        if self.layers is not None:
+            assert isinstance(hidden, Tensor)
+            done = self.layers.run(hidden, residual, step.table, step.batch.kv_slots, step.kv, step.plan)
+        for i, layer in enumerate(weights.layers[done:], done):
             x = self._attend(i, layer, hidden, step)
             if i + 1 == spec.layers and step.rows is not None:
                 if not len(step.rows):  # only keys and values were wanted
@@ -219,8 +250,8 @@ class Decoder:
             queries = self.ops.qk_norm_rope_and_write(heads, None, 0.0, table, spec, slots, kv_rows)
         return step.plan.run(index, queries)
 
-    def _logits(self, hidden: Hidden) -> Tensor:
-        """Normed hidden states [R, hidden] -> [R, vocab]."""
+    def logits(self, hidden: Hidden) -> Tensor:
+        """Normed hidden states [R, hidden] -> logits float32 [R, vocab]."""
         logits = self.weights.head(hidden)
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale

@@ -42,6 +42,11 @@ def embedded_model(progress: Progress = no_progress) -> str:
     return str(target)
 
 
+def is_cached() -> bool:
+    """Whether `embedded_model` would fetch and convert nothing."""
+    return (cache_folder() / NAME / f"format{FORMAT}").exists()
+
+
 def embedded_gguf(progress: Progress = no_progress) -> Path:
     """The pinned GGUF file in the cache; fetched if it is not there. Call it under the lock.
 

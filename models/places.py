@@ -29,7 +29,7 @@ from .names import (
     POSITIONS,
 )
 from .norms import NormWeights
-from .quantized import QuantizedLinear, kernel, kind_of
+from .quantized import QuantizedLinear, kind_of, takes
 from .spec import Spec
 
 Blocks = dict[str, Tensor]
@@ -211,7 +211,7 @@ def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tens
     for name, part in zip(shapes, parts, strict=True):
         check_blocks(name, part, shapes[name])
     stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
-    return QuantizedLinear(stacked, inputs, bias) if kernel().takes(stacked, inputs) else None
+    return QuantizedLinear(stacked, inputs, bias) if takes(stacked, inputs) else None
 
 
 def check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:

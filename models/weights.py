@@ -6,11 +6,11 @@ quantized blocks are kept (quantized.py), they take the place of the tensors of 
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,21 @@ from torch import Tensor
 from ..config import EngineConfig
 from ..errors import StartupError
 from .attention import make_backend
+from .cpu_attention import CpuAttention
+from .cpu_decoder import CpuLayers, fits
+from .cpu_kernels import kernels
+from .cpu_ops import CpuOps
 from .decoder import Decoder, Weights, check_supported
 from .families import names_of, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import DenseMlp, Linear, LinearMap, Ops, TorchOps
+from .ledger import CHUNK
 from .moe import Experts
 from .names import HEAD, Names, layer_of, pieces
 from .places import Blocks, Place, allocate, check_blocks
-from .quantized import dequantise, kernel
+from .quantized import dequantise
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
 
@@ -63,20 +68,33 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
         fill_dummy(places.values(), config.random_seed, device)
     else:
         _fill(places, folder, spec, names_of(facts), progress, blocks)
-    ops = make_ops(config, device, spec)
+    ops = make_ops(config, device, spec, bool(blocks))
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    return Decoder(spec, weights, attention, device, dtype, ops)
+    if blocks and config.attention_backend == "auto":
+        attention = CpuAttention(attention)
+    layers = CpuLayers(spec, weights) if blocks and fits(spec, weights) else None
+    return Decoder(spec, weights, attention, device, dtype, ops, layers)
 
 
-def make_ops(config: EngineConfig, device: torch.device, spec: Spec) -> Ops:
-    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them."""
+def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool) -> Ops:
+    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
+
+    For quantized weights, our C kernels on a CPU.
+    """
+    if quantized:
+        return CpuOps()
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
     from .triton_ops import TritonOps, pdl_rows
+    from .tuned_gemm import TunedGemms
 
-    return TritonOps(device, pdl_rows(spec.hidden))
+    chunk = max(config.chunked_prefill_size or 0, 0) or CHUNK["cuda"]
+    tuned = None
+    with contextlib.suppress(OSError, RuntimeError):  # without the library's own interface torch's choices stay
+        tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
+    return TritonOps(device, pdl_rows(spec.hidden), tuned=tuned)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -144,7 +162,7 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     try:
         if reason:
             raise StartupError(reason)
-        kernel()
+        kernels()
     except StartupError as error:
         if asked:
             raise StartupError(f"--quantization gguf: {error}") from None
@@ -205,7 +223,7 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, prog
         view.copy_(dequantise(blocks[name], view.shape[1]))
     missing, extra = places.keys() - blocks.keys(), []
     device = next(iter(places.values())).view.device
-    with BulkCopy(device, moved) if uses_bulk_copy(device) else nullcontext() as bulk:
+    with BulkCopy(device, moved) if uses_bulk_copy(device) else contextlib.nullcontext() as bulk:
         for name, tensor in _pieces(files, spec, names):
             if name in blocks:
                 continue

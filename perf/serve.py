@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from actorserve.flags import Formatter, Parser
 from actorserve.models.shapes import KNOWN
 from actorserve.perf.clients import Job, split, work, work_in_processes
 from actorserve.perf.figures import add_floors, report, summarize
@@ -40,6 +41,11 @@ BACKENDS = {
     "native": "generate",
 } | {api: api for api in PATHS}
 """The peers' names of protocols, and ours."""
+EXAMPLES = """examples:
+  {prog} --num-prompts 64 --max-concurrency 8        8 users, each with one request after another
+  {prog} --num-prompts 200 --request-rate 4          4 requests a second, at random moments
+  {prog} --shared-prefix-len 512                     what the prefix cache is worth
+"""
 OUTPUT = 128
 WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -199,39 +205,74 @@ def server_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"pid": pid, "startup_seconds": seconds, "first_token_seconds": record.times[0] - began}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None, prog: str = "python -m actorserve.perf.serve") -> argparse.Namespace:
     """Return the command line; raises SystemExit for a wrong one."""
-    parser = argparse.ArgumentParser(prog="python -m actorserve.perf.serve", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [flags]",
+        description="Put load on a server with OpenAI's API or SGLang's /generate, ours or another, and measure it.",
+        epilog=EXAMPLES.format(prog=prog),
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:30000")
+    whole: Any = {"type": int, "metavar": "N"}
+    real: Any = {"type": float, "metavar": "X"}
+    add("--base-url", "--url", metavar="URL", default="http://127.0.0.1:30000", help="default: %(default)s")
     add("--launch", metavar="FLAGS", help="run `actorserve run FLAGS` for this; a model of --shape unless FLAGS say")
     add(
         "--backend",
         "--api",
         dest="api",
         choices=sorted(BACKENDS),
-        help="protocol (default: completions, native for ids)",
+        metavar="API",
+        help=f"protocol: {', '.join(sorted(BACKENDS))} (default: completions, native for ids)",
     )
-    add("--model", help="default: the first of /v1/models")
-    add("--api-key")
-    add("--dataset-name", "--dataset", choices=["random"], default="random", help="random words, or ids")
-    add("--vocab-size", type=int, help="send token ids below this instead of text (completions, native)")
-    add("--shape", help=f"the model that is served, for ids and floors: {', '.join(KNOWN)}, or a folder")
-    add("--num-prompts", type=int, default=64)
-    add("--random-input-len", type=int, default=256, help="tokens (words) of a prompt, beside the shared prefix")
-    add("--random-output-len", type=int, help=f"default: {OUTPUT}")
-    add("--random-range-ratio", type=float, default=1.0, help="lengths are uniform in [ratio * len, len], as in SGLang")
-    add("--shared-prefix-len", type=int, default=0, help="tokens (words) with which all prompts begin")
-    add("--max-concurrency", type=int, help="requests under way at a time")
-    add("--request-rate", type=float, default=float("inf"), help="Poisson arrivals per second; inf: all at once")
-    add("--temperature", type=float, default=0.0)
+    add("--model", metavar="NAME", help="default: the first of /v1/models")
+    add("--api-key", metavar="KEY")
+    add(
+        "--dataset-name",
+        "--dataset",
+        choices=["random"],
+        metavar="random",
+        default="random",
+        help="random words, or ids",
+    )
+    add("--vocab-size", **whole, help="send token ids below this instead of text (completions, native)")
+    add("--shape", metavar="NAME", help=f"the served model, for ids and floors: {', '.join(KNOWN)}, or a folder")
+    add("--num-prompts", **whole, default=64, help="requests (default: %(default)s)")
+    add(
+        "--random-input-len",
+        type=int,
+        metavar="N",
+        default=256,
+        help="tokens (words) of a prompt, beside the shared prefix",
+    )
+    add("--random-output-len", **whole, help=f"default: {OUTPUT}")
+    add(
+        "--random-range-ratio",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="lengths are uniform in [ratio * len, len], as in SGLang",
+    )
+    add("--shared-prefix-len", **whole, default=0, help="tokens (words) with which all prompts begin")
+    add("--max-concurrency", **whole, help="requests under way at a time")
+    add(
+        "--request-rate",
+        type=float,
+        metavar="X",
+        default=float("inf"),
+        help="Poisson arrivals per second; inf: all at once",
+    )
+    add("--temperature", **real, default=0.0)
     add("--ignore-eos", action="store_true", default=True, help="go on to the full length (the default)")
     add("--disable-ignore-eos", dest="ignore_eos", action="store_false", help="let the model end (or a strict server)")
     add("--goodput", nargs="+", type=_limit, help="like ttft:200 tpot:50 e2el:5000, milliseconds")
-    add("--warmup-requests", "--num-warmups", type=int, default=1)
-    add("--client-processes", "--clients", type=int, default=1)
-    add("--timeout", type=float, default=600.0, help="seconds until a request counts as failed")
-    add("--seed", type=int, default=0)
+    add("--warmup-requests", "--num-warmups", **whole, default=1)
+    add("--client-processes", "--clients", **whole, default=1)
+    add("--timeout", **real, default=600.0, help="seconds until a request counts as failed")
+    add("--seed", **whole, default=0)
     add("--json", metavar="FILE", help="write the figures there too")
     add_join_flags(parser)
     add_limit_flags(parser)
@@ -253,9 +294,9 @@ def _limit(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def main() -> None:
-    """The command."""
-    args = parse()
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m actorserve.perf.serve") -> None:
+    """The command, also that of `actorserve bench`. Raises SystemExit where a request failed, or it cannot run."""
+    args = parse(arguments, prog)
     figures = run(args)
     print(report_join(figures) if args.join else report(figures))
     if args.json:

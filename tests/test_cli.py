@@ -290,3 +290,21 @@ def test_python_m(tmp_path: Path) -> None:
 
     done = subprocess.run([sys.executable, "-m", "actorserve", "version"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "actorserve 0.1.0\n")
+
+
+@pytest.mark.parametrize("name", ["run", "chat", "complete", "bench", "doctor", "plan"])
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.command([name, "-h"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    assert out.startswith(f"usage: actorserve {name}") and max(map(len, out.splitlines())) <= 110
+
+
+def test_bench_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.command(["bench", "--base-url", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.startswith("actorserve: cannot read http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as ended:
+        cli.command(["bench", "--num-prompts", "0"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and "actorserve bench -h" in err

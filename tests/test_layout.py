@@ -18,11 +18,11 @@ MAY_IMPORT = {
     "sampler": set[str](),
     "models": {"fsm", "kvstore", "sampler"},
     "actors": {"fsm", "kvstore", "sampler", "models"},
-    "http": {"fsm", "kvstore", "sampler", "models", "actors"},
+    "http": {"fsm", "kvstore", "sampler", "models", "actors", "lang"},  # lang: programs that run on the server
     "lang": {"models", "engine", "outputs"},  # the engine's public API, and the formats of reasoning
 }
-FREE = {"perf", "tests"}
-FOLDERS = set(MAY_IMPORT) | {"perf"}
+FREE = {"examples", "perf", "tests"}
+FOLDERS = set(MAY_IMPORT) | {"examples", "perf"}
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")) + sorted(ROOT.glob("*.py"))
 HEAVY = {"torch", "transformers", "starlette", "uvicorn", "trio", "gguf"}
 

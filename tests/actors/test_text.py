@@ -1,6 +1,7 @@
 """The text actor between a fake front and a fake scheduler, on local lanes, without processes."""
 
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tiny_tokenizers
 import trio
 
+from actorserve.actors import prompts
 from actorserve.actors.actor import Context, connect, disconnect
 from actorserve.actors.messages import (
     NO_STATS,
@@ -27,11 +29,16 @@ from actorserve.actors.messages import (
     Finish,
     FrontInbox,
     Generate,
+    GrammarSpec,
+    Look,
     Order,
     PeerDown,
     PeerUp,
+    PromptLogprobs,
     Refused,
+    Resumed,
     SchedulerInbox,
+    Seen,
     Started,
     Stats,
     Submit,
@@ -41,9 +48,10 @@ from actorserve.actors.messages import (
     TokenPrompt,
     Tokens,
 )
+from actorserve.actors.output import MOST_ENTRIES
 from actorserve.actors.prompts import INLINE_CHARS, derived_seed
 from actorserve.actors.text import Text
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import StartupError
 from actorserve.models.tokenizer import Tokenizer, load_tokenizer
 from actorserve.sampler.params import MAX_SEED, MIN_SEED, SamplingParams
@@ -105,6 +113,7 @@ class World:
                 logprobs.get("top_n", 0),
                 view("i", logprobs.get("top_ids", [])),
                 view("f", logprobs.get("top_logprobs", [])),
+                listed=view("f", logprobs.get("listed", [])),
             )
         )
         if settle:
@@ -384,6 +393,73 @@ def test_logprobs(world: World, tokenizer: Tokenizer) -> None:
     assert [c.logprobs for c in world.chunks()] == [[]]  # the end token is not part of the text
 
 
+def test_logprobs_of_named_tokens(world: World, tokenizer: Tokenizer) -> None:
+    """In the order in which the request names them; a row may be wider than what it wants."""
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    world.ask(1, logprobs=0, token_ids_logprob=(b, a))
+    world.ask(2, logprobs=0, token_ids_logprob=(a,))
+    world.row((1, a), (2, a), logprobs=[-0.5, -0.5], listed=[-1.0, -0.5, -0.5, float("nan")])
+    first, second = world.chunks()
+    assert first.logprobs[0].listed == [(b, -1.0, b"b"), (a, -0.5, b"a")]
+    assert second.logprobs[0].listed == [(a, -0.5, b"a")]
+
+
+def prompt_rows(rid: int, ids: list[int], **more: Any) -> PromptLogprobs:
+    """Tokens of a prompt, with -1, -2, ... as logprobs."""
+    logprobs = view("f", [-1.0 - i for i in range(len(ids))])
+    tops = (more.get("top_n", 0), view("i", more.get("top_ids", [])), view("f", more.get("top_logprobs", [])))
+    return PromptLogprobs(rid, view("i", ids), logprobs, *tops, view("f", more.get("listed", [])))
+
+
+def test_logprobs_of_a_prompt(world: World, tokenizer: Tokenizer) -> None:
+    """They come before the output; the first token that was asked for has none."""
+    ids = tokenizer.encode("abcd")
+    assert len(ids) == 4
+    world.ask(1, ids, logprobs=1, logprob_start_len=1, token_ids_logprob=(7,))
+    (submit,) = world.scheduler()
+    assert (submit.params.logprob_start_len, submit.params.token_ids_logprob) == (1, (7,))
+    more = {"top_n": 2, "top_ids": [5, 6, 8, 9], "top_logprobs": [-0.5, -0.75] * 2, "listed": [-3.0, -4.0]}
+    world.sched.ref("text").post(prompt_rows(1, ids[2:], **more))
+    world.row((1, ids[0], Finish.LENGTH), logprobs=[-0.125], listed=[-5.0], settle=False)
+    world.settle()
+    (chunk,) = world.chunks()
+    first, *rest = chunk.prompt_logprobs
+    assert (first.token, first.text, first.top, first.listed) == (ids[1], b"b", [], []) and math.isnan(first.logprob)
+    assert [(p.token, p.logprob, p.text) for p in rest] == [(ids[2], -1.0, b"c"), (ids[3], -2.0, b"d")]
+    assert [[t[:2] for t in p.top] for p in rest] == [[(5, -0.5)], [(8, -0.5)]]
+    assert [[t[:2] for t in p.listed] for p in rest] == [[(7, -3.0)], [(7, -4.0)]]
+    assert chunk.logprobs[0].listed[0][:2] == (7, -5.0) and chunk.finish == "length"
+    world.sched.ref("text").post(prompt_rows(1, ids))
+    world.settle()
+    assert world.front() == [], "it has ended"
+
+
+def test_many_logprobs_of_a_prompt_come_in_several_messages(world: World) -> None:
+    """The output comes with the last of them, and no message is too large."""
+    world.ask(1, [5, 6], logprobs=3, logprob_start_len=0, token_ids_logprob=(7, 8))
+    ids = [9] * 2000
+    world.sched.ref("text").post(prompt_rows(1, ids, listed=[-1.0] * 4000))
+    world.row((1, 5, Finish.LENGTH), logprobs=[-0.125], settle=False)
+    world.settle()
+    messages = world.front()
+    chunks = [chunk for message in messages for chunk in message.chunks]
+    assert len(messages) == len(chunks) == -(-2001 * 6 // MOST_ENTRIES)
+    assert [p.token for chunk in chunks for p in chunk.prompt_logprobs] == [5, *ids]
+    assert [bool(chunk.ids) for chunk in chunks] == [chunk.finish == "length" for chunk in chunks]
+    assert [chunk.finish for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("start, params", [(3, {}), (0, {"logprobs": 20, "token_ids_logprob": tuple(range(128))})])
+def test_logprobs_that_a_prompt_cannot_have(
+    world: World, start: int, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens behind its end, or more of them than a front can hold."""
+    monkeypatch.setattr(prompts, "MOST_LOGPROBS", 3 * 149 - 1)
+    world.ask(1, [4, 5, 6], **{"logprobs": 0, "logprob_start_len": start, **params})
+    (refused,) = world.front()
+    assert (refused.status, refused.param) == (400, "logprob_start_len") and world.scheduler() == []
+
+
 def test_logprobs_cover_the_visible_text(world: World, tokenizer: Tokenizer) -> None:
     world.ask(1, logprobs=0, stop=("XY",))
     ids = tokenizer.encode("aX🦊bXY")
@@ -436,22 +512,124 @@ def test_cancel(world: World, tokenizer: Tokenizer) -> None:
     assert list(world.text.outputs) == [3]
 
 
-def test_the_scheduler_is_down(world: World, tokenizer: Tokenizer) -> None:
-    world.ask(1, n=2)
-    world.ask(3, front="front.1")
-    world.row((1, tokenizer.encode("a")[0]), settle=False)
+def restart_scheduler(world: World) -> None:
     disconnect(world.context, world.sched)
     world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
     world.settle()
-    died = [(m.rid, m.n, m.status, m.code) for m in world.front()]
-    assert died == [(1, 1, 503, "engine_unavailable"), (2, 1, 503, "engine_unavailable")]
-    assert [m.rid for m in world.front("front.1")] == [3]
-    world.ask(5, n=2)
-    (refused,) = world.front()
-    assert (refused.rid, refused.n, refused.status, refused.code) == (5, 2, 503, "engine_unavailable")
     connect(world.context, world.sched, codec=True)
-    world.ask(7)
-    assert world.front() == [] and [s.rid for s in world.scheduler() if isinstance(s, Submit)][-1] == 7
+    world.context.inbox.put_system(PeerUp("sched", 2))
+    world.settle()
+
+
+def test_the_next_scheduler_is_asked_for_the_rest(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2, stop=("END",))
+    world.ask(3, front="front.1")
+    first = {s.rid: s for s in world.scheduler()}
+    ids = tokenizer.encode("a EN")
+    assert [c.text for c in world.say(1, ids)] == ["a", " "], "the rest may become a stop string"
+    disconnect(world.context, world.sched)
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    world.ask(5)  # meanwhile
+    world.text.receive(Cancel(2, 1), "front.0")
+    connect(world.context, world.sched, codec=True)
+    world.context.inbox.put_system(PeerUp("sched", 2))
+    world.settle()
+    assert [type(m) for m in world.front()] == [Stats]
+    asked = {s.rid: s for s in world.scheduler()}
+    assert list(asked) == [1, 3, 5]
+    assert asked[1] == msgspec.structs.replace(first[1], generated=view("i", ids)) and asked[3] == first[3]
+    world.row((1, tokenizer.encode("D")[0]), (3, ids[0], Finish.LENGTH))
+    (chunk,) = world.chunks()
+    assert (chunk.rid, chunk.text, chunk.finish, chunk.completion_tokens) == (1, "", "stop", len(ids) + 1)
+    assert list(world.text.outputs) == [5]
+
+
+def test_a_request_that_sees_three_schedulers_die_is_refused(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    world.ask(2)
+    for death in range(3):
+        assert list(world.text.outputs) == [1, 2]
+        if death == 2:
+            world.row((2, tokenizer.encode("a")[0]))
+        restart_scheduler(world)
+    (refused,) = [m for m in world.front() if isinstance(m, Refused)]
+    assert (refused.rid, refused.n, refused.status, refused.code) == (1, 1, 503, "scheduler_crashed")
+    assert list(world.text.outputs) == [2]
+
+
+def test_an_abort_is_not_lost_with_the_scheduler(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    world.ask(2)
+    world.row((1, tokenizer.encode("a")[0]), (2, tokenizer.encode("b")[0]))
+    world.chunks()
+    world.text.receive(Abort(1), "front.0")
+    disconnect(world.context, world.sched)
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    world.text.receive(Abort(2), "front.0")
+    world.settle()
+    ends = [(c.rid, c.finish, c.completion_tokens) for m in world.front() if isinstance(m, Chunks) for c in m.chunks]
+    assert ends == [(1, "abort", 1), (2, "abort", 1)]
+
+
+TEXTS = ["Hello there, how are you?", "a EN END b", "\N{HAMMER}\ufe0f caf\u00e9 \u65e5\u672c \N{PARTY POPPER}!"]
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_output_goes_on_in_the_next_text_actor(
+    folder: str, tokenizer: Tokenizer, text: str, logprobs: int | None
+) -> None:
+    """It dies after any token: chunks before and after are those of one that lived, joined."""
+    ids = tokenizer.encode(text)
+    params: dict[str, Any] = {"logprobs": logprobs, "stop": ("END ",), "max_new_tokens": 100, "seed": 1}
+    extra = {"top_n": 1} if logprobs else {}
+
+    def play(world: World, tokens: list[int], at: int) -> list[Chunk]:
+        for i, token in enumerate(tokens, at):
+            values = {"logprobs": [-float(i)], "top_ids": [token], "top_logprobs": [-float(i)]} if logprobs else {}
+            world.row((1, token, Finish.LENGTH if i == len(ids) - 1 else Finish.NONE), **values, **extra)
+        return world.chunks()
+
+    for cut in range(len(ids)):
+        worlds = World(folder), World(folder)
+        for world in worlds:
+            trio.run(world.start)
+            world.settle()
+        worlds[0].ask(1, **params)
+        before = play(worlds[0], ids[:cut], 0)
+        if not worlds[0].text.outputs:
+            continue
+        had = [token for c in before for token in c.ids]
+        seen = sum(len(c.logprobs) for c in before)
+        state = Resumed(1, view("i", had), len(whole(before)), seen, 7, 2, 1)
+        made = Generate(1, 1, TextPrompt("Hello"), SamplingParams(**params), resumed=[state])
+        worlds[1].fronts["front.0"].ref("text").post(made)
+        worlds[1].settle()
+        (submit,) = worlds[1].scheduler()
+        known = len(submit.generated) // 4
+        assert known == (seen if logprobs else len(had))
+        after = play(worlds[1], ids[known:], known)
+        alone = World(folder)
+        trio.run(alone.start)
+        alone.settle()
+        alone.ask(1, **params)
+        undisturbed = play(alone, ids, 0)
+        both = before + after
+        assert whole(both) == whole(undisturbed)
+        for field in ("ids", "logprobs"):
+            joined = [[one for c in chunks for one in getattr(c, field)] for chunks in (both, undisturbed)]
+            assert joined[0] == joined[1], field
+        last, want = after[-1], undisturbed[-1]
+        assert (last.finish, last.matched, last.completion_tokens) == (
+            want.finish,
+            want.matched,
+            want.completion_tokens,
+        )
+        assert (last.cached_tokens, last.forced_tokens, last.jumps) == (7, 2, 1)
+        for world in (*worlds, alone):
+            world.close()
 
 
 def test_a_front_dies(world: World, tokenizer: Tokenizer) -> None:
@@ -528,7 +706,8 @@ def test_stats_reach_all_fronts(world: World) -> None:
     assert world.front() == [] and world.front("front.1") == [stats]  # a new front need not wait for news
     world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
     world.settle()
-    assert world.front() == [NO_STATS] and world.front("front.1") == [NO_STATS]
+    down = msgspec.structs.replace(NO_STATS, down="the scheduler is down: killed")
+    assert world.front() == [down] and world.front("front.1") == [down]
 
 
 # ------------------------------------------------------------------ configuration
@@ -599,10 +778,14 @@ def test_markers_that_a_parser_reads_are_text(world: World, tokenizer: Tokenizer
 def test_whether_a_prompt_opens_thoughts(
     world: World, tokenizer: Tokenizer, opens: tuple[str, ...], thinking: bool
 ) -> None:
-    """The rendered prompt ends in "assistant" and a line end."""
+    """The rendered prompt ends in "assistant" and a line end. A grammar then begins amid thoughts."""
     chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
-    world.fronts["front.0"].ref("text").post(Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams()))
+    grammar = GrammarSpec("regex", "a", thoughts=Thoughts((1,), (2,)))
+    generate = Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams(), grammar=grammar)
+    world.fronts["front.0"].ref("text").post(generate)
     world.settle()
+    (submit,) = world.scheduler()
+    assert submit.grammar == GrammarSpec("regex", "a", thoughts=Thoughts((1,), (2,), opened=thinking))
     (chunk,) = world.say(1, tokenizer.encode("a")[:1], Finish.LENGTH)
     assert chunk.thinking is thinking
 
@@ -634,12 +817,20 @@ def test_orders_are_passed_on_and_answered(world: World) -> None:
     world.sched.ref("text").post(Done(5))
     world.settle()
     assert world.front() == [Done(5)] and [m.rid for m in world.front("front.1")] == [1 << 40]
-    question(world, Order(6, "continue"))
-    disconnect(world.context, world.sched)
-    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    question(world, Look(8, 9, 9))
+    assert world.scheduler() == [Look(8, 9, 9)]
+    world.sched.ref("text").post(Seen(8, NO_STATS, [], [], 0, [], False))
     world.settle()
-    assert [(m.rid, m.status) for m in world.front()] == [(6, 503)]
-    assert [(m.rid, m.status) for m in question(world, Order(7, "continue"))] == [(7, 503)]
+    (view,) = world.front()
+    assert view.rid == 8 and ("text", "front.0") in [(lane.source, lane.target) for lane in view.lanes]
+    question(world, Order(6, "flush_cache"))
+    world.scheduler()
+    restart_scheduler(world)
+    assert world.scheduler() == [Order(-1, "pause"), Order(6, "flush_cache")]  # what was ordered still holds
+    world.sched.ref("text").post(Done(-1))
+    world.sched.ref("text").post(Done(6))
+    world.settle()
+    assert [m for m in world.front() if not isinstance(m, Stats)] == [Done(6)]
 
 
 def test_a_front_may_end_a_request_and_keep_its_output(world: World, tokenizer: Tokenizer) -> None:

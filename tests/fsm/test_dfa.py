@@ -20,6 +20,7 @@ from actorserve.fsm.pattern import parse_pattern
 from actorserve.fsm.syntax import NOTHING, Choice, Concat, Node, Repeat, Text, chars
 from actorserve.fsm.utf8 import ByteDfa
 from actorserve.fsm.vocabulary import build_tables
+from examples import examples
 
 
 def automaton(pattern: str) -> ByteDfa:
@@ -45,7 +46,7 @@ def nodes() -> st.SearchStrategy[Node]:
     )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200, 80), deadline=None)
 @given(nodes(), st.randoms(use_true_random=False))
 def test_every_byte_agrees_with_the_reference(node: Node, rng: random.Random) -> None:
     """Random walks over the automaton and the set of partial derivatives, with all 256 bytes compared on the way."""

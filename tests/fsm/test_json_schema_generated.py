@@ -13,6 +13,7 @@ from syntax_walk import walk
 
 from actorserve.fsm.json_schema import SchemaError, Unsupported, schema_to_syntax
 from actorserve.fsm.lengths import matches
+from examples import examples
 
 NAMES = ["a", "ab", "b", 'q"', "é"]
 TEXTS = ["", "a", "ab", "ba", "aab", "b1", "\n", '"', "é😀", "2024-02-29", "abcabc"]
@@ -149,7 +150,7 @@ def changed(value: Any, draw: random.Random) -> Any:
     return draw.choice([*SCALARS, [], {}, [1, "a"], {"a": 1}])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250, 100), deadline=None)
 @given(schemas, st.randoms(use_true_random=False))
 def test_texts_are_the_valid_values(schema: Schema, draw: random.Random) -> None:
     valid = validator(schema)

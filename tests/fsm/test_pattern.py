@@ -15,6 +15,7 @@ from actorserve.fsm.errors import EmptyLanguage, PatternError
 from actorserve.fsm.pattern import parse_pattern
 from actorserve.fsm.syntax import Node
 from actorserve.fsm.utf8 import ByteDfa
+from examples import examples
 
 CHARACTERS = [*map(chr, range(0x250)), *"κΣσςſKåÅİıßẞǅΩ日本語🎉\u0301\u2028\u3000\u0660\ud7ff\ue000\U0010ffff"]
 TEXTS = [
@@ -129,7 +130,7 @@ def test_malformed_for_both(pattern: str) -> None:
     assert caught.value.position is not None and 0 <= caught.value.position <= len(pattern)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400, 150), deadline=None)
 @given(st.text("ab09(|)[]{},*+?.^$\\-dwsnxAZ:iP<>#=!é", max_size=10))
 def test_any_text_is_read_as_re_reads_it(pattern: str) -> None:
     try:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from actorserve.kvstore.pages import OutOfPages, PagePool
+from examples import examples
 
 
 def test_new_pool_hands_out_ascending_pages() -> None:
@@ -120,4 +121,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=examples(60, 30), stateful_step_count=40, deadline=None)

@@ -254,6 +254,58 @@ def test_what_the_api_does_not_have_is_refused(api):
     assert ask.run(backend=openai(api, continues=True), top_k=5)["a"] and api.bodies[-1]["top_k"] == 5
 
 
+def test_grammars_of_our_own_kind(api):
+    program = sgl.function(lambda s: s.__iadd__(sgl.user("hi") + sgl.assistant(sgl.gen("a", ebnf='root ::= "yes"'))))
+    api.replies = {"hi": "yes"}
+    with pytest.raises(sgl.ProgramError, match=r"cannot take ebnf \(a server that does is told by continues=True\)"):
+        program.run(backend=openai(api))["a"]
+    assert program.run(backend=openai(api, continues=True))["a"] == "yes"
+    assert api.bodies[-1]["ebnf"] == 'root ::= "yes"' and "regex" not in api.bodies[-1]
+
+
+def add(left: int, right: int = 1) -> int:
+    """The sum of two numbers."""
+    return left + right
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@sgl.function
+def calling(s):
+    s += sgl.user("hi") + sgl.assistant(sgl.gen("call", tools=[add, WEATHER]))
+
+
+@pytest.mark.parametrize("kind", ["openai", "anthropic"])
+def test_apis_are_told_to_call_a_tool(api, kind):
+    api.replies, api.call = {"hi": "no"}, ("add", {"left": 2})
+    backend = openai(api) if kind == "openai" else sgl.Anthropic("claude-x", base_url=api.url)
+    s = calling.run(backend=backend)
+    call = s["call"]
+    assert call == sgl.ToolCall("add", {"left": 2}) and add(**call.arguments) == 3
+    assert msgspec.json.decode(s.messages()[-1]["content"]) == {"name": "add", "arguments": {"left": 2}}
+    body, names = api.bodies[-1], ["add", "weather"]
+    parameters = {
+        "title": "add",
+        "type": "object",
+        "properties": {"left": {"type": "integer"}, "right": {"type": "integer", "default": 1}},
+        "required": ["left"],
+        "additionalProperties": False,
+    }
+    if kind == "openai":
+        assert body["tool_choice"] == "required" and [tool["function"]["name"] for tool in body["tools"]] == names
+        assert body["tools"][0]["function"]["parameters"] == parameters and body["parallel_tool_calls"] is False
+    else:
+        assert body["tool_choice"]["type"] == "any" and [tool["name"] for tool in body["tools"]] == names
+        assert body["tools"][0]["input_schema"] == parameters
+        assert body["tools"][0]["description"] == "The sum of two numbers."
+    with pytest.raises(sgl.ProgramError, match="cannot stream calls of tools"):
+        calling.run(backend=backend, stream=True)["call"]
+    api.call = None
+    with pytest.raises(sgl.ProgramError, match="the output is no ToolCall"):
+        calling.run(backend=backend)["call"]
+
+
 def test_errors_of_servers(api):
     api.replies = {"hi": "yes"}
     api.failures = [503]

@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass
 
 import anyio
+import jsonschema
 import msgspec
 import pytest
 from scripted_backend import ScriptedBackend, echo
@@ -254,6 +255,51 @@ def test_types_as_schemas():
         program.run(backend=backend)["p"]
 
 
+class Box(msgspec.Struct):
+    side: int
+
+
+def test_tools_are_a_schema_for_models_behind_text(backend):
+    def grow(box: Box, by: int = 1) -> None: ...
+    def shrink(box: Box) -> None: ...
+
+    @sgl.function
+    def program(s, tools):
+        s += "Do it: " + sgl.gen("call", tools=tools)
+
+    backend.answer = lambda *_: '{"name": "grow", "arguments": {"box": {"side": 2}}}'
+    s = program.run([grow, shrink])
+    assert s["call"] == sgl.ToolCall("grow", {"box": {"side": 2}}) and s.text().startswith('Do it: {"name": "grow"')
+    schema = msgspec.json.decode(backend.sampling[0].json_schema)
+    assert backend.sampling[0].tools is None and set(schema["$defs"]) == {"0_Box", "1_Box"}
+    for value in ({"box": {"side": 1}, "by": 2}, {"box": {"side": 1}}):
+        jsonschema.validate({"name": "grow", "arguments": value}, schema)
+    for call in (
+        {"name": "shrink", "arguments": {"box": {"side": 1}, "by": 2}},
+        {"name": "grow", "arguments": {"box": {"side": "1"}}},
+        {"name": "other", "arguments": {"box": {"side": 1}}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(call, schema)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tools": []}, "one at least"),
+        ({"tools": "weather"}, "must be a list"),
+        ({"tools": [{"type": "function"}]}, "with a name"),
+        ({"tools": [lambda x: x]}, "'x' of <lambda> needs a type"),
+        ({"tools": [{"name": "a"}, {"name": "a"}]}, "have one name"),
+        ({"tools": [{"name": "a"}], "regex": "b"}, "exclude each other"),
+    ],
+)
+def test_tools_that_are_wrong(options, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        sgl.gen("call", **options)
+    assert caught.value.param == "tools"
+
+
 def test_separate_reasoning(backend):
     backend.answer = lambda *_: "<think>two and two</think>four"
 
@@ -340,21 +386,36 @@ def test_num_threads_bounds_what_runs_at_once(backend, is_async):
 
 
 def test_many_states_with_forks_hold_no_threads(backend):
-    backend.hold_until = 2000
+    backend.hold_until = 4000
+    seen = []
+
+    def answer(text, sampling, i):
+        seen.append(threading.active_count())
+        if text.startswith("7 branch1"):
+            raise RequestError("no luck")
+        return echo(text, sampling, i)
+
+    backend.answer = answer
 
     @sgl.function
     async def program(s, i):
         s += f"{i} "
         forks = s.fork(2)
-        forks += "go " + sgl.gen("x")
+        forks += lambda k: f"branch{k} " + sgl.gen("x")
         forks.join()
-        return len(await s.aget_var("x"))
+        if i == 7:
+            return await forks[0].aget_var("x")
+        return "".join(await s.aget_var("x"))
 
     before = threading.active_count()
-    states = program.run_batch([(i,) for i in range(1000)])
-    assert [s.ret_value for s in states] == [2] * 1000 and all(s["x"] == ["<go>", "<go>"] for s in states)
-    assert backend.most_live == 2000
-    assert threading.active_count() <= before + 1, "at most the loop's own"
+    states = program.run_batch([(i,) for i in range(2000)])
+    failed = states.pop(7)
+    assert [s.ret_value for s in states] == ["<branch0><branch1>"] * 1999
+    assert failed.ret_value == "<branch0>", "the branch beside the one that fails"
+    with pytest.raises(sgl.ProgramError, match=r"variable 'x' in branch 1: no luck \(test_programs.py:\d+\)"):
+        failed["x"]
+    assert backend.most_live == 4000
+    assert max(seen) <= before + 1, "at most the loop's own"
 
 
 def test_the_constant_prefix_is_cached_before_a_batch(backend):

@@ -13,12 +13,6 @@ CHOICES = (" Paris", " London", " New York City")
 QUESTION = "Question: What is the capital of France?\nAnswer:"
 
 
-@pytest.fixture(scope="module")
-def engine(smollm):
-    with sgl.Engine(smollm, placement="inline", dtype="float32", max_total_tokens=8192) as engine:
-        yield engine
-
-
 @sgl.function
 def two_turns(s):
     s += sgl.system("Answer in one sentence.")
@@ -133,17 +127,20 @@ def test_speculation_on_the_engine_gives_the_same_text(engine):
     assert fast.get_meta_info("city")["speculation"]["hits"] == 2
 
 
-def test_the_introductions_programs_run(engine):
-    text = (Path(__file__).parents[2] / "docs" / "frontend.md").read_text(encoding="utf-8")
+def test_the_introductions_programs_run(engine, monkeypatch):
+    """All snippets one after another, on the shared engine instead of one of their own."""
+    text = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    sgl.set_default_backend(engine)
+    monkeypatch.setattr(sgl, "Engine", lambda: engine)
+    monkeypatch.setattr(engine, "shutdown", lambda: None)
     names: dict[str, object] = {"__name__": "introduction"}
     try:
         for block in blocks:
             exec(block, names)
     finally:
         sgl.set_default_backend(None)
-    assert len(blocks) == 6 and names["person"].name and names["state"]["country"]
+    assert len(blocks) == 9 and names["trace"].reason is None
+    assert names["Person"] is type(names["forms"].run(backend=engine, temperature=0)["person"])
 
 
 def test_a_server_of_our_own(smollm, expected):
@@ -158,3 +155,7 @@ def test_a_server_of_our_own(smollm, expected):
         assert program.run(sgl.greedy_token_selection, backend=runtime)["answer"] == " Paris"
         gains = program.run(sgl.unconditional_likelihood_normalized, backend=runtime).get_meta_info("answer")
         assert gains["normalized_unconditional_prompt_logprobs"] == pytest.approx(gains_of(expected), abs=1e-3)
+        completions = sgl.OpenAI("", is_chat_model=False, base_url=f"{runtime.url}/v1")
+        meta = program.run(sgl.token_length_normalized, backend=completions).get_meta_info("answer")
+        means = [sum(given) / len(given) for given, _ in expected]
+        assert meta["normalized_prompt_logprobs"] == pytest.approx(means, abs=1e-3)

@@ -15,9 +15,12 @@ from torch import Tensor
 from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
 from actorserve.models import c_library, quantized
+from actorserve.models.attention import TorchAttention
+from actorserve.models.cpu_decoder import maps_of
+from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
-from actorserve.models.layers import Linear
-from actorserve.models.quantized import QuantizedLinear, dequantise, kernel, pack
+from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.quantized import QuantizedLinear, dequantise, pack, takes
 from actorserve.models.weights import load_decoder
 
 TYPES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -35,7 +38,7 @@ def threads() -> Iterator[None]:
 def compiled() -> None:
     """Skip where the kernel cannot be had, as the engine goes on without it."""
     try:
-        kernel()
+        kernels()
     except StartupError as error:
         pytest.skip(str(error))
 
@@ -94,7 +97,7 @@ def test_what_is_no_product() -> None:
     for x in (torch.zeros(2, 64), torch.zeros(2, 32, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="32 float32 inputs"):
             linear(x)
-    assert not kernel().takes(random_blocks("Q4_1", 17, 32), 32)
+    assert not takes(random_blocks("Q4_1", 17, 32), 32)
     assert quantized.kind_of(torch.zeros(16, 40, dtype=torch.uint8), 36) is None
 
 
@@ -147,8 +150,7 @@ def test_model_equals_its_dense_form(folder: str) -> None:
     """Whatever is in model.safetensors of the tensors that are blocks; and the same bits in chunks and step by step."""
     ids = tiny.prompt(40)
     decoder = tiny.load(folder, dtype="auto")
-    kinds = [isinstance(getattr(part, name), QuantizedLinear) for layer in decoder.weights.layers
-             for part, name in ((layer, "qkv"), (layer, "o"), (layer.mlp, "gate_up"), (layer.mlp, "down"))]  # fmt: skip
+    kinds = [isinstance(linear, QuantizedLinear) for layer in decoder.weights.layers for linear in maps_of(layer)]
     assert kinds == [True] * 6 + [False] + [True] * 4 + [False]
     assert isinstance(decoder.weights.head.product, QuantizedLinear)
     got = Driver.of(decoder).logits(ids, [40])
@@ -169,7 +171,7 @@ def test_when_blocks_are_used(folder: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert not uses(dtype="float32"), "a dtype that is asked for is the weights'"
     with pytest.raises(StartupError, match="drop --dtype bfloat16"):
         uses(dtype="bfloat16", quantization="gguf")
-    monkeypatch.setattr("actorserve.models.weights.kernel", no_kernel)
+    monkeypatch.setattr("actorserve.models.weights.kernels", no_kernel)
     assert not uses(dtype="auto")
     with pytest.raises(StartupError, match="--quantization gguf: there is no C compiler"):
         uses(dtype="auto", quantization="gguf")
@@ -209,11 +211,12 @@ def test_real_model_equals_its_dense_form(smollm: str) -> None:
             "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
         }  # fmt: skip
         for name, names in parts.items():
-            holder = layer if name in ("qkv", "o") else layer.mlp
-            inputs = getattr(holder, name).inputs
+            owner = layer if hasattr(layer, name) else layer.mlp
+            inputs = getattr(owner, name).inputs
             dense = torch.cat([dequantise(kept[f"{prefix}{part}.weight"], inputs) for part in names])
-            setattr(holder, name, Linear(dense, None))
+            setattr(owner, name, Linear(dense, None))
     decoder.weights.head.product = Linear(decoder.weights.embed, None)
+    decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), TorchAttention()
     expected = Driver.of(decoder).logits(ids, [24])
     assert (got - expected).abs().max() < 1e-4 * expected.std()
     assert torch.equal(got.argmax(-1), expected.argmax(-1))

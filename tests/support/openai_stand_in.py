@@ -34,6 +34,8 @@ class StandIn:
     paths: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     url: str = ""
+    call: tuple[str, Any] | None = None
+    """The function and the arguments with which requests with tools are answered."""
 
     async def answer(self, request: Request) -> Response:
         body = await request.json()
@@ -55,6 +57,15 @@ class StandIn:
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         said = "".join(words)
         choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
+        if body.get("tools") and self.call:
+            name, arguments = self.call
+            choice["message"] = {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "c", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+                ],
+            }
         if self.with_logprobs and body.get("logprobs") is not None:
             rows = [{"token": word, "logprob": -1.0} for word in words]
             choice["logprobs"] = {"content": rows} if chat else {"tokens": words, "token_logprobs": [-1.0] * len(words)}
@@ -84,6 +95,9 @@ class StandIn:
 
     def anthropic(self, body: dict[str, Any]) -> Response:
         text = self.said(body)
+        if body.get("tools") and self.call:
+            use = {"type": "tool_use", "id": "c", "name": self.call[0], "input": self.call[1]}
+            return JSONResponse({"content": [{"type": "text", "text": "I will."}, use], "stop_reason": "tool_use"})
         if not body.get("stream"):
             usage = {"input_tokens": 7, "output_tokens": 2}
             return JSONResponse(

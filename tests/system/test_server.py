@@ -2,13 +2,22 @@
 
 import itertools
 import json
+import math
 import threading
+from typing import TYPE_CHECKING, Any
 
+import anthropic
 import httpx
 import jsonschema
 import openai
 import pytest
+from browser import open_page
 from live_server import LiveServer, wait_until
+
+from actorserve import cli
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 QUESTION = "What is the capital of France?"
 
@@ -63,6 +72,41 @@ def test_logprobs_have_the_chosen_token_on_top_when_greedy(server: LiveServer) -
         assert len(t.top_logprobs) == 3
         assert t.top_logprobs[0].token == t.token
         assert 0 >= t.logprob == pytest.approx(t.top_logprobs[0].logprob)
+
+
+def test_logprobs_of_a_prompt_are_the_same_everywhere(server: LiveServer) -> None:
+    """/generate, computed and from the cache; a completion that echoes; /v1/score. Equal to transformers' elsewhere."""
+    text = "The quick brown fox jumps over the lazy dog. \N{HOT BEVERAGE} The quick brown fox"
+    none = {"max_new_tokens": 0}
+    wanted = {"return_logprob": True, "logprob_start_len": 0, "return_text_in_logprobs": True}
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        body = {"text": [text, text[:60]], "sampling_params": none, **wanted}
+        metas = [[reply["meta_info"] for reply in http.post("/generate", json=body).json()] for _ in range(2)]
+        ids = [row[1] for row in metas[0][0]["input_token_logprobs"]]
+        body = {"text": text, "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "token_ids_logprob": ids[:3]}
+        named = http.post("/generate", json=body | {"return_logprob": True}).json()["meta_info"]
+        body = {"query": text[:30], "items": [text[30:], text[30:40]], "label_token_ids": ids[:3]}
+        scores = http.post("/v1/score", json=body).json()["scores"]
+    for cold, warm in zip(*metas, strict=True):
+        assert warm["cached_tokens"] == warm["prompt_tokens"] - 1 == len(warm["input_token_logprobs"]) - 1
+        assert [row[1:] for row in cold["input_token_logprobs"]] == [row[1:] for row in warm["input_token_logprobs"]]
+        logprobs = [logprobs_of(meta) for meta in (cold, warm)]
+        assert logprobs[0][0] is None is logprobs[1][0]
+        assert logprobs[0][1:] == pytest.approx(logprobs[1][1:], abs=1e-4)
+    with server.client() as client:
+        reply = client.completions.create(model="", prompt=text, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = reply.choices
+    assert choice.text == text and choice.logprobs is not None
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(logprobs_of(metas[0][0])[1:], abs=1e-4)
+    offsets = choice.logprobs.text_offset
+    assert offsets == sorted(offsets) and text[offsets[3] :].startswith(choice.logprobs.tokens[3])
+    (rows,) = named["output_token_ids_logprobs"]
+    assert [row[1] for row in rows] == ids[:3]
+    assert scores[0] == pytest.approx([math.exp(row[0]) for row in rows], abs=1e-4)
+
+
+def logprobs_of(meta: dict[str, Any]) -> list[float | None]:
+    return [row[0] for row in meta["input_token_logprobs"]]
 
 
 def test_completions_and_token_prompts(server: LiveServer) -> None:
@@ -313,3 +357,117 @@ def test_responses_go_on(server: LiveServer) -> None:
     assert call.type == "function_call"
     jsonschema.validate(json.loads(call.arguments), WEATHER)
     assert last.response.usage.input_tokens > first.usage.total_tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_the_page_chats_and_shows_the_engine(server: LiveServer, width: int, scheme: str) -> None:
+    size = {"width": width, "height": 800}
+    with open_page(server.url + "/", viewport=size, color_scheme=scheme) as (page, complaints):
+        before = page.evaluate("fetch('v1/engine/stats').then(reply => reply.json())")
+        page.fill("#prompt", f"Name the {width} seas.")
+        page.click("[data-panel=sampling]")
+        page.fill("#s-max_tokens", "12")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".live .facts .speed")  # figures come while it streams
+        page.wait_for_selector("#send:has-text('Send')")
+        assert page.inner_text(".turn.assistant .text").strip()
+        assert "12 tokens" in page.inner_text(".facts") and "prompt tokens cached" in page.inner_text(".facts")
+        if width < 900:
+            assert not page.is_visible("#engine")
+            page.click("#tabs [data-tab=engine]")
+        page.wait_for_selector("#state .dot.ok")
+        after = page.evaluate("fetch('v1/engine/stats').then(reply => reply.json())")
+        assert after["scheduler"]["generated_tokens"] == before["scheduler"]["generated_tokens"] + 12
+        sent = [sum(lane["sent"] for lane in view["lanes"] if lane["source"] == "exec.0") for view in (before, after)]
+        assert sent[1] > sent[0]
+        assert after["tree"]["total"] > before["tree"]["total"]
+        page.wait_for_function(shown(".node", after["tree"]["total"]))
+        assert page.locator(".actor").count() == len(after["actors"]) == 6
+        assert page.locator("#chart path").count() == 2, "the line of what was generated, and its area"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
+        assert complaints == []
+
+
+def shown(selector: str, count: int) -> str:
+    """A condition on a page: a function, since its policy lets it evaluate no text."""
+    return f"() => document.querySelectorAll('{selector}').length === {count}"
+
+
+def test_the_page_asks_for_a_key(server: LiveServer) -> None:
+    """A server behind something that wants one: the page asks, sends it, and keeps it in the tab."""
+    keys: list[str | None] = []
+    with open_page("about:blank") as (page, _):
+
+        def gate(route: "Route") -> None:
+            keys.append(route.request.headers.get("authorization"))
+            if keys[-1] == "Bearer sesame":
+                route.continue_()
+            else:
+                body = json.dumps({"error": {"message": "this server wants an API key"}})
+                route.fulfill(status=401, body=body, content_type="application/json")
+
+        page.route("**/v1/**", gate)
+        page.goto(server.url + "/")
+        page.wait_for_selector("dialog[open]")
+        assert "wants an API key" in page.inner_text("dialog")
+        page.fill("#key-text", "sesame")
+        page.click("#key-save")
+        page.wait_for_selector("#state .dot.ok")
+        page.reload()
+        page.wait_for_selector("#state .dot.ok")
+        assert not page.is_visible("dialog")
+    assert keys[0] is None and keys[-1] == "Bearer sesame"
+
+
+def test_the_commands_of_a_terminal(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.command(["complete", "--chat", QUESTION, "--url", server.url, "--temperature", "0", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "The capital of France is Paris.\n"
+    assert err.startswith("8 tokens") and "prompt tokens cached" in err
+    load = ["--num-prompts", "2", "--random-input-len", "8", "--random-output-len", "4", "--warmup-requests", "0"]
+    assert cli.command(["bench", "--base-url", server.url, *load]) == 0
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_anthropics_client(server: LiveServer) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}]}
+    greedy = {"temperature": 0}  # the client has no parameter for it any more
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as client:
+        asked["model"] = client.models.list().data[0].id
+        message = client.messages.create(**asked, max_tokens=20, extra_body=greedy)
+        assert [block.text for block in message.content if block.type == "text"] == ["The capital of France is Paris."]
+        assert (message.stop_reason, message.usage.output_tokens) == ("end_turn", 8)
+        prompt = message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+        assert client.messages.count_tokens(**asked).input_tokens == prompt
+        with client.messages.stream(**asked, max_tokens=20, extra_body=greedy, stop_sequences=[" is P"]) as stream:
+            pieces = list(stream.text_stream)
+            final = stream.get_final_message()
+        assert ("".join(pieces), len(pieces) > 1) == ("The capital of France", True)
+        assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", " is P")
+        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        schema["additionalProperties"] = False
+        tool: Any = {"name": "add", "input_schema": schema}
+        choice: Any = {"type": "tool", "name": "add"}
+        called = client.messages.create(**asked, max_tokens=99, tools=[tool], tool_choice=choice, extra_body=greedy)
+        (block,) = called.content
+        assert (called.stop_reason, block.type) == ("tool_use", "tool_use")
+        assert block.name == "add" and block.input["a"] in (1, 2)
+
+
+def test_a_stream_goes_on_after_its_connection(server: LiveServer) -> None:
+    whole = server.chat(QUESTION, temperature=0, max_tokens=24, extra_body={"ignore_eos": True})
+    body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24, "stream": True}
+    url, lines = server.url + "/v1/chat/completions", list[str]()
+    resumable = {"x-resumable": "true"}
+    with httpx.stream("POST", url, json=body | {"ignore_eos": True}, headers=resumable, timeout=60) as reply:
+        for line in reply.iter_lines():
+            lines.append(line)
+            if len(lines) == 12:  # four events: id, data, nothing
+                break
+    last = next(line[4:] for line in reversed(lines) if line.startswith("id: "))
+    resumed = httpx.post(url, headers={"last-event-id": last}, timeout=60)
+    lines += resumed.text.splitlines()
+    assert lines[-2] == "data: [DONE]"
+    documents = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    text = "".join(d["choices"][0]["delta"].get("content") or "" for d in documents)
+    assert text == whole.choices[0].message.content

@@ -1,0 +1,199 @@
+"""Runs a program that came as data: on a server, by the same interpreter that runs programs on a client.
+
+Used by http/programs.py. Invariant: a replayed program appends, waits and fails as its body would; what is wrong with
+the data itself is a RequestError before or where it is met, never anything else.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Final
+
+from .. import engine
+from ..actors.client import Client
+from ..config import EngineConfig, ModelInfo
+from ..errors import ActorserveError, RequestError
+from .backend import Backend
+from .engine_backend import EngineBackend
+from .expressions import Gen, Literal, flatten
+from .interpreter import Executor
+from .loop import Tasks
+from .model_template import model_template
+from .remote import (
+    Append,
+    Assign,
+    Branch,
+    Condition,
+    If,
+    Merge,
+    Outcome,
+    ProgramReply,
+    ProgramRequest,
+    Reference,
+    RemoteNode,
+    Return,
+    Statement,
+    failure_of,
+)
+from .templates import ChatTemplate, chat_template_of
+from .variables import Slot
+
+MOST_STATES: Final = 4096
+COMPARISONS: Final[dict[str, Callable[[Any, Any], Any]]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "contains": operator.contains,
+    "truth": lambda value, _: bool(value),
+}
+
+
+class ServedEngine(engine.Engine):
+    """The engine as a front has it: its client belongs to the front's loop, and its life is not ours."""
+
+    def __init__(self, client: Any, config: EngineConfig, model: ModelInfo) -> None:
+        self.config = config
+        self._served = client
+        self._model = model
+
+    @property
+    def _client(self) -> Client:
+        client: Client = self._served
+        return client
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model
+
+
+class ServedBackend(EngineBackend):
+    """The engine of a front, for one program: its tasks are of the front's loop, and end with `loop.cancel()`."""
+
+    def __init__(self, running: ServedEngine, template: ChatTemplate | None) -> None:
+        Backend.__init__(self, running.model.name, template or _template_of(running.model.path, running.model.name))
+        self.loop = Tasks()
+        self._engine = running
+        self.most_calls = max(1, running.config.max_queued_requests // 2)
+
+
+@cache
+def _template_of(path: str, name: str) -> ChatTemplate:
+    return model_template(path) or chat_template_of(name)
+
+
+async def replay(request: ProgramRequest, backend: Backend) -> ProgramReply:
+    """Run a program to its end. Errors of its parts are in the reply. Raises RequestError for wrong data."""
+    run = _Run(Executor(backend, request.defaults))
+    returned: list[Any] = []
+    leaf, error = None, None
+    try:
+        end = await run.statements(request.program)
+        if end is not None:
+            returned = [await run.value(reference) for reference in end.values]
+            leaf = end.leaf
+    except _WrongProgramError as wrong:
+        raise RequestError(str(wrong), param="program") from None
+    except (ActorserveError, LookupError, TypeError) as failed:  # as the body would have raised it
+        error = failed
+    root = run.states[0]
+    root.end(error)
+    await root.idle.reached()
+    failed_state = error or root.error
+    return ProgramReply(
+        root.context.text,
+        root.context.messages,
+        {name: await _outcome(slot) for name, slot in root.slots.items()},
+        leaf,
+        returned,
+        None if failed_state is None else failure_of(failed_state),
+    )
+
+
+class _WrongProgramError(Exception):
+    """The data is no program."""
+
+
+class _Run:
+    """The states of a program at work, by number."""
+
+    def __init__(self, root: Executor) -> None:
+        self.states = {0: root}
+
+    async def statements(self, program: Sequence[Statement]) -> Return | None:
+        """Run statements until one returns."""
+        while True:
+            for statement in program:
+                match statement:
+                    case If(condition=condition, then=then, otherwise=otherwise):
+                        chosen = then if await self._holds(condition) else otherwise
+                        if statement is not program[-1]:
+                            end = await self.statements(chosen)
+                            if end is not None:
+                                return end
+                            continue
+                        program = chosen
+                        break
+                    case Return():
+                        return statement
+                    case _:
+                        await self._do(statement)
+            else:
+                return None
+
+    async def _do(self, statement: Append | Branch | Merge | Assign) -> None:
+        state = self._state(statement.state)
+        match statement:
+            case Append(nodes=nodes, line=line):
+                found = [item for node in nodes for item in await self._resolved(node)]
+                for item in found:
+                    state.submit(item, line)
+            case Branch(branches=numbers, line=line):
+                if len(self.states) + len(numbers) > MOST_STATES:
+                    raise _WrongProgramError(f"the program has more than {MOST_STATES} states")
+                if taken := [n for n in numbers if n in self.states] or len(set(numbers)) < len(numbers):
+                    raise _WrongProgramError(f"a branch has the number of another state: {taken}")
+                self.states |= dict(zip(numbers, state.fork(len(numbers), line), strict=True))
+            case Merge(branches=numbers, mode=mode, line=line):
+                state.join([self._state(number) for number in numbers], mode, line)
+            case Assign(name=name, value=value):
+                state.set_var(name, value)
+
+    async def value(self, reference: Reference) -> Any:
+        """The value of a variable that may still be on its way. Raises what its reader would meet."""
+        slot = await self._state(reference.state).find_async(reference.name)
+        await slot.done.reached()
+        value = slot.result()
+        for index in reference.path:
+            value = value[index]
+        return value
+
+    async def _resolved(self, node: RemoteNode) -> Sequence[Any]:
+        """What a node is for the interpreter."""
+        match node:
+            case Reference():
+                return flatten(await self.value(node))
+            case Gen(output_type=output_type) if output_type is not None:
+                raise _WrongProgramError("a Gen has an output_type: types are the client's")
+            case Literal() if not node.text:
+                return ()
+        return (node,)
+
+    async def _holds(self, condition: Condition) -> bool:
+        left = await self.value(condition.left)
+        right = condition.value if condition.other is None else await self.value(condition.other)
+        return bool(COMPARISONS[condition.operator](left, right))
+
+    def _state(self, number: int) -> Executor:
+        if number not in self.states:
+            raise _WrongProgramError(f"the program has no state {number} yet")
+        return self.states[number]
+
+
+async def _outcome(slot: Slot) -> Outcome:
+    await slot.done.reached()
+    if slot.error is not None:
+        return Outcome(error=failure_of(slot.error))
+    return Outcome(slot.value, slot.meta)

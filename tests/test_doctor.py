@@ -1,0 +1,81 @@
+"""`actorserve doctor`: what it says of this machine, and of machines that lack something."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actorserve import cli, doctor
+from actorserve.errors import StartupError
+
+
+def look(capsys: Any, *flags: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """(exit code, {subject: (state, text)}), the last of each subject."""
+    code = cli.command(["doctor", "--json", "--port", "0", "--device", "cpu", *flags])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, {f["subject"]: (f["state"], f["text"]) for f in json.loads(out)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    from actorserve.models.shapes import write_shape
+
+    return str(write_shape("qwen2-7b", tmp_path / "m"))
+
+
+def test_a_machine_that_will_do(capsys: Any, model: str) -> None:
+    code, found = look(capsys, "--model", model, "--load-format", "dummy")
+    assert code == 0 and {state for state, _ in found.values()} <= {"ok", "warn"}
+    assert list(found) == [
+        "system", "packages", "lanes", "files", "cache", "model", "device", "dtype", "attention", "kernels", "port",
+    ]  # fmt: skip
+    assert "qwen2" in found["model"][1] and found["device"][1].endswith("as asked")
+    assert found["attention"] == ("ok", "torch's operations: the path on a CPU")
+
+
+def test_lines_for_people(capsys: Any, model: str) -> None:
+    flags = ["--port", "0", "--device", "cpu", "--model", model, "--load-format", "dummy", "--dtype", "float32"]
+    assert cli.command(["doctor", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "ok    dtype       float32: as asked\n" in out and "\x1b" not in out
+    assert out.endswith("actorserve run starts here\n")
+
+
+def test_it_asks_what_decides(capsys: Any, model: str) -> None:
+    """What would keep `run` from starting fails here, with the same words."""
+    wrong = ["--model", model, "--load-format", "dummy", "--attention-backend", "triton"]
+    code, found = look(capsys, *wrong)
+    assert (code, found["attention"]) == (1, ("fail", "--attention-backend triton needs a GPU"))
+    code, found = look(capsys, "--model", "/no/such/model")
+    assert code == 1 and found["model"][0] == "fail" and "no such file" in found["model"][1]
+    assert found["kernels"][0] in ("ok", "warn"), "one failure does not hide the rest"
+    code, found = look(capsys, "--host", "no-such-host.invalid")
+    assert found["port"][0] == "fail"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, found = look(capsys, "--port", str(taken.getsockname()[1]))
+    assert (code, found["port"][0]) == (1, "fail") and "--port" in found["port"][1]
+
+
+def test_machines_that_lack_something(capsys: Any, monkeypatch: Any, model: str) -> None:
+    def no_compiler() -> str:
+        raise StartupError("there is no C compiler")
+
+    monkeypatch.setattr("actorserve.models.cpu_kernels.kernels", no_compiler)
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "trio" else "999")
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["trio>=0.35", "numpy<2", "rich; extra == 'dev'"])
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr("actorserve.actors.lane.create_lane", lambda: 1 / 0)
+    findings = list(doctor.examine(cli.config_from(cli.build_parsers()[0].parse_args(["run"]), cli.build_parsers()[1])))
+    said = {(f.state, f.subject, f.text) for f in findings}
+    assert ("fail", "packages", "trio is missing: pip install 'trio>=0.35'") in said
+    assert any(f.subject == "packages" and "numpy 999, not <2" in f.text for f in findings)
+    assert not any("rich" in f.text for f in findings)
+    by_name = {f.subject: f for f in findings}
+    assert by_name["files"].state == by_name["kernels"].state == "warn"
+    assert "slower" in by_name["kernels"].text and "ulimit -n 4096" in by_name["files"].text
+    assert by_name["lanes"] == ("fail", "lanes", "ZeroDivisionError: division by zero"), "no traceback, whatever fails"
+    code, found = look(capsys, "--quantization", "gguf", "--model", model, "--load-format", "dummy")
+    assert (code, found["kernels"][0]) == (1, "fail")
