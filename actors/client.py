@@ -358,7 +358,7 @@ class Client:
     def reason_down(self) -> str | None:
         """Return why requests cannot be served now, or None."""
         if not self._text.up:
-            return "the text actor is down"
+            return "the text actor is down" if self._text_died else "the text actor is starting"
         if self.stats is None:
             return "the scheduler has not reported yet"
         if self.stats.down or not self.stats.executor_up:

@@ -125,7 +125,7 @@ class Resumed(Message, frozen=True, tag=8):
     cached_tokens: int
     forced_tokens: int
     jumps: int
-    prompt_logprobs: int
+    prompt_logprobs: int = 0
     """Of its prompt, those that came."""
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, Final, assert_never
 
 import numpy as np
@@ -69,7 +70,9 @@ class Chunk:
     slot: int
     tokens: list[int]
     draws: bool
-    scored: bool
+    score_from: int
+    targets: list[int]
+    """Given tokens whose logprobs are wanted, the first of them behind the place `score_from`; see Plan.score_ids."""
 
 
 class StubSampler(Actor):
@@ -231,16 +234,17 @@ class StubExecutor(Actor):
         self.sampler.sync(plan.window, plan.sampler_changes)
         for slot, page in zip(ints(plan.grow_slots), ints(plan.grow_pages), strict=True):
             self.seats[slot].pages.append(page)
-        slots, ids = ints(plan.chunk_slots), ints(plan.chunk_ids)
-        scored = ints(plan.chunk_scored) or [0] * len(slots)
-        chunks, at = [], 0
-        for slot, length, start, last, score in zip(
-            slots, ints(plan.chunk_lengths), ints(plan.chunk_starts), ints(plan.chunk_last), scored, strict=True
-        ):
+        ids, targets = iter(ints(plan.chunk_ids)), iter(ints(plan.score_ids))
+        slots, last = ints(plan.chunk_slots), ints(plan.chunk_last)
+        nowhere = [0] * len(slots)
+        scored, score_from = ints(plan.chunk_scored) or nowhere, ints(plan.score_starts) or nowhere
+        chunks = []
+        for i, length in enumerate(ints(plan.chunk_lengths)):
+            slot, start = slots[i], ints(plan.chunk_starts)[i]
             if start != self.seats[slot].length:
                 raise RuntimeError(f"slot {slot} has {self.seats[slot].length} tokens, its chunk starts at {start}")
-            chunks.append(Chunk(slot, ids[at : at + length], bool(last), bool(score)))
-            at += length
+            tokens, wanted = list(islice(ids, length)), list(islice(targets, scored[i]))
+            chunks.append(Chunk(slot, tokens, bool(last[i]), score_from[i], wanted))
         return chunks
 
     def _hash(self, seat: Seat) -> int:
@@ -257,9 +261,10 @@ class StubExecutor(Actor):
         return state
 
     def _compute(self, chunk: Chunk) -> list[float]:
-        """Write a chunk; return the logprobs of its tokens but the first, if they are wanted."""
+        """Write a chunk; return the logprobs of its targets."""
         states = [self._write(chunk.slot, token) for token in chunk.tokens]
-        return [logprob_of(state) for state in states[1:]] if chunk.scored else []
+        before = states[chunk.score_from : chunk.score_from + len(chunk.targets)]
+        return [logprob_of(moved(state, token)) for state, token in zip(before, chunk.targets, strict=True)]
 
     def _draw(self, slots: list[int]) -> tuple[list[int], list[int], list[float]]:
         """(tokens, Finish values, logprobs: NaN where not asked) of the rows"""

@@ -375,7 +375,7 @@ class Supervisor:
     async def _watch_hangs(self) -> None:
         """Kill who is stuck for hang_seconds: takes no frames of its lanes, or answers no Ping; and who is accused."""
         limit = self.config.hang_seconds
-        interval = min(1.0, limit / 4)
+        interval = min(0.8, limit / 4)
         # Time that our own loop lost does not count: the node may have lost it too.
         stalled: dict[str, tuple[int, int, float]] = {}  # actor -> epoch, frames received, seconds without any
         silent: dict[str, tuple[int, float]] = {}  # node -> epoch, seconds since the Ping that it has not answered

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..errors import StartupError
 
 REQUEST_ID: Final = b"x-request-id"
+"""OpenAI's name; Anthropic's is request-id, so replies have both."""
 _ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -43,7 +44,11 @@ class Access:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (REQUEST_ID, request_id),
+                    (b"request-id", request_id),
+                ]
             await send(message)
 
         path = scope["path"]

@@ -19,7 +19,8 @@ a row's result does not depend on the batch that it is in, nor on the threads.
 #define FEW 4
 #define TOKENS 6
 #endif
-#define WIDTH(rows) (rows < FEW / 2 - 1 ? 4 : 2) /* vectors of outputs at a time for FEW rows: what the registers hold */
+/* Vectors of outputs at a time for FEW rows: what the registers hold. */
+#define WIDTH(rows) (rows < FEW / 2 - 1 ? 4 : 2)
 
 enum kind { Q4_0, Q4_1, Q8_0 }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
 
@@ -32,7 +33,6 @@ INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si12
 INLINE ivec nibbles(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
 #endif
-
 
 INLINE long unit_bytes(enum kind kind) { return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : 34); }
 
@@ -197,6 +197,7 @@ int lanes(void) { return LANES; }
 
 void linear(const struct map *map, const float *x, long rows, float *y, int threads) {
     long units = map->outputs / LANES, share = units / (threads * 6L) / 4 * 4;
-    struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, x, rows, y, share > 4 ? share : 4};
-    parallel(product_task, &a, (units + a.share - 1) / a.share, threads);
+    if (share < 4) share = 4;
+    struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, x, rows, y, share};
+    parallel(product_task, &a, (units + share - 1) / share, threads);
 }

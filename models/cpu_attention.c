@@ -73,7 +73,7 @@ INLINE float soften(float *scores, int count, float *best, float *total) {
     if (*best == top) before = 1.0f;
     for (int i = 0; i < count; i += LANES) {
         vec s = load(scores + i), e = exponential(s - top);
-        e = (vec)((ivec)e & (s > all(-INFINITY)));
+        e = (vec)((ivec)e & (s != all(-INFINITY)));
         store(scores + i, e);
         added += e;
     }
@@ -104,9 +104,8 @@ INLINE void attend_group(const struct attention *a, long token, long head, const
         for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
         score(keys, count, q, a->dim, group, a->scale, scores);
         for (int h = 0; h < group; h++) {
-            float before = soften(scores[h], count, best + h, total + h);
-            if (before != 1.0f)
-                for (long d = 0; d < a->dim; d += LANES) store(out + h * a->dim + d, load(out + h * a->dim + d) * before);
+            float before = soften(scores[h], count, best + h, total + h), *to = out + h * a->dim;
+            for (long d = 0; d < a->dim && before != 1.0f; d += LANES) store(to + d, load(to + d) * before);
         }
         add_values(keys, a->kv_heads * a->dim, count, a->dim, group, scores, out);
     }

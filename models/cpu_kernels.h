@@ -61,7 +61,7 @@ INLINE vec chosen(vec a, vec b, ivec index) {
 
 /* e to the power of x within 2 units in the last place; arguments beyond float32's range count as its ends. Cephes. */
 INLINE vec exponential(vec x) {
-    x = smaller(larger(x, all(-87.0f)), all(88.0f));
+    x = smaller(all(88.0f), larger(all(-87.0f), x)); /* in this order NaN stays */
     ivec n = integers(x * 1.44269504f);
     vec r = x - floats(n) * 0.693359375f - floats(n) * -2.12194440e-4f;
     vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -75,7 +75,7 @@ INLINE vec exponential(vec x) {
 /* Run task(data, 0), ..., task(data, tasks - 1) on up to `threads` threads and return when all are done. */
 void parallel(void (*task)(void *, long), void *data, long tasks, int threads);
 
-/* A linear map with quantized weights, [outputs, inputs]; outputs % LANES == 0, inputs % 32 == 0. See block_kernels.c. */
+/* A linear map with weights as block_kernels.c has them; outputs % LANES == 0, inputs % 32 == 0. */
 struct map {
     int kind; /* as quantized.KINDS */
     const uint8_t *weight;

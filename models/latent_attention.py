@@ -30,7 +30,7 @@ MOST_SPLITS: Final = 32
 
 def splits_for(rows: int, heads: int) -> int:
     """Return into how many parts the keys of each decode row are split: a power of two."""
-    wanted: int = min(MOST_SPLITS, PROGRAMS // max(1, rows * triton.cdiv(heads, HEADS)))
+    wanted = min(MOST_SPLITS, PROGRAMS // max(1, rows * -(-heads // HEADS)))
     return 1 << max(0, wanted.bit_length() - 1)
 
 

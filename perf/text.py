@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from actorserve.actors.messages import Finish
+from actorserve.actors.messages import NOTHING, Finish, Submit
 from actorserve.actors.output import Output
 from actorserve.models.detokenize import Detokenizers
 from actorserve.models.embedded import embedded_model
@@ -78,7 +78,7 @@ def detokenizing(ours: Tokenizer, theirs: Any) -> dict[str, float]:
 
     def output(params: SamplingParams) -> Callable[[], None]:
         def run() -> None:
-            made = Output(1, "front.0", 1, params, detokenizers.new(ids[:1]))
+            made = Output(Submit(1, NOTHING, params), "front.0", params, detokenizers.new(ids[:1]))
             for token in ids:
                 made.push(token, Finish.NONE)
                 made.chunk()

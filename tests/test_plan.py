@@ -133,9 +133,9 @@ def test_mistakes_are_one_line(line: str, message: str, capsys: pytest.CaptureFi
 
 
 def test_a_family_that_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(KNOWN["qwen2-7b"] | {"model_type": "mixtral"}))
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN["qwen2-7b"] | {"model_type": "mamba"}))
     code, _, err = run(f"--model {tmp_path}", capsys)
-    assert code == 2 and "model_type 'mixtral' is not served yet" in err
+    assert code == 2 and "model_type 'mamba' is not served yet" in err
 
 
 def test_no_torch() -> None:

@@ -297,7 +297,7 @@ async def test_gone_while_submitting_leaves_nothing(client, lane):
     with pytest.raises(EngineDown):
         client.submit_all([Submission(HI, PARAMS), Submission(HI, PARAMS)])
     assert client.table == {}
-    assert client.reason_down() == "the text actor is down"
+    assert client.reason_down() == "the text actor is starting"
 
 
 async def test_bad_parameters_send_nothing(client, lane):

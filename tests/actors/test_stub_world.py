@@ -56,6 +56,27 @@ def test_what_kills_the_executor_is_found_and_refused() -> None:
     world.close()
 
 
+def test_an_executor_that_computes_no_step_is_accused() -> None:
+    world = StubWorld(hang_seconds=1.0)
+    accused: list[tuple[str, str]] = []
+    world.contexts["sched"].accuser = lambda *what: accused.append(what)
+    ones = [world.ask(prompt_of(i, 20), params_of(i, 200, ignore_eos=True)) for i in range(2)]
+    for _ in range(10):
+        world.turn()
+        for _ in range(3):
+            world.scheduler._watch_steps()
+    assert world.live() == ones and not accused, "it computes"
+    for _ in range(5):
+        world.scheduler.drain()
+        world.scheduler._watch_steps()
+    assert accused == [("exec.0", "exec.0 computed no step for 1 s")]
+    world.settle()
+    for _ in range(9):
+        world.scheduler._watch_steps()
+    assert len(accused) == 1, "it has nothing to do"
+    world.close()
+
+
 def test_deaths_of_others_making_are_nobodys_fault() -> None:
     world = StubWorld(pages=80, slots=8)
     ones = [world.ask(prompt_of(i, 20), params_of(i, 200, ignore_eos=True)) for i in range(8)]

@@ -233,11 +233,44 @@ def test_a_hanging_actor_is_killed_with_its_stacks_dumped(capfd: pytest.CaptureF
             engine.driver.ping(2)  # mail that it does not take
             await engine.until(lambda: engine.kinds("leaf").count("ready") == 2)
             assert [*engine.kinds("leaf")][-4:] == ["hang", "down", "spawn", "ready"]
-            assert "took no message for 0.5 s" in (engine.supervisor.health()["leaf"].last_error or "")
+            assert (engine.supervisor.health()["leaf"].last_error or "").endswith(" for 0.5 s")
             await engine.echo(3)
 
     trio.run(main)
     assert "demo_actors.py" in capfd.readouterr().err
+
+
+def test_a_stopped_node_is_missed_though_it_has_no_mail() -> None:
+    async def main() -> None:
+        async with running(demo_topology(), {"hang_seconds": 1.0}) as engine:
+            await engine.echo(1)
+            os.kill(engine.pid("leaf"), signal.SIGSTOP)
+            await engine.until(lambda: engine.kinds("leaf").count("ready") == 2)
+            assert engine.kinds("leaf")[-4:] == ["hang", "down", "spawn", "ready"]
+            assert engine.supervisor.health()["leaf"].last_error == "leaf did not react for 1 s"
+            await engine.echo(2)
+
+    trio.run(main)
+
+
+def test_an_accused_peer_is_killed() -> None:
+    """Its loop turns, and it takes its mail."""
+
+    async def main() -> None:
+        async with running(demo_topology()) as engine:
+            await engine.echo(1)
+            engine.driver.context.accuse("leaf", "leaf computed nothing")
+            await engine.until(lambda: engine.kinds("leaf").count("ready") == 2)
+            assert engine.supervisor.health()["leaf"].last_error == "leaf computed nothing"
+            await engine.echo(2)
+
+    trio.run(main)
+
+
+def test_pauses_grow_before_the_engine_gives_up() -> None:
+    assert [RestartPolicy().pause_after(n) for n in (1, 2, 3)] == pytest.approx([0.05, 0.2, 0.8])
+    patient = RestartPolicy(intensity=100)
+    assert patient.pause_after(97) == 0.05 and patient.pause_after(100) == pytest.approx(0.8)
 
 
 def test_whoever_sends_garbage_is_restarted() -> None:

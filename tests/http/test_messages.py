@@ -41,6 +41,7 @@ async def test_create(rig, claude, fakes):
     )  # fmt: skip
     assert (message.content[0].text, message.stop_reason, message.stop_sequence) == ("Yes, 42", "end_turn", None)
     assert (message.type, message.role, message.model) == ("message", "assistant", "fake-model")
+    assert message._request_id.startswith("req_")
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (4, 3, 3)
     assert template_input(rig)["messages"] == [

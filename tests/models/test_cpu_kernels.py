@@ -12,7 +12,7 @@ import test_attention
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_attention import case, make_spec
+from test_attention import PAGE, case, make_spec
 from tiny import Driver
 from torch import Tensor
 
@@ -78,6 +78,17 @@ def test_scores_of_any_size() -> None:
         exact = test_attention.reference(batch, kv, spec, 0, q * scale)
         got = attend(spec, batch, kv, q * scale)
         assert (got.double() - exact).abs().max() < (2e-4 if scale > 1 else 2e-6)
+
+
+def test_nan_is_not_hidden() -> None:
+    """A sequence with one NaN among its keys is poison; its neighbours are not."""
+    spec = make_spec()
+    batch, kv, q = case(spec, [100, 70], [])
+    expected = attend(spec, batch, kv, q)
+    slot = int(batch.decode_tables[0, 2]) * PAGE + 3
+    kv.k[0][slot, :, 5] = float("nan")
+    got = attend(spec, batch, kv, q)
+    assert got[0].isnan().all() and torch.equal(got[1], expected[1])
 
 
 def test_a_token_s_bits_are_its_own() -> None:

@@ -132,7 +132,7 @@ def greedy(driver: Driver, requests: list[tiny.Request], chunk: int) -> list[lis
     return [request.ids[length:] for request, length in zip(requests, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-windows", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-windows", "qwen3", "deepseek-v3"])
 def test_greedy_ids_do_not_depend_on_the_batch(name: str, tmp_path: Path) -> None:
     """Chunks of 16, 64 and none, alone or together, on cached prefix pages: the same ids."""
     tokens = 8

@@ -1,5 +1,6 @@
 """config.json -> Spec: defaults, both styles of rope settings, windows, and what is refused."""
 
+import math
 from typing import Any
 
 import pytest
@@ -63,6 +64,78 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
 def test_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         spec_of(LLAMA | change)
+
+
+LATENT: dict[str, Any] = LLAMA | {
+    "model_type": "deepseek_v2",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LATENT | {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not served"),
+        (LATENT | {"topk_method": "group_limited_greedy"}, "lacks 'n_group'"),
+        (LATENT | {"norm_topk_prob": True}, "norm_topk_prob = True is not served; served: False"),
+        (LATENT | {"attention_bias": True}, "attention_bias with latent attention"),
+        (LATENT | {"num_experts_per_tok": 9}, "9 of 8 experts"),
+        (LATENT | {"qk_rope_head_dim": 0}, "positive"),
+        (LATENT | {"model_type": "deepseek_v3", "n_group": 3}, "8 experts in 3 groups"),
+        (LATENT | {"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"model_type": "gpt2"}, "lacks 'n_embd'"),
+        ({"model_type": "dbrx", "ffn_config": {"moe_normalize_expert_weights": 2.0}}, "moe_normalize_expert_weights"),
+        ({"model_type": "dbrx", "ffn_config": [1]}, "makes no sense"),
+        ({"model_type": "chatglm", "post_layer_norm": False}, "post_layer_norm"),
+        ({"model_type": "qwen", "rotary_pct": 0.5}, "rotary_pct"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_of_other_families(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        spec_of(config)
+
+
+def test_gemma_3_in_both_styles() -> None:
+    """As transformers 5 writes the ropes, and as the hub has them."""
+    gemma = LLAMA | {"model_type": "gemma3_text", "num_hidden_layers": 12, "sliding_window": 64}
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    new = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    spec = spec_of(gemma | old)
+    assert spec == spec_of(gemma | {"rope_parameters": new}) == spec_of(gemma | old | {"sliding_window_pattern": 6})
+    assert spec.windows == ((64,) * 5 + (None,)) * 2
+    assert spec.rope is not None and spec.rope.scaling is not None and spec.rope.scaling.factor == 8.0
+    assert spec.local_rope is not None and spec.local_rope.scaling is None and spec.local_rope.theta == 1e4
+
+
+def test_deepseek_scales_scores_where_it_stretches_the_context() -> None:
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 0.707}
+    plain, stretched = spec_of(LATENT), spec_of(LATENT | {"rope_scaling": scaling})
+    assert plain.scale == 192**-0.5 and (plain.kv_heads, plain.head_dim, plain.value_dim) == (1, 576, 512)
+    assert stretched.scale == pytest.approx(192**-0.5 * (0.1 * 0.707 * math.log(40) + 1) ** 2)
+
+
+def test_dynamic_rope_is_plain_within_the_context() -> None:
+    config = LLAMA | {"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert spec_of(config).rope == spec_of(LLAMA | {"max_position_embeddings": 2048}).rope
+    config["rope_scaling"]["original_max_position_embeddings"] = 1024
+    with pytest.raises(StartupError, match="dynamic"):
+        spec_of(config)
+
+
+def test_exaone_4_in_both_styles() -> None:
+    config = LLAMA | {"model_type": "exaone4", "sliding_window": 7}
+    expected = (7, 7, 7, None)
+    assert spec_of(config).windows == expected == spec_of(config | {"sliding_window_pattern": "LLLG"}).windows
+    assert spec_of(config).nope_layers == (False, False, False, True)
+    assert spec_of(config | {"sliding_window": None}).nope_layers == ()
 
 
 def test_missing_size_is_named() -> None:

@@ -24,8 +24,8 @@ from actorserve.models.triton_attention import TritonAttention
 from actorserve.models.triton_ops import TritonOps
 
 CUDA = torch.cuda.is_available()
-INTERPRETED = ["deepseek-v2", "gemma2"]
-THOROUGHLY = ["cohere-plus", "gemma3", "granite", "mixtral", "olmo2"]
+INTERPRETED = ["deepseek-v2"]
+THOROUGHLY = ["cohere-plus", "gemma2", "gemma3", "granite", "mixtral", "olmo2"]
 LENGTH = 3
 
 

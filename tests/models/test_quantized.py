@@ -16,6 +16,7 @@ from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
 from actorserve.models import c_library, quantized
 from actorserve.models.attention import TorchAttention
+from actorserve.models.cpu_decoder import maps_of
 from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
 from actorserve.models.layers import Linear, TorchOps
@@ -149,8 +150,7 @@ def test_model_equals_its_dense_form(folder: str) -> None:
     """Whatever is in model.safetensors of the tensors that are blocks; and the same bits in chunks and step by step."""
     ids = tiny.prompt(40)
     decoder = tiny.load(folder, dtype="auto")
-    kinds = [isinstance(getattr(layer, name), QuantizedLinear) for layer in decoder.weights.layers
-             for name in ("qkv", "o", "gate_up", "down")]  # fmt: skip
+    kinds = [isinstance(linear, QuantizedLinear) for layer in decoder.weights.layers for linear in maps_of(layer)]
     assert kinds == [True] * 6 + [False] + [True] * 4 + [False]
     assert isinstance(decoder.weights.head.product, QuantizedLinear)
     got = Driver.of(decoder).logits(ids, [40])
@@ -211,9 +211,10 @@ def test_real_model_equals_its_dense_form(smollm: str) -> None:
             "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
         }  # fmt: skip
         for name, names in parts.items():
-            inputs = getattr(layer, name).inputs
+            owner = layer if hasattr(layer, name) else layer.mlp
+            inputs = getattr(owner, name).inputs
             dense = torch.cat([dequantise(kept[f"{prefix}{part}.weight"], inputs) for part in names])
-            setattr(layer, name, Linear(dense, None))
+            setattr(owner, name, Linear(dense, None))
     decoder.weights.head.product = Linear(decoder.weights.embed, None)
     decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), TorchAttention()
     expected = Driver.of(decoder).logits(ids, [24])

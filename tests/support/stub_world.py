@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 from simulated_executor import EOS, VOCAB
 from simulated_grammars import grammar_of
 
@@ -80,9 +81,8 @@ class Asked:
 
     def again(self) -> Submit:
         """How a text actor asks for the rest."""
-        s = self.submit
         generated = memoryview(array("i", self.said).tobytes())
-        return Submit(s.rid, s.ids, s.params, s.cache_salt, s.priority, s.arrival_ns, s.grammar, generated)
+        return replace(self.submit, generated=generated)
 
 
 class StubWorld:

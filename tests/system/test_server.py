@@ -452,3 +452,22 @@ def test_anthropics_client(server: LiveServer) -> None:
         (block,) = called.content
         assert (called.stop_reason, block.type) == ("tool_use", "tool_use")
         assert block.name == "add" and block.input["a"] in (1, 2)
+
+
+def test_a_stream_goes_on_after_its_connection(server: LiveServer) -> None:
+    whole = server.chat(QUESTION, temperature=0, max_tokens=24, extra_body={"ignore_eos": True})
+    body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24, "stream": True}
+    url, lines = server.url + "/v1/chat/completions", list[str]()
+    resumable = {"x-resumable": "true"}
+    with httpx.stream("POST", url, json=body | {"ignore_eos": True}, headers=resumable, timeout=60) as reply:
+        for line in reply.iter_lines():
+            lines.append(line)
+            if len(lines) == 12:  # four events: id, data, nothing
+                break
+    last = next(line[4:] for line in reversed(lines) if line.startswith("id: "))
+    resumed = httpx.post(url, headers={"last-event-id": last}, timeout=60)
+    lines += resumed.text.splitlines()
+    assert lines[-2] == "data: [DONE]"
+    documents = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    text = "".join(d["choices"][0]["delta"].get("content") or "" for d in documents)
+    assert text == whole.choices[0].message.content
