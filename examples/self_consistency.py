@@ -26,7 +26,7 @@ def vote(s: Any, question: str, samples: int = 5) -> str:
     branches += lambda i: sgl.gen("reasoning", stop="\n", temperature=0.8, seed=i)
     branches += "\nAnswer: " + sgl.gen("answer", regex="[0-9]{1,4}", temperature=0)
     branches.join()
-    return Counter(s["answer"]).most_common(1)[0][0]
+    return str(Counter(s["answer"]).most_common(1)[0][0])
 
 
 def main(backend: Any) -> None:

@@ -85,7 +85,7 @@ class Anthropic(Backend):
             if getattr(sampling, name) not in (None, idle):
                 raise self._cannot(f"take {name}")
         messages, _ = context.conversation()
-        body = {
+        body: dict[str, Any] = {
             "model": self.name,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,

@@ -7,7 +7,7 @@ itself (a tool, `int(...)`, an f-string) cannot be recorded. Invariant: a record
 or Untraceable is raised; a body that does not do the same in each run, or swallows the refusal, is noticed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -216,7 +216,7 @@ class RecordState(TraceState):
     def sync(self) -> None:
         """Nothing has to be waited for."""
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, None, "RecordState"]:
         yield from ()
         return self
 

@@ -38,7 +38,8 @@ def tools_of(given: Sequence[Any]) -> str:
 
 def call_schema(tools: str) -> str:
     """The JSON schema of a call of one of the tools."""
-    calls, definitions = [], {}
+    calls: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
     for i, tool in enumerate(msgspec.json.decode(tools)):
         function = tool["function"]
         parameters = _renamed(function.get("parameters") or {"type": "object", "properties": {}}, f"{i}_")

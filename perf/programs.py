@@ -6,8 +6,9 @@ Programs are examples.essay_judge (branch, solve, merge: five judges of a long e
 examples.multi_choice (few-shot questions that share their examples). `lang` runs a batch of them by RuntimeEndpoint on
 `actorserve run` with its defaults. `calls` are the same questions as requests to /v1/chat/completions, each sent when
 the one before it has been answered, to a server without its prefix cache (--disable-radix-cache); grades and endings
-are one request each, held to the choices by a grammar. Temperature 0, prompts of random words of the tokenizer's.
-Printed: programs a second, HTTP calls and prefilled tokens, as the server counts them in /metrics.
+are one request each, held to the choices by a grammar. `server` is as `lang`, but the programs are sent as data and run
+beside the engine (`remote=True`). Temperature 0, prompts of random words. Printed: programs a second, HTTP calls and
+prefilled tokens, as the server counts them in /metrics.
 """
 
 import argparse
@@ -41,11 +42,11 @@ GRAMMARS = ("--grammar-seconds", "30")
 
 @dataclass
 class Workload:
-    """`run` gives a batch to the language; `ask` does one of the programs by calls of its own."""
+    """`run` gives a batch to the language (items, backend, remote); `ask` does a program by calls of its own."""
 
     name: str
     items: list[dict[str, Any]]
-    run: Callable[[list[dict[str, Any]], Any], object]
+    run: Callable[[list[dict[str, Any]], Any, bool], object]
     ask: Callable[[dict[str, Any], "Chat"], object]
 
 
@@ -105,11 +106,12 @@ def choosing(random_: random.Random, programs: int, words: int) -> Workload:
     return Workload("few-shot select", items, batch(multi_choice.choose.bind(shots=shots)), ask)
 
 
-def batch(program: Any) -> Callable[[list[dict[str, Any]], Any], object]:
-    def run(items: list[dict[str, Any]], backend: Any) -> None:
-        states = program.run_batch(items, backend=backend, temperature=0, max_new_tokens=TOKENS)
+def batch(program: Any) -> Callable[[list[dict[str, Any]], Any, bool], object]:
+    def run(items: list[dict[str, Any]], backend: Any, remote: bool) -> None:
+        states = program.run_batch(items, backend=backend, remote=remote, temperature=0, max_new_tokens=TOKENS)
         for state in states:
             state.text()  # raises what failed
+            assert state.remote == remote, state.local_reason
 
     return run
 
@@ -135,10 +137,15 @@ def measure(url: str, items: list[dict[str, Any]], work: Callable[[list[dict[str
     }
 
 
-def by_language(model: str, workloads: list[Workload]) -> list[dict[str, float]]:
+def by_language(model: str, workloads: list[Workload]) -> dict[str, list[dict[str, float]]]:
+    """Here, and on the server."""
     with our_server(model, *GRAMMARS) as url:
         backend = sgl.RuntimeEndpoint(url)
-        return [measure(url, w.items, lambda items, w=w: w.run(items, backend)) for w in workloads]
+
+        def measured(remote: bool) -> list[dict[str, float]]:
+            return [measure(url, w.items, lambda items, w=w: w.run(items, backend, remote)) for w in workloads]
+
+        return {"lang": measured(False), "server": measured(True)}
 
 
 def by_calls(model: str, workloads: list[Workload]) -> list[dict[str, float]]:
@@ -158,7 +165,7 @@ def main() -> None:
     random_ = random.Random(a.seed)
     workloads = [make(random_, a.programs + 1, a.words) for make in (judging, choosing)]
     model = a.model or embedded_model()
-    results = {"lang": by_language(model, workloads), "calls": by_calls(model, workloads)}
+    results = by_language(model, workloads) | {"calls": by_calls(model, workloads)}
     print(f"{'':>30} {'programs/s':>11} {'calls/program':>14} {'prefilled/program':>18}")
     for i, workload in enumerate(workloads):
         for name, rows in results.items():
@@ -167,8 +174,10 @@ def main() -> None:
                 f"{workload.name:>20} {name:>9} {r['programs_per_second']:>11.2f} {r['calls']:>14.1f} "
                 f"{r['prefilled_tokens']:>18.0f}"
             )
-        lang, calls = (results[name][i]["programs_per_second"] for name in ("lang", "calls"))
-        print(f"{workload.name:>20} {lang / calls:>10.1f} times the throughput")
+        lang, server, calls = (results[name][i]["programs_per_second"] for name in ("lang", "server", "calls"))
+        saved = results["lang"][i]["calls"] - results["server"][i]["calls"]
+        print(f"{workload.name:>20} lang is {lang / calls:.1f} times as fast as calls;", end=" ")
+        print(f"on the server {server / lang:.2f} times as fast as here, {saved:.1f} round trips a program saved")
     if a.json:
         a.json.write_bytes(msgspec.json.encode(results))
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
@@ -139,7 +140,7 @@ def test_the_introductions_programs_run(engine, monkeypatch):
             exec(block, names)
     finally:
         sgl.set_default_backend(None)
-    assert len(blocks) == 9 and names["trace"].reason is None
+    assert len(blocks) == 10 and names["trace"].reason is None
     assert names["Person"] is type(names["forms"].run(backend=engine, temperature=0)["person"])
 
 
@@ -155,7 +156,57 @@ def test_a_server_of_our_own(smollm, expected):
         assert program.run(sgl.greedy_token_selection, backend=runtime)["answer"] == " Paris"
         gains = program.run(sgl.unconditional_likelihood_normalized, backend=runtime).get_meta_info("answer")
         assert gains["normalized_unconditional_prompt_logprobs"] == pytest.approx(gains_of(expected), abs=1e-3)
+<<<<<<< HEAD
+        programs_run_on_the_server(runtime)
+
+
+def programs_run_on_the_server(runtime):
+    """The same text and variables as here, by one request; what is wrong comes back as it would here."""
+
+    @sgl.function
+    def tips(s, topic):
+        s += sgl.user("Here is a question about " + topic + ". Is it healthy?")
+        with s.assistant():
+            s += "I say" + sgl.select("healthy", [" yes", " no"])
+        if s["healthy"] == " yes":
+            s += sgl.user("Why?")
+        else:
+            s += sgl.user("Why not?")
+        forks = s.fork(2)
+        forks += lambda i: sgl.assistant(f"Reason {i + 1}:" + sgl.gen("reason", max_tokens=6, stop="\n"))
+        forks.join()
+        s += sgl.assistant("First:" + s["reason"][0] + sgl.gen("end", max_tokens=4, regex="[a-z ]+"))
+        return [s["healthy"], s["reason"]]
+
+    def answered():
+        text = httpx.get(runtime.url + "/metrics").text
+        rows = re.findall(r'http_requests_total\{route="(/[^"]+)",status="(\d+)"\} (\S+)', text)
+        return {
+            (route, status): float(count) for route, status, count in rows if route in ("/v1/programs", "/generate")
+        }
+
+    here = tips.run("sleep", backend=runtime, temperature=0)
+    here.sync()
+    before = answered()
+    there = tips.run("sleep", backend=runtime, temperature=0, remote=True)
+    assert there.text() == here.text() and there.messages() == here.messages() and there.remote
+    assert there.ret_value == [here["healthy"], here["reason"]] and there["end"] == here["end"]
+    after = answered()
+    assert after.pop(("/v1/programs", "200")) == 1 and after == before, "nothing but one request"
+    assert all(meta["cached_tokens"] > 20 for meta in there.get_meta_info("reason")["branches"])
+
+    with pytest.raises(sgl.ProgramError, match="variable 'x'"):
+        sgl.function(lambda s: s.__iadd__("a" + sgl.gen("x", top_p=7))).run(backend=runtime, remote=True)["x"]
+    for body, param in (
+        ({"program": [{"type": "Loop"}]}, "program[0].type"),
+        ({"program": [{"type": "Append", "state": 1, "nodes": []}]}, "program"),
+        ({}, "program"),
+    ):
+        reply = httpx.post(runtime.url + "/v1/programs", json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+=======
         completions = sgl.OpenAI("", is_chat_model=False, base_url=f"{runtime.url}/v1")
         meta = program.run(sgl.token_length_normalized, backend=completions).get_meta_info("answer")
         means = [sum(given) / len(given) for given, _ in expected]
         assert meta["normalized_prompt_logprobs"] == pytest.approx(means, abs=1e-3)
+>>>>>>> main
