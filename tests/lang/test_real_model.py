@@ -156,7 +156,10 @@ def test_a_server_of_our_own(smollm, expected):
         assert program.run(sgl.greedy_token_selection, backend=runtime)["answer"] == " Paris"
         gains = program.run(sgl.unconditional_likelihood_normalized, backend=runtime).get_meta_info("answer")
         assert gains["normalized_unconditional_prompt_logprobs"] == pytest.approx(gains_of(expected), abs=1e-3)
-<<<<<<< HEAD
+        completions = sgl.OpenAI("", is_chat_model=False, base_url=f"{runtime.url}/v1")
+        meta = program.run(sgl.token_length_normalized, backend=completions).get_meta_info("answer")
+        means = [sum(given) / len(given) for given, _ in expected]
+        assert meta["normalized_prompt_logprobs"] == pytest.approx(means, abs=1e-3)
         programs_run_on_the_server(runtime)
 
 
@@ -204,9 +207,3 @@ def programs_run_on_the_server(runtime):
     ):
         reply = httpx.post(runtime.url + "/v1/programs", json=body)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
-=======
-        completions = sgl.OpenAI("", is_chat_model=False, base_url=f"{runtime.url}/v1")
-        meta = program.run(sgl.token_length_normalized, backend=completions).get_meta_info("answer")
-        means = [sum(given) / len(given) for given, _ in expected]
-        assert meta["normalized_prompt_logprobs"] == pytest.approx(means, abs=1e-3)
->>>>>>> main
