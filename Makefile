@@ -6,7 +6,8 @@
 # from PyTorch's, and failing both whatever torch the index has.
 
 ARGS ?=
-ALONE := fsm http kvstore lang models sampler
+QUIET := actors/test_inbox.py actors/test_lane.py actors/test_node.py actors/test_spin.py actors/test_supervisor.py \
+	perf/test_whole_engine.py system/test_death.py system/test_gpu_equality.py system/test_server.py test_cli.py
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,11 +27,11 @@ help: ## this list
 run: $(VENV)/installed ## serve the embedded chat model; ARGS="--model DIR --port 8000 ..."
 	@$(BIN)/actorserve run $(ARGS)
 
-# What looks at nothing outside its process runs on all cores at once; servers and their deaths want the machine alone.
+# All cores at once, but for QUIET: servers, deaths and wake-ups, which want the machine alone.
 test: $(VENV)/installed-dev ## the whole test suite; ARGS="tests/kvstore -q" for a part
 	@if test -n "$(ARGS)"; then $(BIN)/python -m pytest $(ARGS); else \
-		$(BIN)/python -m pytest -q -n auto --dist worksteal $(addprefix tests/,$(ALONE)) && \
-		$(BIN)/python -m pytest -q $(addprefix --ignore=tests/,$(ALONE)); fi
+		$(BIN)/python -m pytest -q -n auto --dist worksteal tests $(addprefix --ignore=tests/,$(QUIET)) && \
+		$(BIN)/python -m pytest -q $(addprefix tests/,$(QUIET)); fi
 
 lint: types ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -91,7 +91,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int | None,
         Meta(
             description="prompt tokens per forward; <= 0 disables chunking; default 256 on CPU, on a GPU 8192, "
-            "512 while others decode"
+            "384 while others decode"
         ),
     ] = None
     max_prefill_tokens: Annotated[Positive, Meta(description="prompt tokens per forward without chunking")] = 16384
@@ -130,6 +130,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return 16
 
 
+class Thoughts(msgspec.Struct, frozen=True, array_like=True):
+    """Token ids that begin and end thoughts."""
+
+    opens: tuple[int, ...]
+    closes: tuple[int, ...]
+    opened: bool = False
+    """The output begins amid thoughts."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What everybody must know of the model before it is loaded; read from its folder by the root, without torch."""
 
@@ -144,3 +153,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the family in which it writes tool calls (models/tool_families.py)."""
     reasoning_parser: str | None = None
     """Name of the family in which it marks thoughts (models/reasoning_parser.py)."""
+    thoughts: Thoughts | None = None
+    """The tags of that family, if each is a token."""

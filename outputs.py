@@ -27,6 +27,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV came from the prefix cache."""
     logprobs: list[TokenLogprob]
     """One a token, if `SamplingParams.logprobs` asked for them."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """Of the prompt's tokens from `SamplingParams.logprob_start_len` on; the first of them has none, NaN."""
     forced_tokens: int = 0
     """Completion tokens that a grammar forced and no step had to draw."""
     jumps: int = 0
@@ -95,6 +97,7 @@ def _fields(stream: Stream, chunk: Chunk) -> dict[str, Any]:
         "completion_tokens": chunk.completion_tokens,
         "cached_tokens": chunk.cached_tokens,
         "logprobs": chunk.logprobs,
+        "prompt_logprobs": chunk.prompt_logprobs,
         "forced_tokens": chunk.forced_tokens,
         "jumps": chunk.jumps,
         "valid": chunk.valid,

@@ -379,4 +379,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.jumps,
         last.thinking,
         last.valid,
+        [logprob for chunk in chunks for logprob in chunk.prompt_logprobs],
     )

@@ -247,9 +247,13 @@ class Executor(Actor):
         runner.slots.flush()
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
-        scored = ints(plan.chunk_scored).tolist() or [0] * len(slots)
-        work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), scored, strict=True)
-        return [ChunkWork(slot, start, ids, bool(draws), bool(score)) for slot, start, ids, draws, score in work]
+        work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), strict=True)
+        chunks = [ChunkWork(slot, start, ids, bool(draws)) for slot, start, ids, draws in work]
+        if len(plan.chunk_scored):
+            targets = np.split(ints(plan.score_ids), np.cumsum(ints(plan.chunk_scored))[:-1])
+            for chunk, score_from, wanted in zip(chunks, ints(plan.score_starts).tolist(), targets, strict=True):
+                chunk.score_from, chunk.targets = score_from, wanted
+        return chunks
 
     def _publish_ready(self) -> None:
         while self.launched and self.launched[0].step.ready:
@@ -262,8 +266,9 @@ class Executor(Actor):
         self._last_done_ns = step.done_ns
         rows = step.rows()
         if rows is None:
-            empty = StepOut(item.window, item.number, NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took)
-            self._publish(empty)
+            scores = scores_of(step.scores)
+            rest = (NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took, scores)
+            self._publish(StepOut(item.window, item.number, *rest))
             return
         rids = item.rids[rows.live]
         if rows.finish.any():
@@ -274,12 +279,13 @@ class Executor(Actor):
         self._publish(step_out(item, rids, rows, took))
 
 
+def raw(array: np.ndarray | None) -> memoryview:
+    """Return an array as messages have it; empty for None."""
+    return NOTHING if array is None else memoryview(array.tobytes())
+
+
 def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> StepOut:
     """Return the message for a step's rows."""
-
-    def raw(array: np.ndarray | None) -> memoryview:
-        return NOTHING if array is None else memoryview(array.tobytes())
-
     return StepOut(
         window=item.window,
         step=item.number,
@@ -292,6 +298,7 @@ def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> 
         top_logprobs=raw(rows.top_logprobs),
         step_ns=took_ns,
         scores=scores_of(rows.scores),
+        listed=raw(rows.listed),
     )
 
 
@@ -299,9 +306,9 @@ def scores_of(given: Sampled | None) -> Scores | None:
     """Return the logprobs of a step's given tokens as a message has them."""
     if given is None or given.logprobs is None or given.top_ids is None or given.top_logprobs is None:
         return None
-    arrays = (memoryview(t.numpy().tobytes()) for t in (given.logprobs, given.top_ids, given.top_logprobs))
-    logprobs, top_ids, top_logprobs = arrays
-    return Scores(logprobs, given.top_n, top_ids, top_logprobs)
+    arrays = (given.logprobs, given.top_ids, given.top_logprobs, given.listed)
+    logprobs, top_ids, top_logprobs, listed = (raw(None if t is None else t.numpy()) for t in arrays)
+    return Scores(logprobs, given.top_n, top_ids, top_logprobs, listed)
 
 
 def has_children() -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
+from ..config import Thoughts
 from .messages import GrammarSpec
 
 if TYPE_CHECKING:
@@ -76,6 +77,14 @@ class MadeText(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """From the worker: no table, but a grammar of llguidance's, tried once (fsm/matcher.py)."""
 
     grammar: str
+    """Guidance"""
+
+
+class Guidance(msgspec.Struct, frozen=True, array_like=True):
+    """What MadeText and Translated say, as JSON: a grammar of llguidance's, and what comes before it."""
+
+    grammar: str
+    thoughts: Thoughts | None = None
 
 
 Result: TypeAlias = Made | MadeText | Failed
@@ -155,6 +164,7 @@ class Compiler:
     def _table(self, spec: GrammarSpec) -> Made:
         from ..fsm.budget import Budget
         from ..fsm.compiler import compile_pattern, compile_tokens
+        from ..fsm.thoughts import Tables, after_thoughts
 
         share = 1.0 if self.matchers is None else TABLE_SHARE
         budget = Budget(seconds=share * self.seconds, table_bytes=TABLE_BYTES)
@@ -162,7 +172,10 @@ class Compiler:
             table = compile_pattern(spec.text, self.tables, self._spell, budget)
         else:
             table = compile_tokens(syntax_of(spec), self.tables, self._spell, budget)
-        return Made(table.token_class.tobytes(), table.transitions.tobytes(), table.canonical.tobytes())
+        arrays = Tables(table.token_class, table.transitions, table.canonical)
+        if spec.thoughts is not None:
+            arrays = after_thoughts(arrays, spec.thoughts, self.tables.place >= 0)
+        return Made(*(array.tobytes() for array in arrays))
 
     def _translated(self, spec: GrammarSpec) -> MadeText:
         """Raises GrammarError also for what the library refuses."""
@@ -171,7 +184,7 @@ class Compiler:
         assert self.matchers is not None
         grammar = translation(spec, frozenset(self.tokenizer.control.tokens))
         self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
-        return MadeText(grammar)
+        return MadeText(msgspec.json.encode(Guidance(grammar, spec.thoughts)).decode())
 
     def _spell(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -52,16 +52,18 @@ def fold(request: Request) -> None:
     request.unsent += len(forced)
 
 
-def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk]) -> list[Landed]:
-    """What to tell of forced tokens whose KV was computed; they become the requests', wherever those are meanwhile."""
+def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk], row: int = 0) -> list[Landed]:
+    """What to tell of forced tokens whose KV was computed; they become the requests', wherever those are meanwhile.
+
+    row: of the first jump in the step's Scores.
+    """
     found = []
     for request in (c.request for c in chunks if c.draws and c.request.unsent):
         found.append(Landed(request, request.tokens[-request.unsent :].tolist()))
         request.unsent = 0
-    row = 0
     for jump in jumping:
         found.append(Landed(jump.request, list(jump.tokens[1:]), row if jump.scored else None))
-        row += len(jump.tokens[1:]) * jump.scored
+        row += jump.scored
         for token in jump.tokens[1:]:
             jump.request.append(token)
     return found

@@ -12,19 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import numpy as np
 import trio
 
 from ..errors import ActorserveError
-from .fsm_worker import Setup, make_matchers
+from .fsm_worker import Guidance, Setup, make_matchers
 from .messages import Masks, Match, MatchFailed
 
 if TYPE_CHECKING:
-    from ..fsm.matcher import Matcher, Matchers
+    from ..fsm.matcher import AnyMatcher, Matchers
 
 DEADLINE: Final = 0.005
 """Seconds that a mask may make others wait that were asked for with it."""
 THREADS: Final = 4
+decode_guidance: Final = msgspec.json.Decoder(Guidance).decode
 PROTOTYPES: Final = 64
 """Grammars whose first matcher is kept: a copy of it takes microseconds, and shares what it has learnt."""
 
@@ -34,7 +36,7 @@ class Place:
     """A request's place in its grammar."""
 
     grammar: str
-    matcher: "Matcher | None" = None
+    matcher: "AnyMatcher | None" = None
     known: int = 0
     """Generated tokens that it has consumed."""
 
@@ -66,7 +68,7 @@ class MatchPool:
         self._asked = trio.Event()
         self._progress = trio.Event()
         self._matchers: Matchers | None = None
-        self._prototypes: OrderedDict[str, Matcher] = OrderedDict()
+        self._prototypes: OrderedDict[str, AnyMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -143,7 +145,7 @@ class MatchPool:
         except Exception as error:  # a fault of the library's is this request's alone
             job.error = ActorserveError(f"the grammar's parser failed: {type(error).__name__}: {error}"[:400])
 
-    def _prototype(self, grammar: str) -> "Matcher":
+    def _prototype(self, grammar: str) -> "AnyMatcher":
         with self._lock:
             if self._matchers is None:
                 from ..models.tokenizer import load_tokenizer
@@ -151,7 +153,8 @@ class MatchPool:
                 self._matchers = make_matchers(load_tokenizer(self._setup.tokenizer), self._setup)
             found = self._prototypes.get(grammar)
             if found is None:
-                found = self._prototypes[grammar] = self._matchers.new(grammar)
+                guidance = decode_guidance(grammar)
+                found = self._prototypes[grammar] = self._matchers.new(guidance.grammar, guidance.thoughts)
                 if len(self._prototypes) > PROTOTYPES:
                     self._prototypes.popitem(last=False)
             self._prototypes.move_to_end(grammar)

@@ -6,7 +6,7 @@ request ids of int64. A decoded memoryview aliases the ring: whoever keeps it be
 No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
 
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
-    front  <--Chunks, Refused, Stats--  text  <--Tokens, Ended, Stats--  sched  --Plan-->  exec.r
+    front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched  --Plan-->  exec.r
                                                             sched  <--ExecutorReady, StepOut--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
     front  --Tokenize, Detokenize, Order, Look-->  text  --Order, Look-->  sched
@@ -20,6 +20,7 @@ from typing import Final, Literal, NewType, TypeAlias
 
 import msgspec
 
+from ..config import Thoughts
 from ..sampler.params import SamplingParams
 
 RequestId = NewType("RequestId", int)  # front index << 40 | counter; n choices of a request take n ids in a row
@@ -107,6 +108,8 @@ class GrammarSpec(Message, frozen=True, tag=7):
     structural tag as JSON."""
     whitespace: str = "spaced"
     """Of JSON: the name of a policy (fsm/spelling.py)."""
+    thoughts: Thoughts | None = None
+    """What may come before it, or must, if the prompt ends amid them."""
 
 
 class Generate(Message, frozen=True, tag=10):
@@ -210,7 +213,8 @@ class Tokens(Message, frozen=True, tag=30):
     """One step's new tokens, one row a request. A row with the token -1 brings no token, only its finish.
 
     rids int64 [rows], ids int32 [rows], finish uint8 [rows] (Finish). With logprobs (else empty arrays):
-    logprobs float32 [rows], NaN where not asked; top_ids int32 and top_logprobs float32 [rows, top_n].
+    logprobs float32 [rows], NaN where not asked; top_ids int32 and top_logprobs float32 [rows, top_n]; listed float32
+    [rows, most], of the tokens that requests named (token_ids_logprob), empty where none did.
     `forced`: these tokens were not drawn, since grammars leave no other; a request has several rows, one a token, and
     all of them are of one jump.
     """
@@ -225,6 +229,23 @@ class Tokens(Message, frozen=True, tag=30):
     forced: bool = False
     complete: memoryview = NOTHING
     """int32: the rows with whose token the text that is seen of an output matches its grammar."""
+    listed: memoryview = NOTHING
+
+
+class PromptLogprobs(Message, frozen=True, tag=38):
+    """The next tokens of a prompt whose logprobs were asked for, one row a token; arrays as in Tokens.
+
+    They come in the prompt's order, from the one after the first `logprob_start_len + 1` on, and all of them before the
+    request's first row of Tokens.
+    """
+
+    rid: int
+    ids: memoryview
+    logprobs: memoryview
+    top_n: int
+    top_ids: memoryview
+    top_logprobs: memoryview
+    listed: memoryview
 
 
 class Started(Message, frozen=True, tag=31):
@@ -354,13 +375,18 @@ class Seen(Message, frozen=True, tag=84):
 
 
 class TokenLogprob(Message, frozen=True, tag=34):
-    """A generated token with its logprob, and the most likely ones at its place (id, logprob, text)."""
+    """A token with its logprob, and the most likely ones at its place (id, logprob, text).
+
+    Of a prompt, the first token that was asked for has no logprob: NaN, and nothing else.
+    """
 
     token: int
     logprob: float
     text: bytes
     """The token's own bytes: a part of a UTF-8 character at times."""
     top: list[tuple[int, float, bytes]]
+    listed: list[tuple[int, float, bytes]] = []
+    """The same of the tokens that the request named (token_ids_logprob)."""
 
 
 class Chunk(Message, frozen=True, tag=35):
@@ -384,6 +410,8 @@ class Chunk(Message, frozen=True, tag=35):
     """The prompt ends in one of ChatPrompt.opens: the output begins amid thoughts."""
     valid: bool | None = None
     """In the last chunk of an output with a grammar: whether its text matches; None where that is not known."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """The prompt's next tokens, where their logprobs were asked for: all before the output's first token."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -465,10 +493,14 @@ class Plan(Message, frozen=True, tag=51):
     sampler_changes: int
     """Messages that the sampler was sent for this window."""
     chunk_scored: memoryview = NOTHING
-    """[chunks] 1 where the logprobs of the chunk's tokens but the first are wanted; empty: nowhere."""
+    """[chunks] of how many given tokens behind the chunk's the logprobs are wanted; empty: nowhere."""
     once_slots: memoryview = NOTHING
     """Slots that draw in step 0 and then rest until they are named again, since each of their tokens needs a mask of
     its own: those of the chunks here, and others, which decode in step 0."""
+    score_starts: memoryview = NOTHING
+    """[chunks] the place in the chunk before the first of these tokens; empty: nowhere."""
+    score_ids: memoryview = NOTHING
+    """These tokens, one chunk's after another's: the last of a chunk's may be the one that follows it."""
 
 
 class SlotParams(Message, frozen=True, tag=52):
@@ -557,6 +589,7 @@ class Scores(Message, frozen=True, tag=62):
     top_n: int
     top_ids: memoryview
     top_logprobs: memoryview
+    listed: memoryview = NOTHING
 
 
 class StepOut(Message, frozen=True, tag=61):
@@ -574,7 +607,8 @@ class StepOut(Message, frozen=True, tag=61):
     step_ns: int
     """Time of the step on the executor."""
     scores: Scores | None = None
-    """Of the tokens of chunks that are `chunk_scored`, in the plan's order."""
+    """Of Plan.score_ids, in their order."""
+    listed: memoryview = NOTHING
 
 
 # ------------------------------------------------------------------ sched -> fsm
@@ -670,8 +704,9 @@ FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
 FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
 TextInbox: TypeAlias = (
-    SystemMessage | Generate | Cancel | Abort | FrontQuestion | Tokens | Started | Ended | Stats | Done | Seen | Refused
-)
+    SystemMessage | Generate | Cancel | Abort | FrontQuestion
+    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused
+)  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
 SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | Look | ExecutorReady | StepOut | GrammarNews
 ExecutorInbox: TypeAlias = SystemMessage | Plan

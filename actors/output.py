@@ -5,12 +5,15 @@ tokens came between two chunks; work per token does not grow with the output.
 """
 
 from collections import deque
-from typing import Literal
+from typing import Final, Literal
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
 from ..sampler.params import SamplingParams
 from .messages import Chunk, Finish, TokenLogprob
+
+MOST_ENTRIES: Final = 4096
+"""Logprobs of a prompt in one chunk, those beside each token counted."""
 
 
 class Output:
@@ -25,6 +28,7 @@ class Output:
         "_logprobs",
         "_new_ids",
         "_new_logprobs",
+        "_new_prompt",
         "_new_text",
         "_shown",
         "_stop",
@@ -35,10 +39,10 @@ class Output:
         "front",
         "jumps",
         "matched",
+        "params",
         "prompt_tokens",
         "rid",
         "thinking",
-        "top_logprobs",
     )
 
     def __init__(
@@ -59,8 +63,7 @@ class Output:
         self.forced_tokens = 0
         self.jumps = 0
         self.thinking = thinking
-        self.top_logprobs = params.logprobs
-        """SamplingParams.logprobs: None means that no logprobs are wanted."""
+        self.params = params
         self.finish: Literal["stop", "length", "abort"] | None = None
         self.matched: int | str | None = None
         self._detokenizer = detokenizer
@@ -69,6 +72,7 @@ class Output:
         self._new_text = ""
         self._new_ids: list[int] = []
         self._new_logprobs: list[TokenLogprob] = []
+        self._new_prompt: list[TokenLogprob] = []
         self._logprobs: deque[tuple[int, TokenLogprob]] = deque()
         """Logprobs that wait for their token's text to be shown, with the place of its first character."""
         self._fed = 0
@@ -106,6 +110,15 @@ class Output:
         if self._logprobs:
             self._release_logprobs()
 
+    def push_prompt(self, logprobs: list[TokenLogprob]) -> None:
+        """Take the next tokens of the prompt whose logprobs are wanted."""
+        self._new_prompt += logprobs
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether `chunk` has more of the prompt's logprobs to give: it gives no more than a message can well hold."""
+        return bool(self._new_prompt)
+
     def follow(self, complete: bool) -> None:
         """It has a grammar, and it will be told whenever the output matches; an empty one does if `complete`."""
         self._followed = True
@@ -127,26 +140,46 @@ class Output:
         self._release_logprobs()
 
     def chunk(self) -> Chunk | None:
-        """What is new since the last call; None if there is nothing to see yet."""
+        """What is new since the last call; None if there is nothing to see yet. A prompt's logprobs come first."""
+        if self._new_prompt:
+            width = 1 + (self.params.logprobs or 0) + len(self.params.token_ids_logprob)
+            most = max(1, MOST_ENTRIES // width)
+            prompt, self._new_prompt = self._new_prompt[:most], self._new_prompt[most:]
+            return self._chunk("", [], [], prompt) if self._new_prompt else self._all(prompt)
         if self.finish is None and not self._new_text and (self._detokenizer is not None or not self._new_ids):
             return None
-        chunk = Chunk(
+        return self._all([])
+
+    def _all(self, prompt: list[TokenLogprob]) -> Chunk:
+        """A chunk with all output that is new, and the end if there is one."""
+        text, ids, logprobs = self._new_text, self._new_ids, self._new_logprobs
+        self._new_text, self._new_ids, self._new_logprobs = "", [], []
+        return self._chunk(text, ids, logprobs, prompt, ends=True)
+
+    def _chunk(
+        self,
+        text: str,
+        ids: list[int],
+        logprobs: list[TokenLogprob],
+        prompt: list[TokenLogprob],
+        ends: bool = False,
+    ) -> Chunk:
+        return Chunk(
             rid=self.rid,
-            text=self._new_text,
-            ids=self._new_ids,
-            logprobs=self._new_logprobs,
-            finish=self.finish,
-            matched=self.matched,
+            text=text,
+            ids=ids,
+            logprobs=logprobs,
+            finish=self.finish if ends else None,
+            matched=self.matched if ends else None,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
             forced_tokens=self.forced_tokens,
             jumps=self.jumps,
             thinking=self.thinking,
-            valid=self._valid(),
+            valid=self._valid() if ends else None,
+            prompt_logprobs=prompt,
         )
-        self._new_text, self._new_ids, self._new_logprobs = "", [], []
-        return chunk
 
     def _valid(self) -> bool | None:
         """Whether the text matches the grammar; None before the end, and where that is not known."""

@@ -21,6 +21,8 @@ from .messages import ChatPrompt, Generate, Prompt, Submit, TextPrompt, TokenPro
 
 INLINE_CHARS: Final = 4096
 """Longer prompts are tokenized in a thread: this many take about a millisecond."""
+MOST_LOGPROBS: Final = 1 << 21
+"""Of one prompt, those beside each token counted: they take some hundred megabytes in a front."""
 
 
 class Encoded(NamedTuple):
@@ -79,7 +81,7 @@ class Prompts:
             case _:
                 assert_never(prompt)
 
-    def submits(self, request: Generate, ids: NDArray[np.int32]) -> list[Submit]:
+    def submits(self, request: Generate, prompt: Encoded) -> list[Submit]:
         """One Submit per choice. Raises RequestError for parameters out of range.
 
         A max_new_tokens that does not fit is cut to the room in the context, as in SGLang; None takes all of it.
@@ -89,6 +91,11 @@ class Prompts:
         params.check(self._vocab_size)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this server runs without one", param="stop")
+        ids, grammar = prompt.ids, request.grammar
+        if prompt.thinking and grammar is not None and grammar.thoughts is not None:
+            opened = msgspec.structs.replace(grammar.thoughts, opened=True)
+            grammar = msgspec.structs.replace(grammar, thoughts=opened)
+        check_start(params, len(ids))
         room = self._context_length - len(ids)
         most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
@@ -102,7 +109,7 @@ class Prompts:
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
-                grammar=request.grammar,
+                grammar=grammar,
             )
             for i in range(request.n)
         ]
@@ -144,6 +151,19 @@ class Prompts:
                 param=field,
                 code="context_length_exceeded",
             )
+
+
+def check_start(params: SamplingParams, tokens: int) -> None:
+    """Raise RequestError where logprobs are wanted of a prompt that has no such tokens, or of too many."""
+    if not params.wants_prompt:
+        return
+    if params.logprob_start_len >= tokens:
+        text = f"logprob_start_len is {params.logprob_start_len}, but the prompt has {tokens} tokens"
+        raise RequestError(text, param="logprob_start_len")
+    width = 1 + (params.logprobs or 0) + len(params.token_ids_logprob)
+    if (tokens - params.logprob_start_len) * width > MOST_LOGPROBS:
+        text = f"{width} logprobs for each of the prompt's tokens behind it are more than {MOST_LOGPROBS}"
+        raise RequestError(text, param="logprob_start_len")
 
 
 def derived_seed(server_seed: int, rid: int) -> int:

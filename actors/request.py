@@ -13,6 +13,7 @@ import numpy as np
 from ..kvstore.radix import Node
 from ..sampler.params import SamplingParams
 from .constraint import Constraint, Guided
+from .prompt_scores import PromptScores
 
 
 class Stage(Enum):
@@ -67,6 +68,8 @@ class Request:
     """Its newest tokens, forced ones, that nobody was told of yet: they wait until a chunk has computed their KV."""
     guided: Guided | None = None
     """The same where the fsm actor follows the grammar: then it draws only when a mask has come."""
+    scores: PromptScores | None = None
+    """What it wants to know of its prompt's logprobs."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:
@@ -118,6 +121,12 @@ class Request:
     def computed(self) -> int:
         """Leading tokens whose KV the executor has reported."""
         return self.confirmed if self.confirmed < self.target else max(self.target, len(self.tokens) - 1)
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens whose KV may come from the cache: never all, since one must be computed to draw the next."""
+        most = len(self.tokens) - 1
+        return most if self.scores is None else self.scores.reusable(most)
 
     @property
     def wants_tokens(self) -> bool:

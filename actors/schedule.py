@@ -25,7 +25,7 @@ from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
 from .request import Request, Stage, common_prefix
 from .slot_table import SlotTable
-from .window import Counters, JumpChunk, Landed, PrefillChunk, Seat, Window
+from .window import Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
 
 IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
@@ -74,6 +74,8 @@ class Schedule:
         self.step_us = 0.0
         self.landed: list[Landed] = []
         """Forced tokens that came with the last report, before the tokens that it brought."""
+        self.scored: list[Scored] = []
+        """Tokens of prompts whose logprobs came with the last report."""
         self.complete: list[int] = []
         """Rows of the last report with whose token the output matches its grammar."""
         self._last_k = 1
@@ -148,8 +150,17 @@ class Schedule:
 
     # ------------------------------------------------------------------ results
 
-    def report(self, window: int, step: int, rids: list[int], ids: list[int], finish: np.ndarray) -> list[Request]:
-        """Take in one step's results: drawn tokens per request id, and Finish values (uint8).
+    def report(
+        self,
+        window: int,
+        step: int,
+        rids: list[int],
+        ids: list[int],
+        finish: np.ndarray,
+        scores: np.ndarray | None = None,
+    ) -> list[Request]:
+        """Take in one step's results: drawn tokens per request id, Finish values (uint8), and `scores` float32 [n,
+        columns], the logprobs of the tokens that the window's chunks were to score (see PromptScores.values).
 
         Step 0 also means that the window's chunks have their KV: their whole pages enter the tree, so that requests
         with the same prefix can start. Returns requests that wanted no token and are now complete.
@@ -161,9 +172,10 @@ class Schedule:
             if chunk.request.slot >= 0:
                 chunk.request.confirmed = chunk.end
         requests = self.requests
-        self.landed = []
+        self.landed, self.scored = [], []
         if step == 0:
-            self._land(jumps.landed(chunks, current.jumps))
+            of_prompts = self._learn(current, scores)
+            self._land(jumps.landed(chunks, current.jumps, of_prompts))
         self.complete = []
         for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
@@ -189,6 +201,19 @@ class Schedule:
         self.counters.jumps += len(self.landed)
         self.counters.forced_tokens += forced
         self.counters.generated_tokens += forced
+
+    def _learn(self, window: Window, scores: np.ndarray | None) -> int:
+        """Take in the logprobs of prompts' tokens; returns in how many rows they came."""
+        row = 0
+        for chunk in window.chunks:
+            request = chunk.request
+            if chunk.scored and chunk.admission == request.admissions and request.rid in self.requests:
+                assert request.scores is not None and scores is not None
+                place = chunk.score_from + 1
+                request.scores.learn(place, scores[row : row + chunk.scored])
+                self.scored.append(Scored(request, place, chunk.scored, row))
+            row += chunk.scored
+        return row
 
     def step_took(self, step_us: float) -> None:
         """Learn the time of a decode step, from which k follows."""
@@ -285,7 +310,8 @@ class Schedule:
         window.budget -= end - start
         request.planned = end
         draws = end == request.target and request.wants_tokens
-        window.chunks.append(PrefillChunk(request, request.admissions, start, end, draws))
+        rows = (0, 0) if request.scores is None else request.scores.rows(start, end)
+        window.chunks.append(PrefillChunk(request, request.admissions, start, end, draws, *rows))
         self.counters.prefilled_tokens += end - start
         if draws:
             request.stage = Stage.DECODE
@@ -366,6 +392,8 @@ class Schedule:
             if other.namespace != request.namespace or provided[:IN_BATCH_PREFIX].tobytes() != head:
                 continue
             shared = common_prefix(ids[:-1], provided) // self.page * self.page
+            if request.scores is not None and (other.scores is None or not other.scores.provides(request.scores)):
+                shared = min(shared, request.reusable)
             if shared > max(reach, other.confirmed):
                 reach = shared
         return reach > 0 and reach - self._matched(request) >= IN_BATCH_PREFIX
@@ -383,6 +411,8 @@ class Schedule:
 
     def _seat(self, window: Window, request: Request, match: Match) -> None:
         del self.waiting[request.rid]
+        if request.scores is not None:
+            request.scores.seat(self.tree, request.ids(), request.namespace)
         self.tree.lock(match.node)
         fresh = self._allocate(-(-len(request.tokens) // self.page) - len(match.pages))
         source, tokens = self._partial_page(window, request, match)
@@ -413,7 +443,7 @@ class Schedule:
         """
         page, tokens = match.partial_page, match.partial_tokens
         start = len(match.pages) * self.page
-        wanted = request.ids()[start : min(start + self.page, len(request.tokens) - 1)]
+        wanted = request.ids()[start : min(start + self.page, request.reusable)]
         for other in self.slots.running():
             if other.node is match.node and other.window != window.number and other.computed > start + tokens:
                 shared = common_prefix(wanted, other.ids()[start : other.computed])
@@ -422,14 +452,19 @@ class Schedule:
         return page, tokens
 
     def _match(self, request: Request) -> Match:
-        """Return the cached prefix; never the whole request, since a token must be computed to draw the next."""
-        return self.tree.match(request.ids()[:-1], request.namespace)
+        """Return the cached prefix that it may use; see Request.reusable."""
+        return self.tree.match(self._usable(request), request.namespace)
 
     def _matched(self, request: Request) -> int:
         if request.matched[0] != self.tree_state:
-            tokens = self.tree.match_length(request.ids()[:-1], request.namespace)
+            tokens = self.tree.match_length(self._usable(request), request.namespace)
             request.matched = (self.tree_state, tokens)
         return request.matched[1]
+
+    def _usable(self, request: Request) -> np.ndarray:
+        if request.scores is not None:
+            request.scores.look_up(self.tree, request.ids(), request.namespace)
+        return request.ids()[: request.reusable]
 
     # ------------------------------------------------------------------ retraction
 
@@ -481,6 +516,8 @@ class Schedule:
         """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there."""
         count = -(-len(ids) // self.page)
         done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
+        if request.scores is not None:
+            request.scores.keep(self.tree, ids, request.namespace)
         request.owned[done.taken_from : count] = [False] * max(count - done.taken_from, 0)
         self.tree.lock(done.node)
         if request.node is not None:

@@ -43,6 +43,7 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
+    PromptLogprobs,
     Refused,
     SamplerMessage,
     SchedulerInbox,
@@ -58,9 +59,11 @@ from .messages import (
     Translated,
     Unmatch,
 )
+from .prompt_scores import prompt_scores
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
+from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
 from .view import seen
 from .window import Landed, Window
 
@@ -92,6 +95,7 @@ def tokens_of(m: StepOut, complete: list[int]) -> Tokens:
         top_ids=copy(m.top_ids),
         top_logprobs=copy(m.top_logprobs),
         complete=int32(complete),
+        listed=copy(m.listed),
     )
 
 
@@ -106,24 +110,15 @@ def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
     if scores is None:
         return plain
     rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
-    logprobs, top_ids, top_logprobs = scored_rows(scores, np.array(rows))
-    return replace(plain, logprobs=logprobs, top_n=scores.top_n, top_ids=top_ids, top_logprobs=top_logprobs)
-
-
-def scored_rows(scores: Scores, rows: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
-    """Return (logprobs, top_ids, top_logprobs) of some rows of the scores; row -1: nobody asked."""
-    asked = rows >= 0
-
-    def pick(view: memoryview, dtype: type[np.generic], width: int, absent: float) -> memoryview:
-        found = np.full((len(rows), width), absent, dtype)
-        found[asked] = np.frombuffer(view, dtype).reshape(-1, width)[rows[asked]]
-        return memoryview(found.tobytes())
-
-    logprobs = pick(scores.logprobs, np.float32, 1, np.nan)
-    if not scores.top_n:
-        return logprobs, NOTHING, NOTHING
-    top_ids = pick(scores.top_ids, np.int32, scores.top_n, -1)
-    return logprobs, top_ids, pick(scores.top_logprobs, np.float32, scores.top_n, np.nan)
+    found = scored_rows(scores, np.array(rows))
+    return replace(
+        plain,
+        logprobs=found.logprobs,
+        top_n=found.top_n,
+        top_ids=found.top_ids,
+        top_logprobs=found.top_logprobs,
+        listed=found.listed,
+    )
 
 
 def jumps_of(window: Window) -> GrammarStates:
@@ -224,6 +219,7 @@ class Scheduler(Actor):
             priority=m.priority,
             arrival_ns=m.arrival_ns,
             limit=len(ids) + m.params.max_new_tokens,
+            scores=prompt_scores(m.params, len(ids)),
         )
         if m.grammar is None:
             self._add(request)
@@ -306,7 +302,7 @@ class Scheduler(Actor):
         for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
             self._abort(rid)
 
-    def _to_text(self, message: Tokens | Started | Ended | Stats | Done | Seen | Refused) -> None:
+    def _to_text(self, message: Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused) -> None:
         try:
             self.context.ref("text").post(message)
         except Gone:
@@ -359,7 +355,11 @@ class Scheduler(Actor):
         window = schedule.in_flight[0]
         has_chunks = m.step == 0 and bool(window.chunks or window.jumps)
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
-        complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish)
+        scores = None if m.scores is None else columns_of(m.scores)
+        complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish, scores)
+        for item in schedule.scored:
+            assert m.scores is not None
+            self._to_text(computed_logprobs(item, m.scores))
         if schedule.landed:
             self._to_text(forced_tokens_of(schedule.landed, m.scores))
         if rids:
@@ -384,6 +384,8 @@ class Scheduler(Actor):
                 of_prompt = min(cached, request.prompt_length)
                 empty = None if request.constraint is None else request.constraint.grammar.final(0)
                 self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), empty))
+            for told in known_logprobs(request):
+                self._to_text(told)
         changes = self._sampler_changes(window)
         for name in self.samplers:
             for message in changes:
@@ -438,7 +440,6 @@ class Scheduler(Actor):
         ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
         chunks = [(c.request.slot, c.start, c.end - c.start, int(c.draws)) for c in w.chunks]
         chunks += [(j.request.slot, j.start, len(j.tokens), 1) for j in w.jumps]
-        scored = [int(j.scored) for j in w.jumps]
         return Plan(
             window=w.number,
             k=w.k,
@@ -453,8 +454,8 @@ class Scheduler(Actor):
             chunk_ids=memoryview(ids.tobytes()),
             chunk_starts=int32([start for _, start, _, _ in chunks]),
             sampler_changes=sampler_changes,
-            chunk_scored=int32([0] * len(w.chunks) + scored) if any(scored) else NOTHING,
             once_slots=int32(w.once),
+            **scored_fields(w),
         )
 
     # ------------------------------------------------------------------ statistics

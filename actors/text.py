@@ -5,6 +5,7 @@ Invariant: every request id that a front sent gets exactly one final message (a 
 unless the front cancelled it or died; and after its final message an id is unknown here, so late rows are ignored.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
@@ -16,6 +17,7 @@ from ..errors import ActorserveError, EngineDown, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.template import ChatTemplate
 from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Actor, Context
 from .messages import (
@@ -37,6 +39,7 @@ from .messages import (
     Order,
     PeerDown,
     PeerUp,
+    PromptLogprobs,
     Refused,
     Seen,
     Started,
@@ -102,6 +105,8 @@ class Text(Actor):
         match message:
             case Tokens():
                 self._tokens(message)
+            case PromptLogprobs():
+                self._prompt_logprobs(message)
             case Generate():
                 self._generate(message, source)
             case Cancel():
@@ -142,10 +147,13 @@ class Text(Actor):
             ref = self.context.ref(front)
             if ref.backlog:
                 continue  # credit wakes us, and flush is called again
-            made = (output.chunk() for output in self._changed.pop(front).values())
-            chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
-            if chunks:
-                self._post(front, Chunks(chunks))
+            changed = list(self._changed.pop(front).values())
+            while changed:
+                made = [output.chunk() for output in changed]
+                chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
+                if chunks:
+                    self._post(front, Chunks(chunks))
+                changed = [output for output in changed if output.holds_prompt]
 
     # ------------------------------------------------------------------ from the fronts
 
@@ -180,7 +188,7 @@ class Text(Actor):
         try:
             if isinstance(prompt, ActorserveError):
                 raise prompt
-            submits = self.prompts.submits(m, prompt.ids)
+            submits = self.prompts.submits(m, prompt)
             sched = self.context.ref(SCHEDULER)
             if not sched.up:
                 raise EngineDown(SCHEDULER_DOWN)
@@ -195,7 +203,10 @@ class Text(Actor):
         ids = prompt.ids
         for rid in range(m.rid, m.rid + m.n):
             detokenizer = self._detokenizer(m, ids)
-            self.outputs[rid] = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking)
+            self.outputs[rid] = output = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking)
+            if m.params.wants_prompt:
+                first = int(ids[m.params.logprob_start_len])
+                output.push_prompt([TokenLogprob(first, math.nan, self._bytes(first), [])])
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
@@ -258,8 +269,8 @@ class Text(Actor):
                 self._refuse(rid, 1, output.front, ActorserveError(FAILURES[finish]))
                 continue
             logprob = None
-            if logprobs is not None and output.top_logprobs is not None and ids[row] >= 0:
-                logprob = self._logprob(m, row, ids[row], logprobs[row], output.top_logprobs)
+            if logprobs is not None and output.params.logprobs is not None and ids[row] >= 0:
+                logprob = self._logprob(m, row, ids[row], logprobs[row], output.params)
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
@@ -270,14 +281,36 @@ class Text(Actor):
                 if not finish:  # a stop string: the scheduler does not know yet
                     self._post(SCHEDULER, Abort(rid))
 
-    def _logprob(self, m: Tokens, row: int, token: int, logprob: float, wanted: int) -> TokenLogprob:
-        first, count = row * m.top_n, min(wanted, m.top_n)
+    def _prompt_logprobs(self, m: PromptLogprobs) -> None:
+        output = self.outputs.get(m.rid)
+        if output is None:
+            return  # cancelled
+        ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
+        logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist()
+        output.push_prompt(
+            [
+                self._logprob(m, row, token, logprob, output.params)
+                for row, (token, logprob) in enumerate(zip(ids, logprobs, strict=True))
+            ]
+        )
+        self._mark_changed(output)
+
+    def _logprob(
+        self, m: Tokens | PromptLogprobs, row: int, token: int, logprob: float, params: SamplingParams
+    ) -> TokenLogprob:
+        first, count = row * m.top_n, min(params.logprobs or 0, m.top_n)
         top: list[tuple[int, float, bytes]] = []
         if count:
             ids = np.frombuffer(m.top_ids, dtype=np.int32, count=count, offset=4 * first).tolist()
             values = np.frombuffer(m.top_logprobs, dtype=np.float32, count=count, offset=4 * first).tolist()
             top = [(i, value, self._bytes(i)) for i, value in zip(ids, values, strict=True)]
-        return TokenLogprob(token, logprob, self._bytes(token), top)
+        named = params.token_ids_logprob
+        if not named or not len(m.listed):
+            return TokenLogprob(token, logprob, self._bytes(token), top)
+        width = len(m.listed) // len(m.logprobs)
+        values = np.frombuffer(m.listed, dtype=np.float32, count=len(named), offset=4 * row * width).tolist()
+        listed = [(i, value, self._bytes(i)) for i, value in zip(named, values, strict=True)]
+        return TokenLogprob(token, logprob, self._bytes(token), top, listed)
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._detokenizers is None else self._detokenizers.bytes[token]

@@ -19,6 +19,9 @@ class PrefillChunk:
     end: int
     draws: bool
     """The prompt ends here and a token is wanted: the slot decodes from now on."""
+    score_from: int = 0
+    scored: int = 0
+    """Of so many tokens behind the one at the place `score_from` of the request the logprobs are wanted."""
 
 
 @dataclass(slots=True)
@@ -36,9 +39,9 @@ class JumpChunk:
     """Of its grammar, after them."""
 
     @property
-    def scored(self) -> bool:
-        """The logprobs of the forced tokens are wanted."""
-        return self.request.params.logprobs is not None
+    def scored(self) -> int:
+        """Of how many of the tokens the logprobs are wanted: of the forced ones, or none."""
+        return 0 if self.request.params.logprobs is None else len(self.tokens) - 1
 
 
 @dataclass(slots=True)
@@ -54,6 +57,18 @@ class Landed:
     def complete(self) -> bool:
         """Whether the output matches its grammar with the last of them; never before, for there its end is no way."""
         return self.request.constraint is not None and self.request.constraint.complete
+
+
+@dataclass(slots=True)
+class Scored:
+    """Tokens of a prompt whose logprobs came with the last report."""
+
+    request: Request
+    start: int
+    """The place of the first of them in the prompt."""
+    count: int
+    row: int
+    """The row of the first in the step's Scores."""
 
 
 @dataclass(slots=True)

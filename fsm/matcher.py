@@ -12,7 +12,9 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from ..config import Thoughts
 from .errors import EmptyLanguage, GrammarError, MatcherError
+from .thoughts import ThinkingMatcher
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -74,13 +76,22 @@ class Matchers:
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=list(eos))
         self.words = -(-len(tokens) // 32)
         """32-bit words of a mask."""
+        hidden = {*special, *eos}
+        bits = np.zeros(32 * self.words, np.bool_)
+        bits[[i for i, data in enumerate(tokens) if data and i not in hidden]] = True
+        self._text = np.packbits(bits, bitorder="little").view(np.int32)
+        """The mask of all tokens that are text."""
 
-    def new(self, grammar: str) -> "Matcher":
-        """Return a matcher at the beginning. Raises GrammarError: malformed, too large, or nothing matches."""
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-        if matcher.is_error():
-            raise _error(matcher, GrammarError)
-        return Matcher(matcher, self.words)
+    def new(self, grammar: str, thoughts: Thoughts | None = None) -> "AnyMatcher":
+        """Return a matcher at the beginning, behind thoughts if there are any.
+
+        Raises GrammarError: malformed, too large, or nothing matches.
+        """
+        made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        if made.is_error():
+            raise _error(made, GrammarError)
+        matcher = Matcher(made, self.words)
+        return matcher if thoughts is None else ThinkingMatcher(matcher, thoughts, self._text)
 
 
 class Matcher:
@@ -112,6 +123,9 @@ class Matcher:
             raise _error(self._matcher, MatcherError)
         if not mask.any():
             raise MatcherError("no token of the model can follow here")
+
+
+AnyMatcher = Matcher | ThinkingMatcher
 
 
 def _error(matcher: llguidance.LLMatcher, kind: type[GrammarError]) -> GrammarError:

@@ -28,6 +28,7 @@ from . import (
     protocol,
     response_types,
     responses,
+    score,
 )
 from .error_replies import InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
@@ -113,6 +114,7 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/responses/{id}",), GET, responses.retrieve, reply=response_types.Response),
     Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
     Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
+    Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),

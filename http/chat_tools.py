@@ -72,13 +72,13 @@ def plan_tools(request: ChatRequest, grammar: GrammarSpec | None, model: ModelIn
     chosen = _chosen(request, tools)
     continued = bool(request.continue_final_message)
     if not tools or request.tool_choice == "none":
-        return ToolPlan(None, grammar, _free(request, model, grammar, continued))
+        return ToolPlan(None, _behind_thoughts(grammar, request, model), _free(request, model, grammar, continued))
     shown = [msgspec.to_builtins(tool) for tool in tools]
     if chosen is None:
         reading = _free(request, model, grammar, continued)
         if grammar is None or grammar.kind not in _ANSWERS:
             reading = reading._replace(tools=model.tool_parser, known=_known(tools), single=_single(request))
-        return ToolPlan(shown, grammar, reading)
+        return ToolPlan(shown, _behind_thoughts(grammar, request, model), reading)
     if grammar is not None:
         what = "tool_choice demands a call, and another field an output of another form"
         raise RequestError(what, param="tool_choice")
@@ -89,7 +89,8 @@ def plan_tools(request: ChatRequest, grammar: GrammarSpec | None, model: ModelIn
         spec = GrammarSpec("tool_calls", msgspec.json.encode(calls).decode())
     except (TypeError, ValueError, RecursionError, UnicodeError):
         raise RequestError("tools are no JSON of Unicode text", param="tools", code="invalid_type") from None
-    return ToolPlan(shown, spec, Reading(family, _known(chosen)))
+    reading = _free(request, model, spec, continued)._replace(tools=family, known=_known(chosen))
+    return ToolPlan(shown, _behind_thoughts(spec, request, model), reading)
 
 
 def template_arguments(request: ChatRequest) -> dict[str, Any] | None:
@@ -128,11 +129,23 @@ def _chosen(request: ChatRequest, tools: list[Tool]) -> list[Tool] | None:
 
 
 def _free(request: ChatRequest, model: ModelInfo, grammar: GrammarSpec | None, continued: bool) -> Reading:
-    """Without tools. What a grammar describes is the answer, from its first character on: there are no thoughts."""
-    if grammar is not None or request.separate_reasoning is False:
+    """Without tools. What a grammar describes is the answer; there are thoughts before it if they can be told apart."""
+    if request.separate_reasoning is False or (grammar is not None and not _thinks(request, model)):
         return Reading()
     streamed = request.stream_reasoning is not False
     return Reading(reasoning=model.reasoning_parser, stream_reasoning=streamed, continued=continued)
+
+
+def _behind_thoughts(grammar: GrammarSpec | None, request: ChatRequest, model: ModelInfo) -> GrammarSpec | None:
+    """The grammar of an output that may begin with thoughts."""
+    if grammar is None or not _thinks(request, model):
+        return grammar
+    return msgspec.structs.replace(grammar, thoughts=model.thoughts)
+
+
+def _thinks(request: ChatRequest, model: ModelInfo) -> bool:
+    """Whether thoughts may come before a grammar: they are told apart, and their tags are tokens."""
+    return model.thoughts is not None and request.separate_reasoning is not False and not request.continue_final_message
 
 
 def _single(request: ChatRequest) -> bool:

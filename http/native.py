@@ -4,11 +4,12 @@ Invariant: `text`, `output_ids` and logprobs of a frame are cumulative (all so f
 the order prompt by prompt, each with its n continuations, and a frame of a streamed batch says its `index` in it.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -17,7 +18,7 @@ from ..actors.client import Choice, Stream, Submission, token_prompt
 from ..actors.grammar_fields import GIVEN as GRAMMAR_FIELDS
 from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
 from ..actors.grammar_fields import grammar_spec
-from ..actors.messages import Chunk, GrammarSpec, Prompt, TextPrompt
+from ..actors.messages import Chunk, GrammarSpec, Prompt, TextPrompt, TokenLogprob
 from ..errors import RequestError
 from ..sampler.params import SamplingParams
 from .error_replies import decode_body
@@ -30,6 +31,7 @@ from .protocol import (
     NativeFinish,
     NativeSampling,
     TokenRow,
+    TokenRows,
     encode,
     said,
 )
@@ -45,27 +47,27 @@ class Continuation:
     """What one choice has said so far, and how it is to be shown."""
 
     rid: str
-    with_logprobs: bool
-    num_top: int
+    params: SamplingParams
     with_text: bool
     index: int | None
     constrained: bool = False
     texts: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    rows: list[TokenRow] = field(default_factory=list)
-    top_rows: list[list[TokenRow]] = field(default_factory=list)
+    input: "Rows" = field(default_factory=lambda: Rows())
+    output: "Rows" = field(default_factory=lambda: Rows())
 
     def add(self, chunk: Chunk) -> None:
         """Append the output of `chunk`."""
         self.texts.append(chunk.text)
         self.ids += chunk.ids
-        if self.with_logprobs:
-            for item in chunk.logprobs:
-                self.rows.append(self._row(item.logprob, item.token, item.text))
-                self.top_rows.append([self._row(p, token, text) for token, p, text in item.top[: self.num_top]])
+        if self.params.logprobs is not None:
+            self.input.add(chunk.prompt_logprobs, self.params, self.with_text)
+            self.output.add(chunk.logprobs, self.params, self.with_text)
 
     def reply(self, chunk: Chunk, choice: Choice) -> GenerateReply:
         """Return everything so far; `chunk` is the newest."""
+        with_logprobs = self.params.logprobs is not None
+        with_top, with_listed = bool(self.params.logprobs), with_logprobs and bool(self.params.token_ids_logprob)
         meta = MetaInfo(
             self.rid,
             _finish(chunk),
@@ -73,16 +75,40 @@ class Continuation:
             chunk.completion_tokens,
             chunk.cached_tokens,
             (time.monotonic_ns() - choice.arrival_ns) / 1e9,
-            self.rows if self.with_logprobs else UNSET,
-            self.top_rows if self.with_logprobs and self.num_top else UNSET,
+            self.output.tokens if with_logprobs else UNSET,
+            self.output.top if with_top else UNSET,
+            self.output.listed if with_listed else UNSET,
+            self.input.tokens if with_logprobs else UNSET,
+            self.input.top if with_top else UNSET,
+            self.input.listed if with_listed else UNSET,
             chunk.forced_tokens if self.constrained else UNSET,
             chunk.jumps if self.constrained else UNSET,
             said(chunk.valid),
         )
         return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
 
-    def _row(self, logprob: float, token: int, text: bytes) -> TokenRow:
-        return (logprob, token, text.decode("utf-8", "replace") if self.with_text else None)
+
+@dataclass(slots=True)
+class Rows:
+    """Logprobs of tokens, and at each place those of the most likely ones and of those that the request named."""
+
+    tokens: list[TokenRow] = field(default_factory=list)
+    top: TokenRows = field(default_factory=list)
+    listed: TokenRows = field(default_factory=list)
+
+    def add(self, items: list[TokenLogprob], params: SamplingParams, with_text: bool) -> None:
+        """Append what the request wants of the next tokens."""
+
+        def row(token: int, logprob: float, text: bytes) -> TokenRow:
+            return (logprob, token, text.decode("utf-8", "replace") if with_text else None)
+
+        for item in items:
+            self.tokens.append(row(item.token, item.logprob, item.text))
+            first = not self.tokens[1:] and math.isnan(item.logprob)  # of a prompt: nothing came before it
+            if params.logprobs:
+                self.top.append(None if first else [row(*other) for other in item.top[: params.logprobs]])
+            if params.token_ids_logprob:
+                self.listed.append(None if first else [row(*other) for other in item.listed])
 
 
 class NativeRenderer:
@@ -132,26 +158,34 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
     prompts, is_batch = _prompts(request, vocab_size)
     count = len(prompts)
     sampling = _per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
-    with_logprobs = _per_prompt(request.return_logprob, count, False, "return_logprob")
-    num_top = _per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
-    if any(start != -1 for start in _per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")):
-        text = "logprobs of the prompt are not supported yet: logprob_start_len must be -1"
-        raise RequestError(text, param="logprob_start_len", code="unsupported_value")
+    logprobs = _logprobs(request, count)
     rids = _per_prompt(request.rid, count, "", "rid", spread=not is_batch)
     submissions: list[Submission] = []
     continuations: list[Continuation] = []
     is_list = is_batch or sampling[0].n > 1
     for i, prompt in enumerate(prompts):
-        params = _sampling(sampling[i], with_logprobs[i], num_top[i])
+        params = _sampling(sampling[i], logprobs[i])
         grammar = _grammar(sampling[i])
         submissions.append(Submission(prompt, params, sampling[i].n, grammar))
         for _ in range(sampling[i].n):
             rid = rids[i] or uuid.uuid4().hex
             index = len(continuations) if is_list else None
-            shown = params.logprobs is not None
-            num, with_text = params.logprobs or 0, request.return_text_in_logprobs
-            continuations.append(Continuation(rid, shown, num, with_text, index, grammar is not None))
+            with_text = request.return_text_in_logprobs
+            continuations.append(Continuation(rid, params, with_text, index, grammar is not None))
     return submissions, continuations, is_list
+
+
+def _logprobs(request: GenerateRequest, count: int) -> list[dict[str, Any]]:
+    """Return what each prompt's SamplingParams say about logprobs: nothing without `return_logprob`."""
+    wanted = _per_prompt(request.return_logprob, count, False, "return_logprob")
+    num_top = _per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
+    starts = _per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")
+    ids, lists = split_ids(request.token_ids_logprob or [], "token_ids_logprob")
+    listed = [ids] * count if lists is None else _per_prompt(lists, count, ids, "token_ids_logprob")
+    return [
+        {"logprobs": top, "logprob_start_len": start, "token_ids_logprob": tuple(named)} if asked else {}
+        for asked, top, start, named in zip(wanted, num_top, starts, listed, strict=True)
+    ]
 
 
 def _prompts(request: GenerateRequest, vocab_size: int) -> tuple[list[Prompt], bool]:
@@ -200,17 +234,15 @@ def _per_prompt(value: T | list[T] | None, count: int, default: T, param: str, s
     return value
 
 
-def _sampling(wire: NativeSampling, with_logprobs: bool, num_top: int) -> SamplingParams:
-    """Return the engine's parameters."""
+def _sampling(wire: NativeSampling, logprobs: dict[str, Any]) -> SamplingParams:
+    """Return the engine's parameters; `logprobs` are more of their fields."""
     fields = msgspec.structs.asdict(wire)
     for name in ("n", *GRAMMAR_FIELDS, *GRAMMAR_UNSUPPORTED):
         del fields[name]
     fields["stop"] = (wire.stop,) if isinstance(wire.stop, str) else wire.stop or ()
     fields["stop_token_ids"] = wire.stop_token_ids or ()
     fields["logit_bias"] = wire.logit_bias or {}
-    if with_logprobs:
-        fields["logprobs"] = num_top
-    return SamplingParams(**fields)
+    return SamplingParams(**(fields | logprobs))
 
 
 def _grammar(wire: NativeSampling) -> GrammarSpec | None:

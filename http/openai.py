@@ -76,6 +76,8 @@ async def completions(service: Service, exchange: Exchange) -> None:
     with renamed(names | grammar_names):
         # The choice among candidates needs the logprobs of their tokens.
         params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
+        if request.echo and request.logprobs is not None:
+            params = msgspec.structs.replace(params, logprob_start_len=0)
         submissions = [Submission(prompt, params, best_of, grammar) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
@@ -211,8 +213,6 @@ async def _echoes(service: Service, request: CompletionRequest, prompts: list[Pr
     """Return what comes before each prompt's continuation: its text."""
     if not request.echo:
         return []
-    if request.logprobs is not None:
-        raise RequestError("echo with logprobs is not supported yet", param="echo", code="unsupported_value")
     ids = [list(prompt.ids.cast("i")) for prompt in prompts if isinstance(prompt, TokenPrompt)]
     skip = request.skip_special_tokens is not False
     return texts or [await service.client.questions.detokenize(one, skip) for one in ids]

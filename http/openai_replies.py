@@ -101,22 +101,42 @@ def best(chunks: list[Chunk], n: int) -> list[Chunk]:
 
 
 class LegacyLogprobs:
-    """The /v1/completions form for one choice: `text_offset` counts characters from the start of its text."""
+    """The /v1/completions form for one choice: `text_offset` counts characters from the start of its text, which is
+    `echo` and the continuation."""
 
-    def __init__(self, offset: int, num_top: int) -> None:
-        self._offset = offset
+    def __init__(self, echo: str, num_top: int) -> None:
+        self._echo = echo
         self._num_top = num_top
+        self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_prompt = True
 
-    def write(self, items: list[TokenLogprob]) -> CompletionLogprobs:
-        """Return the lists for the next tokens."""
-        offsets = []
+    def write(self, prompt: list[TokenLogprob], items: list[TokenLogprob]) -> CompletionLogprobs:
+        """Return the lists for the next tokens of the prompt and of the continuation."""
+        rows: list[tuple[str, float | None, dict[str, float] | None, int]] = []
+        for item in prompt:
+            first = math.isnan(item.logprob)  # nothing came before it
+            top = None if first else self._top(item)
+            rows.append((token_name(item.text), None if first else finite(item.logprob), top, self._offset))
+            self._offset += self._echoed(self._decoder.decode(item.text))
         for item in items:
-            offsets.append(self._offset)
+            if self._in_prompt:
+                self._in_prompt, self._offset = False, len(self._echo)
+                self._decoder.reset()
+            rows.append((token_name(item.text), finite(item.logprob), self._top(item), self._offset))
             self._offset += len(self._decoder.decode(item.text))
-        top = [{token_name(text): finite(p) for _, p, text in item.top} for item in items] if self._num_top else None
-        tokens = [token_name(item.text) for item in items]
-        return CompletionLogprobs(tokens, [finite(item.logprob) for item in items], top, offsets)
+        tokens, logprobs, tops, offsets = (list(column) for column in zip(*rows, strict=True)) if rows else ([],) * 4
+        return CompletionLogprobs(tokens, logprobs, tops if self._num_top else None, offsets)
+
+    def _top(self, item: TokenLogprob) -> dict[str, float]:
+        return {token_name(text): finite(p) for _, p, text in item.top}
+
+    def _echoed(self, text: str) -> int:
+        """How many characters of the echo a token of the prompt is: none if it stands for no text, as BOS."""
+        for part in (text, text.lstrip(" ")):  # a SentencePiece space at the start is in no text
+            if self._echo.startswith(part, self._offset):
+                return len(part)
+        return 0
 
 
 class CompletionWriter:
@@ -140,7 +160,10 @@ class CompletionWriter:
         self._n = n
         self._best_of = best_of
         self._echoes = dict(enumerate(echo for echo in echoes for _ in range(n)))
-        self._logprobs = [LegacyLogprobs(0, logprobs) for _ in stream.choices] if logprobs is not None else None
+        self._logprobs: list[LegacyLogprobs] = []
+        if logprobs is not None:
+            shown = (self._echoes.get(i, "") for i in range(len(stream.choices)))
+            self._logprobs = [LegacyLogprobs(echo, logprobs) for echo in shown]
         self._usage = usage_frames
 
     def whole(self, chunks: list[Chunk]) -> Completion:
@@ -165,7 +188,7 @@ class CompletionWriter:
         return (encode(self._object([], self._usage.total())),)
 
     def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
-        logprobs = self._logprobs[index].write(chunk.logprobs) if self._logprobs else None
+        logprobs = self._logprobs[index].write(chunk.prompt_logprobs, chunk.logprobs) if self._logprobs else None
         return CompletionChoice(
             self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish, said(chunk.valid)
         )

@@ -90,6 +90,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     return_logprob: bool | list[bool] | None = None
     top_logprobs_num: TopLogprobs | list[TopLogprobs] | None = None
     logprob_start_len: int | list[int] | None = None
+    token_ids_logprob: list[int | list[int]] | None = None
     return_text_in_logprobs: bool = False
     stream: bool = False
     cache_salt: str | None = None
@@ -100,7 +101,6 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     audio_data: Refusable = None
     lora_path: Refusable = None
     session_params: Refusable = None
-    token_ids_logprob: Refusable = None
     return_hidden_states: Refusable = None
     custom_logit_processor: Refusable = None
 
@@ -112,13 +112,14 @@ NATIVE_REFUSED = (
     "audio_data",
     "lora_path",
     "session_params",
-    "token_ids_logprob",
     "return_hidden_states",
     "custom_logit_processor",
 )
 
-TokenRow: TypeAlias = tuple[float, int, str | None]
-"""SGLang's form of a logprob: logprob, token id, text or null."""
+TokenRow: TypeAlias = tuple[float | None, int, str | None]
+"""SGLang's form of a logprob: logprob, token id, text or null. The first of a prompt has no logprob."""
+TokenRows: TypeAlias = list[list[TokenRow] | None]
+"""Of each place, logprobs of several tokens; null beside the first of a prompt."""
 
 
 class NativeFinish(Struct, frozen=True):
@@ -143,7 +144,11 @@ class MetaInfo(Struct, frozen=True):
     cached_tokens: int
     e2e_latency: float
     output_token_logprobs: list[TokenRow] | UnsetType = UNSET
-    output_top_logprobs: list[list[TokenRow]] | UnsetType = UNSET
+    output_top_logprobs: TokenRows | UnsetType = UNSET
+    output_token_ids_logprobs: TokenRows | UnsetType = UNSET
+    input_token_logprobs: list[TokenRow] | UnsetType = UNSET
+    input_top_logprobs: TokenRows | UnsetType = UNSET
+    input_token_ids_logprobs: TokenRows | UnsetType = UNSET
     forced_tokens: int | UnsetType = UNSET
     jumps: int | UnsetType = UNSET
     valid: bool | UnsetType = UNSET
@@ -246,11 +251,11 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """OpenAI's legacy form: parallel lists, one entry a token."""
+    """OpenAI's legacy form: parallel lists, one entry a token. The first of an echoed prompt has no logprobs: null."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

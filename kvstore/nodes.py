@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pages import Int32Array
+from .pages import Float32Array, Int32Array
 
 TOKEN_BYTES = 4
 GONE = -1  # Node.locks of a node that has left the tree
@@ -25,7 +25,7 @@ class Node:
     page are the ones with the longest prefix in common with it.
     """
 
-    __slots__ = ("children", "hits", "id", "key", "locks", "namespace", "order", "pages", "parent")
+    __slots__ = ("children", "hits", "id", "key", "locks", "logprobs", "namespace", "order", "pages", "parent")
 
     def __init__(self, number: int, parent: Node | None, key: bytes, pages: Int32Array, namespace: str) -> None:
         self.id = number
@@ -33,6 +33,7 @@ class Node:
         self.key = key
         self.pages = pages  # replaced, never written to
         self.namespace = namespace
+        self.logprobs: Float32Array | None = None  # [tokens, columns], NaN: unknown; replaced, never written to
         self.children: dict[bytes, Node] = {}
         self.order: list[bytes] = []
         self.locks = 0

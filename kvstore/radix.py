@@ -18,7 +18,7 @@ import numpy as np
 
 from .eviction import LRU, EvictionPolicy
 from .nodes import GONE, TOKEN_BYTES, Inserted, Match, Node, NodeView, Statistics
-from .pages import Int32Array, PagePool
+from .pages import Float32Array, Int32Array, PagePool
 
 __all__ = ["Inserted", "Match", "Node", "NodeView", "RadixTree", "Statistics"]
 
@@ -126,6 +126,29 @@ class RadixTree:
         offered = pages[:taken_from]
         return Inserted(node, taken_from, offered[offered != known])
 
+    def keep_logprobs(self, tokens: Int32Array, values: Float32Array, namespace: str = "", since: int = 0) -> None:
+        """Keeps the logprobs of tokens under their prefixes beside their pages, as far as these are in the tree.
+
+        values float32 [at most n, columns]: a token's own logprob and what the caller likes to keep with it; NaN where
+        unknown: then what was known stays. `since`: those of the tokens before are in the tree already.
+        """
+        for node, begin, length in self._spans(_key(tokens), namespace):
+            if begin + length > since:
+                _learn(node, values[begin : begin + length])
+
+    def logprobs(self, tokens: Int32Array, columns: int, namespace: str = "") -> Float32Array:
+        """What is known of the logprobs of the first tokens: float32 [at most n, columns], NaN where unknown.
+
+        Without effect: nothing counts as used.
+        """
+        spans = self._spans(_key(tokens), namespace)
+        found = np.full((sum(length for _, _, length in spans), columns), np.nan, np.float32)
+        for node, begin, length in spans:
+            if node.logprobs is not None:
+                known = node.logprobs[:length, :columns]
+                found[begin : begin + length, : known.shape[1]] = known
+        return found
+
     def lock(self, node: Node) -> None:
         """Keeps `node` and its ancestors from eviction until unlocked as often. Raises ValueError if it is gone."""
         if node.locks == GONE:
@@ -224,6 +247,7 @@ class RadixTree:
         assert full or not node.children, "only a leaf ends in a partial page"
         if node.parent is not None:
             assert len(node.pages) == -(-len(node.key) // self._page_bytes) > 0
+        assert node.logprobs is None or len(node.logprobs) == len(node.key) // TOKEN_BYTES
 
     def _nodes(self) -> Iterator[Node]:
         """Every node, roots too, level by level; no further than it is read."""
@@ -254,20 +278,48 @@ class RadixTree:
 
     def _partial(self, key: bytes, walk: _Walk) -> tuple[int, int]:
         """The page after the walk's end that shares most tokens with what follows there: (page or -1, tokens)."""
+        node, tokens = self._beyond(key, walk)
+        return (-1, 0) if node is None else (int(node.pages[walk.pages]), tokens)
+
+    def _beyond(self, key: bytes, walk: _Walk) -> tuple[Node | None, int]:
+        """The node whose page after the walk's end shares most tokens with what follows there, and how many: or none.
+
+        It is the walk's edge, or a child of its node.
+        """
         start = walk.offset + walk.pages * self._page_bytes
         rest = key[start : start + self._page_bytes]
         if walk.edge is not None:
             at = walk.pages * self._page_bytes
             same = _common_bytes(rest, walk.edge.key[at : at + self._page_bytes])
-            return (int(walk.edge.pages[walk.pages]), same // TOKEN_BYTES) if same >= TOKEN_BYTES else (-1, 0)
+            return (walk.edge, same // TOKEN_BYTES) if same >= TOKEN_BYTES else (None, 0)
         order = walk.node.order
         place = bisect_left(order, rest)
-        best, page = TOKEN_BYTES - 1, -1
+        best, found = TOKEN_BYTES - 1, None
         for first in order[max(place - 1, 0) : place + 1]:
             same = _common_bytes(rest, first)
             if same > best:
-                best, page = same, int(walk.node.children[first].pages[0])
-        return (page, best // TOKEN_BYTES) if page >= 0 else (-1, 0)
+                best, found = same, walk.node.children[first]
+        return (found, best // TOKEN_BYTES) if found is not None else (None, 0)
+
+    def _spans(self, key: bytes, namespace: str) -> list[tuple[Node, int, int]]:
+        """(node, the place of its first token, how many of its tokens are those of `key`) along its path, in order."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return []
+        walk = self._walk(key, root)
+        spans: list[tuple[Node, int, int]] = []
+        node, end = walk.node, walk.offset // TOKEN_BYTES
+        while node.parent is not None:
+            length = len(node.key) // TOKEN_BYTES
+            end -= length
+            spans.append((node, end, length))
+            node = node.parent
+        spans.reverse()
+        beyond, tokens = self._beyond(key, walk)
+        last = walk.edge if beyond is None else beyond
+        if last is not None:
+            spans.append((last, walk.offset // TOKEN_BYTES, walk.pages * self.page_size + tokens))
+        return spans
 
     def _settle(self, walk: _Walk) -> Node:
         """The node that ends where the walk ended, split off if need be; completes `walk.runs`."""
@@ -288,6 +340,9 @@ class RadixTree:
         upper.locks, upper.hits = node.locks, node.hits
         node.parent.children[upper.key[: self._page_bytes]] = upper
         node.parent, node.key, node.pages = upper, node.key[cut:], node.pages[pages:]
+        if node.logprobs is not None:
+            tokens = pages * self.page_size
+            upper.logprobs, node.logprobs = node.logprobs[:tokens], node.logprobs[tokens:]
         first = node.key[: self._page_bytes]
         upper.children[first] = node
         upper.order.append(first)
@@ -318,6 +373,8 @@ class RadixTree:
         for prefix in covered:
             old = parent.children.get(prefix)
             if old is not None and not old.locks:
+                if old.logprobs is not None:
+                    _learn(node, old.logprobs)
                 self._pool.free(self._remove(old))
         return node
 
@@ -342,6 +399,8 @@ class RadixTree:
         keep = len(leaf.pages) - pages
         gone = leaf.pages[keep:]
         leaf.key, leaf.pages = leaf.key[: keep * self._page_bytes], leaf.pages[:keep]
+        if leaf.logprobs is not None:
+            leaf.logprobs = leaf.logprobs[: keep * self.page_size]
         self.num_pages -= pages
         self.num_evictable -= pages
         return gone
@@ -362,6 +421,19 @@ class RadixTree:
 
 def _key(tokens: Int32Array) -> bytes:
     return np.ascontiguousarray(tokens, dtype=np.int32).tobytes()
+
+
+def _learn(node: Node, values: Float32Array) -> None:
+    """Takes in the logprobs of the node's first tokens, [n, columns], NaN: unknown."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return
+    (rows, columns), had = values.shape, node.logprobs
+    merged = np.full((len(node.tokens), max(columns, 0 if had is None else had.shape[1])), np.nan, np.float32)
+    if had is not None:
+        merged[:, : had.shape[1]] = had
+    merged[:rows, :columns][known] = values[known]
+    node.logprobs = merged
 
 
 def _common_bytes(a: bytes, b: bytes) -> int:

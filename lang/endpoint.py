@@ -1,8 +1,7 @@
 """RuntimeEndpoint: a remote actorserve or SGLang server by its native `/generate`; Runtime: one that is started here.
 
-Choices are scored as SGLang's frontend does it, by logprobs of the prompt, where the server gives those; our server,
-until it does, scores by forcing each choice, as the embedded engine. Invariant: both ways rank by the model's own
-probabilities of the choices' tokens.
+Choices are scored as SGLang's frontend does it, by the logprobs of prompts that end in them. Invariant: the same
+requests serve both kinds of server.
 """
 
 import atexit
@@ -29,7 +28,6 @@ OUTSIDE: Final = frozenset(
 )
 """What `/generate` takes beside its sampling_params, or not at all."""
 NAMES: Final = {"seed": "sampling_seed"}
-FORCED_TOKENS: Final = 1024
 START_SECONDS: Final = 300.0
 
 
@@ -73,17 +71,9 @@ class RuntimeEndpoint(Backend):
         if temperature > 1e-5:
             raise RequestError("select chooses by probability: its temperature must be 0", param="temperature")
         answer = await self._http.post("/generate", self._whole(context.text))
-        try:
-            scores = await self._prompt_scores(context.text, choices, answer["meta_info"]["prompt_tokens"])
-            score_alone = self._unconditional
-        except RequestError as error:
-            if error.param != "logprob_start_len":
-                raise
-            scores = [await self._forced(context.text, choice) for choice in choices]
-            score_alone = self._forced_alone
-        return method.decide(
-            choices, scores, await score_alone(scores) if method.requires_unconditional_logprobs else None
-        )
+        scores = await self._prompt_scores(context.text, choices, answer["meta_info"]["prompt_tokens"])
+        alone = await self._unconditional(scores) if method.requires_unconditional_logprobs else None
+        return method.decide(choices, scores, alone)
 
     async def commit(self, context: Context) -> None:
         await self._http.post("/generate", self._whole(context.text))
@@ -122,32 +112,6 @@ class RuntimeEndpoint(Backend):
         }
         answers = await self._http.post("/generate", body)
         return [[_row(row) for row in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
-
-    async def _forced(self, prompt: str, choice: str) -> list[TokenScore]:
-        params = {"choice": [choice], "temperature": 0, "max_new_tokens": FORCED_TOKENS}
-        body = {"text": prompt, "sampling_params": params, "return_logprob": True, "return_text_in_logprobs": True}
-        answer = await self._http.post("/generate", body)
-        if answer["text"] != choice:
-            raise RequestError(f"the model's tokens cannot spell the choice {choice!r}", param="choices")
-        return [_row(row) for row in answer["meta_info"]["output_token_logprobs"]]
-
-    async def _forced_alone(self, scores: ChoiceScores) -> list[list[TokenScore]]:
-        """The same tokens without the prompt, each made the draw by a bias that its logprob does not have."""
-        found = []
-        for rows in scores:
-            ids = [token for _, token, _ in rows]
-            params = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
-            body = {
-                "input_ids": [ids[:i] for i in range(1, len(ids))],
-                "sampling_params": [params | {"logit_bias": {str(token): 100.0}} for token in ids[1:]],
-                "return_logprob": True,
-            }
-            answers = await self._http.post("/generate", body) if len(ids) > 1 else []
-            later = [_row(answer["meta_info"]["output_token_logprobs"][0]) for answer in answers]
-            if [token for _, token, _ in later] != ids[1:]:
-                raise RequestError("a choice has a token that the model cannot be made to say", param="choices")
-            found.append([(0.0, ids[0], rows[0][2]), *later])
-        return found
 
     def _body(self, context: Context, sampling: Sampling) -> dict[str, Any]:
         given = {name: v for name, v in msgspec.structs.asdict(sampling).items() if v is not None}

@@ -1,10 +1,11 @@
 """The embedded engine as a backend: `sgl.Engine(...)` runs actorserve.Engine in the language's loop.
 
-Choices are scored exactly: each is forced by a grammar of its own, and the engine reports the logarithms of its tokens'
-probabilities in the model's own distribution, before the grammar. Invariant: it ends with the program or `shutdown()`.
+Choices are scored by the logprobs of a prompt that ends in them, whose beginning is in the prefix cache.
+Invariant: it ends with the program or `shutdown()`.
 """
 
 import atexit
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -30,8 +31,6 @@ SAME_NAME: Final = (
     " stop stop_token_ids ignore_eos seed logit_bias regex json_schema ebnf".split()
 )
 """Parameters that the engine has under the same names."""
-FORCED_TOKENS: Final = 1024
-"""The most tokens a choice may have."""
 FULL_SECONDS: Final = 0.02
 """Between two tries at an engine that is full."""
 
@@ -52,22 +51,26 @@ class EngineBackend(Backend):
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
         outputs = await self._outputs(context.text, n=sampling.n or 1, **_request(sampling))
-        return Reply([output.text for output in outputs], meta_info(outputs[0], outputs[0].logprobs, sampling))
+        first = outputs[0]
+        return Reply([o.text for o in outputs], meta_info(first, first.logprobs, sampling, first.prompt_logprobs))
 
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        logprobs: list[Any] = []
+        logprobs: list[TokenLogprob] = []
+        of_prompt: list[TokenLogprob] = []
         async with self._engine.stream(context.text, **_request(sampling)) as deltas:
             async for delta in deltas:
                 logprobs += delta.logprobs
-                yield delta.text, meta_info(delta, logprobs, sampling)
+                of_prompt += delta.prompt_logprobs
+                yield delta.text, meta_info(delta, logprobs, sampling, of_prompt)
 
     async def select(
         self, context: Context, choices: Sequence[str], temperature: float, method: ChoicesMethod
     ) -> ChoicesDecision:
         if temperature > 1e-5:
             raise RequestError("select chooses by probability: its temperature must be 0", param="temperature")
-        await self.commit(context)
-        scores = await _gathered([partial(self._score, context.text, choice) for choice in choices])
+        (prompt,) = await self._outputs(context.text, max_new_tokens=0)
+        given = (context.text, prompt.prompt_tokens)
+        scores = await _gathered([partial(self._score, *given, choice) for choice in choices])
         unconditional = None
         if method.requires_unconditional_logprobs:
             unconditional = await _gathered([partial(self._score_alone, tokens) for tokens in scores])
@@ -94,29 +97,30 @@ class EngineBackend(Backend):
                     raise
                 await anyio.sleep(FULL_SECONDS)
 
-    async def _score(self, prompt: str, text: str) -> list[TokenScore]:
-        """The tokens of a text as the continuation of a prompt."""
-        (output,) = await self._outputs(
-            prompt, choice=[text], temperature=0.0, logprobs=0, max_new_tokens=FORCED_TOKENS
-        )
-        if output.text != text:
-            raise RequestError(f"the model's tokens cannot spell the choice {text!r}", param="choices")
-        return [_score(item) for item in output.logprobs]
+    async def _score(self, prompt: str, tokens: int, choice: str) -> list[TokenScore]:
+        """The tokens of a choice behind a prompt of so many tokens.
+
+        Asked from two before the prompt's end: a choice may be spelt with the prompt's last token in one (token
+        healing), which then counts; where even more of the prompt is spelt another way, from its start.
+        """
+        rows: list[TokenLogprob] = []
+        for start in dict.fromkeys((max(tokens - 2, 0), 0)):
+            try:
+                rows = spelling(await self._prompt_logprobs(prompt + choice, start), choice)
+            except RequestError as error:
+                if error.param != "logprob_start_len":
+                    raise
+            if rows and not math.isnan(rows[0].logprob):
+                break
+        return [_score(item) for item in rows]
 
     async def _score_alone(self, tokens: list[TokenScore]) -> list[TokenScore]:
         """The same tokens without the prompt. No model has a probability for the very first; the method ignores it."""
-        ids = [token for _, token, _ in tokens]
-        later = await _gathered([partial(self._score_token, ids[:i], ids[i]) for i in range(1, len(ids))])
-        return [(0.0, ids[0], tokens[0][2]), *later]
+        return [_score(item) for item in await self._prompt_logprobs([token for _, token, _ in tokens], 0)]
 
-    async def _score_token(self, before: list[int], token: int) -> TokenScore:
-        # The bias makes it the draw; logprobs are of the distribution without it.
-        (output,) = await self._outputs(
-            before, logit_bias={token: 100.0}, temperature=0.0, logprobs=0, max_new_tokens=1, ignore_eos=True
-        )
-        if output.ids != [token]:
-            raise RequestError("a choice has a token that the model cannot be made to say", param="choices")
-        return _score(output.logprobs[0])
+    async def _prompt_logprobs(self, prompt: engine.PromptLike, start: int) -> list[TokenLogprob]:
+        (output,) = await self._outputs(prompt, max_new_tokens=0, logprobs=0, logprob_start_len=start)
+        return output.prompt_logprobs
 
 
 class Engine:
@@ -163,8 +167,13 @@ class Engine:
         return {"text": result.text, "meta_info": meta_info(result)}
 
 
-def meta_info(delta: Delta, logprobs: Sequence[TokenLogprob] = (), sampling: Sampling | None = None) -> dict[str, Any]:
-    """SGLang's meta_info of an output, or of a stream so far; `logprobs` are all so far."""
+def meta_info(
+    delta: Delta,
+    logprobs: Sequence[TokenLogprob] = (),
+    sampling: Sampling | None = None,
+    of_prompt: Sequence[TokenLogprob] = (),
+) -> dict[str, Any]:
+    """SGLang's meta_info of an output, or of a stream so far; `logprobs` and those `of_prompt` are all so far."""
     finish = None if delta.finish_reason is None else {"type": delta.finish_reason, "matched": delta.matched}
     meta: dict[str, Any] = {
         "finish_reason": finish,
@@ -175,12 +184,10 @@ def meta_info(delta: Delta, logprobs: Sequence[TokenLogprob] = (), sampling: Sam
         "jumps": delta.jumps,
     }
     if sampling is not None and sampling.return_logprob:
-        meta["output_token_logprobs"] = [_score(item) for item in logprobs]
-        if sampling.top_logprobs_num:
-            meta["output_top_logprobs"] = [
-                [(value, token, text.decode("utf-8", "replace")) for token, value, text in item.top]
-                for item in logprobs
-            ]
+        for name, items in (("output", logprobs), ("input", of_prompt)):
+            meta[f"{name}_token_logprobs"] = [_row(item.token, item.logprob, item.text) for item in items]
+            if sampling.top_logprobs_num:
+                meta[f"{name}_top_logprobs"] = [[_row(*other) for other in item.top] or None for item in items]
     return meta
 
 
@@ -188,17 +195,32 @@ def _request(sampling: Sampling) -> dict[str, Any]:
     """The engine's parameters. Raises RequestError for what it does not have."""
     if sampling.stop_regex is not None:
         raise RequestError("the engine has no stop_regex yet", param="stop_regex", code="unsupported_value")
-    if sampling.logprob_start_len not in (None, -1):
-        text = "logprobs of the prompt are not supported by the engine yet: logprob_start_len must be -1"
-        raise RequestError(text, param="logprob_start_len", code="unsupported_value")
     given = {name: value for name in SAME_NAME if (value := getattr(sampling, name)) is not None}
     if sampling.return_logprob:
         given["logprobs"] = sampling.top_logprobs_num or 0
+        if sampling.logprob_start_len is not None:
+            given["logprob_start_len"] = sampling.logprob_start_len
     return given | {"priority": sampling.priority or 0}
 
 
+def spelling(rows: list[TokenLogprob], text: str) -> list[TokenLogprob]:
+    """The last rows, as many as it takes to spell the text."""
+    missing, first = len(text.encode()), len(rows)
+    while missing > 0 and first:
+        first -= 1
+        missing -= len(rows[first].text)
+    return rows[first:]
+
+
 def _score(item: TokenLogprob) -> TokenScore:
-    return (item.logprob, item.token, item.text.decode("utf-8", "replace"))
+    """The first token of all has no logprob, and 0 stands in."""
+    logprob, token, text = _row(item.token, item.logprob, item.text)
+    return (logprob or 0.0, token, text)
+
+
+def _row(token: int, logprob: float, text: bytes) -> tuple[float | None, int, str]:
+    """SGLang's form of a logprob."""
+    return (None if math.isnan(logprob) else logprob, token, text.decode("utf-8", "replace"))
 
 
 async def _gathered(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

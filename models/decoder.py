@@ -100,6 +100,23 @@ class Decoder:
         R rows in the order of batch.logit_rows, all T tokens where that is None. Tokens whose logits are not wanted
         go through the attention of the last layer (for their keys and values) and no further.
         """
+        hidden = self._run(batch, kv, self.weights.head.product)
+        if hidden is None:
+            return torch.empty(0, self.spec.vocab, dtype=torch.float32, device=self.device)
+        return self.logits(hidden)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
+        """As `forward`, but return what comes before the head, normed hidden states [R, hidden]; R is not 0.
+
+        For rows whose logits would take too much memory at once: `logits` may be asked for some of them.
+        """
+        hidden = self._run(batch, kv, None)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _run(self, batch: Batch, kv: KVCache, head: LinearMap | None) -> Hidden:
+        """The layers: normed hidden states [R, hidden] for `head`, plain ones without; None for no rows."""
         spec, weights, eps, ops = self.spec, self.weights, self.spec.norm.eps, self.ops
         plan = self.attention.plan(batch, kv, spec)
         table = None
@@ -114,16 +131,16 @@ class Decoder:
             x = self._attend(i, layer, hidden, batch, kv, plan, table if spec.rotates(i) else None)
             if last and batch.logit_rows is not None:
                 if not len(batch.logit_rows):  # only keys and values were wanted
-                    return x.new_empty(0, spec.vocab, dtype=torch.float32)
+                    return None
                 x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
             scale = spec.residual_scale
             hidden, residual = ops.add_norm(layer.o, x, residual, scale, layer.mlp_norm, eps, layer.gate_up)
             x = ops.gated(layer.gate_up, hidden, spec.act)
-            norm, into = weights.norm, weights.head.product
+            norm, into = weights.norm, head
             if not last:
                 norm, into = weights.layers[i + 1].attention_norm, weights.layers[i + 1].qkv
             hidden, residual = ops.add_norm(layer.down, x, residual, scale, norm, eps, into)
-        return self._logits(hidden)
+        return hidden
 
     def _attend(
         self,
@@ -141,8 +158,8 @@ class Decoder:
         queries = self.ops.heads(layer.qkv, hidden, weight, eps, table, spec, batch.kv_slots, kv.rows[index])
         return plan.run(index, queries)
 
-    def _logits(self, hidden: Hidden) -> Tensor:
-        """Normed hidden states [R, hidden] -> [R, vocab]."""
+    def logits(self, hidden: Hidden) -> Tensor:
+        """Normed hidden states [R, hidden] -> logits float32 [R, vocab]."""
         logits = self.weights.head(hidden)
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale

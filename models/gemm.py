@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_kernels import linear_kernel
+from .tuned_gemm import TunedGemms, by_torch
 
 EARLY_BYTES: Final = 32 << 20
 """With PDL, the successor of a GEMM with a weight up to this may be launched at once, else when that has been read."""
@@ -224,7 +224,7 @@ class TritonLinear:
     The other methods are for as many rows as there is a `tile` for.
     """
 
-    __slots__ = ("arrived", "bias", "choices", "dtype", "pdl_rows", "weight")
+    __slots__ = ("arrived", "bias", "choices", "dtype", "pdl_rows", "tuned", "weight")
 
     def __init__(
         self,
@@ -234,10 +234,14 @@ class TritonLinear:
         pdl_rows: int,
         dtype: torch.dtype | None = None,
         gemms: dict[tuple[int, int], Choices] = GEMMS,
+        tuned: TunedGemms | None = None,
     ) -> None:
         self.weight, self.bias, self.arrived, self.pdl_rows, self.dtype = weight, bias, arrived, pdl_rows, dtype
         outputs, inputs = weight.shape
         self.choices = gemms.get((outputs, inputs), ()) if can_multiply(weight) else ()
+        self.tuned = tuned if can_multiply(weight) else None
+        if self.tuned is not None:
+            self.tuned.register(weight, bias, dtype or weight.dtype)
 
     def tile(self, rows: int) -> Tile | None:
         """What this many rows are multiplied with, None for cuBLAS."""
@@ -247,10 +251,9 @@ class TritonLinear:
         if self.tile(len(x)) is not None:
             return self._run(x)
         assert isinstance(x, Tensor)  # who makes an Unscaled has asked for a tile
-        if self.dtype is None or self.dtype == x.dtype:
-            return F.linear(x, self.weight, self.bias)
-        y = torch.mm(x, self.weight.t(), out_dtype=self.dtype)
-        return y if self.bias is None else y + self.bias
+        dtype = self.dtype or x.dtype
+        out = None if self.tuned is None else self.tuned.multiply(x, self.weight, self.bias, dtype)
+        return by_torch(x, self.weight, self.bias, dtype) if out is None else out
 
     def gated(self, x: Tensor | Unscaled, act: str) -> Tensor:
         """act(gate) * up of the product [T, 2 * inter]; returns [T, inter]."""

@@ -124,9 +124,10 @@ class Ops(Protocol):
         residual_scale: float,
         weight: Tensor,
         eps: float,
-        into: LinearMap,
+        into: LinearMap | None,
     ) -> tuple[Hidden, Tensor]:
-        """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other."""
+        """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other.
+        Without `into` it is a Tensor."""
 
     def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
         """`act_mul` of gate_up(x)."""
@@ -136,6 +137,9 @@ class Ops(Protocol):
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the product of the language model head: float32 [T, vocab] on a GPU; see head.py for a CPU's."""
+
+    def tune_ahead(self) -> bool:
+        """Measure one more product that a prefill has; False when all were."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -253,7 +257,7 @@ class TorchOps:
         residual_scale: float,
         weight: Tensor,
         eps: float,
-        into: LinearMap,
+        into: LinearMap | None,
     ) -> tuple[Hidden, Tensor]:
         """See Ops."""
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
@@ -272,3 +276,7 @@ class TorchOps:
         if weight.device.type == "cpu" or weight.dtype == torch.float32:
             return self.linear(weight, None)
         return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    def tune_ahead(self) -> bool:
+        """See Ops."""
+        return False

@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineConfig, ModelInfo
+from ..config import EngineConfig, ModelInfo, Thoughts
 from ..errors import StartupError
 from .cache import Progress, cache_folder, locked, no_progress, publish
 from .embedded import NAME, embedded_model
 from .gguf import FORMAT, convert
 from .parsers import guess, reasoning_family, tool_family
+from .reasoning_parser import ReasoningFamily
 from .tokenizer import chat_templates
 
 HEAD_BYTES = 1 << 20
@@ -125,7 +126,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _parsers(folder: Path, config: EngineConfig) -> dict[str, Any]:
-    """ModelInfo's `tool_parser` and `reasoning_parser`: the configured ones, else what the chat template tells."""
+    """ModelInfo's `tool_parser`, `reasoning_parser`, `thoughts`: as configured, else as the chat template tells."""
     if config.tool_call_parser != "auto":
         tool_family(config.tool_call_parser)
     if config.reasoning_parser not in ("auto", "none"):
@@ -133,11 +134,25 @@ def _parsers(folder: Path, config: EngineConfig) -> dict[str, Any]:
     templates = _chat_templates(folder, config)
     default = templates.get("default", "")
     tools, reasoning = guess(templates.get("tool_use", default)).tools, guess(default).reasoning
+    family = {"auto": reasoning, "none": None}.get(config.reasoning_parser, config.reasoning_parser)
     return {
         # Whatever its template, a model may answer with the plain JSON of a call.
         "tool_parser": (tools or "json") if config.tool_call_parser == "auto" else config.tool_call_parser,
-        "reasoning_parser": {"auto": reasoning, "none": None}.get(config.reasoning_parser, config.reasoning_parser),
+        "reasoning_parser": family,
+        "thoughts": None if family is None else _thoughts(folder, config, reasoning_family(family)),
     }
+
+
+def _thoughts(folder: Path, config: EngineConfig, family: ReasoningFamily) -> Thoughts | None:
+    """The ids of a family's tags; None if one of them is no token of its own."""
+    tokenizer = Path(config.tokenizer_path).expanduser() if config.tokenizer_path else folder
+    file = tokenizer / "tokenizer.json"
+    added = _read_json(file).get("added_tokens") if file.exists() else None
+    ids = {t["content"]: t["id"] for t in added or [] if isinstance(t, dict) and {"content", "id"} <= t.keys()}
+    if not all(isinstance(ids.get(tag), int) for tag in (*family.opens, *family.closes)):
+        return None
+    opens, closes = (tuple(ids[tag] for tag in tags) for tags in (family.opens, family.closes))
+    return Thoughts(opens, closes, family.opened)
 
 
 def _chat_templates(folder: Path, config: EngineConfig) -> dict[str, str]:

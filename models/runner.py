@@ -5,7 +5,8 @@ chunk needs is computed here from host mirrors and goes up in one copy.
 Invariant: everything here can be rebuilt from what the scheduler sends.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,18 +18,21 @@ from .decoder import Decoder
 from .kv_cache import KVCache
 from .slots import SlotArrays
 
+NOTHING: Final = np.empty(0, dtype=np.int64)
+
 
 @dataclass(slots=True)
 class ChunkWork:
     """These tokens follow the first `start` ones of a slot: of its prompt, or in a slot that decodes its last token and
-    forced ones; with `draws` the last one's logits are wanted."""
+    forced ones; with `draws` the last one's logits are wanted. `targets`: given tokens whose logprobs are wanted, those
+    that follow the chunk's tokens from its `score_from`-th on."""
 
     slot: int
     start: int
     ids: np.ndarray
     draws: bool
-    scored: bool = False
-    """The logits of all the others are wanted too, which say how likely their next tokens were."""
+    score_from: int = 0
+    targets: np.ndarray = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(slots=True)
@@ -39,7 +43,8 @@ class StepLogits:
     slots: Tensor
     positions: Tensor
     scored: Tensor | None = None
-    """[n, vocab]: those of the scored chunks' tokens but the last of each, in their order."""
+    """Normed hidden states [n, hidden] of the tokens before the chunks' targets, in their order, for Decoder.logits:
+    logits of thousands of them would not fit."""
 
 
 class Runner:
@@ -97,7 +102,7 @@ class Runner:
     def mixed(self, host_rows: np.ndarray, chunks: list[ChunkWork], exact: bool) -> StepLogits:
         """Run one forward over the decoding slots `host_rows` [B] and the chunks, of other slots.
 
-        Logits are those of the decode rows, then of the chunks that draw; apart from them, of scored chunks' tokens.
+        Logits are those of the decode rows, then of the chunks that draw.
         `exact`: the host's lengths are (a CPU's).
         """
         rows = self.upload_rows(host_rows)
@@ -121,11 +126,19 @@ class Runner:
             self._add_host_lengths(batch, host_rows)
         for chunk in chunks:
             self.lengths[chunk.slot] = chunk.start + len(chunk.ids)
-        logits = self.decoder.forward(batch, self.kv)
-        drawing = len(rows) + len(slots)
-        scored = logits[drawing:] if drawing < len(logits) else None
+        drawing, scored = len(rows) + len(slots), None
+        if drawing < len(wanted):
+            hidden = self.decoder.hidden(batch, self.kv)
+            logits, scored = self._logits(hidden[:drawing]), hidden[drawing:]
+        else:
+            logits = self.decoder.forward(batch, self.kv)
         positions = torch.cat([inputs.draw_positions, draw_positions])
-        return StepLogits(logits[:drawing], torch.cat([rows, slots]), positions, scored)
+        return StepLogits(logits, torch.cat([rows, slots]), positions, scored)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if len(hidden):
+            return self.decoder.logits(hidden)
+        return torch.empty(0, self.decoder.spec.vocab, dtype=torch.float32, device=self.device)
 
     def _chunks(self, chunks: list[ChunkWork]) -> list[Chunk]:
         parts = []
@@ -146,12 +159,10 @@ class Runner:
             ids.append(c.ids)
             positions.append(place)
             kv_slots.append(pages * self.page_size + place % self.page_size)
-            if c.scored:
-                scored += range(at, at + len(c.ids) - 1)
+            scored += range(at + c.score_from, at + c.score_from + len(c.targets))
             at += len(c.ids)
             if c.draws:
                 wanted.append(at - 1)
                 draw_positions.append(c.start + len(c.ids))
-        nothing = np.empty(0, dtype=np.int64)
-        tokens = [np.concatenate([nothing, *part]).astype(np.int64) for part in (ids, positions, kv_slots)]
+        tokens = [np.concatenate([NOTHING, *part]).astype(np.int64) for part in (ids, positions, kv_slots)]
         return tokens, [np.array(part, dtype=np.int64) for part in (wanted + scored, drawing, draw_positions)]

@@ -6,18 +6,23 @@ into pinned memory behind an event, so that any number of steps can be launched 
 Invariant: steps are ready in the order of their launches; the pinned memory of a step belongs to it alone.
 """
 
+import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sampler.reference import Sampled
 from .graphs import StepGraphs
 from .runner import ChunkWork, Runner, StepLogits
+
+MOST_SCORED: Final = 128
+"""Tokens that are scored at once: their logits take 80 MB with a vocabulary of 150,000."""
 
 
 class Drawer(Protocol):
@@ -48,10 +53,11 @@ class StepRows:
     top_n: int
     top_ids: np.ndarray | None
     top_logprobs: np.ndarray | None
+    listed: np.ndarray | None
     live: np.ndarray
     """bool [launched rows]: which of them these are."""
     scores: Sampled | None
-    """Of the tokens of scored chunks but the first of each, on the host."""
+    """Of the chunks' targets, on the host."""
 
 
 class Step:
@@ -106,6 +112,7 @@ class Step:
             top_n=s.top_n,
             top_ids=part(s.top_ids) if s.top_n else None,
             top_logprobs=part(s.top_logprobs) if s.top_n else None,
+            listed=part(s.listed),
             live=live,
             scores=self.scores,
         )
@@ -140,18 +147,23 @@ class Stepper:
             if replayed is not None:
                 return self._collect(slots, replayed[0][:, : len(slots)], replayed[1])
         forward = self._forward(decoding, chunks)
+        scores = None if forward.scored is None else self._score(forward.scored, chunks)
         if not len(slots):
-            return self._collect(slots, None, None)
+            return self._collect(slots, None, None, scores)
         sampled = self.drawer.draw(forward.logits, forward.slots, forward.positions, mode, slots)
         out = torch.empty(2, len(slots), dtype=torch.int32, device=self.device)
         self.runner.slots.advance(forward.slots, forward.positions, sampled.ids, sampled.finish, out)
-        scores = None if forward.scored is None else self._score(forward.scored, chunks)
         return self._collect(slots, out, sampled, scores)
 
-    def _score(self, logits: Tensor, chunks: list[ChunkWork]) -> Sampled:
-        scored = [c for c in chunks if c.scored]
-        slots = np.repeat([c.slot for c in scored], [len(c.ids) - 1 for c in scored])
-        return self.drawer.score(logits, slots, np.concatenate([c.ids[1:] for c in scored]))
+    def _score(self, hidden: Tensor, chunks: list[ChunkWork]) -> Sampled:
+        """The logprobs of the chunks' targets, some at a time; hidden [targets, hidden]."""
+        slots = np.repeat([c.slot for c in chunks], [len(c.targets) for c in chunks])
+        targets = np.concatenate([c.targets for c in chunks])
+        parts = []
+        for at in range(0, len(targets), MOST_SCORED):
+            part = slice(at, at + MOST_SCORED)
+            parts.append(self.drawer.score(self.runner.decoder.logits(hidden[part]), slots[part], targets[part]))
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _forward(self, decoding: np.ndarray, chunks: list[ChunkWork]) -> StepLogits:
         if chunks:
@@ -178,8 +190,31 @@ class Stepper:
         return step
 
     def prepare_ahead(self) -> bool:
-        """Capture one more graph while there is time; False when all are there."""
+        """While there is time measure a product of prefills or capture a graph; False when all is done."""
+        if self.runner.decoder.ops.tune_ahead():
+            return True
         return self.graphs is not None and self.graphs.capture_next()
+
+
+def joined(parts: list[Sampled]) -> Sampled:
+    """Return the scores of some rows after another, each as wide as the widest."""
+    top_n = max(part.top_n for part in parts)
+
+    def rows(tensors: list[Tensor | None], absent: float) -> Tensor | None:
+        there = [t for t in tensors if t is not None]
+        if not there:
+            return None
+        if there[0].dim() == 1:
+            return torch.cat(there)
+        width = max(t.shape[1] for t in there)
+        given = (there[0].new_empty(len(p.ids), 0) if t is None else t for p, t in zip(parts, tensors, strict=True))
+        return torch.cat([F.pad(t, (0, width - t.shape[1]), value=absent) for t in given])
+
+    return Sampled(
+        torch.cat([part.ids for part in parts]), torch.cat([part.finish for part in parts]),
+        rows([part.logprobs for part in parts], math.nan), top_n, rows([part.top_ids for part in parts], -1),
+        rows([part.top_logprobs for part in parts], math.nan), rows([part.listed for part in parts], math.nan),
+    )  # fmt: skip
 
 
 def logprobs_to_host(sampled: Sampled, rows: int | None) -> Sampled:
@@ -187,7 +222,7 @@ def logprobs_to_host(sampled: Sampled, rows: int | None) -> Sampled:
     return Sampled(
         sampled.ids, sampled.finish,
         to_host(sampled.logprobs, rows), sampled.top_n, to_host(sampled.top_ids, rows),
-        to_host(sampled.top_logprobs, rows),
+        to_host(sampled.top_logprobs, rows), to_host(sampled.listed, rows),
     )  # fmt: skip
 
 

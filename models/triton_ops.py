@@ -18,6 +18,7 @@ from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
 from .layers import Hidden, LinearMap
 from .spec import Rope, Spec
+from .tuned_gemm import TunedGemms
 
 PDL_ROWS: Final = 16
 """Up to here kernels are launched with PDL where a token has PDL_HIDDEN numbers; more rows where it has fewer.
@@ -52,12 +53,14 @@ class TritonOps:
         gemms: dict[tuple[int, int], Choices] = GEMMS,
         fuse: bool = True,
         defer: tuple[torch.dtype, ...] = (torch.bfloat16,),
+        tuned: TunedGemms | None = None,
     ) -> None:
         self.pdl_rows = pdl_rows if has_pdl(device) else 0
         self.gemms = gemms
         self.fuse = fuse
         self.defer = defer
         self.arrived = arrivals(device)
+        self.tuned = tuned
 
     # ------------------------------------------------------------------ the kernels between GEMMs
 
@@ -139,6 +142,10 @@ class TritonOps:
             )
         return out
 
+    def tune_ahead(self) -> bool:
+        """See Ops."""
+        return self.tuned is not None and self.tuned.tune_ahead()
+
     def _launch(self, rows: int, warps: int) -> dict[str, Any]:
         """Return a kernel's options in a forward over `rows` tokens."""
         pdl = rows <= self.pdl_rows
@@ -179,7 +186,7 @@ class TritonOps:
         residual_scale: float,
         weight: Tensor,
         eps: float,
-        into: LinearMap,
+        into: LinearMap | None,
     ) -> tuple[Hidden, Tensor]:
         """See Ops."""
         ours, rows = self._fusing(linear, len(x)), len(x)
@@ -192,7 +199,7 @@ class TritonOps:
         ours = self._fusing(gate_up, len(x))
         return self.act_mul(gate_up(x), act) if ours is None else ours.gated(x, act)
 
-    def _fusing(self, linear: LinearMap, rows: int) -> TritonLinear | None:
+    def _fusing(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
         """`linear`, if it is a GEMM of ours at this many rows."""
         if self.fuse and isinstance(linear, TritonLinear) and linear.tile(rows) is not None:
             return linear
@@ -200,8 +207,8 @@ class TritonOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
-        return TritonLinear(weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms)
+        return TritonLinear(weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms, tuned=self.tuned)
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the map x -> x @ weight.T with float32 results, of weight [vocab, hidden]."""
-        return TritonLinear(weight, None, self.arrived, self.pdl_rows, torch.float32, self.gemms)
+        return TritonLinear(weight, None, self.arrived, self.pdl_rows, torch.float32, self.gemms, self.tuned)

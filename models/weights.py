@@ -6,11 +6,11 @@ blocks are kept (quantized.py), they take the place of the tensors of the same n
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import Linear, LinearMap, Ops, TorchOps
+from .ledger import CHUNK
 from .quantized import QuantizedLinear, dequantise, kernel, kind_of
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
@@ -84,8 +85,13 @@ def make_ops(config: EngineConfig, device: torch.device, spec: Spec) -> Ops:
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
     from .triton_ops import TritonOps, pdl_rows
+    from .tuned_gemm import TunedGemms
 
-    return TritonOps(device, pdl_rows(spec.hidden))
+    chunk = max(config.chunked_prefill_size or 0, 0) or CHUNK["cuda"]
+    tuned = None
+    with contextlib.suppress(OSError, RuntimeError):  # without the library's own interface torch's choices stay
+        tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
+    return TritonOps(device, pdl_rows(spec.hidden), tuned=tuned)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -278,7 +284,7 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress
         view.copy_(dequantise(blocks[name], view.shape[1]))
     missing, extra = places.keys() - blocks.keys(), []
     device = next(iter(places.values())).view.device
-    with BulkCopy(device, moved) if uses_bulk_copy(device) else nullcontext() as bulk:
+    with BulkCopy(device, moved) if uses_bulk_copy(device) else contextlib.nullcontext() as bulk:
         for name, tensor in _tensors(files):
             if name in blocks:
                 continue

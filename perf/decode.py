@@ -1,9 +1,9 @@
 """Decode steps and prefill on a GPU against the physical floor: the executor's stepper, without the engine around it.
 
 `python -m actorserve.perf.decode [--shape qwen2-7b | --model FOLDER] [--batch 1 32 128 256] [--context 1024]
-[--prefill 896] [--chunk 384] [--no-graph] [--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the
-shape unless a folder is given. A step is forward, draw and advance, at temperature 1 unless said; floors are those of
-models/floors.py.
+[--prefill 896] [--chunk 384] [--constrained] [--no-graph] [--attention-backend triton] [--trace] [--json FILE]`.
+Dummy weights of the shape unless a folder is given. A step is forward, draw and advance, at temperature 1 unless said;
+floors are those of models/floors.py.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
 from actorserve.perf.roofline import add_limit_flags, limits_of, told
 from actorserve.sampler.drawer import Drawer
+from actorserve.sampler.grammar import END, NONE
 from actorserve.sampler.params import SamplingParams
 from actorserve.sampler.state import SamplerState
 
 PAGE = 16
 FAR = 1 << 30
+STATES, CLASSES = 512, 256
+"""Of the grammar of constrained rows: those of a JSON schema with a dozen fields."""
 
 
 class Bench:
@@ -51,23 +54,26 @@ class Bench:
         self.graphs = StepGraphs(self.runner, drawer, slots) if graphs else None
         self.stepper = Stepper(self.runner, drawer, self.graphs)
         self.order = np.random.default_rng(0).permutation(slots * self.pages).astype(np.int32)
+        self.state.load_grammar(0, *endless_grammar(decoder.spec.vocab))
 
     @torch.inference_mode()
-    def seat(self, batch: int, length: int, params: SamplingParams) -> np.ndarray:
-        """Seat `batch` sequences of `length` tokens in random pages; returns their slots."""
+    def seat(self, batch: int, length: int, params: SamplingParams, grammar: int = NONE) -> np.ndarray:
+        """Seat `batch` sequences of `length` tokens in random pages, which follow a grammar; returns their slots."""
         none = np.empty(0, dtype=np.int32)
         for slot in range(batch):
             self.runner.admit(slot, self.order[slot * self.pages : (slot + 1) * self.pages], length, FAR)
-            self.state.admit(slot, params, none, none, length, 0)
+            self.state.admit(slot, params, none, none, length, 0, grammar)
         self.runner.slots.flush()
         return np.arange(batch)
 
-    def decode(self, batch: int, context: int, steps: int, params: SamplingParams, chunk: int = 0) -> dict[str, float]:
+    def decode(
+        self, batch: int, context: int, steps: int, params: SamplingParams, chunk: int = 0, grammar: int = NONE
+    ) -> dict[str, float]:
         """Time `steps` steps around `context`, each beside a prompt of `chunk` tokens if that is not 0.
 
         Returns milliseconds on the device and on the host.
         """
-        rows = self.seat(batch + bool(chunk), context - steps // 2, params)[:batch]
+        rows = self.seat(batch + bool(chunk), context - steps // 2, params, grammar)[:batch]
         chunks = [ChunkWork(batch, 0, np.arange(chunk), True)] if chunk else []
         for _ in range(3):
             self.stepper.launch(rows, chunks)
@@ -83,7 +89,9 @@ class Bench:
         return {"step_ms": first.elapsed_time(last) / steps, "host_ms": 1e3 * host / steps}
 
     def prefill(self, prompt: int, prompts: int, times: int, params: SamplingParams) -> float:
-        """Seconds of one forward over `prompts` prompts of `prompt` tokens."""
+        """Seconds of one forward over `prompts` prompts of `prompt` tokens, on an executor that had time to prepare."""
+        while self.decoder.ops.tune_ahead():
+            pass
         ids = np.random.default_rng(1).integers(0, self.decoder.spec.vocab, (prompts, prompt)).astype(np.int32)
         seconds = []
         for _ in range(times + 1):
@@ -96,9 +104,21 @@ class Bench:
         return float(np.median(seconds[1:]))
 
 
-def trace(bench: Bench, batch: int, context: int, steps: int, params: SamplingParams) -> list[tuple[str, float, float]]:
+def endless_grammar(vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tables (sampler/grammar.py) in which each state allows half the tokens and none ends the output."""
+    rng = np.random.default_rng(2)
+    token_class = rng.integers(END + 1, CLASSES, vocab).astype(np.uint16)
+    transitions = rng.integers(0, STATES, (STATES, CLASSES)).astype(np.int16)
+    transitions[rng.random(transitions.shape) < 0.5] = -1
+    transitions[:, : END + 1] = -1
+    return token_class, transitions, np.full(STATES, -1, np.int32)
+
+
+def trace(
+    bench: Bench, batch: int, context: int, steps: int, params: SamplingParams, grammar: int = NONE
+) -> list[tuple[str, float, float]]:
     """Return (kernel, launches a step, microseconds a step) of a steady window, and the idle time between kernels."""
-    rows = bench.seat(batch, context - steps // 2, params)
+    rows = bench.seat(batch, context - steps // 2, params, grammar)
     for _ in range(3):
         bench.stepper.launch(rows, [])
     torch.cuda.synchronize()
@@ -130,6 +150,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--prefill", type=int, default=0, help="also time prompts of this many tokens")
     parser.add_argument("--chunk", type=int, default=0, help="also time steps beside a prompt of this many tokens")
+    parser.add_argument("--constrained", action="store_true", help="also time steps whose rows all follow a grammar")
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="tokens in one forward")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--attention-backend", default="auto")
@@ -198,10 +219,30 @@ def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argpar
                 f"{beside['host_ms']:.3f} on the host, {times:.2f} of a step"
             )
             results["decode"][-1]["beside_chunk"] = {"tokens": args.chunk, **beside}
+        if args.constrained:
+            results["decode"][-1]["constrained"] = constrained(bench, batch, args, params)
         if args.trace:
             for name, count, us in trace(bench, batch, args.context, 8, params)[:24]:
                 print(f"    {us:>9.1f} us {count:>6.1f} x  {name[:90]}")
     return results
+
+
+def constrained(bench: Bench, batch: int, args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
+    """Time steps with and without a grammar in turn; count the copies of each."""
+    runs: dict[int, list[float]] = {NONE: [], 0: []}
+    for _ in range(2 * args.repeat + 1):
+        for grammar, times in runs.items():
+            times.append(bench.decode(batch, args.context, args.steps, params, grammar=grammar)["step_ms"])
+    free, bound = (float(np.median(times)) for times in runs.values())
+    copies = [
+        sum(count for name, count, _ in trace(bench, batch, args.context, 8, params, grammar) if "Memcpy" in name)
+        for grammar in runs
+    ]
+    print(
+        f"  constrained: {bound:.3f} ms, {bound / free:.4f} of a free step ({free:.3f} ms); copies a step: "
+        f"{copies[1]:.1f}, free {copies[0]:.1f}"
+    )
+    return {"step_ms": bound, "free_ms": free, "copies": copies[1], "free_copies": copies[0]}
 
 
 if __name__ == "__main__":

@@ -51,4 +51,4 @@ class Drawer:
 
     def score(self, logits: Tensor, host_slots: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Sampled:
         """Return given tokens, ids [rows] of the slots [rows], with the logprobs that their requests want."""
-        return score(logits, upload(ids, self.state.device), self.state.flags.logprobs[host_slots])
+        return score(logits, upload(ids, self.state.device), self.state, host_slots)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import race_kernels, rank_kernels
 from . import scan_kernels as kernels
-from .reference import Sampled, most_likely
+from .params import MAX_LISTED
+from .reference import Sampled, logprobs_of, most_likely
 from .state import INTS, SamplerState
 
 BLOCK: Final = 1024
@@ -41,6 +42,8 @@ ROUNDS: Final = 2
 """Further rounds of the race that all programs take part in, for rows whose winner was filtered out."""
 TOP_NS: Final = (0, 5, 20)
 """Numbers of most likely tokens that are computed: the next one that is enough for the batch."""
+LISTED: Final = (0, 8, MAX_LISTED)
+"""The same of tokens that requests named."""
 
 
 def splits_for(rows: int, vocab: int) -> int:
@@ -65,6 +68,8 @@ class Mode:
     """Some row has a mask from the host."""
     top_n: int
     """-1: no logprobs."""
+    listed: int
+    """Tokens that requests named, at most."""
 
 
 class FusedSampler:
@@ -102,6 +107,7 @@ class FusedSampler:
             constrained=bool(flags.constrained.any()),
             masked=bool(flags.masked.any()),
             top_n=-1 if most < 0 else next(n for n in TOP_NS if n >= most),
+            listed=next(n for n in LISTED if n >= flags.listed.max(initial=0)),
         )
 
     def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Mode) -> Sampled:
@@ -138,7 +144,7 @@ class FusedSampler:
             STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
         if mode.top_n >= 0:
-            self._add_logprobs(drawn, raw, slots, mode.top_n)
+            self._add_logprobs(drawn, raw, slots, mode)
         return drawn
 
     def _filter(
@@ -173,13 +179,15 @@ class FusedSampler:
             aboves[ROUNDS], self.drawn, vocab, stride, FAST=fast, BLOCK=BLOCK, SPLITS=splits, num_warps=WARPS,
         )  # fmt: skip
 
-    def _add_logprobs(self, drawn: Sampled, raw: Tensor, slots: Tensor, n: int) -> None:
+    def _add_logprobs(self, drawn: Sampled, raw: Tensor, slots: Tensor, mode: Mode) -> None:
         """Fill in logprobs of the raw distribution, NaN and -1 where a row did not ask."""
         asked = self.state.ints[:, INTS.index("logprobs")].index_select(0, slots)[:, None]
         logprobs = torch.log_softmax(raw, dim=-1, dtype=torch.float32)
         chosen = logprobs.gather(1, drawn.ids[:, None].to(torch.int64))
         drawn.logprobs = torch.where(asked >= 0, chosen, math.nan)[:, 0]
-        drawn.top_n = n = min(n, raw.shape[1])
+        if mode.listed:
+            drawn.listed = logprobs_of(logprobs, self.state.listed_ids[:, : mode.listed].index_select(0, slots))
+        drawn.top_n = n = min(mode.top_n, raw.shape[1])
         if n:
             ids = most_likely(logprobs, n)
             beyond = torch.arange(n, device=raw.device) >= asked

@@ -16,6 +16,7 @@ MAX_STOP_CHARS: Final = 256
 MAX_STOP_IDS: Final = 64
 MAX_BIASES: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+MAX_LISTED: Final = 128
 MIN_SEED: Final = -(1 << 63)
 MAX_SEED: Final = (1 << 63) - 1
 
@@ -43,11 +44,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     """None: no logprobs; 0: the chosen token's; n: also the n most likely tokens'."""
+    logprob_start_len: int = -1
+    """With `logprobs`: those of the prompt's tokens behind this many are wanted too; -1: none of them."""
+    token_ids_logprob: tuple[int, ...] = ()
+    """With `logprobs`: also those of these tokens, at each place."""
 
     @property
     def greedy(self) -> bool:
         """Temperature 0 (below 1e-6), or top_k 1: the most likely token, no random number."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether logprobs of the prompt's tokens are wanted."""
+        return self.logprobs is not None and self.logprob_start_len >= 0
 
     @property
     def has_penalty(self) -> bool:
@@ -78,6 +88,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise RequestError(f"at most {MAX_STOP_IDS} stop_token_ids", param="stop_token_ids")
         if any(not 0 <= t < vocab_size for t in self.stop_token_ids):
             raise RequestError(f"stop_token_ids must be between 0 and {vocab_size - 1}", param="stop_token_ids")
+        if len(self.token_ids_logprob) > MAX_LISTED:
+            raise RequestError(f"at most {MAX_LISTED} ids in token_ids_logprob", param="token_ids_logprob")
+        if any(not 0 <= t < vocab_size for t in self.token_ids_logprob):
+            raise RequestError(f"token_ids_logprob must be between 0 and {vocab_size - 1}", param="token_ids_logprob")
         if len(self.logit_bias) > MAX_BIASES:
             raise RequestError(f"at most {MAX_BIASES} entries in logit_bias", param="logit_bias")
         for token, bias in self.logit_bias.items():
@@ -106,4 +120,5 @@ _RANGES: Final = (
     ("repetition_penalty", 0, 2),
     ("seed", MIN_SEED, MAX_SEED),
     ("logprobs", 0, MAX_TOP_LOGPROBS),
+    ("logprob_start_len", -1, 1 << 31),
 )

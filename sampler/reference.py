@@ -53,6 +53,7 @@ from torch import Tensor
 
 from .race import BLOCK, race
 from .state import Flags, SamplerState
+from .upload import upload
 from .weights import race_kept
 
 STOP: Final = 1
@@ -77,6 +78,8 @@ class Sampled:
     """int32 [rows, top_n], most likely first, the lower id first among equals; -1 beyond what the row asked."""
     top_logprobs: Tensor | None = None
     """float32 [rows, top_n], NaN beyond what the row asked."""
+    listed: Tensor | None = None
+    """float32 [rows, widest]: of the tokens that the row's request named, in its order; NaN beyond."""
 
 
 @dataclass(slots=True)
@@ -140,17 +143,19 @@ def sample(
         state.count(slots.index_select(0, chosen), ids.index_select(0, chosen))
     drawn = Sampled(ids, finish)
     if (flags.logprobs >= 0).any():
-        _add_logprobs(drawn, logits, flags.logprobs)
+        _add_logprobs(drawn, logits, flags.logprobs, state.listed(slots, flags.listed))
     return drawn
 
 
-def score(logits: Tensor, ids: Tensor, wanted: npt.NDArray[np.int64]) -> Sampled:
-    """Return given tokens, ids int64 [rows], with their logprobs; wanted [rows] as in Flags.logprobs.
+def score(logits: Tensor, ids: Tensor, state: SamplerState, host_slots: npt.NDArray[np.int64]) -> Sampled:
+    """Return given tokens, ids int64 [rows], with the logprobs that the requests of the slots [rows] want.
 
     logits [rows, vocab] as in `sample`, on any device.
     """
     given = Sampled(ids, torch.zeros(len(ids), dtype=torch.uint8, device=ids.device))
-    _add_logprobs(given, logits, wanted)
+    flags = state.flags.take(host_slots)
+    listed = state.listed(upload(host_slots, state.device), flags.listed)
+    _add_logprobs(given, logits, flags.logprobs, listed)
     return given
 
 
@@ -283,8 +288,8 @@ def _on_rows(
     x.index_copy_(0, index, part)
 
 
-def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64]) -> None:
-    """Fill in the logprobs of the rows that want them."""
+def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64], listed: Tensor) -> None:
+    """Fill in the logprobs of the rows that want them; `listed` as SamplerState.listed gives it."""
     rows, vocab = logits.shape
     index = _index(wanted >= 0, logits.device)
     logprobs = torch.log_softmax(logits.index_select(0, index), dim=-1, dtype=torch.float32)
@@ -293,6 +298,9 @@ def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64])
     drawn.top_n = n = min(int(wanted.max()), vocab)
     drawn.top_ids = torch.full((rows, n), -1, dtype=torch.int32, device=logits.device)
     drawn.top_logprobs = logprobs.new_full((rows, n), math.nan)
+    if listed.shape[1]:
+        drawn.listed = logprobs.new_full(listed.shape, math.nan)
+        drawn.listed[index] = logprobs_of(logprobs, listed.index_select(0, index))
     if not n:
         return
     top_ids = most_likely(logprobs, n)
@@ -300,6 +308,11 @@ def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64])
     beyond = torch.arange(n, device=logits.device) >= asked
     drawn.top_logprobs[index] = logprobs.gather(1, top_ids).masked_fill(beyond, math.nan)
     drawn.top_ids[index] = top_ids.to(torch.int32).masked_fill(beyond, -1)
+
+
+def logprobs_of(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Return those of tokens ids int64 [rows, n], NaN where the id is -1; logprobs [rows, vocab]."""
+    return logprobs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, math.nan)
 
 
 def most_likely(values: Tensor, n: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .grammar import NONE, Grammars, Int16Array, Int32Array, UInt16Array
-from .params import MAX_BIASES, MAX_STOP_IDS, SamplingParams
+from .params import MAX_BIASES, MAX_LISTED, MAX_STOP_IDS, SamplingParams
 from .philox import row_keys
 from .race import id_terms
 from .upload import upload
@@ -60,6 +60,8 @@ class Flags:
     """Each draw has a mask from the host."""
     logprobs: npt.NDArray[np.int64]
     """-1: none wanted; n: the chosen token's and the n most likely ones'."""
+    listed: npt.NDArray[np.int64]
+    """How many tokens the request named whose logprobs it wants; 0 without logprobs."""
 
     @classmethod
     def empty(cls, slots: int) -> "Flags":
@@ -74,6 +76,7 @@ class Flags:
             constrained=np.zeros(slots, np.bool_),
             masked=np.zeros(slots, np.bool_),
             logprobs=np.full(slots, -1, np.int64),
+            listed=np.zeros(slots, np.int64),
         )
 
     def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "Flags":
@@ -88,6 +91,7 @@ class Flags:
             self.constrained[rows],
             self.masked[rows],
             self.logprobs[rows],
+            self.listed[rows],
         )
 
 
@@ -100,7 +104,7 @@ class SamplerState:
     position from which stop tokens are allowed; needs, bits; logprobs, how many, -1 none. `stop_ids` int64 [slots, n]:
     tokens that end the request, padded with -1. `id_terms` int32 [vocab]: race.id_terms. On first use: `output_counts`
     int32 and `seen` (in prompt or output) bool [slots, vocab]; `bias_ids` int64 and `bias_values` float32 [slots, n],
-    padded with id 0 and value 0.
+    padded with id 0 and value 0; `listed_ids` int64 [slots, n], tokens whose logprobs are wanted, padded with -1.
     `static` (a GPU's): all tables are there from the start, at their full width and fixed addresses, for kernels in
     CUDA graphs; bias_ids are padded with -1, and in the place of counts and seen is `marks` int16 [slots, vocab]:
     IN_PROMPT and the count in the output.
@@ -119,7 +123,7 @@ class SamplerState:
         self.static = device.type == "cuda" if static is None else static
         self._eos = tuple(i for i in eos_ids if i < vocab_size)  # others are never drawn
         self.eos_ids = torch.tensor(self._eos, dtype=torch.int64, device=device)
-        rows, biases = max_slots + 1, MAX_BIASES if self.static else 0
+        rows, biases, listed = max_slots + 1, *((MAX_BIASES, MAX_LISTED) if self.static else (0, 0))
         self.ints = torch.zeros(rows, len(INTS), dtype=torch.int64, device=device)
         self.ints[:, INTS.index("needs")] = GREEDY
         self.floats = torch.ones(rows, len(FLOATS), dtype=torch.float32, device=device)
@@ -127,6 +131,7 @@ class SamplerState:
         self.stop_ids = torch.full((rows, stops), NO_ID, dtype=torch.int64, device=device)
         self.bias_ids = torch.full((rows, biases), NO_ID if self.static else 0, dtype=torch.int64, device=device)
         self.bias_values = torch.zeros(rows, biases, dtype=torch.float32, device=device)
+        self.listed_ids = torch.full((rows, listed), NO_ID, dtype=torch.int64, device=device)
         self.marks = torch.zeros(rows, vocab_size if self.static else 0, dtype=torch.int16, device=device)
         self.output_counts: Tensor | None = None
         self.seen: Tensor | None = None
@@ -202,6 +207,10 @@ class SamplerState:
         flags.ranked[slot] = top_k > 0
         flags.min_until[slot] = min_until
         flags.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        named = [] if params.logprobs is None else list(params.token_ids_logprob)
+        if named or flags.listed[slot]:
+            self.listed_ids = _set_padded(self.listed_ids, slot, named, NO_ID)
+        flags.listed[slot] = len(named)
         needs = GREEDY * params.greedy + PENALTY * params.has_penalty + BIAS * bool(params.logit_bias)
         needs += FILTERED * bool(flags.filtered[slot])
         min_weight = int(params.min_p * (1 << WEIGHT_BITS))
@@ -260,6 +269,13 @@ class SamplerState:
         counts, seen = self._tables()
         row, token = seen.index_select(0, slots).nonzero(as_tuple=True)
         return row, token, counts[slots.index_select(0, row), token]
+
+    def listed(self, slots: Tensor, counts: npt.NDArray[np.int64]) -> Tensor:
+        """Return the tokens that the requests of `slots` [rows] named, int64 [rows, widest], padded with -1.
+
+        counts [rows]: Flags.listed of them.
+        """
+        return self.listed_ids[:, : int(counts.max(initial=0))].index_select(0, slots)
 
     def row_keys(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Return philox.row_keys(seed of the slot, position), int64 [rows]; slots and positions int64 [rows]."""

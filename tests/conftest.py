@@ -15,11 +15,22 @@ if not shutil.which("nvidia-smi"):
 FAIL_WITHOUT_MODEL = os.environ.get("CI") == "true"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before test files are imported; workers of xdist inherit it."""
+    if config.getoption("thorough"):
+        os.environ["TESTS_THOROUGH"] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the real model bears the marker `real`, so that `-m "not real"` runs without a network."""
+    """What uses the real model bears the marker `real`, so that `-m "not real"` runs without a network.
+
+    In parallel it comes first: of what takes long, nothing is left for one worker at the end.
+    """
     for item in items:
         if "smollm" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

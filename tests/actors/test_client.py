@@ -64,7 +64,7 @@ def client(lane):
 
 def chunk(rid, text="x", finish=None, count=1):
     logprob = TokenLogprob(count, -0.5, text.encode(), [])
-    return Chunk(rid, text, [count], [logprob], finish, None, 7, count, 3)
+    return Chunk(rid, text, [count], [logprob], finish, None, 7, count, 3, prompt_logprobs=[logprob])
 
 
 def say(client, *chunks):
@@ -89,6 +89,7 @@ async def test_chunks_of_an_absent_reader_are_joined(client):
     first, second = await stream.take()
     assert first.text == "".join(f"{i}," for i in range(1, count + 1))
     assert first.ids == [item.token for item in first.logprobs] == list(range(1, count + 1))
+    assert first.prompt_logprobs == first.logprobs
     assert (first.finish, first.completion_tokens) == ("stop", count)
     assert (stream.index(second), second.text, second.finish) == (1, "other", None)
 

@@ -3,8 +3,10 @@
 import json
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from itertools import chain, product
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -45,6 +47,7 @@ def engine(folder: str, **options: object) -> Any:
     return Engine.sync(folder, **SETTINGS | options)
 
 
+TEMPERATURES = (0.0, 0.9)
 LOOKING: list[dict[str, Any]] = [
     {"logprobs": 2}, {"logprobs": 0, "frequency_penalty": 0.7}, {"repetition_penalty": 1.5, "presence_penalty": 0.4}
 ]  # fmt: skip
@@ -60,31 +63,7 @@ def looked_at(running: Any, temperature: float) -> list[Any]:
         return list(pool.map(ask, range(9)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_logprobs_and_penalties_see_the_tokens_of_jumps(
-    folder: str, temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compared with drawing each token, when steps are waited for and when they run ahead."""
-    options = {"num_continuous_decode_steps": 1, "plans_in_flight": 1, "disable_jump_forward": True}
-    with engine(folder, **options) as e:
-        expected = looked_at(e, temperature)
-    for ahead in (False, True):
-        if ahead:
-            monkeypatch.setattr(executor, "Stepper", AheadStepper)
-        with engine(folder, num_continuous_decode_steps=1 + ahead) as e:
-            found = looked_at(e, temperature)
-        for one, other in zip(found, expected, strict=True):
-            assert one.ids == other.ids
-            assert [p.token for p in one.logprobs or ()] == [p.token for p in other.logprobs or ()]
-            for p, q in zip(one.logprobs or (), other.logprobs or (), strict=True):
-                assert abs(p.logprob - q.logprob) < 1e-3
-                assert [t for t, *_ in p.top] == [t for t, *_ in q.top]
-                assert all(abs(a[1] - b[1]) < 1e-3 for a, b in zip(p.top, q.top, strict=True))
-        assert all(one.jumps for i, one in enumerate(found) if i % len(GRAMMARS) in (0, 2))
-        assert sum(len(one.logprobs or ()) for one in found) > 100
-
-
-def answers(running: Any, temperature: float = 0.9) -> list[tuple[list[int], str, str, int]]:
+def answers(running: Any, temperature: float) -> list[tuple[list[int], str, str, int]]:
     def ask(i: int) -> tuple[list[int], str, str, int]:
         params = SamplingParams(temperature=temperature, seed=i, max_new_tokens=10 + 14 * (i % 6))
         o = running.generate(tiny.prompt(5 + 9 * i, seed=i), params, **GRAMMARS[i % len(GRAMMARS)])
@@ -94,44 +73,84 @@ def answers(running: Any, temperature: float = 0.9) -> list[tuple[list[int], str
         return list(pool.map(ask, range(12)))
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.9])
-def plain(folder: str, request: pytest.FixtureRequest) -> tuple[float, list[list[int]]]:
+class Plainest(NamedTuple):
+    """What the plainest way says, by TEMPERATURES: no jumps, one step a window, one window in flight."""
+
+    ids: list[list[list[int]]]
+    looked_at: list[list[Any]]
+
+
+@pytest.fixture(scope="module")
+def plainest(folder: str) -> Plainest:
     options = {"num_continuous_decode_steps": 1, "plans_in_flight": 1, "disable_jump_forward": True}
     with engine(folder, **options) as e:
-        found = answers(e, request.param)
-    for i, (_, text, reason, jumps) in enumerate(found):
+        found = [answers(e, temperature) for temperature in TEMPERATURES]
+        looked = [looked_at(e, temperature) for temperature in TEMPERATURES]
+    for i, (_, text, reason, jumps) in chain(*map(enumerate, found)):
         assert not jumps
         if reason == "stop" and not i % 4:
             assert re.fullmatch(PATTERN, text)
-    return request.param, [ids for ids, *_ in found]
+    return Plainest([[ids for ids, *_ in outputs] for outputs in found], looked)
 
 
-@pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("in_flight", [1, 2])
-@pytest.mark.parametrize("ahead", [False, True])
-def test_jumps_change_nothing(
-    folder: str, plain: Any, k: int, in_flight: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+def test_logprobs_and_penalties_see_the_tokens_of_jumps(
+    folder: str, plainest: Plainest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Compared with drawing each token, when steps are waited for and when they run ahead."""
+    for ahead in (False, True):
+        if ahead:
+            monkeypatch.setattr(executor, "Stepper", AheadStepper)
+        with engine(folder, num_continuous_decode_steps=1 + ahead) as e:
+            found = [looked_at(e, temperature) for temperature in TEMPERATURES]
+        for one, other in zip(chain(*found), chain(*plainest.looked_at), strict=True):
+            assert one.ids == other.ids
+            assert [p.token for p in one.logprobs or ()] == [p.token for p in other.logprobs or ()]
+            for p, q in zip(one.logprobs or (), other.logprobs or (), strict=True):
+                assert abs(p.logprob - q.logprob) < 1e-3
+                assert [t for t, *_ in p.top] == [t for t, *_ in q.top]
+                assert all(abs(a[1] - b[1]) < 1e-3 for a, b in zip(p.top, q.top, strict=True))
+        for outputs in found:
+            assert all(one.jumps for i, one in enumerate(outputs) if i % len(GRAMMARS) in (0, 2))
+            assert sum(len(one.logprobs or ()) for one in outputs) > 100
+
+
+WAYS = list(product((1, 4), (1, 2), (False, True)))
+"""(k, windows in flight, whether steps run ahead)"""
+SAMPLE = [(1, 1, True), (1, 2, False), (4, 1, False), (4, 2, True)]
+"""Every pair of values is among them."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "way" in metafunc.fixturenames:
+        metafunc.parametrize("way", WAYS if metafunc.config.getoption("thorough") else SAMPLE)
+
+
+def test_jumps_change_nothing(
+    folder: str, plainest: Plainest, way: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k, in_flight, ahead = way
     if ahead:
         monkeypatch.setattr(executor, "Stepper", AheadStepper)
-    temperature, expected = plain
     with engine(folder, num_continuous_decode_steps=k, plans_in_flight=in_flight) as e:
         for _ in range(2):  # with slots, pages and grammars used before, and prefixes cached
-            found = answers(e, temperature)
-            assert [ids for ids, *_ in found] == expected
-            assert any(jumps for *_, jumps in found)
+            for temperature, expected in zip(TEMPERATURES, plainest.ids, strict=True):
+                found = answers(e, temperature)
+                assert [ids for ids, *_ in found] == expected
+                assert any(jumps for *_, jumps in found)
 
 
-def test_aborts_and_retractions_while_steps_run_ahead(folder: str, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aborts_and_retractions_while_steps_run_ahead(
+    folder: str, plainest: Plainest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(executor, "Stepper", AheadStepper)
-    temperature, expected = plain
     with engine(folder, num_continuous_decode_steps=4, max_total_tokens=240, schedule_conservativeness=0.0) as e:
         for i in range(8):
             stream = iter(e.stream(tiny.prompt(9, seed=i), SamplingParams(seed=i), **GRAMMARS[i % 4]))
             if i % 3:
                 next(stream, None)
             stream.close()
-        assert [ids for ids, *_ in answers(e, temperature)] == expected
+        for temperature, expected in zip(TEMPERATURES, plainest.ids, strict=True):
+            assert [ids for ids, *_ in answers(e, temperature)] == expected
 
 
 def test_many_grammars_come_and_go(folder: str) -> None:
@@ -150,43 +169,47 @@ def test_many_grammars_come_and_go(folder: str) -> None:
         assert 0 < stats.grammar_seconds < 600
 
 
-def test_valid_says_whether_the_text_matches(folder: str) -> None:
+@pytest.fixture(scope="module")
+def running(folder: str) -> Iterator[Any]:
+    with engine(folder, num_continuous_decode_steps=1) as e:
+        yield e
+
+
+def test_valid_says_whether_the_text_matches(running: Any) -> None:
     """Cut by a limit after each token, by a stop string, by a stop token, and not at all."""
     pattern = "Hello( [a-z]{1,3}){0,4}( there)?"
-    with engine(folder, num_continuous_decode_steps=1) as e:
 
-        def ask(**options: Any) -> Any:
-            params = SamplingParams(temperature=1.0, seed=3, **options)
-            o = e.generate(tiny.prompt(9), params, regex=pattern)
-            assert o.valid == bool(re.fullmatch(pattern, o.text)), o
-            return o
+    def ask(**options: Any) -> Any:
+        params = SamplingParams(temperature=1.0, seed=3, **options)
+        o = running.generate(tiny.prompt(9), params, regex=pattern)
+        assert o.valid == bool(re.fullmatch(pattern, o.text)), o
+        return o
 
-        whole = ask(max_new_tokens=60)
-        assert whole.valid and whole.finish_reason == "stop" and len(whole.ids) > 6
-        cuts = [ask(max_new_tokens=n).valid for n in range(len(whole.ids))]
-        assert cuts[-1] and not cuts[0] and False in cuts[1:] and True in cuts[1:-1]
-        letter = whole.text[7]
-        stops = [ask(max_new_tokens=60, stop=(text,)) for text in (whole.text[5:7], letter, "llo", "ello" + letter)]
-        assert [o.finish_reason for o in stops] == ["stop"] * 4 and {o.valid for o in stops} == {True, False}
-        shown = ask(max_new_tokens=60, stop=(letter,), no_stop_trim=True)
-        assert shown.matched == letter
-        for token in whole.ids[:-1]:
-            assert ask(max_new_tokens=60, stop_token_ids=(token,)).matched == token
-        assert e.generate(tiny.prompt(9), SamplingParams(max_new_tokens=3)).valid is None
+    whole = ask(max_new_tokens=60)
+    assert whole.valid and whole.finish_reason == "stop" and len(whole.ids) > 6
+    cuts = [ask(max_new_tokens=n).valid for n in range(len(whole.ids))]
+    assert cuts[-1] and not cuts[0] and False in cuts[1:] and True in cuts[1:-1]
+    letter = whole.text[7]
+    stops = [ask(max_new_tokens=60, stop=(text,)) for text in (whole.text[5:7], letter, "llo", "ello" + letter)]
+    assert [o.finish_reason for o in stops] == ["stop"] * 4 and {o.valid for o in stops} == {True, False}
+    shown = ask(max_new_tokens=60, stop=(letter,), no_stop_trim=True)
+    assert shown.matched == letter
+    for token in whole.ids[:-1]:
+        assert ask(max_new_tokens=60, stop_token_ids=(token,)).matched == token
+    assert running.generate(tiny.prompt(9), SamplingParams(max_new_tokens=3)).valid is None
 
 
-def test_whitespace_is_the_requests(folder: str) -> None:
+def test_whitespace_is_the_requests(running: Any) -> None:
     ways: list[tuple[Any, dict[str, Any]]] = [
         (None, {}), ("spaced", {}), ("compact", {"separators": (",", ":")}), ({"indent": 2}, {"indent": 2})
     ]  # fmt: skip
-    with engine(folder) as e:
-        for policy, spelling in ways:
-            params = SamplingParams(max_new_tokens=200, temperature=1.0, seed=5)
-            o = e.generate(tiny.prompt(9), params, json_schema=SCHEMA, json_whitespace=policy)
-            assert o.finish_reason == "stop" and o.text == json.dumps(json.loads(o.text), **spelling)
-        o = e.generate(tiny.prompt(9), params, json_schema=SCHEMA, json_whitespace={"any": 2})
-        assert set(json.loads(o.text)) == {"user", "imagine"} and not re.search(r"\s{5}", o.text)
-        assert re.search(r'\s[:,}]|[{:,]\s\s|[{,:]"', o.text), "not what the other policies write"
+    for policy, spelling in ways:
+        params = SamplingParams(max_new_tokens=200, temperature=1.0, seed=5)
+        o = running.generate(tiny.prompt(9), params, json_schema=SCHEMA, json_whitespace=policy)
+        assert o.finish_reason == "stop" and o.text == json.dumps(json.loads(o.text), **spelling)
+    o = running.generate(tiny.prompt(9), params, json_schema=SCHEMA, json_whitespace={"any": 2})
+    assert set(json.loads(o.text)) == {"user", "imagine"} and not re.search(r"\s{5}", o.text)
+    assert re.search(r'\s[:,}]|[{:,]\s\s|[{,:]"', o.text), "not what the other policies write"
 
 
 def test_without_a_tokenizer_there_are_no_grammars(folder: str) -> None:

@@ -7,13 +7,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import tiny_tokenizers
 import trio
 
 from actorserve.actors import fsm as module
 from actorserve.actors.actor import Context, connect
-from actorserve.actors.constraint import Constraint
+from actorserve.actors.constraint import Constraint, Grammar
 from actorserve.actors.fsm import Cache, Fsm
 from actorserve.actors.fsm_worker import Failed, Made
 from actorserve.actors.grammar_fields import grammar_spec
@@ -28,8 +30,9 @@ from actorserve.actors.messages import (
     PeerDown,
     SchedulerInbox,
 )
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import RequestError
+from actorserve.models.tokenizer import load_tokenizer
 from actorserve.perf.blowup import LARGE, WRONG
 
 SLOW = "([a-z]{1,40} ?){0,300}x"
@@ -113,6 +116,31 @@ def test_a_pattern_comes_back_as_tables(folder: str) -> None:
                 failed = await b.answer()
                 assert isinstance(failed, CompileFailed) and (failed.handle, failed.status) == (8, 400)
                 assert re.search(wanted, failed.message) and failed.message.startswith(spec.kind)
+
+    run(main)
+
+
+def test_a_pattern_after_thoughts(folder: str) -> None:
+    """Text and a closing tag come before it, and it is compiled apart from the same pattern alone."""
+
+    async def main() -> None:
+        async with bench(folder) as b:
+            tokenizer = load_tokenizer(folder)
+            close, text = 1, tokenizer.encode("never", add_special_tokens=False)
+            spec = msgspec.structs.replace(regex("[0-9]{2}"), thoughts=Thoughts((), (close,), opened=True))
+            for handle, asked in ((1, regex("[0-9]{2}")), (2, spec)):
+                b.send(Compile(handle, asked))
+                m = await b.answer()
+                assert isinstance(m, Compiled)
+                states = len(m.canonical) // 4
+                grammar = Grammar(
+                    handle, np.frombuffer(m.token_class, np.uint16),
+                    np.frombuffer(m.transitions, np.int16).reshape(states, -1), np.frombuffer(m.canonical, np.int32),
+                )  # fmt: skip
+                state = 0
+                for token in [*text, close, *tokenizer.encode("42", add_special_tokens=False)]:
+                    state = grammar.step(state, token)
+                assert grammar.final(state) is (handle == 2)
 
     run(main)
 

@@ -98,10 +98,12 @@ class GuidedSimulation(Simulation):
 
     def drain(self) -> None:
         for _ in range(5000):
-            self.plan()
-            self.report()
+            planned, reported = self.plan(), self.report()
             self.schedule.check()
+            if not (planned or reported or self.live):
+                break
         assert not self.live, "requests are stuck"
+        assert self.schedule.pages_running == 0
 
 
 @pytest.mark.parametrize("k", [1, 8])

@@ -4,6 +4,7 @@ from array import array
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -288,7 +289,7 @@ def test_poisoned_pages_do_not_enter_the_tree() -> None:
     e = Engine()
     r = e.add(prompt_of(1, 40))
     assert e.plan()
-    number, step, rids, ids, _ = e.executor.out.popleft()
+    number, step, rids, ids, *_ = e.executor.out.popleft()
     e.schedule.report(number, step, rids, ids, np.array([3], dtype=np.uint8))
     assert r.stage is Stage.ENDED and e.schedule.tree.num_pages == 0
     e.schedule.check()
@@ -389,7 +390,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(250, 80), stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

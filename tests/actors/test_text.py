@@ -1,6 +1,7 @@
 """The text actor between a fake front and a fake scheduler, on local lanes, without processes."""
 
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tiny_tokenizers
 import trio
 
+from actorserve.actors import prompts
 from actorserve.actors.actor import Context, connect, disconnect
 from actorserve.actors.messages import (
     NO_STATS,
@@ -27,10 +29,12 @@ from actorserve.actors.messages import (
     Finish,
     FrontInbox,
     Generate,
+    GrammarSpec,
     Look,
     Order,
     PeerDown,
     PeerUp,
+    PromptLogprobs,
     Refused,
     SchedulerInbox,
     Seen,
@@ -43,9 +47,10 @@ from actorserve.actors.messages import (
     TokenPrompt,
     Tokens,
 )
+from actorserve.actors.output import MOST_ENTRIES
 from actorserve.actors.prompts import INLINE_CHARS, derived_seed
 from actorserve.actors.text import Text
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import StartupError
 from actorserve.models.tokenizer import Tokenizer, load_tokenizer
 from actorserve.sampler.params import MAX_SEED, MIN_SEED, SamplingParams
@@ -107,6 +112,7 @@ class World:
                 logprobs.get("top_n", 0),
                 view("i", logprobs.get("top_ids", [])),
                 view("f", logprobs.get("top_logprobs", [])),
+                listed=view("f", logprobs.get("listed", [])),
             )
         )
         if settle:
@@ -386,6 +392,73 @@ def test_logprobs(world: World, tokenizer: Tokenizer) -> None:
     assert [c.logprobs for c in world.chunks()] == [[]]  # the end token is not part of the text
 
 
+def test_logprobs_of_named_tokens(world: World, tokenizer: Tokenizer) -> None:
+    """In the order in which the request names them; a row may be wider than what it wants."""
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    world.ask(1, logprobs=0, token_ids_logprob=(b, a))
+    world.ask(2, logprobs=0, token_ids_logprob=(a,))
+    world.row((1, a), (2, a), logprobs=[-0.5, -0.5], listed=[-1.0, -0.5, -0.5, float("nan")])
+    first, second = world.chunks()
+    assert first.logprobs[0].listed == [(b, -1.0, b"b"), (a, -0.5, b"a")]
+    assert second.logprobs[0].listed == [(a, -0.5, b"a")]
+
+
+def prompt_rows(rid: int, ids: list[int], **more: Any) -> PromptLogprobs:
+    """Tokens of a prompt, with -1, -2, ... as logprobs."""
+    logprobs = view("f", [-1.0 - i for i in range(len(ids))])
+    tops = (more.get("top_n", 0), view("i", more.get("top_ids", [])), view("f", more.get("top_logprobs", [])))
+    return PromptLogprobs(rid, view("i", ids), logprobs, *tops, view("f", more.get("listed", [])))
+
+
+def test_logprobs_of_a_prompt(world: World, tokenizer: Tokenizer) -> None:
+    """They come before the output; the first token that was asked for has none."""
+    ids = tokenizer.encode("abcd")
+    assert len(ids) == 4
+    world.ask(1, ids, logprobs=1, logprob_start_len=1, token_ids_logprob=(7,))
+    (submit,) = world.scheduler()
+    assert (submit.params.logprob_start_len, submit.params.token_ids_logprob) == (1, (7,))
+    more = {"top_n": 2, "top_ids": [5, 6, 8, 9], "top_logprobs": [-0.5, -0.75] * 2, "listed": [-3.0, -4.0]}
+    world.sched.ref("text").post(prompt_rows(1, ids[2:], **more))
+    world.row((1, ids[0], Finish.LENGTH), logprobs=[-0.125], listed=[-5.0], settle=False)
+    world.settle()
+    (chunk,) = world.chunks()
+    first, *rest = chunk.prompt_logprobs
+    assert (first.token, first.text, first.top, first.listed) == (ids[1], b"b", [], []) and math.isnan(first.logprob)
+    assert [(p.token, p.logprob, p.text) for p in rest] == [(ids[2], -1.0, b"c"), (ids[3], -2.0, b"d")]
+    assert [[t[:2] for t in p.top] for p in rest] == [[(5, -0.5)], [(8, -0.5)]]
+    assert [[t[:2] for t in p.listed] for p in rest] == [[(7, -3.0)], [(7, -4.0)]]
+    assert chunk.logprobs[0].listed[0][:2] == (7, -5.0) and chunk.finish == "length"
+    world.sched.ref("text").post(prompt_rows(1, ids))
+    world.settle()
+    assert world.front() == [], "it has ended"
+
+
+def test_many_logprobs_of_a_prompt_come_in_several_messages(world: World) -> None:
+    """The output comes with the last of them, and no message is too large."""
+    world.ask(1, [5, 6], logprobs=3, logprob_start_len=0, token_ids_logprob=(7, 8))
+    ids = [9] * 2000
+    world.sched.ref("text").post(prompt_rows(1, ids, listed=[-1.0] * 4000))
+    world.row((1, 5, Finish.LENGTH), logprobs=[-0.125], settle=False)
+    world.settle()
+    messages = world.front()
+    chunks = [chunk for message in messages for chunk in message.chunks]
+    assert len(messages) == len(chunks) == -(-2001 * 6 // MOST_ENTRIES)
+    assert [p.token for chunk in chunks for p in chunk.prompt_logprobs] == [5, *ids]
+    assert [bool(chunk.ids) for chunk in chunks] == [chunk.finish == "length" for chunk in chunks]
+    assert [chunk.finish for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("start, params", [(3, {}), (0, {"logprobs": 20, "token_ids_logprob": tuple(range(128))})])
+def test_logprobs_that_a_prompt_cannot_have(
+    world: World, start: int, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens behind its end, or more of them than a front can hold."""
+    monkeypatch.setattr(prompts, "MOST_LOGPROBS", 3 * 149 - 1)
+    world.ask(1, [4, 5, 6], **{"logprobs": 0, "logprob_start_len": start, **params})
+    (refused,) = world.front()
+    assert (refused.status, refused.param) == (400, "logprob_start_len") and world.scheduler() == []
+
+
 def test_logprobs_cover_the_visible_text(world: World, tokenizer: Tokenizer) -> None:
     world.ask(1, logprobs=0, stop=("XY",))
     ids = tokenizer.encode("aX🦊bXY")
@@ -601,10 +674,14 @@ def test_markers_that_a_parser_reads_are_text(world: World, tokenizer: Tokenizer
 def test_whether_a_prompt_opens_thoughts(
     world: World, tokenizer: Tokenizer, opens: tuple[str, ...], thinking: bool
 ) -> None:
-    """The rendered prompt ends in "assistant" and a line end."""
+    """The rendered prompt ends in "assistant" and a line end. A grammar then begins amid thoughts."""
     chat = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
-    world.fronts["front.0"].ref("text").post(Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams()))
+    grammar = GrammarSpec("regex", "a", thoughts=Thoughts((1,), (2,)))
+    generate = Generate(1, 1, ChatPrompt(chat, opens=opens), SamplingParams(), grammar=grammar)
+    world.fronts["front.0"].ref("text").post(generate)
     world.settle()
+    (submit,) = world.scheduler()
+    assert submit.grammar == GrammarSpec("regex", "a", thoughts=Thoughts((1,), (2,), opened=thinking))
     (chunk,) = world.say(1, tokenizer.encode("a")[:1], Finish.LENGTH)
     assert chunk.thinking is thinking
 

@@ -6,6 +6,7 @@ import sys
 import grammars
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ def nodes() -> st.SearchStrategy[Node]:
     )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200, 80), deadline=None)
 @given(nodes(), st.randoms(use_true_random=False))
 def test_every_byte_agrees_with_the_reference(node: Node, rng: random.Random) -> None:
     """Random walks over the automaton and the set of partial derivatives, with all 256 bytes compared on the way."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+from examples import examples
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from syntax_walk import walk
@@ -149,7 +150,7 @@ def changed(value: Any, draw: random.Random) -> Any:
     return draw.choice([*SCALARS, [], {}, [1, "a"], {"a": 1}])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250, 100), deadline=None)
 @given(schemas, st.randoms(use_true_random=False))
 def test_texts_are_the_valid_values(schema: Schema, draw: random.Random) -> None:
     valid = validator(schema)

@@ -6,6 +6,7 @@ import warnings
 
 import grammars
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,7 +130,7 @@ def test_malformed_for_both(pattern: str) -> None:
     assert caught.value.position is not None and 0 <= caught.value.position <= len(pattern)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400, 150), deadline=None)
 @given(st.text("ab09(|)[]{},*+?.^$\\-dwsnxAZ:iP<>#=!é", max_size=10))
 def test_any_text_is_read_as_re_reads_it(pattern: str) -> None:
     try:

@@ -5,6 +5,7 @@ The fake answers each Generate by its script; a test replaces the script. Everyt
 
 import asyncio
 import contextlib
+import math
 import socket
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ import httpx
 import msgspec
 import openai
 import pytest
+from msgspec.structs import replace
 
 from actorserve.actors.actor import Actor, Context, connect, disconnect
 from actorserve.actors.messages import (
@@ -43,14 +45,17 @@ from actorserve.actors.messages import (
     TokenLogprob,
     TokenPrompt,
 )
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.http.front import HttpFront
+from actorserve.sampler.params import SamplingParams
 
 MODEL = ModelInfo(
     name="fake-model", path="/models/fake", model_type="llama", vocab_size=1000, context_length=512, eos_ids=(2,)
 )
 READING = msgspec.structs.replace(MODEL, tool_parser="hermes", reasoning_parser="qwen3")
 """Outputs are read for calls and thoughts."""
+THINKING = msgspec.structs.replace(READING, thoughts=Thoughts((900,), (901,)))
+"""Thoughts' tags are tokens, so that a grammar can begin after them."""
 STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True, 77, 8, 1, 5, 3, 2, 0.75)
 WORDS = ("Hello", " wörld", " and", " moon")
 
@@ -61,10 +66,26 @@ def logprob(token: int, text: str, top: int) -> TokenLogprob:
     return TokenLogprob(token, -token / 10, text.encode(), others)
 
 
+def with_listed(item: TokenLogprob, params: SamplingParams) -> TokenLogprob:
+    """Also those of the tokens that the request names: -token/100 behind a logprob of -token/10."""
+    return replace(item, listed=[(i, item.logprob / 10 - i / 100, b"named") for i in params.token_ids_logprob])
+
+
+def prompt_logprobs(params: SamplingParams) -> list[TokenLogprob]:
+    """Of the prompt's tokens, one a character of "<s>☕ tea", from the wanted start on."""
+    if not params.wants_prompt:
+        return []
+    texts = [b"<s>", b"\xe2\x98", b"\x95", b" te", b"a"]
+    items = [with_listed(logprob(20 + i, "", params.logprobs), params) for i in range(len(texts))]
+    items = [replace(item, text=text) for item, text in zip(items, texts, strict=True)]
+    first, *rest = items[params.logprob_start_len :]
+    return [TokenLogprob(first.token, math.nan, first.text, []), *rest]
+
+
 def chunk(rid: int, text: str, ids: list[int], done: int, finish: str | None = None, **more: object) -> Chunk:
     """A chunk after `done` tokens in all; 7 prompt tokens, 3 of them cached."""
-    fields = {"logprobs": [], "matched": None, "valid": None} | more
-    return Chunk(rid, text, ids, fields["logprobs"], finish, fields["matched"], 7, done, 3, valid=fields["valid"])
+    fields = {"logprobs": [], "matched": None} | more
+    return Chunk(rid, text, ids, fields.pop("logprobs"), finish, fields.pop("matched"), 7, done, 3, **fields)
 
 
 def words(generate: Generate) -> list[Chunks]:
@@ -73,8 +94,10 @@ def words(generate: Generate) -> list[Chunks]:
     top = generate.params.logprobs
     for i, word in enumerate(WORDS):
         last = i == len(WORDS) - 1
-        logprobs = [] if top is None else [logprob(10 + i, word, top)]
+        logprobs = [] if top is None else [with_listed(logprob(10 + i, word, top), generate.params)]
         more = {"logprobs": logprobs, "matched": 2 if last else None}
+        if not i:
+            more["prompt_logprobs"] = prompt_logprobs(generate.params)
         more["valid"] = False if last and generate.grammar is not None else None
         rids = range(generate.rid, generate.rid + generate.n)
         steps.append(Chunks([chunk(r, word, [10 + i], i + 1, "stop" if last else None, **more) for r in rids]))
@@ -253,6 +276,7 @@ def fakes() -> SimpleNamespace:
         WORDS=WORDS,
         MODEL=MODEL,
         READING=READING,
+        THINKING=THINKING,
         STATS=STATS,
         open_rig=open_rig,
         until=until,

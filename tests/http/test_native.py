@@ -106,6 +106,26 @@ async def test_logprobs(rig):
     assert [g.params.logprobs for g in rig.text.generates] == [2, 0]
 
 
+async def test_logprobs_of_prompts_and_of_named_tokens(rig):
+    wanted = {"return_logprob": True, "return_text_in_logprobs": True, "logprob_start_len": 2, "top_logprobs_num": 1}
+    body = {"text": "a", "token_ids_logprob": [7, 8]} | wanted
+    meta = (await rig.http.post("/generate", json=body)).json()["meta_info"]
+    assert meta["input_token_logprobs"] == [[None, 22, "\ufffd"], [-2.3, 23, " te"], [-2.4, 24, "a"]]
+    assert meta["input_top_logprobs"] == [None, [[-2.3, 23, "alt0"]], [[-2.4, 24, "alt0"]]]
+    first, *rest = meta["input_token_ids_logprobs"]
+    assert first is None and [[row[1:] for row in rows] for rows in rest] == [[[7, "named"], [8, "named"]]] * 2
+    assert rest[0][1][0] == pytest.approx(-0.23 - 0.08)
+    assert len(meta["output_token_ids_logprobs"]) == len(meta["output_token_logprobs"]) == 4
+    body = {"text": ["a", "b"], "return_logprob": [True, False], "token_ids_logprob": [[5], [6, 7]], "stream": True}
+    reply = await rig.http.post("/generate", json=body | {"logprob_start_len": [0, 0]})
+    last = {event["index"]: event["meta_info"] for event in frames(reply.text)[:-1]}
+    assert len(last[0]["input_token_logprobs"]) == 5 and len(last[0]["output_token_ids_logprobs"][0]) == 1
+    assert not any("logprobs" in name for name in last[1]), "they were not asked for"
+    params = [g.params for g in rig.text.generates]
+    assert [p.logprob_start_len for p in params] == [2, 0, -1]
+    assert [p.token_ids_logprob for p in params] == [(7, 8), (5,), ()]
+
+
 async def test_nan_logprob_is_null(rig, fakes):
     def script(generate):
         odd = fakes.logprob(5, "x", 0)
@@ -163,7 +183,11 @@ async def test_batch_stream_has_index(rig):
         ({"text": "a", "sampling_params": {"logit_bias": {"1000": 1}}}, "logit_bias"),
         ({"text": "a", "sampling_params": {"stop_token_ids": [1000]}}, "stop_token_ids"),
         ({"text": "a", "sampling_params": {"seed": 1 << 63}}, "seed"),
-        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "token_ids_logprob": [1000]}, "token_ids_logprob"),
+        ({"text": "a", "return_logprob": True, "token_ids_logprob": [1] * 129}, "token_ids_logprob"),
+        ({"text": "a", "return_logprob": True, "token_ids_logprob": [1, [2]]}, "token_ids_logprob"),
+        ({"text": ["a", "b"], "return_logprob": True, "token_ids_logprob": [[1]]}, "token_ids_logprob"),
         ({"text": "a", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
         ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
         ({"text": ["a", "b"], "rid": "one"}, "rid"),

@@ -346,6 +346,26 @@ async def test_completion_echo_and_logprobs(rig, client):
     assert offsets == [0, 5, 11, 15]
 
 
+async def test_echoed_logprobs(rig, client):
+    """Offsets count characters of the echo: a token that is none of its text, or half a character, is 0 long."""
+    prompt = "\N{HOT BEVERAGE} tea"
+    reply = await client.completions.create(model="fake-model", prompt=prompt, logprobs=1, echo=True)
+    whole = reply.choices[0].logprobs
+    assert reply.choices[0].text == prompt + TEXT
+    assert whole.tokens[:6] == ["<s>", r"bytes:\xe2\x98", r"bytes:\x95", " te", "a", "Hello"]
+    assert whole.token_logprobs[:6] == [None, -2.1, -2.2, -2.3, -2.4, -1.0]
+    assert whole.top_logprobs[0] is None and whole.top_logprobs[1] == {"alt0": -2.1}
+    assert whole.text_offset == [0, 0, 0, 1, 4, 5, 10, 16, 20]
+    assert rig.text.generates[0].params.logprob_start_len == 0
+    stream = await client.completions.create(model="fake-model", prompt=prompt, logprobs=1, echo=True, stream=True)
+    choices = [choice async for chunk in stream for choice in chunk.choices]
+    assert "".join(choice.text for choice in choices) == prompt + TEXT
+    assert [p for choice in choices for p in choice.logprobs.token_logprobs] == whole.token_logprobs
+    assert [o for choice in choices for o in choice.logprobs.text_offset] == whole.text_offset
+    await client.completions.create(model="fake-model", prompt=prompt, logprobs=1)
+    assert rig.text.generates[-1].params.logprob_start_len == -1
+
+
 async def test_best_of(rig, client, fakes):
     """Per token: a short likely answer is better than a long one of the same total."""
 
@@ -379,7 +399,6 @@ async def test_best_of(rig, client, fakes):
         ({"prompt": "a", "best_of": 129}, "best_of"),
         ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "a", "n": 2, "best_of": 1}, "best_of"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "a", "stop": ["x"] * 17}, "stop"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -25,6 +26,12 @@ Tokens = tuple[int, ...]
 def ids(tokens: Tokens | range | str) -> np.ndarray:
     """int32 token ids; of a string, its characters' codes."""
     return np.array([ord(t) if isinstance(t, str) else t for t in tokens], np.int32)
+
+
+def true_logprobs(tokens: Tokens, namespace: str) -> np.ndarray:
+    """float32 [n, 3]: numbers for each prefix."""
+    numbers = np.array([hash((namespace, tokens[: i + 1])) % 9973 for i in range(len(tokens))], np.float32)
+    return numbers[:, None] + np.float32(0.25) * np.arange(3, dtype=np.float32)
 
 
 class Store(PagePool):
@@ -77,6 +84,15 @@ class Engine:
             slots = self.pool.kv[match.partial_page][:partial]
             assert slots == [(namespace, tokens[: whole + i + 1]) for i in range(partial)]
         return match, path
+
+    def check_logprobs(self, tokens: Tokens, namespace: str) -> np.ndarray:
+        """What the tree knows of the tokens' logprobs: of as many as it has, and never another prefix's."""
+        found = self.tree.logprobs(ids(tokens), 3, namespace)
+        assert np.array_equal(found[:, :1], self.tree.logprobs(ids(tokens), 1, namespace), equal_nan=True)
+        assert found.dtype == np.float32 and len(found) == self.tree.match_length(ids(tokens), namespace)
+        known = ~np.isnan(found)
+        assert np.array_equal(found[known], true_logprobs(tokens, namespace)[: len(found)][known])
+        return found
 
     def read(self, pages: list[int]) -> list[Any]:
         return [slot for page in pages for slot in self.pool.kv[page]]
@@ -251,7 +267,22 @@ class RadixMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), namespace=NAMESPACES)
     def match(self, data: st.DataObject, namespace: str) -> None:
-        self.engine.match(self.draw_prompt(data), namespace)
+        tokens = self.draw_prompt(data)
+        self.engine.match(tokens, namespace)
+        self.engine.check_logprobs(tokens, namespace)
+
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def keep_logprobs(self, data: st.DataObject, namespace: str) -> None:
+        tokens = self.draw_prompt(data)
+        columns = data.draw(st.integers(1, 3))
+        chance = np.random.default_rng(data.draw(st.integers(0, 99)))
+        kept = (chance.random((len(tokens), 1)) < 0.7) & (np.arange(3) < columns)
+        values = np.where(kept, true_logprobs(tokens, namespace), np.float32(np.nan))[:, :columns]
+        before = self.engine.check_logprobs(tokens, namespace)
+        self.engine.tree.keep_logprobs(ids(tokens), values, namespace)
+        after = self.engine.check_logprobs(tokens, namespace)
+        known = kept[: len(before)] | ~np.isnan(before)
+        assert np.array_equal(~np.isnan(after), known), "as much as before, and what was given"
 
     @precondition(lambda self: self.engine.running)
     @rule(data=st.data())
@@ -319,20 +350,20 @@ class RadixMachine(RuleBasedStateMachine):
         self.engine.check()
 
 
-def machine(size: int, policy_name: str, examples: int) -> Any:
+def machine(size: int, policy_name: str, count: int) -> Any:
     class Machine(RadixMachine):
         page_size = size
         policy = policy_name
 
     case = Machine.TestCase
-    case.settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
+    case.settings = settings(max_examples=count, stateful_step_count=40, deadline=None)
     return case
 
 
-TestPages4 = machine(4, "lru", 80)
-TestPages16 = machine(16, "lru", 40)
+TestPages4 = machine(4, "lru", examples(80, 40))
+TestPages16 = machine(16, "lru", examples(40, 20))
 TestPages1 = machine(1, "lru", 20)
-TestLeastHits = machine(4, "lfu", 40)
+TestLeastHits = machine(4, "lfu", examples(40, 20))
 
 
 # ---------------------------------------------------------------------- the tricky cases, one by one
@@ -691,3 +722,20 @@ def test_long_chat_reuses_every_turn(engine: Engine) -> None:
         text = request.tokens
         engine.finish(request)
         assert engine.tree.num_pages == -(-len(text) // 4)
+
+
+def test_logprobs_move_with_their_tokens() -> None:
+    """Through a split, into the longer page that replaces a tail, and off with what is evicted."""
+    engine = Engine(page_size=4)
+    tokens = tuple(range(10))
+    engine.run(tokens)
+    engine.tree.keep_logprobs(ids(tokens), true_logprobs(tokens, ""))
+    engine.match((*tokens[:6], 99))  # splits
+    assert np.array_equal(engine.tree.logprobs(ids(tokens), 3), true_logprobs(tokens, ""))
+    assert len(engine.tree.logprobs(ids(tokens), 3, "salt")) == 0
+    longer = (*tokens, 50, 51)
+    engine.warm(longer)
+    found = engine.check_logprobs(longer, "")
+    assert np.isnan(found).all(1).tolist() == np.isnan(found).any(1).tolist() == [False] * 10 + [True] * 2
+    engine.evict(1)
+    assert len(engine.check_logprobs(longer, "")) == 8

@@ -162,7 +162,10 @@ class Layer:
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         shapes = ((q + 2 * kv, spec.hidden), (spec.hidden, q), (2 * spec.inter, spec.hidden), (spec.hidden, spec.inter))
         self.weights = [randn(*shape, seed=i, scale=shape[1] ** -0.5) for i, shape in enumerate(shapes)]
+        self.head = randn(96, spec.hidden, seed=8, scale=spec.hidden**-0.5)
         self.gain = 1 + 0.1 * randn(spec.hidden, seed=9)
+        assert spec.rope is not None
+        self.frequencies = inverse_frequencies(spec.rope).to(DEVICE)
         self.shapes = shapes
 
     def run(self, ops: TorchOps | TritonOps, x: Tensor, layers: int) -> tuple[Tensor, Tensor]:
@@ -171,12 +174,12 @@ class Layer:
         dtype = torch.float32 if wide else DTYPE
         maps = [ops.linear(w.to(dtype), None) for w in self.weights]
         qkv, o, gate_up, down = maps
-        head = ops.head(randn(96, spec.hidden, seed=8, scale=spec.hidden**-0.5).to(dtype))
+        head = ops.head(self.head.to(dtype))
         gain, residual = self.gain.to(dtype), x.to(dtype)
         cache = torch.zeros(rows, 2, spec.kv_heads, spec.head_dim, dtype=dtype, device=DEVICE)
         slots = torch.arange(rows, device=DEVICE)
         assert spec.rope is not None
-        table = ops.rotation(slots + 7, inverse_frequencies(spec.rope).to(DEVICE), spec.rope, dtype)
+        table = ops.rotation(slots + 7, self.frequencies, spec.rope, dtype)
         hidden = ops.rms_norm(residual, gain, EPS)
         for i in range(layers):
             queries = ops.heads(qkv, hidden, None, 0.0, table, spec, slots, cache).reshape(

@@ -116,7 +116,7 @@ def test_what_fits() -> None:
     assert not fits(NOBODY, [ChunkWork(1, 0, ids(32, 0), False)], largest)
     assert not fits(rows, [ChunkWork(1, 0, ids(33, 0), True)], largest)
     assert not fits(rows, [ChunkWork(1, LONGEST, ids(1, 0), True)], largest)
-    assert not fits(rows, [ChunkWork(1, 0, ids(4, 0), True, scored=True)], largest)
+    assert not fits(rows, [ChunkWork(1, 0, ids(4, 0), True, targets=ids(3, 0))], largest)
     short = [ChunkWork(1, 0, ids(1, 0), False)]
     assert fits(rows, short * MOST_CHUNKS, Bucket(4, 64)) and not fits(rows, short * (MOST_CHUNKS + 1), Bucket(4, 64))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import StartupError
 from actorserve.models import resolve
 from actorserve.models.resolve import resolve_model
@@ -103,6 +103,22 @@ def test_parsers(folder: Path, settings: dict[str, str], expected: tuple[str, st
     write(folder / "tokenizer_config.json", {"chat_template": "<tool_call> {{ thinking }} </think>"})
     info = resolved(folder, **settings)
     assert (info.tool_parser, info.reasoning_parser) == expected
+
+
+@pytest.mark.parametrize(
+    ("added", "family", "expected"),
+    [
+        ([("<think>", 90), ("</think>", 91)], "auto", Thoughts((90,), (91,))),
+        ([("<think>", 90), ("</think>", 91)], "deepseek-r1", Thoughts((90,), (91,), opened=True)),
+        ([("<think>", 90)], "auto", None),
+        ([("<think>", 90), ("</think>", 91)], "none", None),
+    ],
+)
+def test_tags_of_thoughts(folder: Path, added: list[tuple[str, int]], family: str, expected: Thoughts | None) -> None:
+    """Their ids, if each is a token."""
+    write(folder / "tokenizer_config.json", {"chat_template": "{{ thinking }} </think>"})
+    write(folder / "tokenizer.json", {"added_tokens": [{"content": text, "id": i} for text, i in added]})
+    assert resolved(folder, reasoning_parser=family).thoughts == expected
 
 
 def test_parsers_of_other_templates(folder: Path, tmp_path: Path) -> None:

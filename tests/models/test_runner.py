@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from actorserve.models.kv_cache import KVCache
-from actorserve.models.runner import ChunkWork, Runner
+from actorserve.models.runner import NOTHING, ChunkWork, Runner
 
 PAGES = 6
 """Of each of the three slots."""
@@ -32,7 +32,9 @@ class Sequence:
 
     def chunk(self, tokens: int, scored: bool = False) -> ChunkWork:
         self.done += tokens
-        return ChunkWork(self.slot, self.done - tokens, self.ids[self.done - tokens : self.done], True, scored)
+        start = self.done - tokens
+        targets = self.ids[start + 1 : self.done] if scored else NOTHING
+        return ChunkWork(self.slot, start, self.ids[start : self.done], True, targets=targets)
 
     def drawn(self) -> None:
         """The slot's next token is the one that it shall have."""
@@ -67,14 +69,16 @@ def test_kv_and_logits_after_jumps_are_those_of_a_prefill(folder: str, dtype: st
             found = runner.mixed(rows, [jumping.chunk(1 + jump, scored=True)], True)
             assert found.scored is not None and found.slots.tolist() == [1, 0] and len(found.logits) == 2
             assert found.positions.tolist()[1] == jumping.done
-            scored |= {start + i: row for i, row in enumerate(torch.cat([found.scored, found.logits[1:]]))}
+            scored |= {
+                start + i: row for i, row in enumerate(torch.cat([decoder.logits(found.scored), found.logits[1:]]))
+            }
         else:
             jumping.done += 1
             runner.decode(runner.upload_rows(rows), rows)
     plain = Sequence(runner, 2, ids)
     found = runner.mixed(np.empty(0, np.int64), [plain.chunk(jumping.done, scored=True)], True)
     assert found.scored is not None
-    logits = torch.cat([found.scored, found.logits])
+    logits = torch.cat([decoder.logits(found.scored), found.logits])
     assert jumping.done == 13 + 4 + 54 + 3 and plain.kv().abs().max() > 0.5
     torch.testing.assert_close(jumping.kv(), plain.kv(), atol=NOISE[dtype], rtol=0)
     for place, row in scored.items():
@@ -87,3 +91,22 @@ def test_a_scored_chunk_of_one_token_has_no_rows(folder: str) -> None:
     runner = Runner(decoder, KVCache(decoder.spec, PAGES + 1, 16, decoder.device, decoder.dtype), 1, PAGES)
     found = runner.mixed(np.empty(0, np.int64), [Sequence(runner, 0, [5, 6]).chunk(1, scored=True)], True)
     assert found.scored is None and found.logits.shape == (1, tiny.VOCAB)
+
+
+@torch.inference_mode()
+def test_the_tokens_behind_targets_are_scored(folder: str) -> None:
+    """From a place inside a chunk on, up to the token that follows it; with nothing drawn at all, too."""
+    decoder = tiny.load(folder, dtype="float32")
+    runner = Runner(decoder, KVCache(decoder.spec, 2 * PAGES + 1, 16, decoder.device, decoder.dtype), 2, PAGES)
+    whole, parts = (Sequence(runner, slot, tiny.prompt(30, seed=6)) for slot in range(2))
+    nobody = np.empty(0, np.int64)
+    all_rows = runner.mixed(nobody, [whole.chunk(30, scored=True)], True).scored
+    assert all_rows is not None
+    ids, found = parts.ids, list[Tensor]()
+    for start, end, score_from, last in ((0, 11, 4, 12), (11, 20, 0, 21), (20, 30, 0, 30)):
+        targets = ids[start + score_from + 1 : last]
+        work = ChunkWork(1, start, ids[start:end], False, score_from, targets)
+        step = runner.mixed(nobody, [work], True)
+        assert step.scored is not None and len(step.scored) == len(targets) and len(step.logits) == 0
+        found.append(decoder.logits(step.scored))
+    torch.testing.assert_close(torch.cat(found), decoder.logits(all_rows[4:]), atol=1e-4, rtol=0)

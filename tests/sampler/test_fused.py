@@ -69,6 +69,10 @@ class Pair:
             m = expected.top_n
             assert expected.top_ids.tolist() == got.top_ids[:n, :m].cpu().tolist()
             assert torch.allclose(expected.top_logprobs, got.top_logprobs[:n, :m].cpu(), atol=1e-4, equal_nan=True)
+        if expected.listed is not None:
+            m = expected.listed.shape[1]
+            assert torch.allclose(expected.listed, got.listed[:n, :m].cpu(), atol=1e-4, equal_nan=True)
+            assert got.listed[:n, m:].isnan().all()
 
 
 def greedy(**more: object) -> SamplingParams:
@@ -139,6 +143,7 @@ def test_everything_at_once() -> None:
             min_p=chance.choice([0.0, 0.05]), repetition_penalty=chance.choice([1.0, 1.3]), seed=i,
             frequency_penalty=chance.choice([0.0, 0.4]), logit_bias=chance.choice([{}, {9: 3.0}]),
             logprobs=chance.choice([None, 0, 3]), min_new_tokens=chance.choice([0, 60]),
+            token_ids_logprob=((), (7, 3), tuple(range(20)))[i % 3],
         )
         for i in range(12)
     ]  # fmt: skip

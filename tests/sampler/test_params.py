@@ -6,7 +6,15 @@ import msgspec
 import pytest
 
 from actorserve.errors import RequestError
-from actorserve.sampler.params import MAX_BIASES, MAX_SEED, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOP_STRINGS, MIN_SEED
+from actorserve.sampler.params import (
+    MAX_BIASES,
+    MAX_LISTED,
+    MAX_SEED,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    MAX_STOP_STRINGS,
+    MIN_SEED,
+)
 from actorserve.sampler.params import SamplingParams as P
 
 VOCAB = 100
@@ -28,7 +36,7 @@ VOCAB = 100
         {"seed": -1},
         {"seed": MIN_SEED},
         {"logprobs": 0},
-        {"logprobs": 20},
+        {"logprobs": 20, "logprob_start_len": 0, "token_ids_logprob": (VOCAB - 1,) * MAX_LISTED},
         {"stop": ("x" * MAX_STOP_CHARS,) * MAX_STOP_STRINGS, "stop_token_ids": (VOCAB - 1,) * MAX_STOP_IDS},
         {"logit_bias": {0: -100.0, VOCAB - 1: 100.0}},
     ],
@@ -51,6 +59,8 @@ def test_accepted(fields):
         ("repetition_penalty", (0.0, -1.0, 2.1)),
         ("seed", (MIN_SEED - 1, MAX_SEED + 1)),
         ("logprobs", (-1, 21)),
+        ("logprob_start_len", (-2, 1 << 40)),
+        ("token_ids_logprob", ((VOCAB,), (-1,), (1,) * (MAX_LISTED + 1))),
         ("stop", (("",), ("x",) * (MAX_STOP_STRINGS + 1), ("x" * (MAX_STOP_CHARS + 1),))),
         ("stop_token_ids", ((VOCAB,), (-1,), (1,) * (MAX_STOP_IDS + 1))),
         ("logit_bias", ({VOCAB: 1.0}, {-1: 1.0}, {1: 100.5}, {1: math.nan}, dict.fromkeys(range(MAX_BIASES + 1), 1.0))),

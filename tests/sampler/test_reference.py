@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actorserve.sampler.params import SamplingParams as P
 from actorserve.sampler.philox import MASK, row_keys
 from actorserve.sampler.race import id_terms, race
-from actorserve.sampler.reference import argmax, sample
+from actorserve.sampler.reference import argmax, sample, score
 from actorserve.sampler.state import SamplerState
 from actorserve.sampler.weights import PROBE, race_kept, threshold, weights
 
@@ -463,9 +463,29 @@ def test_logprobs_are_the_models_own(dtype):
         assert drawn.top_logprobs[i, n:].isnan().all()
 
 
+def test_logprobs_of_tokens_that_requests_name():
+    """In their order, NaN beyond; a slot forgets what an earlier request named."""
+    logits = noise(3, 300)
+    truth = torch.log_softmax(logits, -1)
+    named = [(5, 299, 5), (), (7,)]
+    batch = Batch(300, [(P(seed=i, logprobs=0, token_ids_logprob=ids), [1], []) for i, ids in enumerate(named)])
+    drawn = batch.sample(logits)
+    for row, ids in enumerate(named):
+        assert torch.equal(drawn.listed[row, : len(ids)], truth[row, list(ids)])
+        assert drawn.listed[row, len(ids) :].isnan().all()
+    given = score(logits, torch.tensor([4, 5, 6]), batch.state, np.array([0, 1, 2]))
+    assert torch.equal(given.listed[:, :1].nan_to_num(), drawn.listed[:, :1].nan_to_num())
+    assert torch.equal(given.logprobs, truth[range(3), [4, 5, 6]])
+    batch.state.admit(0, P(seed=0, logprobs=0, token_ids_logprob=(8,)), *[np.empty(0, np.int32)] * 2, 1, 0)
+    batch.state.admit(2, P(seed=0, token_ids_logprob=(8,)), *[np.empty(0, np.int32)] * 2, 1, 0)
+    listed = batch.sample(logits).listed
+    assert listed[0, 0] == truth[0, 8] and listed.isnan().tolist() == [[False], [True], [True]]
+
+
 def test_no_logprobs_unless_asked():
-    drawn = Batch(32, [(P(seed=0), [1], [])]).sample(noise(1, 32))
+    drawn = Batch(32, [(P(seed=0, token_ids_logprob=(3,)), [1], [])]).sample(noise(1, 32))
     assert (drawn.logprobs, drawn.top_n, drawn.top_ids, drawn.top_logprobs) == (None, 0, None, None)
+    assert drawn.listed is None
 
 
 def test_draws_are_counted_for_penalty_rows_only():

@@ -25,6 +25,23 @@ def next_token(tokens: list[int]) -> int:
     return h % VOCAB
 
 
+def logprob_of(before: list[int], token: int) -> float:
+    """Return the logprob of a token: it depends on every token before it too."""
+    return -float((next_token(before) * 7 + token) % 101)
+
+
+def most_likely(before: list[int], n: int) -> list[tuple[int, float]]:
+    """Return n tokens and their logprobs."""
+    return [((next_token(before) + i) % VOCAB, -i - 0.5) for i in range(n)]
+
+
+def scored(request: Request, before: list[int], token: int, columns: int) -> list[float]:
+    """Return a row of scores as PromptScores.values has them, NaN beyond what the request wants."""
+    top = most_likely(before, request.params.logprobs or 0)
+    row = [logprob_of(before, token), *(x for i, p in top for x in (p, float(i)))]
+    return row + [np.nan] * (columns - len(row))
+
+
 def draw(tokens: list[int], grammar: Grammar | None, state: int) -> tuple[int, int]:
     """Return the next token and the grammar's state after it: of what it allows, one that depends on all tokens."""
     token = next_token(tokens)
@@ -60,7 +77,7 @@ def expected(
 
 
 class SimulatedExecutor:
-    """Runs windows in order; `steps` yields (window, step, rids, ids, finish) as StepOuts do."""
+    """Runs windows in order; `out` has (window, step, rids, ids, finish, scores) as StepOuts do."""
 
     def __init__(self, num_pages: int) -> None:
         self.kv = np.full((num_pages, PAGE), -1, dtype=np.int64)
@@ -75,7 +92,7 @@ class SimulatedExecutor:
         self.stops: dict[int, tuple[int, ...]] = {}
         self.forwards = 0
         self.decoding: list[int] = []
-        self.out: deque[tuple[int, int, list[int], list[int], np.ndarray]] = deque()
+        self.out: deque[tuple[int, int, list[int], list[int], np.ndarray, np.ndarray]] = deque()
 
     def write(self, slot: int, token: int) -> None:
         at = self.length[slot]
@@ -117,12 +134,18 @@ class SimulatedExecutor:
             once = w.once if step == 0 else []
             assert not set(once) & set(self.decoding), "a row that needs a mask draws without one"
             drawing = [s for s in self.decoding if s not in jumping] + [s for s in once if s not in chunked]
+            wanted = [c.request.params.logprobs or 0 for c in w.chunks if c.scored] if step == 0 else []
+            columns, scores = 1 + 2 * max(wanted, default=0), list[list[float]]()
             for slot in drawing:
                 self.write(slot, self.last[slot])
             if step == 0:
                 for c in w.chunks:
                     for token in c.request.tokens[c.start : c.end]:
                         self.write(c.request.slot, token)
+                    for place in range(c.score_from, c.score_from + c.scored):
+                        assert c.start <= place < c.end, "a row that the chunk does not compute"
+                        before = self.read(c.request.slot)[: place + 1]
+                        scores.append(scored(c.request, before, c.request.tokens[place + 1], columns))
                     if c.draws:
                         drawing.append(c.request.slot)
                 for j in w.jumps:
@@ -142,4 +165,5 @@ class SimulatedExecutor:
             self.last.update(zip(drawing, ids, strict=True))
             self.decoding = [s for s, f in zip(drawing, finish, strict=True) if not f and s not in once]
             rids = [self.rids[s] for s in drawing]
-            self.out.append((w.number, step, rids, ids, np.array(finish, dtype=np.uint8)))
+            done = np.array(finish, dtype=np.uint8)
+            self.out.append((w.number, step, rids, ids, done, np.array(scores, dtype=np.float32).reshape(-1, columns)))

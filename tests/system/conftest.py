@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from live_server import LiveServer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def session_server(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LiveServer]":
     from live_server import live_server  # where there is no client, as on some GPU machines, other tests still run
 
@@ -21,6 +21,6 @@ def session_server(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> "It
 
 @pytest.fixture
 def server(session_server: "LiveServer") -> "Iterator[LiveServer]":
-    """A running server that all tests share; after each test its pages must add up."""
+    """A running server that the tests of all modules share; after each test its pages must add up."""
     yield session_server
     session_server.assert_pages_add_up()

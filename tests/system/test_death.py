@@ -14,10 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+import tiny_tokenizers
 from live_server import LiveServer, alive, live_server, shared_memory, wait_until
 
 from actorserve.perf.constrained import CHARACTER, WORDS
 from actorserve.perf.engines import free_port
+from actorserve.perf.shapes import shape_folder
 
 TEXT = "Once upon a time"
 
@@ -155,9 +157,22 @@ def test_a_dead_front_drops_its_connections_and_comes_back(server: LiveServer) -
     server.assert_pages_add_up()
 
 
-def test_a_dead_root_takes_all_with_it(smollm: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def short_lived(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a server that starts soon: its model is small, and its answers last for many seconds."""
+    folder = tmp_path_factory.mktemp("small")
+    fields = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 128, "vocab_size": 416, "max_position_embeddings": 100_000,
+    }  # fmt: skip
+    shape_folder("smollm2-135m", folder, [f"{name}={value}" for name, value in fields.items()])
+    tiny_tokenizers.byte_level(folder)
+    return ["--model", str(folder), "--load-format", "dummy", "--device", "cpu", "--max-total-tokens", "65536"]
+
+
+def test_a_dead_root_takes_all_with_it(short_lived: list[str], tmp_path: Path) -> None:
     before = shared_memory()
-    with live_server(tmp_path, "--model", smollm, "--max-total-tokens", "4096") as server:
+    with live_server(tmp_path, *short_lived) as server:
         pids = list(server.children().values())
         assert len(pids) == 5
         server.process.kill()
@@ -167,9 +182,9 @@ def test_a_dead_root_takes_all_with_it(smollm: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_within_three_seconds(smollm: str, tmp_path: Path, number: signal.Signals) -> None:
-    with live_server(tmp_path, "--model", smollm, "--max-total-tokens", "4096") as server:
-        stream = Stream(server, 3000)
+def test_a_signal_ends_it_within_three_seconds(short_lived: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    with live_server(tmp_path, *short_lived) as server:
+        stream = Stream(server, 60_000)
         stream.start()
         wait_until(lambda: len(stream.events) > 3, 30, "the stream runs")
         pids = list(server.children().values())
@@ -182,10 +197,10 @@ def test_a_signal_ends_it_within_three_seconds(smollm: str, tmp_path: Path, numb
         assert "[DONE]" not in stream.events
 
 
-def test_a_taken_port_is_one_line(smollm: str, tmp_path: Path) -> None:
+def test_a_taken_port_is_one_line(short_lived: list[str]) -> None:
     with socket.create_server(("127.0.0.1", free_port())) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "actorserve", "run", "--model", smollm, "--port", port]
+        command = [sys.executable, "-m", "actorserve", "run", *short_lived, "--port", port]
         out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert out.returncode == 2
     assert len(out.stderr.strip().splitlines()) == 1 and port in out.stderr

@@ -20,7 +20,7 @@ from actorserve.models.gguf import KEPT_FILE
 from actorserve.models.quantized import dequantise
 
 NEW_TOKENS = 64
-BASE = {"dtype": "float32", "placement": "inline", "max_total_tokens": 16384, "window_ms": 0.0, "cpu_threads": 2}
+BASE = {"dtype": "float32", "placement": "inline", "max_total_tokens": 16384, "window_ms": 0.0, "cpu_threads": 1}
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -35,7 +35,6 @@ def reference(smollm: str) -> Any:
     """transformers' model in float32."""
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(2)
     return AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="eager")
 
 
@@ -106,13 +105,13 @@ def test_quantized_weights_equal_transformers(smollm: str, reference: Any) -> No
         {"chunked_prefill_size": 64, "num_continuous_decode_steps": 16},
         {"chunked_prefill_size": 0, "num_continuous_decode_steps": 16, "disable_radix_cache": True},
         {"chunked_prefill_size": 64, "max_running_requests": 5, "schedule_policy": "fcfs"},
-        {"chunked_prefill_size": 16, "max_total_tokens": 1200, "schedule_conservativeness": 0.1},
+        {"chunked_prefill_size": 16, "max_total_tokens": 720, "schedule_conservativeness": 0.1},
         {"placement": "process", "num_continuous_decode_steps": 4},
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
 )
-def test_the_same_in_every_way(smollm: str, plain: list[list[int]], options: dict[str, object]) -> None:
-    picked = list(range(0, len(PROMPTS), 3))
+def test_the_same_in_every_way(smollm: str, plain: list[list[int]], options: dict[str, object], thorough: bool) -> None:
+    picked = range(0, len(PROMPTS), 1 if thorough else 5)
     assert generate(smollm, [PROMPTS[i] for i in picked], **options) == [plain[i] for i in picked]
 
 

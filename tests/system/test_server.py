@@ -2,8 +2,9 @@
 
 import itertools
 import json
+import math
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import jsonschema
@@ -70,6 +71,41 @@ def test_logprobs_have_the_chosen_token_on_top_when_greedy(server: LiveServer) -
         assert len(t.top_logprobs) == 3
         assert t.top_logprobs[0].token == t.token
         assert 0 >= t.logprob == pytest.approx(t.top_logprobs[0].logprob)
+
+
+def test_logprobs_of_a_prompt_are_the_same_everywhere(server: LiveServer) -> None:
+    """/generate, computed and from the cache; a completion that echoes; /v1/score. Equal to transformers' elsewhere."""
+    text = "The quick brown fox jumps over the lazy dog. \N{HOT BEVERAGE} The quick brown fox"
+    none = {"max_new_tokens": 0}
+    wanted = {"return_logprob": True, "logprob_start_len": 0, "return_text_in_logprobs": True}
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        body = {"text": [text, text[:60]], "sampling_params": none, **wanted}
+        metas = [[reply["meta_info"] for reply in http.post("/generate", json=body).json()] for _ in range(2)]
+        ids = [row[1] for row in metas[0][0]["input_token_logprobs"]]
+        body = {"text": text, "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "token_ids_logprob": ids[:3]}
+        named = http.post("/generate", json=body | {"return_logprob": True}).json()["meta_info"]
+        body = {"query": text[:30], "items": [text[30:], text[30:40]], "label_token_ids": ids[:3]}
+        scores = http.post("/v1/score", json=body).json()["scores"]
+    for cold, warm in zip(*metas, strict=True):
+        assert warm["cached_tokens"] == warm["prompt_tokens"] - 1 == len(warm["input_token_logprobs"]) - 1
+        assert [row[1:] for row in cold["input_token_logprobs"]] == [row[1:] for row in warm["input_token_logprobs"]]
+        logprobs = [logprobs_of(meta) for meta in (cold, warm)]
+        assert logprobs[0][0] is None is logprobs[1][0]
+        assert logprobs[0][1:] == pytest.approx(logprobs[1][1:], abs=1e-4)
+    with server.client() as client:
+        reply = client.completions.create(model="", prompt=text, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = reply.choices
+    assert choice.text == text and choice.logprobs is not None
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(logprobs_of(metas[0][0])[1:], abs=1e-4)
+    offsets = choice.logprobs.text_offset
+    assert offsets == sorted(offsets) and text[offsets[3] :].startswith(choice.logprobs.tokens[3])
+    (rows,) = named["output_token_ids_logprobs"]
+    assert [row[1] for row in rows] == ids[:3]
+    assert scores[0] == pytest.approx([math.exp(row[0]) for row in rows], abs=1e-4)
+
+
+def logprobs_of(meta: dict[str, Any]) -> list[float | None]:
+    return [row[0] for row in meta["input_token_logprobs"]]
 
 
 def test_completions_and_token_prompts(server: LiveServer) -> None:
