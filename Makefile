@@ -20,7 +20,7 @@ DEV_EXTRA := $(if $(GPU),[dev$(comma)gpu],[dev])
 TORCH_VERSION := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help run test lint types fmt perf size clean
+.PHONY: help run test chaos lint types fmt perf size clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' Makefile
 
@@ -32,6 +32,9 @@ test: $(VENV)/installed-dev ## the whole test suite; ARGS="tests/kvstore -q" for
 	@if test -n "$(ARGS)"; then $(BIN)/python -m pytest $(ARGS); else \
 		$(BIN)/python -m pytest -q -n auto --dist worksteal tests $(addprefix --ignore=tests/,$(QUIET)) && \
 		$(BIN)/python -m pytest -q $(addprefix tests/,$(QUIET)); fi
+
+chaos: $(VENV)/installed-dev ## actors die under live streams, hundreds of times; random tests of the scheduler at full length
+	@$(BIN)/python -m pytest -q -s --thorough tests/system/test_chaos.py tests/actors/test_stub_world.py $(ARGS)
 
 lint: types ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """The command `actorserve`: parses, runs, and turns every way to end into an exit code.
 
-0: done, or stopped as asked. 1: the engine died and gave up, a plan does not fit, doctor found what fails, a request of
-bench failed. 2: it cannot be done so (a bad flag, model, port or address); one line says why. 128 + signal: a signal
-ended it at once. Invariant: a mistake of the user never shows a traceback.
+0: done, or stopped as asked. 1: the engine died and gave up, a plan does not fit, doctor found what fails, requests of
+bench failed, or those of a batch were refused. 2: it cannot be done so (a bad flag, model, port or address); one line
+says why. 128 + signal: a signal ended it at once. Invariant: a mistake of the user never shows a traceback.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .complete import EXAMPLES as COMPLETE_EXAMPLES
 from .complete import add_complete_flags, complete
 from .doctor import add_doctor_flags, doctor
 from .errors import ActorserveError
-from .flags import USAGE_ERROR, Formatter, Parser, add_config_flags, config_from
+from .flags import USAGE_ERROR, Formatter, Parser, add_batch_flags, add_config_flags, config_from
 from .plan import add_plan_flags, plan
 
 EXAMPLES = """examples:
@@ -29,6 +29,12 @@ EXAMPLES = """examples:
   actorserve bench --max-concurrency 8        put load on the server and measure it
   actorserve doctor                           what this machine has, and which paths are taken on it
   actorserve plan --model DIR --gpu h200      does it fit, with how many requests, how fast at best
+  actorserve batch -i IN.jsonl -o OUT.jsonl   answer a file of requests, and go on where it was stopped
+"""
+BATCH = """Answer a file of requests and end. Each line of INPUT is a JSON object, as in OpenAI's batches:
+  {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
+OUTPUT gets a line for each as it is answered. What it answers already is not asked again: after a
+crash or Ctrl-C, the same command goes on. Exit code 1: some lines were refused; their answers say why.
 """
 INTERRUPTED = 130
 
@@ -73,6 +79,10 @@ def _run(arguments: Sequence[str]) -> int:
             return doctor(parsed, config_from(parsed, own))
         case "plan":
             return plan(parsed, config_from(parsed, own), own)
+        case "batch":
+            from .batch import batch
+
+            return batch(parsed, config_from(parsed, own), own)
         case "version":
             print(f"actorserve {__version__}")
             return 0
@@ -164,6 +174,13 @@ def build_parsers() -> tuple[Parser, Parser]:
         "where a GPU's memory would go, how many requests fit, how fast it can be at best",
         "Plan a GPU's memory. Takes the flags of `actorserve run`; needs no GPU.",
         add_plan_flags,
+    )
+    add(
+        "batch",
+        "-i INPUT -o OUTPUT [flags of run]",
+        "answer a file of requests without a server; goes on where it was stopped",
+        BATCH,
+        add_batch_flags,
     )
     commands.add_parser("version", prog="actorserve version", help="print the version", allow_abbrev=False)
     return parser, run

@@ -31,9 +31,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, Meta(description="how it marks its thoughts: qwen3, deepseek-r1, ...; none; auto: by its template")
     ] = "auto"
     load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy"],
-        Meta(description="dummy: random weights of config.json's shape"),
+        Literal["auto", "safetensors", "gguf", "dummy", "stub"],
+        Meta(description="dummy: random weights of config.json's shape; stub: no model, tokens by a hash, for tests"),
     ] = "auto"
+    stub_step_ms: Annotated[float, Meta(ge=0, description="with --load-format stub: time of a step")] = 1.0
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(
@@ -55,6 +56,29 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 30000
     max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
     max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    api_key: Annotated[str | None, Meta(description="key that every request must bring, but those for health")] = None
+    api_key_file: Annotated[
+        str | None,
+        Meta(description="TOML file of [[keys]]: name, key, tokens_per_minute, weight, ..."),
+    ] = None
+    cors_origins: Annotated[
+        str | None, Meta(description="web pages that may call the server: origins with commas between, or *")
+    ] = None
+    ssl_certfile: Annotated[str | None, Meta(description="certificate chain (PEM): serve https")] = None
+    ssl_keyfile: Annotated[str | None, Meta(description="its private key (PEM), if in a file of its own")] = None
+    ssl_ca_certs: Annotated[
+        str | None,
+        Meta(description="certificates (PEM) by which clients' own must be signed; default: they need none"),
+    ] = None
+    root_path: Annotated[str, Meta(description="path under which a proxy has the server, e.g. /llm")] = ""
+    access_log: Annotated[str | None, Meta(description="file for a JSON line a request; - is stdout")] = None
+    resumable_streams: Annotated[
+        bool, Meta(description="every stream can be resumed for 60 s by Last-Event-ID, not just those that ask for it")
+    ] = False
+    data_dir: Annotated[
+        str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
+    ] = None
+    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
@@ -121,8 +145,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["process", "inline"], Meta(description="process: one process per actor; inline: all actors in one loop")
     ] = "process"
     hang_seconds: Annotated[
-        float, Meta(gt=0, description="an actor with mail that takes none for this long is restarted")
+        float, Meta(gt=0, description="an actor that does not react, or computes no step, for this long is restarted")
     ] = 60.0
+    max_restarts: Annotated[
+        int, Meta(ge=0, description="deaths of one actor in a minute after which the engine gives up")
+    ] = 3
+    drain_timeout: Annotated[
+        float, Meta(ge=0, description="seconds that running requests have to end after SIGTERM; Ctrl-C waits for none")
+    ] = 10.0
 
     @property
     def page_size(self) -> int:

@@ -297,10 +297,10 @@ def _kernels(config: EngineConfig, device: str) -> Iterator[Finding]:
                 "ok", "kernels", f"Triton {version} with {find_compiler()}; the sampler is one of its kernels"
             )
         return
-    from .models.quantized import kernel
+    from .models.cpu_kernels import kernels
 
     try:
-        kernel()
+        kernels()
     except StartupError as error:
         text = f"{error.message}: GGUF's quantized weights will be dequantised, which is slower"
         yield Finding("fail" if config.quantization == "gguf" else "warn", "kernels", text)

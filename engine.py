@@ -112,6 +112,8 @@ class Engine:
     async def _attend(self, root: Root) -> None:
         with suppress(Detached):  # the lifeline has the reason
             await drive(Attachment(root.guest, self._join, FrontInbox))
+        if self._guest is not None:
+            self._guest.client.fail_all(EngineDown("the engine ended while it worked on the request"))
 
     def _join(self, context: Context) -> Actor:
         self._guest = _Guest(context, self._notify)

@@ -57,6 +57,14 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, **_settings(field))
 
 
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `actorserve batch` and those of `actorserve run`."""
+    group = parser.add_argument_group("batch")
+    group.add_argument("-i", "--input", required=True, metavar="FILE", help="requests, a line each")
+    group.add_argument("-o", "--output", required=True, metavar="FILE", help="answers, a line each; is added to")
+    add_config_flags(parser)
+
+
 def config_from(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -> EngineConfig:
     """The EngineConfig of the flags given; a value out of range ends the program as any bad flag does."""
     given = {name: value for name, value in vars(parsed).items() if name in EngineConfig.__struct_fields__}

@@ -71,7 +71,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.socket, display: Display) -> int:
     """Run the engine until a signal, or until it gives up."""
-    banner = greeting(model, base_url(config.host, listener))
+    banner = greeting(model, base_url(config.host, listener, "https" if config.ssl_certfile else "http"))
 
     def on_event(kind: str, node: str, detail: str, fraction: float) -> None:
         display.event(kind, node, detail, fraction)
@@ -90,7 +90,7 @@ async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.so
                 code = 128 + number
                 nursery.cancel_scope.cancel(reason="a second signal")
             supervisor_told.set()
-            supervisor.request_stop()
+            supervisor.request_stop(config.drain_timeout if number == signal.SIGTERM else 0.0)
 
     supervisor_told = trio.Event()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -106,11 +106,11 @@ async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.so
     return code
 
 
-def base_url(host: str, listener: socket.socket) -> str:
+def base_url(host: str, listener: socket.socket, scheme: str = "http") -> str:
     """The URL to paste on this machine; a wildcard address becomes the loopback's."""
     name = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     port = listener.getsockname()[1]
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}"
 
 
 def greeting(model: ModelInfo, url: str) -> str:

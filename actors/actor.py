@@ -47,6 +47,8 @@ class Context:
         self.log = logging.getLogger(f"actorserve.{name}")
         self.reporter: Callable[[str, float], None] | None = None
         """Where `report` goes; set by the node."""
+        self.accuser: Callable[[str, str], None] | None = None
+        """Where `accuse` goes; set by the node."""
         self._nursery: trio.Nursery | None = None
         self._refs = {peer: Ref(peer, self.inbox) for peer in sends_to}
         self._actors: dict[str, Actor] = {}
@@ -80,6 +82,11 @@ class Context:
         """`progress` for code that is not async; from any thread."""
         if self.reporter is not None:
             self.reporter(stage, fraction)
+
+    def accuse(self, peer: str, detail: str) -> None:
+        """Tell the supervisor that a peer is stuck: it is killed, as far as that can be done, and PeerDown follows."""
+        if self.accuser is not None:
+            self.accuser(peer, detail)
 
     # ------------------------------------------------------------------ for the node
 

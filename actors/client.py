@@ -2,6 +2,7 @@
 
 It gives out request ids, limits how many requests live at once, and sorts what the text actor answers into streams.
 It belongs to one event loop and has no tasks of its own: the owner feeds `receive` from its inbox.
+When the text actor dies, its successor is asked for the rest of every output, and readers see a pause.
 Invariant: every request that was submitted ends exactly once, by its final chunk, by an error, or by `cancel`;
 until then, and no longer, its id is in the table. A reader that is slow finds its chunks joined; it blocks nobody.
 """
@@ -10,13 +11,14 @@ import asyncio
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final, Protocol, Self, assert_never
 
 import anyio
+from msgspec.structs import replace
 
 from ..config import EngineConfig, ModelInfo
 from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
@@ -27,6 +29,10 @@ from .ref import Gone
 
 INDEX_SHIFT: Final = 40
 EPOCH_SHIFT: Final = 32
+MAX_DEATHS: Final = 3
+GUILTY_NS: Final = 3_000_000_000
+"""Who was asked for longer ago when the text actor died is not the cause."""
+TEXT_DIED: Final = f"the text actor died {MAX_DEATHS} times soon after it got this request; it is not tried again"
 JOIN_EVERY: Final = 64
 """A stalled reader's chunks are joined in blocks of this many: memory stays near the text's own size."""
 
@@ -79,6 +85,32 @@ class Choice:
     last: messages.Chunk | None = None
     name: str = ""
     """What the client calls it, for `abort`."""
+    ids: "array[int]" = field(default_factory=lambda: array("i"))
+    """Tokens received, int32."""
+    chars: int = 0
+    logprobs: int = 0
+    """Received so far, as the tokens."""
+    prompt_logprobs: int = 0
+    aborted: bool = False
+    asked_ns: int = 0
+    """When the present text actor was asked."""
+    deaths: int = 0
+    """Of text actors in a row, soon after they were asked and before a chunk came."""
+
+    def received(self, chunk: messages.Chunk) -> None:
+        """Count a chunk's content."""
+        self.ids.extend(chunk.ids)
+        self.chars += len(chunk.text)
+        self.logprobs += len(chunk.logprobs)
+        self.prompt_logprobs += len(chunk.prompt_logprobs)
+        self.last = chunk
+        self.deaths = 0
+
+    def resumed(self) -> messages.Resumed:
+        """What a new text actor must know of it."""
+        cached, forced, jumps = (c.cached_tokens, c.forced_tokens, c.jumps) if (c := self.last) else (0, 0, 0)
+        ids = memoryview(self.ids.tobytes())
+        return messages.Resumed(self.rid, ids, self.chars, self.logprobs, cached, forced, jumps, self.prompt_logprobs)
 
 
 class Stream:
@@ -88,16 +120,22 @@ class Stream:
     by one. Both end after each choice's final chunk, or raise what ended the request, after the chunks before it.
     """
 
-    __slots__ = ("_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "rid")
+    __slots__ = (
+        "_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "priority",
+        "requests", "rid",
+    )  # fmt: skip
 
-    def __init__(self, client: "Client", rid: int, counts: Sequence[int]) -> None:
+    def __init__(self, client: "Client", rid: int, counts: Sequence[int], priority: int = 0) -> None:
         """`counts`: the number of choices of each prompt; their ids are `rid` and those that follow."""
         now = time.monotonic_ns()
         count = sum(counts)
+        self.requests: list[messages.Generate] = []
+        """What was asked, prompt by prompt."""
         self.rid = rid
+        self.priority = priority
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
-        self.choices = [Choice(rid + i, self, [], now) for i in range(count)]
+        self.choices = [Choice(rid + i, self, [], now, asked_ns=now) for i in range(count)]
         self.open = count
         """Choices whose final chunk has not arrived; 0 also once the stream was cancelled or failed."""
         self._client = client
@@ -212,12 +250,14 @@ class Client:
         """Streams whose reader was garbage collected, on whatever thread; cancelled when the next output comes."""
         self.new_wakeup = new_wakeup
         self._text = text
+        self._text_died = False
+        """And is not back yet."""
         self._limit = config.max_queued_requests
         self._vocab_size = model.vocab_size
         self._on_end = on_end
         # A restarted front must not reuse an id that the scheduler still knows from the life before.
         self._next_rid = index << INDEX_SHIFT | (epoch & 0xFF) << EPOCH_SHIFT
-        self.questions = Questions(text.post, new_wakeup, lambda: self._take_rids(1))
+        self.questions = Questions(self._post, new_wakeup, lambda: self._take_rids(1))
 
     def submit(
         self,
@@ -231,20 +271,35 @@ class Client:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
         return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
 
-    def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
-        """Ask for continuations of several prompts, read as one stream.
+    def submit_all(
+        self,
+        submissions: Sequence[Submission],
+        cache_salt: str = "",
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+    ) -> Stream:
+        """Ask for continuations of several prompts, read as one stream. Waiting tenants take turns by their weight.
 
-        Raises RequestError for bad parameters, Overloaded above the limit or while draining, EngineDown without a
-        text actor. Then nothing of it runs.
+        Raises RequestError for bad parameters, Overloaded above the limit or while draining, EngineDown before there
+        is a text actor; then nothing of it runs. While one is restarted the request waits for it.
         """
         for submission in submissions:
             submission.params.check(self._vocab_size)
         count = sum(s.n for s in submissions)
         self._check_room(count)
-        stream = Stream(self, self._take_rids(count), [s.n for s in submissions])
+        stream = Stream(self, self._take_rids(count), [s.n for s in submissions], priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
+        arrival = stream.choices[0].arrival_ns
+        for (rid, n), s in zip(stream.groups, submissions, strict=True):
+            stream.requests.append(
+                messages.Generate(
+                    rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar, tenant=tenant, weight=weight
+                )
+            )
         try:
-            self._post_all(stream, submissions, cache_salt, priority)
+            for asked in stream.requests:
+                self._post(asked)
         except Gone:
             self.forget(stream)
             raise EngineDown("the engine is starting or restarting; try again") from None
@@ -264,12 +319,12 @@ class Client:
                 self.stats = message
             case messages.PeerDown(name=name):
                 if name == "text":
-                    self.stats = None
-                    self.fail_all(EngineDown("a part of the engine stopped while it worked on the request; try again"))
+                    self._text_down()
             case messages.Drain():
                 self.draining = True
-            case messages.PeerUp():
-                pass  # the Ref knows, and the text actor sends Stats at once
+            case messages.PeerUp(name=name):
+                if name == "text" and self._text_died:
+                    self._ask_again()
             case _:
                 assert_never(message)
 
@@ -281,11 +336,15 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
-    def abort(self, name: str | None) -> None:
-        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort"."""
+    def abort(self, name: str | None, among: Collection[Stream] | None = None) -> None:
+        """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort".
+
+        `among`: only those of these streams.
+        """
         for choice in self.table.values():
-            if name is None or choice.name == name:
-                with suppress(Gone):
+            if (name is None or choice.name == name) and (among is None or choice.stream in among):
+                choice.aborted = True
+                with suppress(Gone):  # it is said again when there is a text actor
                     self._text.post(messages.Abort(choice.rid))
 
     def fail_all(self, error: ActorserveError) -> None:
@@ -299,12 +358,54 @@ class Client:
     def reason_down(self) -> str | None:
         """Return why requests cannot be served now, or None."""
         if not self._text.up:
-            return "the text actor is not up"
+            return "the text actor is down"
         if self.stats is None:
             return "the scheduler has not reported yet"
-        if not self.stats.executor_up:
-            return "the scheduler or the executor is not up"
+        if self.stats.down or not self.stats.executor_up:
+            return self.stats.down or "the executor is not up"
         return None
+
+    def busy(self, priority: int) -> bool:
+        """Whether a request above this priority is in the engine."""
+        return any(choice.stream.priority > priority for choice in self.table.values())
+
+    def _post(self, message: messages.Message) -> None:
+        """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one."""
+        if not self._text_died:
+            self._text.post(message)
+
+    def _text_down(self) -> None:
+        """All wait for the next text actor, but those that may be what it dies of."""
+        self.stats = None
+        self._text_died = True
+        given_up, now = [], time.monotonic_ns()
+        for choice in self.table.values():
+            choice.deaths = choice.deaths + 1 if now - choice.asked_ns < GUILTY_NS else 0
+            if choice.deaths >= MAX_DEATHS:
+                given_up.append(choice.stream)
+        for stream in given_up:
+            stream.cancel(EngineDown(TEXT_DIED, code="text_crashed"))
+
+    def _ask_again(self) -> None:
+        """Ask a new text actor for the rest of everything."""
+        self._text_died = False
+        live = {id(choice.stream): choice.stream for choice in self.table.values()}
+        with suppress(Gone):  # it died again, and PeerDown follows
+            for stream in live.values():
+                for asked in stream.requests:
+                    self._text.post(self._rest_of(asked))
+            now = time.monotonic_ns()
+            for choice in self.table.values():
+                choice.asked_ns = now
+                if choice.aborted:
+                    self._text.post(messages.Abort(choice.rid))
+            self.questions.ask_again()
+
+    def _rest_of(self, asked: messages.Generate) -> messages.Generate:
+        choices = [self.table.get(rid) for rid in range(asked.rid, asked.rid + asked.n)]
+        if all(choice is not None and choice.last is None for choice in choices):
+            return asked
+        return replace(asked, resumed=[choice.resumed() for choice in choices if choice is not None])
 
     def _take_rids(self, count: int) -> int:
         """Return the first of that many ids."""
@@ -320,11 +421,6 @@ class Client:
         if len(self.table) + count > self._limit:
             raise Overloaded(f"{len(self.table)} requests are in the engine, the most is {self._limit}; try again")
 
-    def _post_all(self, stream: Stream, submissions: Sequence[Submission], salt: str, priority: int) -> None:
-        arrival = stream.choices[0].arrival_ns
-        for (rid, n), s in zip(stream.groups, submissions, strict=True):
-            self._text.post(messages.Generate(rid, n, s.prompt, s.params, salt, priority, arrival, s.grammar))
-
     def _deliver(self, chunks: list[messages.Chunk]) -> None:
         while self.orphans:
             self.orphans.popleft().cancel()
@@ -336,7 +432,7 @@ class Client:
             if not choice.first_ns and chunk.ids:
                 choice.first_ns = now
             choice.last_ns = now
-            choice.last = chunk
+            choice.received(chunk)
             if chunk.finish is not None:
                 del self.table[chunk.rid]
                 if self._on_end is not None:

@@ -4,8 +4,8 @@ One SOCK_SEQPACKET socket pair per incarnation of a node, one message per datagr
 SCM_RIGHTS. It is apart from the lanes, so control never queues behind data. Invariant: a message arrives whole and in
 order or the other side is gone; its descriptors belong to the receiver.
 
-    node  --Hello-->  --Progress*-->  --Ready-->  ...  --Corrupt, Failed, Stopped-->  supervisor
-    node  <--Boot--                   <--Wire, Down, DrainUntil*--   <--Stop--        supervisor
+    node  --Hello-->  --Progress*-->  --Ready-->  ...  --Pong*, Stuck, Corrupt, Failed, Stopped-->  supervisor
+    node  <--Boot--                   <--Wire, Down, Ping*, DrainUntil--   <--Stop--                supervisor
 """
 
 import contextlib
@@ -90,6 +90,10 @@ class Stop(ControlMessage, frozen=True, tag=5):
     grace: float
 
 
+class Ping(ControlMessage, frozen=True, tag=6):
+    """Does the node's loop still turn? Answered by Pong at once."""
+
+
 # ------------------------------------------------------------------ node -> supervisor
 
 
@@ -133,8 +137,20 @@ class Stopped(ControlMessage, frozen=True, tag=15):
     """The orderly end."""
 
 
-ToNode: TypeAlias = Boot | Wire | Down | DrainUntil | Stop
-ToSupervisor: TypeAlias = Hello | Progress | Ready | Failed | Corrupt | Stopped
+class Pong(ControlMessage, frozen=True, tag=16):
+    """The answer to Ping."""
+
+
+class Stuck(ControlMessage, frozen=True, tag=17):
+    """`actor` waits for work of `peer` that does not come, though its loop may turn."""
+
+    actor: str
+    peer: str
+    detail: str
+
+
+ToNode: TypeAlias = Boot | Wire | Down | DrainUntil | Stop | Ping
+ToSupervisor: TypeAlias = Hello | Progress | Ready | Failed | Corrupt | Stopped | Pong | Stuck
 Received = TypeVar("Received")
 node_decoder: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
 supervisor_decoder: msgspec.msgpack.Decoder[ToSupervisor] = msgspec.msgpack.Decoder(ToSupervisor)

@@ -34,11 +34,14 @@ class Entry:
     """By request id, until the grammar comes."""
 
     def give(self, request: Request) -> None:
-        """Put the request at the beginning of the grammar."""
+        """Put the request at its place in the grammar: the beginning, or behind what it has generated."""
         if isinstance(self.grammar, str):
             request.guided = Guided(self.grammar)
         elif self.grammar is not None:
-            request.constraint = Constraint(self.grammar)
+            request.constraint = constraint = Constraint(self.grammar)
+            for token in request.tokens[request.prompt_length :]:
+                constraint.state = self.grammar.step(constraint.state, token)
+            request.opening = constraint.complete
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,9 @@ from .node import innermost, run_node
 from .topology import NodeSpec
 
 _ENTRY = "from actorserve.actors.node import main; main()"
+_SPIN_COUNT = "2000"
+"""Looks that a thread of torch's OpenMP takes for more work before it sleeps, about 0.1 ms. Its own number is 300,000:
+on a CPU they would watch through all of the next forward, on cores that it needs."""
 
 
 class Life(Protocol):
@@ -65,6 +68,7 @@ class ProcessLife:
                 [sys.executable, "-P", "-c", _ENTRY, str(theirs.fileno()), str(os.getpid()), f"--node={name}"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={"GOMP_SPINCOUNT": _SPIN_COUNT} | os.environ,
             )
         except OSError:
             self.control.close()
@@ -191,6 +195,7 @@ class Node:
         self.stopped = trio.Event()
         self.guests: deque[ControlSocket] = deque()
         self.guest_came = trio.Event()
+        self.leaving = False  # has been told to stop: there will be no next life
         self.begin(None)
 
     def begin(self, life: Life | None) -> None:
@@ -201,6 +206,7 @@ class Node:
         self.failed: Failed | None = None
         self.verdict: str | None = None  # why we ended it
         self.with_group = False  # ended because another node of its group failed
+        self.pinged = False  # and has not answered yet
 
     def kill(self, verdict: str) -> None:
         """End this life, if there is one."""

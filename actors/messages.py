@@ -112,6 +112,23 @@ class GrammarSpec(Message, frozen=True, tag=7):
     """What may come before it, or must, if the prompt ends amid them."""
 
 
+class Resumed(Message, frozen=True, tag=8):
+    """Part of Generate: a choice that goes on after its text actor died, and what its front has of it."""
+
+    rid: int
+    ids: memoryview
+    """int32, its tokens so far."""
+    chars: int
+    """Characters of its text so far."""
+    logprobs: int
+    """Of `ids`, those from the first on whose logprobs came."""
+    cached_tokens: int
+    forced_tokens: int
+    jumps: int
+    prompt_logprobs: int
+    """Of its prompt, those that came."""
+
+
 class Generate(Message, frozen=True, tag=10):
     """Front asks for n continuations, with ids `rid` to `rid + n - 1`.
 
@@ -128,6 +145,11 @@ class Generate(Message, frozen=True, tag=10):
     """CLOCK_MONOTONIC when the front took the request."""
     grammar: GrammarSpec | None = None
     """What each output must match."""
+    tenant: str = ""
+    """The API key's name, and its share of the engine in relation to others'."""
+    weight: float = 1.0
+    resumed: list[Resumed] | None = None
+    """Asked again after a text actor's death: the choices that have not ended. None: all n begin."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -195,6 +217,10 @@ class Submit(Message, frozen=True, tag=20):
     priority: int = 0
     arrival_ns: int = 0
     grammar: GrammarSpec | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    generated: memoryview = NOTHING
+    """int32, what a scheduler or text actor that died had seen of the output: it goes on behind."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -249,14 +275,15 @@ class PromptLogprobs(Message, frozen=True, tag=38):
 
 
 class Started(Message, frozen=True, tag=31):
-    """Sent once a request, before its first token: how many prompt tokens came from the prefix cache."""
+    """Sent once a Submit, before its first token: how many prompt tokens came from the prefix cache."""
 
     rid: int
     cached_tokens: int
     queued_ns: int
     """From arrival to admission."""
     complete: bool | None = None
-    """Whether an empty output matches its grammar; None: there is none, or nobody knows before the output's end."""
+    """Whether the output that the Submit came with, an empty one in general, matches its grammar; None: there is none,
+    or nobody knows before the output's end."""
 
 
 class Ended(Message, frozen=True, tag=32):
@@ -311,6 +338,8 @@ class Stats(Message, frozen=True, tag=33):
     grammars_failed: int = 0
     grammar_seconds: float = 0.0
     """Counter: what compiling them took, failures included."""
+    down: str = ""
+    """What is not up, and why; empty: everything is."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)

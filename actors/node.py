@@ -36,10 +36,13 @@ from .control import (
     DrainUntil,
     Failed,
     Hello,
+    Ping,
+    Pong,
     Progress,
     Ready,
     Stop,
     Stopped,
+    Stuck,
     Wire,
     node_decoder,
 )
@@ -81,6 +84,9 @@ class NodeCore:
                 case DrainUntil():
                     for context in self.contexts.values():
                         context.inbox.put_system(Drain(message.deadline_ns))
+                case Ping():
+                    with contextlib.suppress(ControlClosed, BlockingIOError):  # then it knows more than we
+                        self.control.send(Pong())
                 case Stop():
                     self.stop = message
                     self.on_stop()
@@ -109,6 +115,7 @@ class NodeCore:
                 files=self._files,
             )
             context.reporter = functools.partial(self._report, spec.name)
+            context.accuser = functools.partial(self._accuse, spec.name)
             context.inbox.on_corrupt = functools.partial(self._corrupt, spec.name)
             for peer in context.peers():
                 context.ref(peer).on_corrupt = context.inbox.on_corrupt
@@ -179,6 +186,10 @@ class NodeCore:
     def _report(self, actor: str, stage: str, fraction: float) -> None:
         with contextlib.suppress(ControlClosed, BlockingIOError):
             self.control.send(Progress(actor, stage, fraction))
+
+    def _accuse(self, actor: str, peer: str, detail: str) -> None:
+        with contextlib.suppress(ControlClosed, BlockingIOError):
+            self.control.send(Stuck(actor, peer, detail))
 
     def _corrupt(self, actor: str, peer: str, detail: str) -> None:
         self.contexts[actor].log.error("broken lane with %s: %s", peer, detail)

@@ -4,13 +4,17 @@ Invariant: `chunk` gives out each character, token and logprob once and in order
 tokens came between two chunks; work per token does not grow with the output.
 """
 
+import time
+from array import array
 from collections import deque
 from typing import Final, Literal
+
+from msgspec.structs import replace
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
 from ..sampler.params import SamplingParams
-from .messages import Chunk, Finish, TokenLogprob
+from .messages import Chunk, Finish, Resumed, Submit, TokenLogprob
 
 MOST_ENTRIES: Final = 4096
 """Logprobs of a prompt in one chunk, those beside each token counted."""
@@ -25,18 +29,26 @@ class Output:
         "_fed",
         "_followed",
         "_keep_stop",
+        "_known_prompt",
         "_logprobs",
         "_new_ids",
         "_new_logprobs",
         "_new_prompt",
         "_new_text",
+        "_next_prompt",
         "_shown",
+        "_skip_chars",
+        "_skip_ids",
         "_stop",
+        "_submit",
+        "aborted",
+        "asked_ns",
         "cached_tokens",
-        "completion_tokens",
+        "deaths",
         "finish",
         "forced_tokens",
         "front",
+        "ids",
         "jumps",
         "matched",
         "params",
@@ -47,25 +59,35 @@ class Output:
 
     def __init__(
         self,
-        rid: int,
+        submit: Submit,
         front: str,
-        prompt_tokens: int,
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         thinking: bool = False,
     ) -> None:
-        """`detokenizer` None: token ids only. `thinking`: as Chunk.thinking."""
-        self.rid = rid
+        """`submit`: how the scheduler was asked; `params`: the front's, with the stop strings.
+
+        `detokenizer` None: token ids only. `thinking`: as Chunk.thinking.
+        """
+        self.rid = submit.rid
         self.front = front
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = len(submit.ids) // 4
         self.cached_tokens = 0
-        self.completion_tokens = 0
+        self.ids = array("i")
+        """The tokens so far."""
+        self.aborted = False
+        """Its front wants it to end with what there is."""
+        self.asked_ns = time.monotonic_ns()
+        """When the present scheduler was asked."""
+        self.deaths = 0
+        """Of schedulers in a row, soon after they were asked and before a token came."""
         self.forced_tokens = 0
         self.jumps = 0
         self.thinking = thinking
         self.params = params
         self.finish: Literal["stop", "length", "abort"] | None = None
         self.matched: int | str | None = None
+        self._submit = submit
         self._detokenizer = detokenizer
         self._stop = StopMatcher(params.stop, trim=not params.no_stop_trim) if params.stop else None
         self._keep_stop = params.no_stop_trim
@@ -73,6 +95,8 @@ class Output:
         self._new_ids: list[int] = []
         self._new_logprobs: list[TokenLogprob] = []
         self._new_prompt: list[TokenLogprob] = []
+        self._next_prompt = self._known_prompt = 0
+        """Of the prompt's tokens whose logprobs are wanted: the one that comes next, and how many were told or wait."""
         self._logprobs: deque[tuple[int, TokenLogprob]] = deque()
         """Logprobs that wait for their token's text to be shown, with the place of its first character."""
         self._fed = 0
@@ -82,6 +106,32 @@ class Output:
         """All places where the text matches its grammar come to be known."""
         self._ends: deque[int] = deque()
         """Where the text matches its grammar, in characters; all of them until the text there is shown."""
+        self._skip_ids = self._skip_chars = 0
+        """Of what comes next, the front has these already."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self.ids)
+
+    def submission(self) -> Submit:
+        """How to ask a scheduler for the rest of it."""
+        self._next_prompt = min(self._next_prompt, 1)  # the first one is not the scheduler's to tell
+        return replace(self._submit, generated=memoryview(self.ids.tobytes())) if self.ids else self._submit
+
+    def resume(self, m: Resumed) -> None:
+        """Go on where the front lost the last text actor: before anything else was pushed.
+
+        Tokens whose logprobs it lacks are drawn again; they come out the same, and are not given out twice.
+        """
+        ids = array("i")
+        ids.frombytes(m.ids)
+        known = ids if self.params.logprobs is None else ids[: m.logprobs]
+        for token in known:
+            self.push(token, Finish.NONE)
+        self._skip_ids, self._skip_chars = len(ids), m.chars
+        self._known_prompt = m.prompt_logprobs
+        self.cached_tokens, self.forced_tokens, self.jumps = m.cached_tokens, m.forced_tokens, m.jumps
 
     def push(self, token: int, finish: int, logprob: TokenLogprob | None = None, *, complete: bool = False) -> None:
         """Take the next token. `finish` is the row's Finish, not POISON. A token of -1 is none (max_new_tokens 0).
@@ -91,7 +141,7 @@ class Output:
         """
         hidden = token < 0 or (finish == Finish.STOP and not self._keep_stop)
         if token >= 0:
-            self.completion_tokens += 1
+            self.ids.append(token)
             self._new_ids.append(token)
         if logprob is not None and not hidden:
             self._logprobs.append((self._fed, logprob))
@@ -111,8 +161,10 @@ class Output:
             self._release_logprobs()
 
     def push_prompt(self, logprobs: list[TokenLogprob]) -> None:
-        """Take the next tokens of the prompt whose logprobs are wanted."""
-        self._new_prompt += logprobs
+        """Take the next tokens of the prompt whose logprobs are wanted; those that were told before count once."""
+        self._new_prompt += logprobs[max(0, self._known_prompt - self._next_prompt) :]
+        self._next_prompt += len(logprobs)
+        self._known_prompt = max(self._known_prompt, self._next_prompt)
 
     @property
     def holds_prompt(self) -> bool:
@@ -141,6 +193,8 @@ class Output:
 
     def chunk(self) -> Chunk | None:
         """What is new since the last call; None if there is nothing to see yet. A prompt's logprobs come first."""
+        if self._skip_ids or self._skip_chars:
+            self._skip()
         if self._new_prompt:
             width = 1 + (self.params.logprobs or 0) + len(self.params.token_ids_logprob)
             most = max(1, MOST_ENTRIES // width)
@@ -180,6 +234,12 @@ class Output:
             valid=self._valid() if ends else None,
             prompt_logprobs=prompt,
         )
+
+    def _skip(self) -> None:
+        ids, chars = min(self._skip_ids, len(self._new_ids)), min(self._skip_chars, len(self._new_text))
+        self._new_ids, self._new_text = self._new_ids[ids:], self._new_text[chars:]
+        self._skip_ids -= ids
+        self._skip_chars -= chars
 
     def _valid(self) -> bool | None:
         """Whether the text matches the grammar; None before the end, and where that is not known."""

@@ -110,6 +110,8 @@ class Prompts:
                 priority=request.priority,
                 arrival_ns=request.arrival_ns,
                 grammar=grammar,
+                tenant=request.tenant,
+                weight=request.weight,
             )
             for i in range(request.n)
         ]

@@ -1,7 +1,7 @@
 """Questions: what a front asks the engine beside outputs: token ids of a text, text of token ids, orders to it.
 
 Part of the Client, which gives out the ids and passes the answers on. Invariant: each question that was sent is
-answered once: by its answer, by an error, or by the death of the actor that was asked.
+answered once, by its answer or by an error; when the actor that was asked dies, the next one is asked.
 """
 
 from array import array
@@ -27,9 +27,10 @@ class Wakeup(Protocol):
 class Question:
     """`answer` is set before the wakeup."""
 
-    __slots__ = ("answer", "wakeup")
+    __slots__ = ("answer", "message", "wakeup")
 
-    def __init__(self, wakeup: Wakeup) -> None:
+    def __init__(self, message: messages.Message, wakeup: Wakeup) -> None:
+        self.message = message
         self.wakeup = wakeup
         self.answer: Answer | ActorserveError | None = None
 
@@ -95,6 +96,12 @@ class Questions:
         question.wakeup.set()
         return True
 
+    def ask_again(self) -> None:
+        """Ask a new text actor all that is open. Raises Gone."""
+        for question in self._open.values():
+            if question.answer is None:
+                self._post(question.message)
+
     def fail_all(self, error: ActorserveError) -> None:
         """The engine is gone, or the front stops."""
         for question in self._open.values():
@@ -104,7 +111,7 @@ class Questions:
     async def _ask(self, rid: int, message: messages.Message) -> Answer:
         if len(self._open) >= MOST:
             raise Overloaded(f"{MOST} questions are open; try again")
-        question = self._open[rid] = Question(self._new_wakeup())
+        question = self._open[rid] = Question(message, self._new_wakeup())
         try:
             self._post(message)
             await question.wakeup.wait()

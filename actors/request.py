@@ -58,8 +58,16 @@ class Request:
     """Window of its last admission."""
     blocked_until: int = -1
     """After a retraction: the last window that may still bring tokens; no admission before it is reported."""
+    tenant: str = ""
+    """Whose it is, for fair shares; "" without API keys."""
+    weight: float = 1.0
+    """The tenant's share in relation to others'."""
+    charged: int = 0
+    """Of its tokens, those that the tenant was charged for, or that it found in the cache."""
+    suspect: bool = False
+    """An executor died while it was at work, and no token of it has come since."""
     crashes: int = 0
-    """Executor deaths while it held a slot."""
+    """Such deaths of which it alone can be the cause."""
     matched: tuple[int, int] = (-1, 0)
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
     constraint: Constraint | None = None
@@ -70,6 +78,8 @@ class Request:
     """The same where the fsm actor follows the grammar: then it draws only when a mask has come."""
     scores: PromptScores | None = None
     """What it wants to know of its prompt's logprobs."""
+    opening: bool | None = None
+    """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:

@@ -5,11 +5,9 @@ window and `draw` in each step, so logits never leave the device. Invariant: all
 is sent for, since the slot may still run for another request in the windows before.
 """
 
-import time
-from collections import deque
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, ClassVar, Final, assert_never
+from typing import Any, ClassVar, assert_never
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from ..sampler.drawer import Drawer
 from ..sampler.reference import Sampled
 from ..sampler.state import SamplerState
 from .actor import Actor, Context
+from .changes import WindowChanges
 from .messages import (
     Drain,
     DropGrammar,
@@ -32,8 +31,6 @@ from .messages import (
     SlotParams,
 )
 
-SYNC_SECONDS: Final = 5.0
-
 
 class Sampler(Actor):
     """See the module's text. `state` is set by the executor, which knows the device."""
@@ -44,8 +41,7 @@ class Sampler(Actor):
         super().__init__(context)
         self.state: SamplerState | None = None
         self.drawer: Drawer | None = None
-        self.pending: deque[tuple[int, Callable[[SamplerState], None]]] = deque()
-        """(window, change) in the order of arrival."""
+        self.changes: WindowChanges[SamplerState] = WindowChanges()
         self.grammars: set[int] = set()
         """Handles of the loaded ones."""
 
@@ -53,9 +49,9 @@ class Sampler(Actor):
         """Keep changes for their window; forget all of a scheduler that died."""
         match message:
             case SlotParams() | LoadGrammar() | DropGrammar() | GrammarStates() | SlotMasks():
-                self.pending.append((message.window, self._change(message)))
+                self.changes.add(message.window, self._change(message))
             case PeerDown():
-                self.pending.clear()
+                self.changes.clear()
                 for handle in list(self.grammars):
                     assert self.state is not None
                     self._drop(handle, self.state)
@@ -94,24 +90,9 @@ class Sampler(Actor):
         self.grammars.discard(handle)
 
     def sync(self, window: int, changes: int) -> None:
-        """Apply what was sent for `window`, so many messages.
-
-        They were sent before the plan, but through another lane, so they may be a moment late.
-
-        Raises:
-            RuntimeError: they did not come (the scheduler broke its promise).
-        """
+        """Apply what was sent for `window`, so many messages. Raises as WindowChanges.apply."""
         assert self.state is not None
-        deadline = time.monotonic() + SYNC_SECONDS
-        while changes:
-            while (item := self.context.inbox.poll()) is not None:
-                self.receive(*item)
-            while changes and self.pending and self.pending[0][0] <= window:
-                number, change = self.pending.popleft()
-                change(self.state)
-                changes -= number == window
-            if changes and time.monotonic() > deadline:
-                raise RuntimeError(f"{changes} messages to the sampler are missing for window {window}")
+        self.changes.apply(window, changes, self.state, self.context.inbox, self.receive)
 
     def prepare(self, max_slots: int, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
         """Make the state; called by the executor, which knows the device."""

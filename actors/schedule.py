@@ -20,6 +20,7 @@ from ..kvstore.eviction import make_policy
 from ..kvstore.pages import PagePool
 from ..kvstore.radix import Match, RadixTree
 from . import jumps
+from .fair_share import FairShare
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
@@ -67,6 +68,7 @@ class Schedule:
         self.order = make_order(
             config.schedule_policy, config.random_seed, self._matched, lambda r: self._match(r).node
         )
+        self.fair = FairShare()
         self.ratio = NewTokenRatio(config.schedule_conservativeness)
         self.counters = Counters()
         self.in_flight: deque[Window] = deque()
@@ -78,6 +80,8 @@ class Schedule:
         """Tokens of prompts whose logprobs came with the last report."""
         self.complete: list[int] = []
         """Rows of the last report with whose token the output matches its grammar."""
+        self.since = 0
+        """The first window that can be of the present requests; those before were of others, maybe of the same ids."""
         self._last_k = 1
         self._release: list[int] = []
 
@@ -112,6 +116,12 @@ class Schedule:
             self._end(request, keep=True)
         return request is not None
 
+    def abort_all(self) -> None:
+        """End all requests, whose ids may come again: nothing that windows in flight bring is anybody's."""
+        for rid in list(self.requests):
+            self.abort(rid)
+        self.since = self.next_window
+
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing happens, while there are requests."""
         if self.requests:
@@ -128,14 +138,21 @@ class Schedule:
     def executor_lost(self) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
 
-        Returns the requests that were running in MAX_CRASHES executor deaths: they are ended, since one of them
-        may be the cause.
+        One of those that were at work may be the cause, so they are suspects until a token of them comes, and run one
+        at a time until then (`_admit`). Returns those of which the executor died MAX_CRASHES times while no other
+        suspect was at work: they are ended.
         """
         guilty = []
+        begun = self.in_flight[0].number if self.in_flight else -1
+        at_work = [r for r in self.slots.running() if r.window <= begun]
+        causes = [r for r in at_work if r.suspect] or at_work
+        for request in at_work:
+            request.suspect = True
+        if len(causes) == 1:
+            causes[0].crashes += 1
         for request in self.slots.running():
             self._drop_pages(request)
             self._unseat(request)
-            request.crashes += 1
             if request.crashes >= MAX_CRASHES:
                 request.stage = Stage.ENDED
                 del self.requests[request.rid]
@@ -165,6 +182,8 @@ class Schedule:
         Step 0 also means that the window's chunks have their KV: their whole pages enter the tree, so that requests
         with the same prefix can start. Returns requests that wanted no token and are now complete.
         """
+        if window < self.since:
+            rids, ids, finish = [], [], finish[:0]
         current = self.in_flight[0]
         assert current.number == window, "windows report in order"
         chunks = [c for c in current.chunks if c.admission == c.request.admissions] if step == 0 else []
@@ -181,6 +200,8 @@ class Schedule:
             request = requests.get(rid)
             if request is not None:
                 request.append(token)
+                if request.suspect:
+                    request.suspect, request.crashes = False, 0
                 if request.has_grammar and request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
@@ -196,7 +217,7 @@ class Schedule:
         return complete
 
     def _land(self, landed: list[Landed]) -> None:
-        self.landed = [item for item in landed if item.request.rid in self.requests]
+        self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
         forced = sum(len(item.tokens) for item in self.landed)
         self.counters.jumps += len(self.landed)
         self.counters.forced_tokens += forced
@@ -361,13 +382,16 @@ class Schedule:
         if not self.waiting or not self.slots.free:
             return False
         held_back = 0
+        suspected = any(r.suspect for r in self.slots.running())
         reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
-        for request in self.order(list(self.waiting.values())):
+        for request in self.fair.arrange(self.order(list(self.waiting.values())), self.slots.running()):
             if not self.slots.free:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            if request.blocked_until > reported or request.waits_for_mask or self._prefix_is_coming(request):
+            barred = max(request.blocked_until, self.since - 1) > reported or request.waits_for_mask
+            barred = barred or (request.suspect and suspected)
+            if barred or self._prefix_is_coming(request):
                 held_back += 1
                 continue
             if not self.config.disable_jump_forward:
@@ -379,6 +403,7 @@ class Schedule:
             if not self._fits(request, match, reserved):
                 break
             self._seat(window, request, match)
+            suspected = suspected or request.suspect
         return held_back > 0
 
     def _prefix_is_coming(self, request: Request) -> bool:
@@ -426,6 +451,7 @@ class Schedule:
         request.planned = request.confirmed = cached
         request.stage = Stage.PREFILL
         if not request.admissions:
+            request.charged = cached
             self.counters.prompt_tokens += request.prompt_length
             self.counters.cached_tokens += min(cached, request.prompt_length)
         request.admissions += 1
@@ -476,8 +502,8 @@ class Schedule:
         return rows
 
     def _retraction_victim(self) -> Request:
-        """The request with the fewest generated tokens, then the longest prompt: the least work lost."""
-        return min(self.slots.running(), key=lambda r: (r.generated, -r.prompt_length))
+        """Of the lowest priority, the one with the fewest generated tokens, then the longest prompt: the least lost."""
+        return min(self.slots.running(), key=lambda r: (r.priority, r.generated, -r.prompt_length))
 
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""
@@ -542,6 +568,7 @@ class Schedule:
         self._unseat(request)
 
     def _unseat(self, request: Request) -> None:
+        self.fair.charge(request)
         self.slots.give_back(request.slot)
         request.slot = -1
         self.prefilling.pop(request.rid, None)

@@ -149,7 +149,11 @@ class Scheduler(Actor):
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
+        self.lost: dict[str, str] = {}
+        """Peers that died and are not back, and why they died."""
         self.paused = False
+        self.idle_seconds = 0.0
+        """Since the last step of an executor that has work, our own loop's hangs not counted."""
         self.sent_stats: Stats | None = None
 
     async def start(self) -> None:
@@ -179,7 +183,9 @@ class Scheduler(Actor):
             case PeerDown():
                 self._peer_down(message)
             case PeerUp(name=name):
+                self.lost.pop(name, None)
                 self.sent_stats = None  # an executor says itself when it is ready, a text actor wants to know
+                self._send_stats()
                 if name == FSM:
                     self.guided.lost()
                     for entry in self.grammars.unsent():
@@ -209,17 +215,21 @@ class Scheduler(Actor):
     def _submit(self, m: Submit) -> None:
         ids = array("i")
         ids.frombytes(m.ids)
+        prompt_length = len(ids)
+        ids.frombytes(m.generated)
         assert m.params.max_new_tokens is not None, "the text actor resolves it"
         request = Request(
             rid=m.rid,
             tokens=ids,
-            prompt_length=len(ids),
+            prompt_length=prompt_length,
             params=m.params,
             namespace=m.cache_salt,
             priority=m.priority,
             arrival_ns=m.arrival_ns,
-            limit=len(ids) + m.params.max_new_tokens,
-            scores=prompt_scores(m.params, len(ids)),
+            limit=prompt_length + m.params.max_new_tokens,
+            scores=prompt_scores(m.params, prompt_length),
+            tenant=m.tenant,
+            weight=m.weight,
         )
         if m.grammar is None:
             self._add(request)
@@ -331,20 +341,21 @@ class Scheduler(Actor):
         self._send_stats()
 
     def _peer_down(self, m: PeerDown) -> None:
+        self.lost[m.name] = m.reason
         if m.name in self.executors:
             self.executor_up = False
             self.grammars.loaded.clear()
-            self._send_stats()
+        self._send_stats()
+        if m.name in self.executors:
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
-                text = "the executor died twice while it ran this request; it is not tried again"
+                text = "the executor died twice of this request, as far as can be told; it is not tried again"
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
         elif m.name == "text":
             self.early = []
             for handle in self.grammars.abandon_all():
                 self._to_fsm(Discard(handle))
             if self.schedule is not None:
-                for rid in list(self.schedule.requests):
-                    self.schedule.abort(rid)
+                self.schedule.abort_all()
 
     # ------------------------------------------------------------------ results
 
@@ -352,6 +363,7 @@ class Scheduler(Actor):
         schedule = self.schedule
         if schedule is None or not schedule.in_flight or schedule.in_flight[0].number != m.window:
             return  # from before an executor's death
+        self.idle_seconds = 0.0
         window = schedule.in_flight[0]
         has_chunks = m.step == 0 and bool(window.chunks or window.jumps)
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
@@ -362,7 +374,7 @@ class Scheduler(Actor):
             self._to_text(computed_logprobs(item, m.scores))
         if schedule.landed:
             self._to_text(forced_tokens_of(schedule.landed, m.scores))
-        if rids:
+        if rids and m.window >= schedule.since:
             self._to_text(tokens_of(m, schedule.complete))
         for request in complete:
             self._complete_without_token(request)
@@ -382,8 +394,7 @@ class Scheduler(Actor):
         for request, cached in ((seat.request, seat.cached) for seat in window.admits):
             if request.admissions == 1:
                 of_prompt = min(cached, request.prompt_length)
-                empty = None if request.constraint is None else request.constraint.grammar.final(0)
-                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), empty))
+                self._to_text(Started(request.rid, of_prompt, max(0, now - request.arrival_ns), request.opening))
             for told in known_logprobs(request):
                 self._to_text(told)
         changes = self._sampler_changes(window)
@@ -464,6 +475,17 @@ class Scheduler(Actor):
         while True:
             self._send_stats()
             await trio.sleep(STATS_SECONDS)
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """An executor whose device hangs takes its plans and computes none of them."""
+        limit = self.context.config.hang_seconds
+        works = self.executor_up and self.schedule is not None and bool(self.schedule.in_flight)
+        self.idle_seconds = self.idle_seconds + STATS_SECONDS if works else 0.0
+        if self.idle_seconds > limit:
+            self.idle_seconds = 0.0
+            for name in self.executors:
+                self.context.accuse(name, f"{name} computed no step for {limit:g} s")
 
     def _send_stats(self) -> None:
         stats = self.statistics()
@@ -475,7 +497,7 @@ class Scheduler(Actor):
         """Return the present state and the totals."""
         s = self.schedule
         if s is None:
-            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting)
+            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting, down=self.down())
         c, g = s.counters, self.grammars.counters
         return Stats(
             waiting=len(s.waiting) + self.grammars.waiting,
@@ -500,4 +522,12 @@ class Scheduler(Actor):
             grammars_compiled=g.compiled,
             grammars_failed=g.failed,
             grammar_seconds=g.seconds,
+            down=self.down(),
         )
+
+    def down(self) -> str:
+        """Return what is not up, for people; empty if everything is."""
+        if self.lost:
+            name, reason = next(iter(self.lost.items()))
+            return f"{name} is down: {reason}"
+        return "" if self.executor_up else "the executor is starting"

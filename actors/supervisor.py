@@ -33,10 +33,13 @@ from .control import (
     Failed,
     Hello,
     LaneEnd,
+    Ping,
+    Pong,
     Progress,
     Ready,
     Stop,
     Stopped,
+    Stuck,
     Wire,
     supervisor_decoder,
 )
@@ -46,6 +49,8 @@ from .topology import Topology
 
 log = logging.getLogger("actorserve.supervisor")
 
+QUICK_DRAIN = 0.4
+"""Seconds that running requests have when nobody gave them any."""
 OnEvent = Callable[[str, str, str, float], None]
 """(kind, node, detail, fraction), called in the loop. Kinds: spawn; progress (detail "actor: stage", fraction 0 to 1);
 ready; down (detail: the reason); hang; and for the whole engine, with an empty node: up, stopping, stopped."""
@@ -58,13 +63,17 @@ class GiveUp(Exception):
 @dataclass(frozen=True)
 class RestartPolicy:
     """More than `intensity` failures of a node in `period` seconds end the engine; before that it is restarted after
-    `pause` seconds, `factor` times more for each recent failure, at most `longest`."""
+    `pause` seconds, `factor` times more for each of the last failures before that end, at most `longest`."""
 
     intensity: int = 3
     period: float = 60.0
     pause: float = 0.05
     factor: float = 4.0
     longest: float = 10.0
+
+    def pause_after(self, failures: int) -> float:
+        """Seconds before the next life of a node that failed so often lately."""
+        return min(self.pause * self.factor ** max(0, failures + 2 - max(self.intensity, 3)), self.longest)
 
 
 def _close_fds(descriptors: list[int]) -> None:
@@ -91,13 +100,15 @@ class Supervisor:
         self.config = config
         self.model = model
         self._on_event = on_event
-        self._policy = policy or RestartPolicy()
+        self._policy = policy or RestartPolicy(config.max_restarts)
         self._grace = grace
         self._codec = codec
         self._nodes = [Node(spec) for spec in topology.nodes]
         self._gauges: dict[tuple[str, str], LaneGauge] = {}
         self._failure: Exception | None = None
         self._stopping = False
+        self._drain = 0.0
+        self._accused: list[Stuck] = []
         self._end = trio.Event()
         self._all_ready = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -126,8 +137,13 @@ class Supervisor:
         if self._failure is not None:
             raise self._failure
 
-    def request_stop(self) -> None:
-        """Let `run` stop the engine in order. From any thread or signal handler; again: no effect."""
+    def request_stop(self, drain: float = 0.0) -> None:
+        """Let `run` stop the engine in order. From any thread or signal handler; again: no effect.
+
+        `drain`: seconds that running requests have to end; new ones are refused meanwhile.
+        """
+        if not self._end.is_set():
+            self._drain = drain
         self._in_loop(self._end.set)
 
     def attach(self, name: str, sock: socket.socket) -> None:
@@ -158,7 +174,7 @@ class Supervisor:
                 end = f"cannot be spawned: {error}"
             else:
                 end = await self._live(node, life)
-            if self._stopping:
+            if self._stopping or node.leaving:
                 break
             node.last_error = node.why(end)
             if node.spec.kind != "attached" and not node.with_group:
@@ -224,6 +240,10 @@ class Supervisor:
                     node.failed = message
                 case Corrupt():
                     self._kill_corrupt(node, message)
+                case Pong():
+                    node.pinged = False
+                case Stuck():
+                    self._accused.append(message)
                 case Stopped():
                     node.verdict = node.verdict or "left"
 
@@ -255,7 +275,7 @@ class Supervisor:
             if node.spec.group is not None and other is not node and other.spec.group == node.spec.group:
                 other.with_group = other.life is not None
                 other.kill(f"restarts together with {node.spec.name}")
-        await trio.sleep(min(policy.pause * policy.factor ** (count - 1), policy.longest))
+        await trio.sleep(policy.pause_after(count))
 
     async def _give_up(self, error: Exception) -> None:
         self._failure = self._failure or error
@@ -353,43 +373,70 @@ class Supervisor:
             node.kill(verdict)
 
     async def _watch_hangs(self) -> None:
-        """An actor with frames in its lanes that takes none for hang_seconds is stuck."""
+        """Kill who is stuck for hang_seconds: takes no frames of its lanes, or answers no Ping; and who is accused."""
         limit = self.config.hang_seconds
         interval = min(1.0, limit / 4)
+        # Time that our own loop lost does not count: the node may have lost it too.
         stalled: dict[str, tuple[int, int, float]] = {}  # actor -> epoch, frames received, seconds without any
+        silent: dict[str, tuple[int, float]] = {}  # node -> epoch, seconds since the Ping that it has not answered
         while True:
             await trio.sleep(interval)
+            accused, self._accused = self._accused, []
             metrics = self.lane_metrics()
             for node in self._nodes:
-                for actor in node.spec.actors if node.state == "running" else ():
+                if node.state != "running" or node.life is None or not node.life.killable:
+                    continue
+                epoch, waited = silent.get(node.spec.name, (0, 0.0))
+                waited = waited + interval if node.pinged and epoch == node.epoch else 0.0
+                silent[node.spec.name] = (node.epoch, waited)
+                verdict = f"{node.spec.name} did not react for {limit:g} s" if waited >= limit else None
+                for actor in node.spec.actors:
                     lanes = [lane for (_, target), lane in metrics.items() if target == actor.name]
                     received = sum(lane.received for lane in lanes)
                     epoch, before, seconds = stalled.get(actor.name, (0, 0, 0.0))
                     stuck = any(lane.depth_frames for lane in lanes) and (epoch, before) == (node.epoch, received)
-                    # Time that our own loop lost does not count: the node may have lost it too.
                     seconds = seconds + interval if stuck else 0.0
                     stalled[actor.name] = (node.epoch, received, seconds)
-                    if seconds >= limit and node.life is not None and node.life.killable:
-                        await self._kill_stuck(node, f"{actor.name} took no message for {limit:g} s")
+                    if seconds >= limit:
+                        verdict = f"{actor.name} took no message for {limit:g} s"
+                verdict = next((one.detail for one in accused if node.has(one.peer)), verdict)
+                if verdict is not None:
+                    await self._kill_stuck(node, verdict)
+                elif not node.pinged:
+                    node.pinged = True
+                    self._tell(node, Ping())
 
     # ------------------------------------------------------------------ the end
 
     async def _shut_down(self) -> None:
-        """Fronts first, each node with half of the time that is left; what remains is killed by the cancellation."""
+        """Fronts first, when their requests have ended; they have the time to drain, during which the others are kept
+        alive. Then each of these with half of the time that is left; what remains is killed by the cancellation."""
         self._event("stopping")
-        self._stopping = True
-        deadline = time.monotonic() + self._grace
+        drained = time.monotonic() + max(self._drain, QUICK_DRAIN)
         for node in self._nodes:
             if node.state == "running":
-                self._tell(node, DrainUntil(int(deadline * 1e9)))
+                self._tell(node, DrainUntil(int(drained * 1e9)))
+        async with trio.open_nursery() as nursery:
+            for node in self._nodes:
+                if node.spec.front:
+                    nursery.start_soon(self._stop, node, drained + self._grace / 2)
+        self._stopping = True
+        deadline = time.monotonic() + self._grace / 2
         for node in reversed(self._nodes):
-            if node.state != "running":
-                node.kill("the engine stops")
-                continue
-            share = max(deadline - time.monotonic(), 0.0) / 2
-            self._tell(node, Stop(share))
-            with trio.move_on_after(share):
-                await node.stopped.wait()
+            if not node.spec.front:
+                now = time.monotonic()
+                await self._stop(node, now + max(deadline - now, 0.0) / 2)
+
+    async def _stop(self, node: Node, deadline: float) -> None:
+        """Let a node end, until the deadline at most."""
+        node.leaving = True
+        if node.state != "running":
+            node.kill("the engine stops")
+            return
+        seconds = max(deadline - time.monotonic(), 0.0)
+        self._tell(node, Stop(seconds))
+        with trio.move_on_after(seconds):
+            await node.stopped.wait()
 
     def _close(self) -> None:
         for gauge in self._gauges.values():

@@ -1,17 +1,20 @@
 """The text actor: text in, token ids to the scheduler; token ids back, text out to the fronts.
 
 It owns the tokenizer, the chat template, and for each running request a detokenizer and its stop strings (Output).
+When the scheduler dies, its successor is asked for the rest of every output, and the fronts see a pause.
 Invariant: every request id that a front sent gets exactly one final message (a Chunk with `finish`, or Refused),
 unless the front cancelled it or died; and after its final message an id is unknown here, so late rows are ignored.
 """
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
 import numpy as np
 import trio
+from msgspec.structs import replace
 
 from ..errors import ActorserveError, EngineDown, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
@@ -44,6 +47,7 @@ from .messages import (
     Seen,
     Started,
     Stats,
+    Submit,
     TextInbox,
     Tokenize,
     Tokenized,
@@ -56,8 +60,12 @@ from .ref import Gone
 from .view import with_lanes_of
 
 SCHEDULER: Final = "sched"
-SCHEDULER_DOWN: Final = "the scheduler is not running at the moment; send the request again"
-SCHEDULER_DIED: Final = "the scheduler restarted; send the request again"
+MAX_DEATHS: Final = 3
+GUILTY_NS: Final = 3_000_000_000
+"""What was asked for longer ago when the scheduler died is not the cause."""
+SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it got this request; it is not tried again"
+OURS: Final = -1
+"""Id of an order of nobody's."""
 FAILURES: Final[dict[int, str]] = {
     Finish.POISON: "the model's output for this request was not a number, or no token was allowed",
     Finish.GRAMMAR: "the grammar left no token that could come next, as when it ends before min_new_tokens",
@@ -75,8 +83,12 @@ class Text(Actor):
         """Running requests by id."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
-        self.ordered: dict[int, str] = {}
-        """Orders that the scheduler has not answered: their fronts."""
+        self.ordered: dict[int, tuple[str, Order | Look]] = {}
+        """Orders that the scheduler has not answered, with their fronts."""
+        self.scheduler_up = False
+        """It knows all that is here: it was told when it came up."""
+        self.paused = False
+        """By the last order that was carried out."""
         self.stats = NO_STATS
         """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
@@ -121,12 +133,11 @@ class Text(Actor):
             case Stats():
                 self._stats(message)
             case PeerDown():
-                self._peer_down(message.name)
+                self._peer_down(message)
             case PeerUp():
                 self._peer_up(message.name)
             case Abort():
-                if message.rid in self.outputs:  # else it has ended, or is not tokenized yet
-                    self._post(SCHEDULER, message)
+                self._abort(message)
             case Tokenize():
                 self._tokenize(message, source)
             case Detokenize():
@@ -134,8 +145,7 @@ class Text(Actor):
             case Order() | Look():
                 self._order(message, source)
             case Done() | Seen() | Refused():
-                if (front := self.ordered.pop(message.rid, None)) is not None:
-                    self._post(front, with_lanes_of(self.context, message) if isinstance(message, Seen) else message)
+                self._order_ended(message)
             case Drain():
                 pass  # the fronts send nothing new
             case _:
@@ -184,29 +194,29 @@ class Text(Actor):
             return ActorserveError("the prompt could not be tokenized")
 
     def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
-        """Hand the choices to the scheduler, or refuse them all."""
+        """Hand the choices to the scheduler, or refuse them all. If it is down they wait for the next one."""
         try:
             if isinstance(prompt, ActorserveError):
                 raise prompt
             submits = self.prompts.submits(m, prompt)
-            sched = self.context.ref(SCHEDULER)
-            if not sched.up:
-                raise EngineDown(SCHEDULER_DOWN)
-            for submit in submits:
-                sched.post(submit)
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
-        except Gone:
-            self._refuse(m.rid, m.n, front, EngineDown(SCHEDULER_DOWN))
-            return
-        ids = prompt.ids
-        for rid in range(m.rid, m.rid + m.n):
-            detokenizer = self._detokenizer(m, ids)
-            self.outputs[rid] = output = Output(rid, front, len(ids), m.params, detokenizer, prompt.thinking)
-            if m.params.wants_prompt:
-                first = int(ids[m.params.logprob_start_len])
-                output.push_prompt([TokenLogprob(first, math.nan, self._bytes(first), [])])
+        resumed = None if m.resumed is None else {one.rid: one for one in m.resumed}
+        for submit in submits:
+            if resumed is None or submit.rid in resumed:
+                output = Output(submit, front, m.params, self._detokenizer(m, prompt.ids), prompt.thinking)
+                if resumed is not None:
+                    output.resume(resumed[submit.rid])
+                if m.params.wants_prompt:
+                    output.push_prompt([self._first_of_prompt(prompt.ids, m.params)])
+                self.outputs[submit.rid] = output
+                self._to_scheduler(output.submission())
+
+    def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
+        """Of the first token that is wanted: nothing is before it."""
+        first = int(ids[params.logprob_start_len])
+        return TokenLogprob(first, math.nan, self._bytes(first), [])
 
     def _detokenizer(self, m: Generate, ids: np.ndarray) -> Detokenizer | None:
         if self._detokenizers is None:
@@ -220,7 +230,22 @@ class Text(Actor):
         for rid in range(m.rid, m.rid + m.n):
             self._changed.get(front, {}).pop(rid, None)
             if self._forget(rid) is not None:
-                self._post(SCHEDULER, Abort(rid))
+                self._to_scheduler(Abort(rid))
+
+    def _abort(self, m: Abort) -> None:
+        """A front's wish; an output that has ended or is not tokenized yet is not known."""
+        output = self.outputs.get(m.rid)
+        if output is not None:
+            output.aborted = True
+            if self.scheduler_up:
+                self._to_scheduler(m)
+            else:
+                self._end_aborted(output)
+
+    def _end_aborted(self, output: Output) -> None:
+        del self.outputs[output.rid]
+        output.abort()
+        self._mark_changed(output)
 
     def _tokenize(self, m: Tokenize, front: str) -> None:
         if self.prompts.is_long(m.prompt):
@@ -245,11 +270,17 @@ class Text(Actor):
         self._post(front, Detokenized(m.rid, text))
 
     def _order(self, m: Order | Look, front: str) -> None:
-        if not self.context.ref(SCHEDULER).up:
-            self._refuse(m.rid, 1, front, EngineDown(SCHEDULER_DOWN))
+        self.ordered[m.rid] = (front, m)
+        self._to_scheduler(m)
+
+    def _order_ended(self, m: Done | Seen | Refused) -> None:
+        found = self.ordered.pop(m.rid, None)
+        if found is None:
             return
-        self.ordered[m.rid] = front
-        self._post(SCHEDULER, m)
+        front, order = found
+        if isinstance(m, Done) and isinstance(order, Order) and order.action != "flush_cache":
+            self.paused = order.action != "continue"
+        self._post(front, with_lanes_of(self.context, m) if isinstance(m, Seen) else m)
 
     # ------------------------------------------------------------------ from the scheduler
 
@@ -274,12 +305,13 @@ class Text(Actor):
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
+            output.deaths = 0
             output.push(ids[row], finish, logprob, complete=row in complete)
             self._mark_changed(output)
             if output.finish is not None:
                 del self.outputs[rid]
                 if not finish:  # a stop string: the scheduler does not know yet
-                    self._post(SCHEDULER, Abort(rid))
+                    self._to_scheduler(Abort(rid))
 
     def _prompt_logprobs(self, m: PromptLogprobs) -> None:
         output = self.outputs.get(m.rid)
@@ -316,22 +348,21 @@ class Text(Actor):
         return b"" if self._detokenizers is None else self._detokenizers.bytes[token]
 
     def _ended(self, m: Ended) -> None:
-        output = self.outputs.pop(m.rid, None)
+        output = self.outputs.get(m.rid)
         if output is None:
             return  # the answer to our Abort
         if m.status == 0:
-            output.abort()
-            self._mark_changed(output)
+            self._end_aborted(output)
             return
-        self._unmark(output)
+        self._forget(m.rid)
         error = ActorserveError(m.message, param=m.param, code=m.code, status=m.status)
         self._refuse(m.rid, 1, output.front, error)
 
     def _stats(self, m: Stats) -> None:
-        """To every front that has room: newer ones follow. That it is up or down must arrive, so it waits for room."""
+        """To every front that has room: newer ones follow. What is up or down must arrive, so it waits for room."""
         if m == self.stats:
             return
-        news, self.stats = m.executor_up != self.stats.executor_up, m
+        news, self.stats = (m.executor_up, m.down) != (self.stats.executor_up, self.stats.down), m
         for name in self.context.peers():
             ref = self.context.ref(name)
             if name != SCHEDULER and ref.up:
@@ -343,25 +374,47 @@ class Text(Actor):
     # ------------------------------------------------------------------ peers
 
     def _peer_up(self, name: str) -> None:
-        if name != SCHEDULER and self.stats.executor_up:
+        if name == SCHEDULER:
+            self._ask_again()
+        elif self.stats != NO_STATS:
             self._post(name, self.stats)  # the next ones may be long in coming
 
-    def _peer_down(self, name: str) -> None:
-        if name == SCHEDULER:
-            self._stats(NO_STATS)
-            for output in list(self.outputs.values()):
+    def _ask_again(self) -> None:
+        """Tell a new scheduler all that the last one knew, as far as it was told here."""
+        self.scheduler_up = True
+        if self.paused:
+            self._to_scheduler(Order(OURS, "pause"))
+        now = time.monotonic_ns()
+        for output in self.outputs.values():
+            output.asked_ns = now
+            self._to_scheduler(output.submission())
+        for _, order in self.ordered.values():
+            self._to_scheduler(order)
+
+    def _scheduler_down(self, reason: str) -> None:
+        self.scheduler_up = False
+        self._stats(replace(NO_STATS, down=f"the scheduler is down: {reason}"))
+        now = time.monotonic_ns()
+        for output in list(self.outputs.values()):
+            output.deaths = output.deaths + 1 if now - output.asked_ns < GUILTY_NS else 0
+            if output.aborted:
+                self._end_aborted(output)
+            elif output.deaths >= MAX_DEATHS:
                 self._forget(output.rid)
-                self._refuse(output.rid, 1, output.front, EngineDown(SCHEDULER_DIED))
-            for rid, front in self.ordered.items():
-                self._refuse(rid, 1, front, EngineDown(SCHEDULER_DIED))
-            self.ordered.clear()
+                error = EngineDown(SCHEDULER_DIED, code="scheduler_crashed")
+                self._refuse(output.rid, 1, output.front, error)
+
+    def _peer_down(self, m: PeerDown) -> None:
+        if m.name == SCHEDULER:
+            self._scheduler_down(m.reason)
             return
+        name = m.name
         self._changed.pop(name, None)
         self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
-        self.ordered = {rid: front for rid, front in self.ordered.items() if front != name}
+        self.ordered = {rid: (front, order) for rid, (front, order) in self.ordered.items() if front != name}
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)
-            self._post(SCHEDULER, Abort(output.rid))
+            self._to_scheduler(Abort(output.rid))
 
     def _forget(self, rid: int) -> Output | None:
         output = self.outputs.pop(rid, None)
@@ -378,8 +431,13 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _post(self, name: str, message: Abort | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
-        """Send; a peer that is down has lost its requests anyway, and its PeerDown follows."""
+    def _to_scheduler(self, message: Abort | Submit | Order | Look) -> None:
+        """Send, if it is up; else the next one is told all that still holds."""
+        if self.scheduler_up:
+            self._post(SCHEDULER, message)
+
+    def _post(self, name: str, message: Abort | Submit | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
+        """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)
         except Gone:

@@ -7,12 +7,15 @@ Invariant: names are unique, each lane joins two actors of the topology, at most
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from ..config import EngineConfig
 from .lane import DEFAULT_CAPACITY
 
 Kind = Literal["process", "inline", "attached"]
+MODEL: Final = ("actorserve.actors.executor:Executor", "actorserve.actors.sampler:Sampler")
+"""Who runs the model, and who draws."""
+STUB: Final = ("actorserve.actors.stub_executor:StubExecutor", "actorserve.actors.stub_executor:StubSampler")
 BIG_LANE = 4 << 20
 """Bytes of the lanes that carry prompts and batches."""
 
@@ -37,6 +40,8 @@ class NodeSpec:
     """Nodes of one group restart together."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Open descriptors that the actors get as context.files; they stay the caller's."""
+    front: bool = False
+    """Requests come in here: it stops before the others."""
     start_seconds: float = 120.0
     """Without a word of progress for this long, a starting node is killed."""
 
@@ -80,12 +85,12 @@ class Topology:
 def http_front(index: int, listen: int) -> NodeSpec:
     """The node of an HTTP front: actor "front.<index>", which gets the listening socket as files["listen"]."""
     name = f"front.{index}"
-    return NodeSpec(name, (ActorSpec(name, "actorserve.http.front:HttpFront"),), files={"listen": listen})
+    return NodeSpec(name, (ActorSpec(name, "actorserve.http.front:HttpFront"),), files={"listen": listen}, front=True)
 
 
 def attached_client(name: str = "client") -> NodeSpec:
     """The node of an embedded client: an actor of that name, in whoever holds the other end of its socket."""
-    return NodeSpec(name, (ActorSpec(name),), kind="attached")
+    return NodeSpec(name, (ActorSpec(name),), kind="attached", front=True)
 
 
 def engine_topology(
@@ -100,13 +105,8 @@ def engine_topology(
     """
     front_nodes = tuple(fronts)
     ranks = range(config.tp_size)
-    executors = {
-        rank: (
-            ActorSpec(f"exec.{rank}", "actorserve.actors.executor:Executor"),
-            ActorSpec(f"sampler.{rank}", "actorserve.actors.sampler:Sampler"),
-        )
-        for rank in ranks
-    }
+    executor, sampler = STUB if config.load_format == "stub" else MODEL
+    executors = {rank: (ActorSpec(f"exec.{rank}", executor), ActorSpec(f"sampler.{rank}", sampler)) for rank in ranks}
     sched = ActorSpec("sched", "actorserve.actors.scheduler:Scheduler")
     text = ActorSpec("text", "actorserve.actors.text:Text")
     # Without a tokenizer nobody knows what tokens spell: there are no grammars.

@@ -1,26 +1,35 @@
 """The ASGI application: the route table, and the one place where a handler's exception becomes a reply.
 
 Made by front.py for its Service; tests drive it with a fake engine. Invariant: every request gets exactly one reply,
-every error has OpenAI's JSON shape, and every reply is counted.
+every error has its protocol's JSON shape, and every reply is counted.
 """
 
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import ActorserveError
+from ..actors.client import Client
+from ..config import EngineConfig
+from ..errors import ActorserveError, RequestError
 from . import (
+    batch_types,
+    batches,
     control_routes,
     control_types,
     engine_view,
+    files,
+    message_types,
+    messages,
     native,
     openai,
     openapi,
@@ -28,13 +37,17 @@ from . import (
     protocol,
     response_types,
     responses,
+    resume,
     score,
 )
-from .error_replies import InternalError, error_body, route_error
+from .access import Access, access_log
+from .api_keys import KeyRing, read_keys
+from .error_replies import ANTHROPIC_ERRORS, OPENAI_ERRORS, ErrorShape, InternalError, error_body, route_error
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
 from .service import Service
+from .tenants import Tenant, TenantClient, tenants_of
 
 log = logging.getLogger("actorserve.http")
 Handler: TypeAlias = Callable[[Service, Exchange], Awaitable[None]]
@@ -43,15 +56,35 @@ Handler: TypeAlias = Callable[[Service, Exchange], Awaitable[None]]
 class Endpoint:
     """A handler as an ASGI application; `route` is its name in the metrics."""
 
-    def __init__(self, service: Service, route: str, handler: Handler) -> None:
+    def __init__(self, service: Service, route: str, served: "Served", gate: "Gate") -> None:
         self._service = service
         self._route = route
-        self._handler = handler
+        self._served = served
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        if self._served.event is None:
+            await self._answer(scope, receive, send)
+        elif resume.header(scope, b"last-event-id"):
+            await self._answer(scope, receive, send, self._resume)
+        elif resume.wants_log(scope, self._service.config.resumable_streams):
+            log, body_read = self._service.streams.open(self._answer, scope, receive)
+            await self._service.streams.follow(log, -1, send, resume.client_left(receive, body_read))
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _resume(self, service: Service, exchange: Exchange) -> None:
+        last = resume.header(exchange.scope, b"last-event-id").decode("latin-1")
+        log, number = service.streams.find(last, exchange.owner)
+        await service.streams.follow(log, number, exchange.relay, resume.client_left(exchange.receive_any))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, handler: Handler | None = None) -> None:
+        """Let the request in, have the handler reply, turn what it raises into a reply."""
+        exchange = Exchange(scope, receive, send, self._served.errors)
+        client: TenantClient | None = None
         try:
-            await self._handler(self._service, exchange)
+            client = self._gate.admit(exchange, self._served)
+            await (handler or self._served.handler)(replace(self._service, client=client), exchange)
         except ClientGone as gone:
             exchange.status = gone.status
         except ActorserveError as error:
@@ -60,7 +93,32 @@ class Endpoint:
             log.exception("%s failed", self._route)
             await exchange.fail(InternalError())
         finally:
+            if client is not None:
+                exchange.state["tokens"] = client.close()
             self._service.metrics.count(self._route, exchange.status or ClientGone.status)
+
+
+class Gate:
+    """Who comes in, and as whom."""
+
+    def __init__(self, client: Client, keys: KeyRing) -> None:
+        self._client = client
+        self._keys = keys
+        self._tenants = tenants_of(keys)
+
+    def admit(self, exchange: Exchange, served: "Served") -> TenantClient:
+        """Return the engine as the request may use it. Raises RequestError: 401, 403."""
+        if exchange.inside:
+            tenant = self._tenants.get(exchange.owner) or Tenant()  # the key may be gone
+            return TenantClient(self._client, tenant, limited=False)
+        tenant = self._tenants[""]
+        if self._keys and not served.open:
+            tenant = self._tenants[self._keys.key_of(exchange.scope["headers"]).name]
+            exchange.state["key"] = tenant.name
+        if served.admin and not tenant.admin:
+            raise RequestError("this takes the API key of an admin", code="permission_denied", status=403)
+        exchange.owner = tenant.name
+        return TenantClient(self._client, tenant)
 
 
 async def models(service: Service, exchange: Exchange) -> None:
@@ -70,7 +128,7 @@ async def models(service: Service, exchange: Exchange) -> None:
 
 async def model(service: Service, exchange: Exchange) -> None:
     """Serve GET /v1/models/{id}."""
-    service.check_model(exchange.scope["path_params"]["id"])
+    service.check_model(exchange.path_id)
     await exchange.reply(encode(_card(service)))
 
 
@@ -81,7 +139,7 @@ async def metrics(service: Service, exchange: Exchange) -> None:
 
 async def api_document(service: Service, exchange: Exchange) -> None:
     """Serve GET /openapi.json: this API, described."""
-    await exchange.reply(described())
+    await exchange.reply(described(service.config.root_path))
 
 
 class Served(NamedTuple):
@@ -93,6 +151,11 @@ class Served(NamedTuple):
     request: Any = None
     reply: Any = None
     event: Any = None
+    errors: ErrorShape = OPENAI_ERRORS
+    open: bool = False
+    """Answers without an API key, too."""
+    admin: bool = False
+    """Takes an admin's key: it touches others' requests."""
 
 
 GET, POST = ("GET",), ("POST",)
@@ -115,38 +178,62 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
     Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
     Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
+    Served(
+        ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,
+        dict[str, Any], ANTHROPIC_ERRORS,
+    ),
+    Served(
+        ("/v1/messages/count_tokens",), POST, messages.count_tokens, message_types.CountRequest,
+        message_types.TokenCount, errors=ANTHROPIC_ERRORS,
+    ),
+    Served(("/v1/files",), POST, files.upload, reply=batch_types.FileObject),
+    Served(("/v1/files",), GET, files.list_files, reply=batch_types.FileList),
+    Served(("/v1/files/{id}",), GET, files.retrieve, reply=batch_types.FileObject),
+    Served(("/v1/files/{id}",), ("DELETE",), files.delete, reply=batch_types.DeletedFile),
+    Served(("/v1/files/{id}/content",), GET, files.content),
+    Served(("/v1/batches",), POST, batches.create, batch_types.BatchRequest, batch_types.Batch),
+    Served(("/v1/batches",), GET, batches.list_batches, reply=batch_types.BatchList),
+    Served(("/v1/batches/{id}",), GET, batches.retrieve, reply=batch_types.Batch),
+    Served(("/v1/batches/{id}/cancel",), POST, batches.cancel, reply=batch_types.Batch),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),
     Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _t.DetokenizeRequest, _t.DetokenizeReply),
-    Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache),
+    Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache, admin=True),
     Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
-    Served(("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState),
-    Served(("/continue_generation",), POST, _c.continue_generation, reply=_t.GenerationState),
+    Served(("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True),
+    Served(("/continue_generation",), POST, _c.continue_generation, reply=_t.GenerationState, admin=True),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
     Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
-    Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health),
-    Served(("/ready",), GET, _c.ready, reply=_p.Health),
+    Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health, open=True),
+    Served(("/ready",), GET, _c.ready, reply=_p.Health, open=True),
     Served(("/metrics",), GET, metrics),
     Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
     Served(("/v1/engine/stats",), GET, engine_view.engine_stats, reply=engine_view.EngineStats),
-    Served(("/",), GET, page.index),
+    Served(("/",), GET, page.index, open=True),
 )  # fmt: skip
 
 
+BATCHED: Final = tuple(path for r in ROUTES for path in r.paths if path in batch_types.ENDPOINTS)
+"""What the lines of batches may ask for."""
+
+
 @functools.cache
-def described() -> bytes:
+def described(root_path: str) -> bytes:
     """Return the OpenAPI document."""
     operations = [
-        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event)
+        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event, r.errors.type)
         for r in ROUTES
         for path in r.paths
     ]
-    return encode(openapi.document(operations, "actorserve", control_routes.package_version()))
+    return encode(openapi.document(operations, "actorserve", control_routes.package_version(), root_path))
 
 
-def build_app(service: Service) -> Starlette:
-    """Return the application for one front."""
+def build_app(service: Service) -> ASGIApp:
+    """Return the application for one front. Raises StartupError for what the configuration names and is not there."""
+    config = service.config
+    assert isinstance(service.client, Client)
+    gate = Gate(service.client, read_keys(config))
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -154,12 +241,25 @@ def build_app(service: Service) -> Starlette:
         body = error_body(route_error(error.status_code, request.method, request.url.path))
         return Response(body, error.status_code, headers=error.headers, media_type="application/json")
 
-    routes = [
-        Route(path, Endpoint(service, path, r.handler), methods=list(r.methods)) for r in ROUTES for path in r.paths
-    ]
+    routes = []
+    for served in ROUTES:
+        for path in served.paths:
+            endpoint = Endpoint(service, path, served, gate)
+            routes.append(Route(path, endpoint, methods=list(served.methods)))
+            if path in BATCHED:
+                service.batch_endpoints[path] = endpoint
     app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
-    return app
+    log = access_log(config.access_log)
+    return Access(_with_cors(app, config), config.root_path, log)
+
+
+def _with_cors(app: ASGIApp, config: EngineConfig) -> ASGIApp:
+    if config.cors_origins is None:
+        return app
+    origins = [origin.strip() for origin in config.cors_origins.split(",")]
+    shown = ["x-request-id", "retry-after"]
+    return CORSMiddleware(app, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
 
 
 def _summary(handler: Handler) -> str:

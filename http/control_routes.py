@@ -123,6 +123,7 @@ async def server_info(service: Service, exchange: Exchange) -> None:
     state = {} if stats is None else {name: getattr(stats, name) for name in stats.__struct_fields__}
     reply = {
         **msgspec.structs.asdict(service.config),
+        "api_key": None if service.config.api_key is None else "(set)",
         "served_model_name": service.model_name,
         "version": package_version(),
         "status": service.readiness().status,

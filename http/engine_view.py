@@ -18,7 +18,7 @@ from .exchange import Exchange
 from .protocol import encode
 
 if TYPE_CHECKING:
-    from ..actors.client import Client
+    from ..actors.questions import Questions
     from .service import Service
 
 NODES: Final = 240
@@ -104,25 +104,25 @@ class Watch:
     at: float = float("-inf")
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def look(self, client: "Client") -> Seen | None:
+    async def look(self, questions: "Questions") -> Seen | None:
         """Return a fresh look, or None where there is none to be had."""
         async with self.lock:
             if time.monotonic() - self.at > FRESH_SECONDS:
-                self.seen = await self._ask(client)
+                self.seen = await self._ask(questions)
                 self.at = time.monotonic()
         return self.seen
 
-    async def _ask(self, client: "Client") -> Seen | None:
+    async def _ask(self, questions: "Questions") -> Seen | None:
         try:
             async with asyncio.timeout(LOOK_SECONDS):
-                return await client.questions.look(NODES, REQUESTS)
+                return await questions.look(NODES, REQUESTS)
         except (ActorserveError, TimeoutError):
             return None
 
 
 async def engine_stats(service: "Service", exchange: Exchange) -> None:
     """Serve GET /v1/engine/stats: actors, lanes, requests, pages and the radix tree, as they are now."""
-    seen = await service.watch.look(service.client)
+    seen = await service.watch.look(service.client.questions)
     health = service.readiness()
     status, reason = health.status, health.reason
     if seen is None and status == "ok":

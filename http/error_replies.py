@@ -1,21 +1,23 @@
-"""Errors as clients see them: status, OpenAI's JSON shape, Retry-After; and bad JSON as a RequestError.
+"""Errors as clients see them: status, OpenAI's or Anthropic's JSON shape, Retry-After; and bad JSON as a RequestError.
 
 Used by every route. Invariant: no text of an unexpected exception reaches a client, and `param` names the field that
 the client wrote.
 """
 
 import re
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
 from ..errors import ActorserveError, RequestError
-from .protocol import ErrorDetail, ErrorReply, encode
+from .protocol import AnthropicErrorDetail, AnthropicErrorReply, ErrorDetail, ErrorReply, encode
 
 T = TypeVar("T")
 
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES: Final = _TYPES | {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
 _LOCATION: Final = re.compile(r" - at (?:`(?:key|\.\.\.)` in )?`\$(?P<path>[^`]*)`$")
 _FIELD: Final = re.compile(r"(?:missing required|contains unknown) field `(?P<name>[^`]+)`")
 RETRY_STATUSES: Final = (429, 503)
@@ -34,8 +36,38 @@ def error_body(error: ActorserveError) -> bytes:
     return encode(ErrorReply(ErrorDetail(error.message, kind, error.param, error.code)))
 
 
+def anthropic_error_body(error: ActorserveError) -> bytes:
+    """Return Anthropic's JSON object for an error. It has no place for the field, so the message begins with it."""
+    kind = _ANTHROPIC_TYPES.get(error.status) or ("api_error" if error.status >= 500 else "invalid_request_error")
+    named = error.param is None or error.message.startswith(error.param)
+    message = error.message if named else f"{error.param}: {error.message}"
+    return encode(AnthropicErrorReply("error", AnthropicErrorDetail(kind, message)))
+
+
+def _event(body: bytes) -> bytes:
+    return b"data: " + body + b"\n\n"
+
+
+def _anthropic_event(body: bytes) -> bytes:
+    return b"event: error\ndata: " + body + b"\n\n"
+
+
+class ErrorShape(NamedTuple):
+    """How a protocol writes errors: as a body, and that as the last event of a stream."""
+
+    type: Any
+    body: Callable[[ActorserveError], bytes]
+    event: Callable[[bytes], bytes]
+
+
+OPENAI_ERRORS: Final = ErrorShape(ErrorReply, error_body, _event)
+ANTHROPIC_ERRORS: Final = ErrorShape(AnthropicErrorReply, anthropic_error_body, _anthropic_event)
+
+
 def error_headers(error: ActorserveError) -> list[tuple[bytes, bytes]]:
     """Return the headers an error asks for: Retry-After in seconds where trying again makes sense."""
+    if error.status == 401:
+        return [(b"www-authenticate", b"Bearer")]
     if error.status not in RETRY_STATUSES:
         return []
     return [(b"retry-after", str(getattr(error, "retry_after", 1)).encode())]

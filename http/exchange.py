@@ -7,12 +7,14 @@ of chunks that is being produced for it, whether it streams or waits.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import QueryParams
+from starlette.types import Message, Receive, Scope, Send
 
 from ..actors.client import Stream
 from ..errors import ActorserveError, RequestError
-from .error_replies import error_body, error_headers
+from .error_replies import OPENAI_ERRORS, ErrorShape, error_headers
 
 Header = tuple[bytes, bytes]
 JSON = b"application/json"
@@ -27,14 +29,55 @@ class ClientGone(ActorserveError):
 
 
 class Exchange:
-    """See the module's text. `status` is the one replied with, 0 before."""
+    """See the module's text. `status` is the one replied with, 0 before; `errors` is how they are written."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, errors: ErrorShape = OPENAI_ERRORS) -> None:
         self.scope = scope
+        self.errors = errors
+        self.inside = "owner" in self.state
+        """It comes from inner_call."""
+        self.owner: str = self.state.get("owner", "")
+        """Name of the API key; "" where there are none."""
         self.status = 0
+        self.writes = 0
+        """Parts of the body so far."""
         self._receive = receive
         self._send = send
         self._finished = False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is known of the request: `owner`, `request_id`, `key`, `tokens`."""
+        state: dict[str, Any] = self.scope.setdefault("state", {})
+        return state
+
+    @property
+    def path_id(self) -> str:
+        """The {id} in the route's path."""
+        return str(self.scope["path_params"]["id"])
+
+    @property
+    def query(self) -> QueryParams:
+        """What follows the ? in the address."""
+        return QueryParams(self.scope.get("query_string", b""))
+
+    def number(self, name: str, default: int, most: int) -> int:
+        """Return a number of the query, from 1 to `most`. Raises RequestError."""
+        text = self.query.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= most):
+            raise RequestError(f"{name} must be a number from 1 to {most}", param=name)
+        return int(text)
+
+    async def receive_any(self) -> Message:
+        """Return what the client does next."""
+        return await self._receive()
+
+    async def receive(self) -> Message:
+        """Return more of the body. Raises ClientGone."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection")
+        return message
 
     async def body(self, limit: int) -> bytes:
         """Read the whole body. Raises RequestError (413) as soon as it is above `limit` bytes, or ClientGone."""
@@ -46,9 +89,7 @@ class Exchange:
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone("the client closed the connection")
+            message = await self.receive()
             part = message.get("body", b"")
             size += len(part)
             if size > limit:
@@ -72,28 +113,37 @@ class Exchange:
     ) -> None:
         """Send a whole reply."""
         length = (b"content-length", str(len(body)).encode())
-        await self._start(status, [(b"content-type", content_type), length, *headers])
+        await self.start(status, [(b"content-type", content_type), length, *headers])
         await self.write(body, last=True)
 
     async def start_events(self) -> None:
         """Start a reply of server-sent events."""
         # The last header stops nginx from collecting events.
         headers = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await self._start(200, headers)
+        await self.start(200, headers)
 
     async def write(self, body: bytes, last: bool = False) -> None:
         """Send a part of the body. Waits while the client is slow to read."""
         self._finished = last
+        self.writes += 1
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
-    async def fail(self, error: ActorserveError, headers: Sequence[Header] = ()) -> None:
-        """Reply with an error; inside a stream of events as its last event, without [DONE]."""
-        if not self.status:
-            await self.reply(error_body(error), error.status, headers=[*headers, *error_headers(error)])
-        elif not self._finished:
-            await self.write(b"data: " + error_body(error) + b"\n\n", last=True)
+    async def relay(self, message: Message) -> None:
+        """Send a message of another reply."""
+        if message["type"] == "http.response.start":
+            await self.start(message["status"], message["headers"])
+        else:
+            await self.write(message["body"], last=not message["more_body"])
 
-    async def _start(self, status: int, headers: list[Header]) -> None:
+    async def fail(self, error: ActorserveError, headers: Sequence[Header] = ()) -> None:
+        """Reply with an error; inside a stream of events as its last event, without the usual end."""
+        if not self.status:
+            await self.reply(self.errors.body(error), error.status, headers=[*headers, *error_headers(error)])
+        elif not self._finished:
+            await self.write(self.errors.event(self.errors.body(error)), last=True)
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """Start a reply whose body follows by `write`."""
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 

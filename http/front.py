@@ -2,12 +2,13 @@
 
 The supervisor runs one process of it (or several on one listening socket, handed over as files["listen"]).
 Invariant: everything runs in one event loop; the inbox is drained once per wake and each stream's reader wakes once.
-At the end running streams may finish until the deadline, and get a last error event after it, never a silent cut.
+At the end running streams may finish until Drain's deadline, and get a last error event then, never a silent cut.
 """
 
 import asyncio
 import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +19,14 @@ import uvicorn
 from ..actors.actor import Actor, Context
 from ..actors.client import Client, LoopWakeup
 from ..actors.messages import Drain, FrontInbox
-from ..errors import Overloaded
+from ..errors import Overloaded, StartupError
 from .app import build_app
+from .batch_runner import BatchRunner
+from .data_store import DataStore
 from .metrics import Metrics
 from .service import Service
 
 KEEP_ALIVE_SECONDS: Final = 75
-STOP_SECONDS: Final = 0.4
-"""What a stop leaves to running requests, counted from the Drain before it: the node's own grace may be 1 s."""
-FAREWELL_SECONDS: Final = 0.5
-"""For the last error events to leave."""
 POLL_SECONDS: Final = 0.02
 
 
@@ -57,11 +56,13 @@ class HttpFront(Actor):
             on_end=metrics.observe,
             new_wakeup=LoopWakeup,
         )
-        self.service = Service(self.client, context.config, context.model, metrics, int(time.time()))
+        store = DataStore(context.config.data_dir) if context.config.data_dir else None
+        self.service = Service(self.client, context.config, context.model, metrics, int(time.time()), store=store)
         self._server = Server(server_config(self.service))
         self._server.servers = []
         self._served = asyncio.Event()
-        self._drained_at: float | None = None
+        self._deadline_ns = 0
+        """Until then running requests may end; Drain's."""
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -70,11 +71,16 @@ class HttpFront(Actor):
         # The descriptor stays the node's: the server closes its own copy.
         listener = socket.socket(fileno=os.dup(self.context.files["listen"]))
         loop.add_reader(inbox.fileno(), self.drain)
+        batches = asyncio.create_task(self._run_batches())
         try:
             await self._server.serve(sockets=[listener])
             self._served.set()
             await asyncio.Event().wait()  # an actor's run ends by cancellation only
         finally:
+            batches.cancel()
+            await asyncio.gather(batches, return_exceptions=True)
+            if self.service.store is not None:
+                self.service.store.close()
             loop.remove_reader(inbox.fileno())
             for server in self._server.servers:
                 server.close()
@@ -83,29 +89,36 @@ class HttpFront(Actor):
         """Pass messages to the client; from a Drain on, new requests are refused and old ones have a deadline."""
         self.client.receive(message, source)
         if isinstance(message, Drain):
-            self._drained_at = time.monotonic()
-            seconds = (message.deadline_ns - time.monotonic_ns()) / 1e9 - FAREWELL_SECONDS
+            self._deadline_ns = message.deadline_ns
+            seconds = (message.deadline_ns - time.monotonic_ns()) / 1e9
             asyncio.get_running_loop().call_later(max(0.0, seconds), self._end_requests)
 
     async def stop(self) -> None:
-        """Leave running requests a moment, end the rest with an error, and close all connections."""
+        """Leave running requests their time, end the rest with an error, and close all connections."""
         # Until then connections are taken and answered with 503: the listening socket is the supervisor's too, so
         # who came after a close would hang in its queue.
         self.client.draining = True
-        deadline = (self._drained_at or time.monotonic()) + STOP_SECONDS
-        while self.client.table and time.monotonic() < deadline:  # noqa: ASYNC110
+        while self.client.table and time.monotonic_ns() < self._deadline_ns:  # noqa: ASYNC110
             await asyncio.sleep(POLL_SECONDS)
         self._end_requests()
         self._server.should_exit = True
         await self._served.wait()
+
+    async def _run_batches(self) -> None:
+        if self.service.store is not None:
+            await BatchRunner(self.service, self.service.store).run()
 
     def _end_requests(self) -> None:
         self.client.fail_all(Overloaded("the server is shutting down; try again", status=503))
 
 
 def server_config(service: Service) -> uvicorn.Config:
-    """Return how uvicorn runs the application: httptools, no access log, no banner, no websockets."""
-    return uvicorn.Config(
+    """Return how uvicorn runs the application: httptools, TLS if asked for, no banner, no websockets.
+
+    Raises StartupError for a certificate that cannot be used.
+    """
+    settings = service.config
+    config = uvicorn.Config(
         build_app(service),
         loop="none",
         http="httptools",
@@ -118,4 +131,15 @@ def server_config(service: Service) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
     )
+    if settings.ssl_certfile is None and (settings.ssl_keyfile or settings.ssl_ca_certs):
+        raise StartupError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(f"--ssl-certfile {settings.ssl_certfile}: {error}") from error
+    return config

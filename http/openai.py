@@ -14,11 +14,11 @@ import msgspec
 
 from ..actors.client import Stream, Submission, token_prompt
 from ..actors.conversation import chat_prompt
-from ..actors.messages import Prompt, TextPrompt, TokenPrompt
+from ..actors.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
 from .chat_replies import ChatWriter
-from .chat_tools import Reading, plan_tools, template_arguments
+from .chat_tools import Reading, ToolPlan, plan_tools, template_arguments
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import split_ids
@@ -128,17 +128,22 @@ def submitted_chat(service: Service, request: ChatRequest) -> Iterator[tuple[Str
     plan = plan_tools(request, grammar, service.model)
     with renamed(names | grammar_names):
         params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
-        prompt = chat_prompt(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=bool(request.continue_final_message),
-            chat_template_kwargs=template_arguments(request),
-            tools=plan.tools,
-            shown=plan.reading.shown,
-            opens=plan.reading.opens,
-        )
+        prompt = planned_prompt(request, plan)
         salt, priority = request.cache_salt or "", request.priority or 0
         yield service.client.submit(prompt, params, request.n or 1, salt, priority, plan.grammar), plan.reading
+
+
+def planned_prompt(request: ChatRequest, plan: ToolPlan) -> ChatPrompt:
+    """Return the prompt of a chat whose tools are settled."""
+    return chat_prompt(
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        chat_template_kwargs=template_arguments(request),
+        tools=plan.tools,
+        shown=plan.reading.shown,
+        opens=plan.reading.opens,
+    )
 
 
 @contextmanager

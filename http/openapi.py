@@ -30,12 +30,13 @@ class Operation(NamedTuple):
     """Type of the reply; None: it is text."""
     event: Any = None
     """Type of the `data` of server-sent events, with `stream: true`."""
+    error: Any = ErrorReply
 
 
-def document(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
-    """Return the document as JSON data."""
-    types = [t for o in operations for t in (o.request, o.reply, o.event) if t is not None]
-    types = [*dict.fromkeys([*types, ErrorReply])]
+def document(operations: Sequence[Operation], title: str, version: str, root_path: str = "") -> dict[str, Any]:
+    """Return the document as JSON data. `root_path`: where a proxy has the API."""
+    types = [t for o in operations for t in (o.request, o.reply, o.event, o.error) if t is not None]
+    types = [*dict.fromkeys(types)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     known = dict(zip(types, schemas, strict=True))
     paths: dict[str, Any] = {}
@@ -46,6 +47,7 @@ def document(operations: Sequence[Operation], title: str, version: str) -> dict[
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
+        "servers": [{"url": root_path or "/"}],
         "paths": paths,
         "components": {"schemas": components},
     }
@@ -57,7 +59,7 @@ def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> di
         content |= _text("text/event-stream")
         content["text/event-stream"]["schema"]["contentSchema"] = schemas[operation.event]
     responses = {"200": {"description": "the reply", "content": content}}
-    errors = {"application/json": {"schema": schemas[ErrorReply]}}
+    errors = {"application/json": {"schema": schemas[operation.error]}}
     responses |= {status: {"description": text, "content": errors} for status, text in _ERRORS.items()}
     name = operation.path.strip("/").replace("/", "_").replace("{", "").replace(":path}", "") or "index"
     found: dict[str, Any] = {

@@ -36,7 +36,8 @@ async def index(service: "Service", exchange: Exchange) -> None:
         await exchange.reply(body, content_type=HTML, headers=[*headers, vary])
         return
     host = given.get(b"host", b"").decode("latin-1")
-    base = f"http://{host or f'{service.config.host}:{service.config.port}'}"
+    scheme, root = exchange.scope.get("scheme", "http"), service.config.root_path.rstrip("/")
+    base = f"{scheme}://{host or f'{service.config.host}:{service.config.port}'}{root}"
     text = HINT.format(model=service.model_name, base=base)
     await exchange.reply(text.encode(), content_type=PLAIN, headers=[vary])
 

@@ -25,7 +25,9 @@ from ..sampler.params import (
 MAX_N: Final = 128
 """Continuations of one prompt."""
 Refusable: TypeAlias = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
-Priority: TypeAlias = Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
+LOWEST_PRIORITY: Final = -(1 << 31)
+"""That of batches."""
+Priority: TypeAlias = Annotated[int, Meta(ge=LOWEST_PRIORITY, lt=1 << 31)]
 
 # The ranges of SamplingParams, so that clients can read them in the API's document.
 Choices: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_N)]
@@ -499,6 +501,18 @@ class ErrorReply(Struct, frozen=True):
     """OpenAI's shape of an error, as a body and as an event of a stream."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(Struct, frozen=True):
+    """Anthropic's shape of an error."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
 
 
 encode = msgspec.json.Encoder().encode

@@ -1,6 +1,7 @@
 """ResponseStore: finished responses of /v1/responses, for those who ask for them again or go on from them.
 
-One per front, in memory. Invariant: it holds MOST responses and MOST_BYTES at most, the newest ones.
+One per front, in memory. Invariant: it holds MOST responses and MOST_BYTES at most, the newest ones; who made one
+(`owner`, an API key's name) is the only one to find it.
 """
 
 from collections import OrderedDict
@@ -26,24 +27,24 @@ class ResponseStore:
     """See the module's text."""
 
     def __init__(self) -> None:
-        self._stored: OrderedDict[str, Stored] = OrderedDict()
+        self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
         self._size = 0
 
-    def put(self, name: str, stored: Stored) -> None:
+    def put(self, name: str, stored: Stored, owner: str = "") -> None:
         """Keep a response, and forget the oldest ones for it."""
-        self._stored[name] = stored
+        self._stored[owner, name] = stored
         self._size += stored.size
         while len(self._stored) > MOST or self._size > MOST_BYTES:
             self._size -= self._stored.popitem(last=False)[1].size
 
-    def get(self, name: str, param: str = "response_id") -> Stored:
+    def get(self, name: str, param: str = "response_id", owner: str = "") -> Stored:
         """Return a response; raises RequestError (404) if there is none of this id (any more)."""
-        stored = self._stored.get(name)
+        stored = self._stored.get((owner, name))
         if stored is None:
             raise RequestError(f"response {name[:80]!r} is not stored here", param=param, code="not_found", status=404)
         return stored
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, owner: str = "") -> None:
         """Forget a response; raises as get does."""
-        self._size -= self.get(name).size
-        del self._stored[name]
+        self._size -= self.get(name, owner=owner).size
+        del self._stored[owner, name]

@@ -34,7 +34,7 @@ async def create(service: Service, exchange: Exchange) -> None:
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
     before: list[ChatMessage] = []
     if request.previous_response_id is not None:
-        before = service.responses.get(request.previous_response_id, "previous_response_id").messages
+        before = service.responses.get(request.previous_response_id, "previous_response_id", exchange.owner).messages
     with renamed(CHAT_NAMES):
         chat = chat_request(request, before)
         turns = chat.messages[request.instructions is not None :]
@@ -44,7 +44,7 @@ async def create(service: Service, exchange: Exchange) -> None:
             if finished.store:
                 body, messages = encode(finished), [*turns, turn]
                 size = len(body) + sum(len(encode(message)) for message in messages)
-                service.responses.put(finished.id, Stored(body, messages, size))
+                service.responses.put(finished.id, Stored(body, messages, size), exchange.owner)
 
         with submitted_chat(service, chat) as (stream, reading):
             writer = ResponseWriter(response, stream, reading, keep)
@@ -59,21 +59,20 @@ async def create(service: Service, exchange: Exchange) -> None:
 
 async def retrieve(service: Service, exchange: Exchange) -> None:
     """Serve GET /v1/responses/{id}: a response that was stored."""
-    await exchange.reply(service.responses.get(exchange.scope["path_params"]["id"]).body)
+    await exchange.reply(service.responses.get(exchange.path_id, owner=exchange.owner).body)
 
 
 async def cancel(service: Service, exchange: Exchange) -> None:
     """Serve POST /v1/responses/{id}/cancel: 400, for nothing runs in the background; 404 for an unknown id."""
-    service.responses.get(exchange.scope["path_params"]["id"])
+    service.responses.get(exchange.path_id, owner=exchange.owner)
     what = "only a response that runs in the background can be cancelled; close its connection, or POST /abort_request"
     raise RequestError(what, param="response_id", code="unsupported_value")
 
 
 async def delete(service: Service, exchange: Exchange) -> None:
     """Serve DELETE /v1/responses/{id}."""
-    name = exchange.scope["path_params"]["id"]
-    service.responses.delete(name)
-    await exchange.reply(encode(DeletedResponse(name)))
+    service.responses.delete(exchange.path_id, exchange.owner)
+    await exchange.reply(encode(DeletedResponse(exchange.path_id)))
 
 
 def _begun(service: Service, request: ResponseRequest) -> Response:

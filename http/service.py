@@ -1,31 +1,49 @@
 """Service: what every HTTP handler needs, in one object that the front makes and hands to the routes.
 
-Invariant: but for the stored responses and the last look at the engine it is immutable, and it has no behaviour of its
-own beyond answering "who are we and are we well".
+Invariant: but for what is stored and the last look at the engine it is immutable, and it has no behaviour of its own
+beyond answering "who are we and are we well".
 """
 
+import asyncio
 from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp
 
 from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
+from .data_store import DataStore
 from .engine_view import Watch
 from .metrics import Metrics
 from .protocol import Health
 from .response_store import ResponseStore
+from .resume import EventLogs
+from .tenants import TenantClient
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`started` is Unix time in seconds."""
+    """`started` is Unix time in seconds. `batch_endpoints`: what answers a batch's lines, by path."""
 
-    client: Client
+    client: Client | TenantClient
     config: EngineConfig
     model: ModelInfo
     metrics: Metrics
     started: int
     responses: ResponseStore = field(default_factory=ResponseStore)
     watch: Watch = field(default_factory=Watch)
+    streams: EventLogs = field(default_factory=EventLogs)
+    store: DataStore | None = None
+    new_batch: asyncio.Event = field(default_factory=asyncio.Event)
+    batch_endpoints: dict[str, ASGIApp] = field(default_factory=dict)
+
+    @property
+    def data(self) -> DataStore:
+        """Where files and batches are kept; raises RequestError (501) without --data-dir."""
+        if self.store is None:
+            what = "this server keeps no files and batches; start it with --data-dir FOLDER"
+            raise RequestError(what, code="no_data_dir", status=501)
+        return self.store
 
     @property
     def model_name(self) -> str:

@@ -1,10 +1,12 @@
 """Server-sent events: a stream of chunks as `data:` frames, one send per wake and stream.
 
-Used by native.py, openai.py and responses.py, which bring a Renderer. Invariant: what ends a stream, `data: [DONE]` or
-another last event, is sent if and only if every choice came to its end; the reply starts only with the first output,
-so that a request refused late still gets its status.
+Used by native.py, openai.py, responses.py and messages.py, which bring a Renderer. Invariant: what ends a stream,
+`data: [DONE]` or another last event, is sent if and only if every choice came to its end; the reply starts only with
+the first output, or after HEARTBEAT_SECONDS without any, so that a request refused before that still gets its status.
+While there is nothing to say, a comment at times keeps proxies from closing the connection.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
@@ -13,6 +15,8 @@ from ..actors.messages import Chunk
 from .exchange import Exchange
 
 DONE: Final = b"data: [DONE]\n\n"
+HEARTBEAT: Final = b": still here\n\n"
+HEARTBEAT_SECONDS: Final = 15.0
 
 
 class Renderer(Protocol):
@@ -44,16 +48,31 @@ async def send_stream(
 
     `frame` makes an event of a document; `done` comes after the last one.
     """
-    started = False
-    while chunks := await stream.take():
-        documents = [] if started else list(renderer.head())
-        for chunk in chunks:
-            documents += renderer.chunk(chunk)
-        if ended := stream.ended:
-            documents += renderer.tail()
-        if not started:
-            await exchange.start_events()
-            started = True
-        if documents or ended:
-            frames = b"".join(map(frame, documents))
-            await exchange.write(frames + done if ended else frames, last=ended)
+    heart = asyncio.create_task(_beat(exchange))
+    begun = False
+    try:
+        while chunks := await stream.take():
+            documents = [] if begun else list(renderer.head())
+            begun = True
+            for chunk in chunks:
+                documents += renderer.chunk(chunk)
+            if ended := stream.ended:
+                documents += renderer.tail()
+            if not exchange.status:
+                await exchange.start_events()
+            if documents or ended:
+                frames = b"".join(map(frame, documents))
+                await exchange.write(frames + done if ended else frames, last=ended)
+    finally:
+        heart.cancel()
+
+
+async def _beat(exchange: Exchange) -> None:
+    """Write a comment after each HEARTBEAT_SECONDS without an event."""
+    while True:
+        before = exchange.writes
+        await asyncio.sleep(HEARTBEAT_SECONDS)
+        if exchange.writes == before:
+            if not exchange.status:
+                await exchange.start_events()
+            await exchange.write(HEARTBEAT)

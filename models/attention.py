@@ -4,7 +4,9 @@ Used by the decoder. The plan holds everything that depends on the batch alone (
 pays for its reads and its arithmetic only. `TorchAttention` here is plain torch, made fast for CPUs; it is also the
 reference for the GPU backends that share the interface.
 Invariant: a token attends to its own sequence's slots only; no value outside them enters, not even masked.
-Legend: T tokens, H query heads, K KV heads, G = H / K, D head_dim, N decode rows of a group, L keys, S chunk length.
+A latent cache has one row a token: keys are their own values, and what is beyond value_dim of the result is dropped.
+Legend: T tokens, H query heads, K KV heads, G = H / K, D head_dim, N decode rows of a group, L keys, S chunk length,
+P rows that a token is cached as (2: key and value).
 """
 
 import importlib.util
@@ -33,7 +35,8 @@ class AttentionPlan(Protocol):
     """Attention of one batch."""
 
     def run(self, layer: int, q: Tensor) -> Tensor:
-        """Attend with queries [T, H, D] to the cache, which holds the new tokens already; [T, H * D] of q's dtype."""
+        """Attend with queries [T, H, D] to the cache, which holds the new tokens already; of q's dtype,
+        [T, H * value_dim]."""
 
 
 class AttentionBackend(Protocol):
@@ -58,7 +61,7 @@ class Part(Protocol):
         """Which of the T tokens: int64 [N], or a slice."""
 
     def run(self, cache: Tensor, q: Tensor, spec: Spec) -> Tensor:
-        """Attend with queries [N, H, D] to one layer's cache [slots, 2, K, D]; [N, H * D]."""
+        """Attend with queries [N, H, D] to one layer's cache [slots, P, K, D]; [N, H * value_dim]."""
 
 
 @dataclass(slots=True)
@@ -73,11 +76,11 @@ class FlashDecode:
 
     def run(self, cache: Tensor, q: Tensor, spec: Spec) -> Tensor:
         count, width = self.slots.shape
-        gathered = gather(cache, self.slots.view(-1), q.dtype).view(count, width, 2, spec.kv_heads, spec.head_dim)
-        keys, values = gathered.permute(2, 0, 3, 1, 4)
+        shape = (count, width, spec.kv_parts, spec.kv_heads, spec.head_dim)
+        keys, values = halves(gather(cache, self.slots.view(-1), q.dtype).view(shape).permute(2, 0, 3, 1, 4))
         queries = q.view(count, spec.kv_heads, spec.group, spec.head_dim)
         attended = F.scaled_dot_product_attention(queries, keys, values, self.mask, scale=spec.attention_scale)
-        return attended.reshape(count, -1)
+        return attended[..., : spec.value_dim].reshape(count, -1)
 
 
 @dataclass(slots=True)
@@ -86,16 +89,16 @@ class MatmulDecode:
 
     rows: Tensor | slice
     head_rows: Tensor
-    """int64 [2 * N * K * L] rows of the cache as [slots * 2 * K, D], ordered (key or value, row, KV head, token)."""
+    """int64 [P * N * K * L] rows of the cache as [slots * P * K, D], ordered (key or value, row, KV head, token)."""
     mask: Tensor | None
     """[N * K, 1, L] added to the scores."""
 
     def run(self, cache: Tensor, q: Tensor, spec: Spec) -> Tensor:
         problems = len(q) * spec.kv_heads
         gathered = gather(cache.view(-1, spec.head_dim), self.head_rows, q.dtype)
-        keys, values = gathered.view(2, problems, -1, spec.head_dim)
+        keys, values = halves(gathered.view(spec.kv_parts, problems, -1, spec.head_dim))
         queries = q.reshape(problems, spec.group, spec.head_dim)
-        return softmax_attention(queries, keys, values, self.mask, spec).view(len(q), -1)
+        return softmax_attention(queries, keys, values[..., : spec.value_dim], self.mask, spec).view(len(q), -1)
 
 
 @dataclass(slots=True)
@@ -109,7 +112,7 @@ class PrefillChunk:
     """[S, L] added to the scores; None: causal from the first token on, without a window."""
 
     def run(self, cache: Tensor, q: Tensor, spec: Spec) -> Tensor:
-        keys, values = gather(cache, self.slots, q.dtype).permute(1, 2, 0, 3)[:, :, None]
+        keys, values = halves(gather(cache, self.slots, q.dtype).permute(1, 2, 0, 3)[:, :, None])
         queries = q.view(-1, spec.kv_heads, spec.group, spec.head_dim).permute(1, 2, 0, 3)
         if spec.attn_softcap is not None:
             attended = softmax_attention(queries, keys, values, self.mask, spec)
@@ -122,7 +125,7 @@ class PrefillChunk:
                 is_causal=self.mask is None,
                 scale=spec.attention_scale,
             )
-        return attended.permute(2, 0, 1, 3).reshape(len(q), -1)
+        return attended[..., : spec.value_dim].permute(2, 0, 1, 3).reshape(len(q), -1)
 
 
 class TorchPlan:
@@ -137,10 +140,15 @@ class TorchPlan:
         parts, cache = self.parts[self.spec.window(layer)], self.cache[layer]
         if len(parts) == 1:  # a single part is the whole batch in its order
             return parts[0].run(cache, q, self.spec)
-        out = q.new_empty(q.shape[0], self.spec.heads * self.spec.head_dim)
+        out = q.new_empty(q.shape[0], self.spec.heads * self.spec.value_dim)
         for part in parts:
             out[part.rows] = part.run(cache, q[part.rows], self.spec)
         return out
+
+
+def halves(gathered: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of gathered cache rows [P, ...]: the same where there is one row."""
+    return gathered[0], gathered[-1]
 
 
 def gather(cache: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -263,8 +271,9 @@ def _chunk_group(chunk: Chunk, first: int, kv: KVCache, spec: Spec, window: int 
 
 def _head_rows(slots: Tensor, spec: Spec) -> Tensor:
     """`MatmulDecode.head_rows` of slots [N, L]."""
-    heads = torch.arange(2 * spec.kv_heads, device=slots.device).view(2, 1, spec.kv_heads, 1)
-    return (slots[None, :, None] * (2 * spec.kv_heads) + heads).flatten()
+    rows = spec.kv_parts * spec.kv_heads
+    heads = torch.arange(rows, device=slots.device).view(spec.kv_parts, 1, spec.kv_heads, 1)
+    return (slots[None, :, None] * rows + heads).flatten()
 
 
 def make_backend(name: str, device: torch.device, spec: Spec, dtype: torch.dtype, kv: torch.dtype) -> AttentionBackend:
@@ -281,6 +290,12 @@ def make_backend(name: str, device: torch.device, spec: Spec, dtype: torch.dtype
         return TorchAttention()
     if device.type != "cuda":
         raise StartupError(f"--attention-backend {name} needs a GPU")
+    if spec.mla is not None:
+        from .latent_attention import LatentAttention
+
+        if name == "flashinfer":
+            raise StartupError("--attention-backend flashinfer: not for latent attention; take auto or triton")
+        return LatentAttention(spec)
     from .triton_attention import TritonAttention
 
     if name == "triton" or (name == "auto" and importlib.util.find_spec("flashinfer") is None):

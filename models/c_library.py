@@ -1,7 +1,7 @@
 """C source to a loaded library: compiled for this very CPU at the first use, then taken from the cache folder.
 
-Used by quantized.py. Needs a C compiler at run time, as Triton does on a GPU; who calls has another way where there is
-none. Invariant: a cached library was made from this source, by this compiler, for a CPU with these features.
+Used by cpu_kernels.py. Needs a C compiler at run time, as Triton does on a GPU; who calls has another way where there
+is none. Invariant: a cached library was made from these files, by this compiler, for a CPU with these features.
 """
 
 import ctypes
@@ -16,24 +16,24 @@ from typing import Final
 from ..errors import StartupError
 from .cache import cache_folder
 
-FLAGS: Final = ("-O3", "-march=native", "-fPIC", "-shared")
+FLAGS: Final = ("-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 COMPILE_SECONDS: Final = 120.0
 
 
-def load_library(source: Path) -> ctypes.CDLL:
-    """Compile `source` unless that was done before, and load the library.
+def load_library(*files: Path) -> ctypes.CDLL:
+    """Compile `files`, C sources and the headers that they include, unless that was done before; load the library.
 
-    Symbols that it does not define are looked up among those of the libraries that torch has loaded.
-    Raises StartupError when there is no compiler, or when what it makes does not run here.
+    It is named after the first. Symbols that are not defined are looked up among those of the libraries that torch has
+    loaded. Raises StartupError when there is no compiler, or when what it makes does not run here.
     """
     compiler = find_compiler()
-    target = cache_folder() / "kernels" / f"{source.stem}-{_key(source, compiler)}.so"
+    target = cache_folder() / "kernels" / f"{files[0].stem}-{_key(files, compiler)}.so"
     try:
         if not target.exists():
-            _compile(compiler, source, target)
+            _compile(compiler, [str(file) for file in files if file.suffix == ".c"], target)
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise StartupError(f"{source.name} cannot be compiled and loaded: {error}") from error
+        raise StartupError(f"{files[0].name} cannot be compiled and loaded: {error}") from error
 
 
 def find_compiler() -> str:
@@ -44,8 +44,8 @@ def find_compiler() -> str:
     raise StartupError("there is no C compiler (cc, gcc or clang, or the one that $CC names)")
 
 
-def _key(source: Path, compiler: str) -> str:
-    digest = hashlib.sha256(source.read_bytes())
+def _key(files: tuple[Path, ...], compiler: str) -> str:
+    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files))
     digest.update(" ".join((os.path.realpath(compiler), *FLAGS, *_cpu_features())).encode())
     return digest.hexdigest()[:16]
 
@@ -59,17 +59,18 @@ def _cpu_features() -> list[str]:
     return [line for line in first if line.startswith(("model name", "flags", "Features"))]
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: str, sources: list[str], target: Path) -> None:
     """Run the compiler; the library appears under its name whole or not at all."""
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [compiler, *FLAGS, "-o", str(made), str(source)]
+        command = [compiler, *FLAGS, "-o", str(made), *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
         except subprocess.TimeoutExpired:
             raise StartupError(f"{compiler} did not end within {COMPILE_SECONDS:.0f} s") from None
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines()
-            raise StartupError(f"{compiler} does not compile {source.name}: {lines[0] if lines else 'no reason given'}")
+            name, reason = Path(sources[0]).name, lines[0] if lines else "no reason given"
+            raise StartupError(f"{compiler} does not compile {name}: {reason}")
         os.replace(made, target)

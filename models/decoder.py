@@ -1,12 +1,14 @@
 """Decoder: one forward for every family, on CPU and GPU. What runs is decided by a Spec and a Batch, nothing else.
 
-Used by the executor's runner, perf and tests. Arithmetic is in layers.py, rope.py and the attention backend.
+Used by the executor's runner, perf and tests. Arithmetic is in layers.py, norms.py, rope.py, moe.py, mla.py and the
+attention backend. There are two ways through the layers: `_merged`, for RMS norms before each part, where every GEMM
+but QKV ends in a sum and a norm and every GEMM may do that work itself (Ops); and `_plain`, for all other layouts.
 Invariant: forward reads only its arguments and the weights, writes only the KV slots of the batch, and never waits
 for the device, so that a batch without chunks can be captured in a CUDA graph.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +19,29 @@ from .attention import AttentionBackend, AttentionPlan
 from .batch import Batch
 from .head import Head
 from .kv_cache import KVCache
-from .layers import Hidden, LinearMap, Ops, TorchOps
-from .rope import inverse_frequencies
-from .spec import Norm, Spec
+from .layers import DenseMlp, Hidden, LinearMap, Ops, TorchOps
+from .mla import Latent, attend
+from .moe import Experts
+from .norms import NormWeights, is_head_rms, layer_norm, plain_qk_norm_
+from .rope import inverse_frequencies, rotation_table
+from .spec import Rope, Spec
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer."""
+    """One layer. Norms are None where the layout has none."""
 
-    attention_norm: Tensor
-    """[hidden]"""
+    attention_norm: NormWeights | None
     qkv: LinearMap
-    """hidden -> (heads + 2 * kv_heads) * head_dim: queries, keys, values."""
+    """hidden -> (heads + 2 * kv_heads) * head_dim: queries, keys, values. With MLA see mla.Latent."""
     qk_norm: Tensor | None
     """[heads + kv_heads, head_dim]"""
+    latent: Latent | None
     o: LinearMap
-    mlp_norm: Tensor
-    gate_up: LinearMap
-    """hidden -> 2 * inter: gate, up."""
-    down: LinearMap
+    attention_out_norm: NormWeights | None
+    mlp_norm: NormWeights | None
+    mlp: DenseMlp | Experts
+    mlp_out_norm: NormWeights | None
 
 
 @dataclass(slots=True)
@@ -45,31 +50,54 @@ class Weights:
 
     embed: Tensor
     """[vocab, hidden]"""
+    positions: Tensor | None
+    """[learned_positions, hidden]"""
     layers: list[LayerWeights]
-    norm: Tensor
+    norm: NormWeights
     head: Head
+
+
+class Layers(Protocol):
+    """The first layers in one call, where a device has that."""
+
+    def run(
+        self, hidden: Tensor, residual: Tensor, table: Any, kv_slots: Tensor, kv: KVCache, plan: AttentionPlan
+    ) -> int:
+        """Take normed hidden states and the residual stream [T, hidden] through them in place; return how many."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What the layers of one forward share."""
+
+    batch: Batch
+    kv: KVCache
+    plan: AttentionPlan
+    table: Any
+    """Ops.rotation of the tokens; None without rope."""
+    local_table: Any
+    """The same of the layers with a window."""
+
+    @property
+    def rows(self) -> Tensor | None:
+        return self.batch.logit_rows
 
 
 def check_supported(spec: Spec) -> None:
     """Raise StartupError naming the fields of the spec that this decoder does not implement."""
     unsupported = {
-        "moe": spec.moe is not None,
-        "mla": spec.mla is not None,
-        "norm.kind": spec.norm.kind != "rms",
-        "norm.offset": spec.norm.offset != 0,
-        "norm.bias": spec.norm.bias,
-        "qk_norm": spec.qk_norm not in (None, Norm("rms", spec.qk_norm.eps if spec.qk_norm else 0.0)),
-        "qk_norm_shape": spec.qk_norm is not None and spec.qk_norm_shape != "dim",
-        "local_rope": spec.local_rope is not None,
-        "learned_positions": spec.learned_positions > 0,
-        "clip_qkv": spec.clip_qkv is not None,
         "causal": not spec.causal,
-        "gated": not spec.gated,
-        "layout": spec.layout != "pre",
+        "mla": spec.mla is not None and (spec.qk_norm is not None or spec.clip_qkv is not None),
+        "local_rope": _differ_in_shape(spec.rope, spec.local_rope),
     }
     missing = [name for name, wanted in unsupported.items() if wanted]
     if missing:
         raise StartupError(f"this model needs parts that are not implemented yet: {', '.join(missing)}")
+
+
+def _differ_in_shape(rope: Rope | None, local: Rope | None) -> bool:
+    """Whether the two ropes rotate different parts of a head, for which kernels would have to be told the layer."""
+    return local is not None and (rope is None or (rope.dim, rope.interleaved) != (local.dim, local.interleaved))
 
 
 class Decoder:
@@ -83,6 +111,7 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         ops: Ops | None = None,
+        layers: Layers | None = None,
     ) -> None:
         check_supported(spec)
         self.spec = spec
@@ -91,7 +120,13 @@ class Decoder:
         self.weights = weights
         self.attention = attention
         self.ops: Ops = ops or TorchOps()
+        self.layers = layers
+        self.embed_scale = torch.tensor(spec.embed_scale, dtype=dtype).item()
+        """As Gemma was trained: a number of the model's dtype."""
+        self.merges = spec.layout == "pre" and spec.norm.kind == "rms"
+        self.fuses_heads = spec.clip_qkv is None and (spec.qk_norm is None or is_head_rms(spec))
         self.frequencies = None if spec.rope is None else inverse_frequencies(spec.rope).to(device)
+        self.local_frequencies = None if spec.local_rope is None else inverse_frequencies(spec.local_rope).to(device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
@@ -115,48 +150,105 @@ class Decoder:
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def _run(self, batch: Batch, kv: KVCache, head: LinearMap | None) -> Hidden:
+    def _run(self, batch: Batch, kv: KVCache, head: LinearMap | None) -> Hidden | None:
         """The layers: normed hidden states [R, hidden] for `head`, plain ones without; None for no rows."""
+        spec = self.spec
+        table = self._rotation(batch.positions, spec.rope, self.frequencies)
+        local = table
+        if spec.local_rope is not None:
+            local = self._rotation(batch.positions, spec.local_rope, self.local_frequencies)
+        step = Step(batch, kv, self.attention.plan(batch, kv, spec), table, local)
+        residual = self._embed(batch)
+        return self._merged(residual, step, head) if self.merges else self._plain(residual, step)
+
+    def _rotation(self, positions: Tensor, rope: Rope | None, frequencies: Tensor | None) -> Any:
+        if rope is None or frequencies is None:
+            return None
+        if self.spec.mla is not None:
+            return rotation_table(positions, frequencies, rope, self.dtype)
+        return self.ops.rotation(positions, frequencies, rope, self.dtype)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        x = F.embedding(batch.ids, self.weights.embed)
+        if self.embed_scale != 1.0:
+            x = x * self.embed_scale
+        return x if self.weights.positions is None else x + F.embedding(batch.positions, self.weights.positions)
+
+    # ------------------------------------------------------------------ the layers, both return None for no rows
+
+    def _merged(self, residual: Tensor, step: Step, head: LinearMap | None) -> Hidden | None:
+        """Layers with an RMS norm before each part: normed hidden states [R, hidden] of embeddings [T, hidden]."""
         spec, weights, eps, ops = self.spec, self.weights, self.spec.norm.eps, self.ops
-        plan = self.attention.plan(batch, kv, spec)
-        table = None
-        if spec.rope is not None and self.frequencies is not None:
-            table = ops.rotation(batch.positions, self.frequencies, spec.rope, self.dtype)
-        residual = F.embedding(batch.ids, weights.embed)
-        if spec.embed_scale != 1.0:
-            residual = residual * spec.embed_scale
-        hidden: Hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
-        for i, layer in enumerate(weights.layers):
-            last = i + 1 == spec.layers
-            x = self._attend(i, layer, hidden, batch, kv, plan, table if spec.rotates(i) else None)
-            if last and batch.logit_rows is not None:
-                if not len(batch.logit_rows):  # only keys and values were wanted
+        scale = spec.residual_scale
+        norms = [layer.attention_norm for layer in weights.layers] + [weights.norm]
+        into = [*(layer.qkv for layer in weights.layers), head]
+        assert norms[0] is not None
+        hidden: Hidden = ops.rms_norm(residual, norms[0].weight, eps)
+        done = 0
+        if self.layers is not None:
+            assert isinstance(hidden, Tensor)
+            done = self.layers.run(hidden, residual, step.table, step.batch.kv_slots, step.kv, step.plan)
+        for i, layer in enumerate(weights.layers[done:], done):
+            x = self._attend(i, layer, hidden, step)
+            if i + 1 == spec.layers and step.rows is not None:
+                if not len(step.rows):  # only keys and values were wanted
                     return None
-                x, residual = x.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
-            scale = spec.residual_scale
-            hidden, residual = ops.add_norm(layer.o, x, residual, scale, layer.mlp_norm, eps, layer.gate_up)
-            x = ops.gated(layer.gate_up, hidden, spec.act)
-            norm, into = weights.norm, head
-            if not last:
-                norm, into = weights.layers[i + 1].attention_norm, weights.layers[i + 1].qkv
-            hidden, residual = ops.add_norm(layer.down, x, residual, scale, norm, eps, into)
+                x, residual = x.index_select(0, step.rows), residual.index_select(0, step.rows)
+            norm, after = layer.mlp_norm, norms[i + 1]
+            assert norm is not None and after is not None
+            hidden, residual = ops.add_norm(layer.o, x, residual, scale, norm.weight, eps, layer.mlp.takes)
+            x = layer.mlp.inner(ops, hidden, spec)
+            hidden, residual = ops.add_norm(layer.mlp.down, x, residual, scale, after.weight, eps, into[i + 1])
         return hidden
 
-    def _attend(
-        self,
-        index: int,
-        layer: LayerWeights,
-        hidden: Hidden,
-        batch: Batch,
-        kv: KVCache,
-        plan: AttentionPlan,
-        table: Any,
-    ) -> Tensor:
-        """Normed hidden states [T, hidden] -> heads' outputs [T, heads * head_dim], before the output projection."""
+    def _plain(self, residual: Tensor, step: Step) -> Tensor | None:
+        """Layers of any layout, one operation after another; as `_merged`."""
         spec = self.spec
+        for i, layer in enumerate(self.weights.layers):
+            x = self._norm(residual, layer.attention_norm)
+            attended = self._attend(i, layer, x, step)
+            if i + 1 == spec.layers and step.rows is not None:
+                if not len(step.rows):
+                    return None
+                attended, x, residual = (t.index_select(0, step.rows) for t in (attended, x, residual))
+            delta = self._norm(layer.o(attended), layer.attention_out_norm)
+            if spec.layout == "parallel":
+                delta = delta + self._mlp(layer, x)
+            residual = torch.add(residual, delta, alpha=spec.residual_scale)
+            if spec.layout != "parallel":
+                delta = self._norm(self._mlp(layer, self._norm(residual, layer.mlp_norm)), layer.mlp_out_norm)
+                residual = torch.add(residual, delta, alpha=spec.residual_scale)
+        return self._norm(residual, self.weights.norm)
+
+    def _norm(self, x: Tensor, weights: NormWeights | None) -> Tensor:
+        if weights is None:
+            return x
+        if self.spec.norm.kind == "layer":
+            return layer_norm(x, weights, self.spec.norm.eps)
+        return self.ops.rms_norm(x, weights.weight, self.spec.norm.eps)
+
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        return layer.mlp.down(layer.mlp.inner(self.ops, x, self.spec))
+
+    def _attend(self, index: int, layer: LayerWeights, hidden: Hidden, step: Step) -> Tensor:
+        """Normed hidden states [T, hidden] -> heads' outputs [T, heads * value width], before the output projection."""
+        spec, slots, kv_rows = self.spec, step.batch.kv_slots, step.kv.rows[index]
+        table = None
+        if spec.rotates(index):
+            table = step.table if spec.window(index) is None else step.local_table
+        if layer.latent is not None:
+            return attend(layer.latent, layer.qkv(hidden), spec, table, slots, kv_rows, step.plan, index)
         weight, eps = (None, 0.0) if spec.qk_norm is None else (layer.qk_norm, spec.qk_norm.eps)
-        queries = self.ops.heads(layer.qkv, hidden, weight, eps, table, spec, batch.kv_slots, kv.rows[index])
-        return plan.run(index, queries)
+        if self.fuses_heads:
+            queries = self.ops.heads(layer.qkv, hidden, weight, eps, table, spec, slots, kv_rows)
+        else:
+            heads = layer.qkv(hidden).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+            if spec.clip_qkv is not None:
+                heads = heads.clamp(-spec.clip_qkv, spec.clip_qkv)
+            if weight is not None:
+                plain_qk_norm_(heads, weight, spec)
+            queries = self.ops.qk_norm_rope_and_write(heads, None, 0.0, table, spec, slots, kv_rows)
+        return step.plan.run(index, queries)
 
     def logits(self, hidden: Hidden) -> Tensor:
         """Normed hidden states [R, hidden] -> logits float32 [R, vocab]."""

@@ -1,23 +1,184 @@
-"""The families that are served: a table from `model_type` to a function config.json -> Spec, and checkpoint names.
+"""The families that are served: a table from `model_type` to a reading of config.json and the names of its tensors.
 
-Used by weights.py. Adding a family that the decoder can already run is one entry here; what differs between families
-is data (spec.py). Defaults for keys that a config.json leaves out are those of transformers' config classes.
+Used by weights.py, plan.py and perf. Adding a family that the decoder can already run is one entry here and a function
+in dense_families.py, sparse_families.py or remote_families.py (docs/models.md has an example).
 """
 
-import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Final
 
 from ..errors import StartupError
-from .spec import Norm, Rope, RopeScaling, Spec
+from . import dense_families as dense
+from . import remote_families as remote
+from . import sparse_families as sparse
+from .names import PLAIN, Names, by_head, gate_up, grouped_qkv, qkv, stacked, transposed
+from .rope_config import Config
+from .spec import Spec
 
-Config = dict[str, Any]
+FUSED: Final = Names(cuts={"qkv_proj": qkv, "gate_up_proj": gate_up})
+SANDWICH: Final = Names(
+    (
+        (r"post_attention_layernorm", "attention_out_norm"),
+        (r"pre_feedforward_layernorm", "post_attention_layernorm"),
+        (r"post_feedforward_layernorm", "mlp_out_norm"),
+    )
+)
+POST: Final = Names(
+    ((r"post_attention_layernorm", "attention_out_norm"), (r"post_feedforward_layernorm", "mlp_out_norm"))
+)
+GLM4: Final = Names(
+    ((r"post_self_attn_layernorm", "attention_out_norm"), (r"post_mlp_layernorm", "mlp_out_norm")), FUSED.cuts
+)
+W123: Final = (r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj.")
+MIXTRAL: Final = Names(((r"\.block_sparse_moe\.", ".mlp."), *W123))
+GROK1: Final = Names(
+    (
+        (r"\.(block_sparse_moe|moe_block)\.", ".mlp."),
+        (r"\.attn\.", ".self_attn."),
+        (r"pre_attn_norm", "input_layernorm"),
+        (r"post_attn_norm", "attention_out_norm"),
+        (r"pre_moe_norm", "post_attention_layernorm"),
+        (r"post_moe_norm", "mlp_out_norm"),
+        *W123,
+        (r"\.linear\.", ".gate_proj."),
+        (r"\.linear_v\.", ".up_proj."),
+        (r"\.linear_1\.", ".down_proj."),
+    )
+)
+QWEN2_MOE: Final = Names(((r"\.shared_expert\.", ".shared_experts."),))
+DEEPSEEK_V3: Final = Names(more_layers=True)
+STABLELM: Final = Names(((r"\.([qk])_layernorm\.norms\.", r".\1_norm."),))
+COHERE: Final = Names(cuts={"q_norm": by_head("q_norm"), "k_norm": by_head("k_norm")})
+TRANSFORMER: Final = (
+    (r"^(transformer\.)?wte\.", "model.embed_tokens."),
+    (r"^(transformer\.)?ln_f\.", "model.norm."),
+    (r"^(transformer\.)?h\.", "model.layers."),
+    (r"\.ln_1\.", ".input_layernorm."),
+    (r"\.ln_2\.", ".post_attention_layernorm."),
+)
+GPT2: Final = Names(
+    (
+        *TRANSFORMER,
+        (r"^(transformer\.)?wpe\.", "model.embed_positions."),
+        (r"\.attn\.c_attn\.", ".self_attn.qkv."),
+        (r"\.attn\.c_proj\.", ".self_attn.out."),
+        (r"\.mlp\.c_proj\.", ".mlp.proj."),
+    ),
+    {
+        "qkv": transposed(qkv),
+        "out": transposed("o_proj"),
+        "c_fc": transposed("up_proj"),
+        "proj": transposed("down_proj"),
+    },
+)
+EXAONE: Final = Names(
+    (
+        *TRANSFORMER,
+        (r"\.attn\.attention\.", ".self_attn."),
+        (r"\.out_proj\.", ".o_proj."),
+        (r"\.c_fc_0\.", ".gate_proj."),
+        (r"\.c_fc_1\.", ".up_proj."),
+        (r"\.c_proj\.", ".down_proj."),
+    )
+)
+QWEN: Final = Names(
+    (
+        *TRANSFORMER,
+        (r"\.attn\.c_attn\.", ".self_attn.c_attn."),
+        (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+        (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+        (r"\.w1\.", ".up_proj."),
+        (r"\.w2\.", ".gate_proj."),
+    ),
+    {"c_attn": qkv},
+)
+DBRX: Final = Names(
+    (
+        (r"^transformer\.wte\.", "model.embed_tokens."),
+        (r"^transformer\.norm_f\.", "model.norm."),
+        (r"^transformer\.blocks\.", "model.layers."),
+        (r"\.norm_attn_norm\.norm_1\.", ".input_layernorm."),
+        (r"\.norm_attn_norm\.norm_2\.", ".post_attention_layernorm."),
+        (r"\.norm_attn_norm\.attn\.", ".self_attn."),
+        (r"\.out_proj\.", ".o_proj."),
+        (r"\.ffn\.router\.layer\.", ".mlp.gate."),
+        (r"\.ffn\.experts\.mlp\.(w1|v1|w2)$", r".mlp.experts.\1.weight"),
+    ),
+    {"Wqkv": qkv, "w1": stacked("gate_proj"), "v1": stacked("up_proj"), "w2": stacked("down_proj", turned=True)},
+)
+INTERNLM2: Final = Names(
+    (
+        (r"tok_embeddings\.", "embed_tokens."),
+        (r"^output\.", "lm_head."),
+        (r"\.attention\.", ".self_attn."),
+        (r"\.wo\.", ".o_proj."),
+        (r"\.attention_norm\.", ".input_layernorm."),
+        (r"\.ffn_norm\.", ".post_attention_layernorm."),
+        (r"\.feed_forward\.", ".mlp."),
+        *W123,
+    ),
+    {"wqkv": grouped_qkv},
+)
+CHATGLM: Final = Names(
+    (
+        (r"^transformer\.embedding\.word_embeddings\.", "model.embed_tokens."),
+        (r"^transformer\.encoder\.final_layernorm\.", "model.norm."),
+        (r"^transformer\.output_layer\.", "lm_head."),
+        (r"^transformer\.encoder\.", "model."),
+        (r"\.self_attention\.", ".self_attn."),
+        (r"\.dense\.", ".o_proj."),
+        (r"\.dense_4h_to_h\.", ".down_proj."),
+    ),
+    {"query_key_value": qkv, "dense_h_to_4h": gate_up},
+)
 
-ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
-EMBED, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-LAYER = "model.layers.{}."
-"""Names of tensors in a checkpoint, those of transformers' Llama: all families here use them."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How models of a `model_type` are read."""
+
+    read: Callable[[Config], Spec]
+    names: Names = PLAIN
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    "chatglm": Family(remote.chatglm, CHATGLM),
+    "cohere": Family(dense.cohere, COHERE),
+    "cohere2": Family(dense.cohere2),
+    "dbrx": Family(sparse.dbrx, DBRX),
+    "deepseek": Family(sparse.deepseek),
+    "deepseek_v2": Family(sparse.deepseek_v2),
+    "deepseek_v3": Family(sparse.deepseek_v3, DEEPSEEK_V3),
+    "exaone": Family(dense.exaone, EXAONE),
+    "exaone4": Family(dense.exaone4, POST),
+    "gemma": Family(dense.gemma),
+    "gemma2": Family(dense.gemma2, SANDWICH),
+    "gemma3_text": Family(dense.gemma3, SANDWICH),
+    "glm": Family(dense.glm, FUSED),
+    "glm4": Family(dense.glm4, GLM4),
+    "gpt2": Family(dense.gpt2, GPT2),
+    "granite": Family(dense.granite),
+    "grok-1": Family(sparse.grok1, GROK1),
+    "internlm2": Family(remote.internlm2, INTERNLM2),
+    "llama": Family(dense.llama),
+    "mistral": Family(dense.mistral),
+    "mixtral": Family(sparse.mixtral, MIXTRAL),
+    "olmo2": Family(dense.olmo2, POST),
+    "phi3": Family(dense.phi3, FUSED),
+    "qwen": Family(remote.qwen, QWEN),
+    "qwen2": Family(dense.qwen2),
+    "qwen2_moe": Family(sparse.qwen2_moe, QWEN2_MOE),
+    "qwen3": Family(dense.qwen3),
+    "qwen3_moe": Family(sparse.qwen3_moe),
+    "smollm3": Family(dense.smollm3),
+    "stablelm": Family(dense.stablelm, STABLELM),
+}
+
+
+def names_of(config: Config) -> Names:
+    """How the tensors of a config's checkpoint are named; `spec_of` has taken it."""
+    return FAMILIES[config["model_type"]].names
 
 
 def spec_of(config: Config) -> Spec:
@@ -29,170 +190,27 @@ def spec_of(config: Config) -> Spec:
     if config.get("quantization_config"):
         raise StartupError("quantized checkpoints (quantization_config) are not served yet")
     try:
-        spec = family(config)
+        spec = family.read(config)
+        _check_shape(spec)
     except KeyError as error:
         raise StartupError(f"config.json lacks {error.args[0]!r}, which model_type {model_type!r} needs") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise StartupError(f"config.json holds a value that makes no sense: {error}") from None
-    _check_shape(spec)
     return spec
 
 
 def _check_shape(spec: Spec) -> None:
     """Refuse widths that do not fit together."""
-    sizes = (spec.vocab, spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.head_dim, spec.inter)
+    moe, mla = spec.moe, spec.mla
+    sizes = [spec.vocab, spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.head_dim, spec.inter]
+    sizes += [] if moe is None else [moe.experts, moe.top_k, moe.inter, moe.groups, moe.top_groups]
+    sizes += [] if mla is None else [mla.kv_rank, mla.nope, mla.rope, mla.v]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise StartupError("config.json: every size must be a positive integer")
     if spec.heads % spec.kv_heads:
         raise StartupError(f"config.json: {spec.heads} attention heads cannot share {spec.kv_heads} KV heads")
+    if moe is not None and (moe.experts % moe.groups or moe.top_k > moe.experts // moe.groups * moe.top_groups):
+        raise StartupError(f"config.json: {moe.top_k} of {moe.experts} experts in {moe.groups} groups cannot be chosen")
     for name, per_layer in (("layer_types", spec.windows), ("no_rope_layers", spec.nope_layers)):
         if per_layer and len(per_layer) != spec.layers:
             raise StartupError(f"config.json: {name} has {len(per_layer)} entries for {spec.layers} layers")
-
-
-def _base(config: Config, **fields: Any) -> Spec:
-    """The Llama reading of a config; `fields` override."""
-    act = config.get("hidden_act") or "silu"
-    if act not in ACTS:
-        raise StartupError(f"config.json: hidden_act {act!r} is not served; served: {', '.join(sorted(ACTS))}")
-    values: dict[str, Any] = {
-        "vocab": config["vocab_size"],
-        "hidden": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "head_dim": _head_dim(config),
-        "inter": config["intermediate_size"],
-        "norm": Norm("rms", config.get("rms_norm_eps", 1e-6)),
-        "rope": rope_of(config),
-        "act": ACTS[act],
-        "tied": config.get("tie_word_embeddings", False),
-    }
-    return Spec(**(values | fields))
-
-
-def _head_dim(config: Config) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def rope_of(config: Config, default_theta: float = 10000.0) -> Rope:
-    """Rope of a config, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return Rope(
-        theta=float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta),
-        dim=int(_head_dim(config) * partial),
-        scaling=_scaling(parameters, config.get("max_position_embeddings", 0)),
-    )
-
-
-def _scaling(parameters: Config, max_position: int) -> RopeScaling | None:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", float(parameters["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(parameters["factor"]),
-            int(parameters["original_max_position_embeddings"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-        )
-    if kind == "yarn":
-        return _yarn(parameters, max_position)
-    raise StartupError(f"config.json: rope type {kind!r} is not served yet; served: default, linear, llama3, yarn")
-
-
-def _yarn(parameters: Config, max_position: int) -> RopeScaling:
-    original = int(parameters.get("original_max_position_embeddings") or max_position)
-    factor = float(parameters.get("factor") or max_position / original)
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    inferred = mscale(numerator) / mscale(denominator) if numerator and denominator else mscale(1.0)
-    given = parameters.get("attention_factor")
-    return RopeScaling(
-        "yarn",
-        factor,
-        original,
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        truncate=bool(parameters.get("truncate", True)),
-        attention_factor=inferred if given is None else float(given),
-    )
-
-
-def _llama(config: Config, **fields: Any) -> Spec:
-    bias = bool(config.get("attention_bias", False))
-    biases = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
-    return _base(config, **(biases | fields))
-
-
-def _mistral(config: Config) -> Spec:
-    window = config.get("sliding_window", 4096)
-    return _base(config, windows=(window,) * config["num_hidden_layers"] if window else ())
-
-
-def _qwen_windows(config: Config) -> tuple[int | None, ...]:
-    """Windows of Qwen 2 and 3: off unless `use_sliding_window`; then the layers from `max_window_layers` on."""
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    layers = config["num_hidden_layers"]
-    first = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _qwen2(config: Config) -> Spec:
-    return _base(config, qkv_bias=True, windows=_qwen_windows(config))
-
-
-def _qwen3(config: Config) -> Spec:
-    head_dim = int(config.get("head_dim") or 128)
-    norm = Norm("rms", config.get("rms_norm_eps", 1e-6))
-    bias = bool(config.get("attention_bias", False))
-    return _base(
-        config | {"head_dim": head_dim}, qk_norm=norm, qkv_bias=bias, o_bias=bias, windows=_qwen_windows(config)
-    )
-
-
-def _granite(config: Config) -> Spec:
-    return _llama(
-        config,
-        embed_scale=float(config.get("embedding_multiplier", 1.0)),
-        residual_scale=float(config.get("residual_multiplier", 1.0)),
-        logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
-        scale=float(config.get("attention_multiplier", 1.0)),
-    )
-
-
-def _smollm3(config: Config) -> Spec:
-    layers = config["num_hidden_layers"]
-    interval = config.get("no_rope_layer_interval", 4)
-    rotated = config.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    kinds = config.get("layer_types") or ["full_attention" if r else "sliding_attention" for r in rotated]
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return _llama(
-        config,
-        rope=rope_of(config, default_theta=2000000.0),
-        nope_layers=() if all(rotated) else tuple(not r for r in rotated),
-        windows=windows if any(windows) else (),
-        tied=config.get("tie_word_embeddings", True),
-    )
-
-
-FAMILIES: dict[str, Callable[[Config], Spec]] = {
-    "granite": _granite,
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "smollm3": _smollm3,
-}

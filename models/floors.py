@@ -1,7 +1,8 @@
-"""Physical floors of serving a dense decoder on one GPU: the time that its memory and its arithmetic cannot beat.
+"""Physical floors of serving a decoder on one GPU: the time that its memory and its arithmetic cannot beat.
 
 decode floor  = sum over a step's matmuls and its attention of max(bytes / bandwidth, FLOPs / peak), as they run one
-                after another; each weight is read once a step, each visible token's K and V once
+                after another; each weight is read once a step, each visible token's K and V once; of the experts
+                only as many as one token visits, which is the least that a batch can need
 prefill floor = FLOPs / peak; the head works on the last token only and is left out
 Used by plan.py and perf/. Pure arithmetic over a Spec. Units: seconds, bytes, tokens.
 """
@@ -55,15 +56,31 @@ GPUS: Final[dict[str, Gpu]] = {
 
 
 def matmuls(spec: Spec) -> list[tuple[int, int]]:
-    """(weights, times a step) of each matmul: qkv, o, up (with gate), down, head. Embedding rows are not read whole."""
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    return [
-        (spec.hidden * (q + 2 * kv), spec.layers),
-        (q * spec.hidden, spec.layers),
-        ((2 if spec.gated else 1) * spec.hidden * spec.inter, spec.layers),
-        (spec.inter * spec.hidden, spec.layers),
-        (spec.hidden * spec.vocab, 1),
-    ]
+    """(weights, times a step) of each matmul: attention's, up (with gate), down, head. Embedding rows are not read
+    whole."""
+    sparse = sum(spec.sparse(layer) for layer in range(spec.layers))
+    found = [(weights, spec.layers) for weights in _attention(spec)]
+    found += [(weights, spec.layers - sparse) for weights in _mlp(spec, spec.inter)]
+    if spec.moe is not None:
+        chosen = _mlp(spec, spec.moe.top_k * spec.moe.inter) + _mlp(spec, spec.moe.shared_inter)
+        found += [(weights, sparse) for weights in (spec.hidden * spec.moe.experts, *chosen)]
+    return [entry for entry in found if all(entry)] + [(spec.hidden * spec.vocab, 1)]
+
+
+def _attention(spec: Spec) -> list[int]:
+    """Weights of the projections: qkv, o; of latent attention all that its absorbed form multiplies."""
+    mla, h = spec.mla, spec.hidden
+    if mla is None:
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        return [h * (q + 2 * kv), q * h]
+    q = spec.heads * (mla.nope + mla.rope)
+    down = (q if mla.q_rank is None else mla.q_rank) + mla.kv_rank + mla.rope
+    up = 0 if mla.q_rank is None else mla.q_rank * q
+    return [h * down, up, spec.heads * mla.nope * mla.kv_rank, spec.heads * mla.v * mla.kv_rank, spec.heads * mla.v * h]
+
+
+def _mlp(spec: Spec, inter: int) -> list[int]:
+    return [(2 if spec.gated else 1) * spec.hidden * inter, inter * spec.hidden]
 
 
 def matmul_seconds(spec: Spec, batch: int, limits: Limits, weight_bytes: float = 2.0) -> float:
@@ -88,8 +105,8 @@ def visible_tokens(spec: Spec, context: int) -> int:
 
 def attention_seconds(spec: Spec, visible: int, limits: Limits, kv_bytes: float = 2.0) -> float:
     """Floor of a decode step's attention: `visible_tokens` summed over the batch's rows."""
-    read = visible * 2 * spec.kv_heads * spec.head_dim * kv_bytes
-    return max(read / limits.bandwidth, 4 * visible * spec.heads * spec.head_dim / limits.peak)
+    read = visible * spec.kv_parts * spec.kv_heads * spec.head_dim * kv_bytes
+    return max(read / limits.bandwidth, visible * _pair_flops(spec) / limits.peak)
 
 
 def decode_seconds(
@@ -104,7 +121,12 @@ def prefill_flops(spec: Spec, tokens: int, cached: int = 0) -> float:
     """FLOPs of a prompt of `tokens`, of which the first `cached` have their KV already."""
     body = sum(weights * times for weights, times in matmuls(spec)[:-1])
     pairs = sum(layers * (_pairs(tokens, w) - _pairs(cached, w)) for w, layers in windows(spec).items())
-    return 2 * (tokens - cached) * body + 4 * pairs * spec.heads * spec.head_dim
+    return 2 * (tokens - cached) * body + pairs * _pair_flops(spec)
+
+
+def _pair_flops(spec: Spec) -> int:
+    """FLOPs of attention for a query and a key: the score, and the value's share."""
+    return 2 * spec.heads * (spec.head_dim + spec.value_dim)
 
 
 def prefill_seconds(spec: Spec, tokens: int, limits: Limits, cached: int = 0) -> float:

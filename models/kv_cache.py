@@ -1,7 +1,8 @@
 """KVCache: the key and value pages of all layers on one device. Written by the decoder, read by attention.
 
 One allocation [layers, slots, 2, kv_heads, head_dim]: a token's key and value lie side by side, so that a layer writes
-both with one scatter and gathers both with one read. Page numbers come from the scheduler; this class owns memory only.
+both with one scatter and gathers both with one read (with latent attention the 2 is a 1: one row is both). Page
+numbers come from the scheduler; this class owns memory only.
 Invariant: no other tensor views the storage outside `k`, `v` and `rows`, which alias it.
 """
 
@@ -35,18 +36,18 @@ class KVCache:
         self.read_dtype = read_dtype or dtype
         self.num_pages = num_pages
         self.page_size = page_size
-        shape = (spec.layers, num_pages * page_size, 2, spec.kv_heads, spec.head_dim)
+        shape = (spec.layers, num_pages * page_size, spec.kv_parts, spec.kv_heads, spec.head_dim)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self.rows: list[Tensor] = list(self.storage.unbind(0))
-        """Per layer [slots, 2, kv_heads, head_dim]: key, then value."""
+        """Per layer [slots, kv_parts, kv_heads, head_dim]: key, then value."""
         self.k: list[Tensor] = [rows[:, 0] for rows in self.rows]
-        self.v: list[Tensor] = [rows[:, 1] for rows in self.rows]
+        self.v: list[Tensor] = [rows[:, -1] for rows in self.rows]
         """Per layer [slots, kv_heads, head_dim], strided views."""
 
     @staticmethod
     def bytes_per_page(spec: Spec, page_size: int, dtype: torch.dtype) -> int:
         """Memory of one page over all layers, keys and values."""
-        return spec.layers * page_size * 2 * spec.kv_heads * spec.head_dim * dtype.itemsize
+        return spec.layers * page_size * spec.kv_parts * spec.kv_heads * spec.head_dim * dtype.itemsize
 
     def copy_pages(self, copies: np.ndarray) -> None:
         """Copy the first tokens of pages: int32 [n, 3] of (source page, destination page, tokens).

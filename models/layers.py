@@ -7,12 +7,14 @@ Legend: T tokens, H query heads, K KV heads, D head_dim.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norms import qk_norm_, rms_norm
 from .rope import rotate_, rotation_table
 from .spec import Rope, Spec
 
@@ -142,11 +144,6 @@ class Ops(Protocol):
         """Measure one more product that a prefill has; False when all were."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension, accumulated in float32; weight [x.shape[-1]]."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
 def add_rms_norm(
     delta: Tensor, residual: Tensor, residual_scale: float, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -155,10 +152,14 @@ def add_rms_norm(
     return rms_norm(residual, weight, eps), residual
 
 
-def qk_norm_(qkv: Tensor, weight: Tensor, eps: float) -> None:
-    """Normalise each query and key head in place: qkv [T, H + 2K, D], weight [H + K, D]."""
-    qk = qkv[:, : weight.shape[0]]
-    torch.mul(F.rms_norm(qk, (qk.shape[-1],), None, eps), weight, out=qk)
+def write_rows(rows: Tensor, kv_slots: Tensor, kv_rows: Tensor) -> None:
+    """Write rows [T, ...] to the slots [T] of one layer of the cache, kv_rows [slots, ...]; float8 saturates."""
+    if kv_rows.dtype == torch.float8_e4m3fn:  # index_copy_ does not know the dtype, so bytes are copied
+        limit = torch.finfo(kv_rows.dtype).max
+        rounded = rows.clamp(-limit, limit).to(kv_rows.dtype)
+        kv_rows.view(torch.uint8).index_copy_(0, kv_slots.long(), rounded.view(torch.uint8))
+    else:
+        kv_rows.index_copy_(0, kv_slots.long(), rows)
 
 
 def rope_and_write(
@@ -172,13 +173,7 @@ def rope_and_write(
     if table is not None and spec.rope is not None:
         rotated = qkv[:, : spec.heads + spec.kv_heads, : spec.rope.dim]
         rotate_(rotated, table[0], table[1], spec.rope.interleaved)
-    new_rows = qkv[:, spec.heads :].view(-1, 2, spec.kv_heads, spec.head_dim)
-    if kv_rows.dtype == torch.float8_e4m3fn:  # index_copy_ does not know the dtype, so bytes are copied
-        limit = torch.finfo(kv_rows.dtype).max
-        rounded = new_rows.clamp(-limit, limit).to(kv_rows.dtype)
-        kv_rows.view(torch.uint8).index_copy_(0, kv_slots.long(), rounded.view(torch.uint8))
-    else:
-        kv_rows.index_copy_(0, kv_slots.long(), new_rows)
+    write_rows(qkv[:, spec.heads :].view(-1, 2, spec.kv_heads, spec.head_dim), kv_slots, kv_rows)
     return qkv[:, : spec.heads]
 
 
@@ -186,6 +181,26 @@ def act_mul(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up of gate_up [T, 2 * inter]; returns [T, inter]."""
     gate, up = gate_up.chunk(2, -1)
     return activation(gate) * up
+
+
+@dataclass(slots=True)
+class DenseMlp:
+    """An MLP of two linear maps with the activation between them. `Experts` (moe.py) is its sparse counterpart."""
+
+    gate_up: LinearMap
+    """hidden -> 2 * inter: gate, up; or, not gated, hidden -> inter: up."""
+    down: LinearMap
+
+    @property
+    def takes(self) -> LinearMap:
+        """What the normed hidden states go into (see Ops.add_norm)."""
+        return self.gate_up
+
+    def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Tensor:
+        """Normed hidden states [T, hidden] -> what `down` makes the result of, [T, inter]."""
+        if spec.gated:
+            return ops.gated(self.gate_up, x, spec.act)
+        return ACTIVATIONS[spec.act](self.gate_up(x))
 
 
 class TorchOps:

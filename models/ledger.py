@@ -69,23 +69,48 @@ def sharded(spec: Spec, ranks: int) -> Spec:
         heads=spec.heads // ranks,
         kv_heads=max(1, spec.kv_heads // ranks),
         inter=spec.inter // ranks,
+        moe=spec.moe and replace(spec.moe, inter=-(-spec.moe.inter // ranks)),
         vocab=-(-spec.vocab // ranks),
     )
 
 
 def parameters(spec: Spec) -> int:
-    """Number of weights that `weights.allocate` makes."""
-    q, kv, h = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.hidden
-    attention = h * (q + 2 * kv) + q * h + (q + 2 * kv) * spec.qkv_bias + h * spec.o_bias
-    mlp = 3 * h * spec.inter + (2 * spec.inter + h) * spec.mlp_bias
+    """Number of weights that `places.allocate` makes."""
+    h = spec.hidden
+    norm = h * (2 if spec.norm.bias else 1)
+    norms = {"pre": 2, "parallel": 1, "sandwich": 4, "post": 2}[spec.layout]
+    tables = (spec.vocab * (1 if spec.tied else 2) + spec.learned_positions) * h
+    mlps = sum(_experts(spec) if spec.sparse(i) else _mlp(spec, spec.inter) for i in range(spec.layers))
+    return tables + norm + spec.layers * (norms * norm + _attention(spec)) + mlps
+
+
+def _attention(spec: Spec) -> int:
+    h, mla, heads = spec.hidden, spec.mla, spec.heads
+    if mla is not None:
+        q = heads * (mla.nope + mla.rope)
+        queries = h * q if mla.q_rank is None else mla.q_rank * (h + 1 + q)
+        latent = h * (mla.kv_rank + mla.rope) + mla.kv_rank + heads * (mla.nope + mla.v) * mla.kv_rank
+        return queries + latent + (heads * mla.v + spec.o_bias) * h
+    q, kv = heads * spec.head_dim, spec.kv_heads * spec.head_dim
     qk_norm = q + kv if spec.qk_norm is not None else 0
-    tables = spec.vocab * h * (1 if spec.tied else 2)
-    return tables + h + spec.layers * (2 * h + attention + mlp + qk_norm)
+    return (h + spec.qkv_bias) * (q + 2 * kv) + (q + spec.o_bias) * h + qk_norm
+
+
+def _mlp(spec: Spec, inter: int) -> int:
+    up = 2 if spec.gated else 1
+    return (up + 1) * spec.hidden * inter + (up * inter + spec.hidden) * spec.mlp_bias
+
+
+def _experts(spec: Spec) -> int:
+    moe, h = spec.moe, spec.hidden
+    assert moe is not None
+    shared = _mlp(spec, moe.shared_inter) if moe.shared_inter else 0
+    return moe.experts * (3 * h * moe.inter + h + moe.score_bias) + shared + h * moe.shared_gate
 
 
 def page_bytes(spec: Spec, page_size: int, itemsize: int) -> int:
     """Memory of one KV page over all layers, keys and values."""
-    return spec.layers * page_size * 2 * spec.kv_heads * spec.head_dim * itemsize
+    return spec.layers * page_size * spec.kv_parts * spec.kv_heads * spec.head_dim * itemsize
 
 
 def activation_bytes(spec: Spec, tokens: int, itemsize: int) -> int:
@@ -95,7 +120,10 @@ def activation_bytes(spec: Spec, tokens: int, itemsize: int) -> int:
     or queries, keys, values and the heads' outputs.
     """
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    widest = max(3 * spec.inter, 2 * q + 2 * kv + spec.hidden)
+    mlp = 3 * spec.inter
+    if spec.moe is not None:  # sorted tokens, gate and up, their product, results in float32, twice
+        mlp = max(mlp, spec.moe.top_k * (3 * spec.moe.inter + 5 * spec.hidden) + 3 * spec.moe.shared_inter)
+    widest = max(mlp, 2 * q + 2 * kv + spec.hidden)
     return int(tokens * (2 * spec.hidden + widest) * itemsize * SLACK)
 
 

@@ -9,9 +9,6 @@ Measured and not taken: torch's `_weight_int4pack_mm_for_cpu`. It rounds activat
 in float32 it is 15 times slower than a dense product.
 """
 
-import ctypes
-import functools
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .c_library import load_library
+from .cpu_kernels import Map, kernels, threads
 
 GROUP: Final = 32
 """Values of a row that share a scale."""
@@ -67,52 +64,30 @@ def pack(blocks: Tensor, inputs: int, lanes: int) -> Tensor:
     return torch.from_numpy(np.concatenate((interleaved(scales), interleaved(values)), -1))
 
 
-class Kernel:
-    """The compiled library and its numbers."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.lanes: int = library.lanes()
-        self.scratch_per_input: int = library.scratch_per_input()
-        self.linear: Any = library.linear
-        number, count, pointer = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
-        self.linear.argtypes = [number, pointer, count, count, pointer, count, pointer, pointer, number]
-        self.linear.restype = None
-
-    def takes(self, blocks: Tensor, inputs: int) -> bool:
-        """Whether the kernel multiplies with these blocks."""
-        return kind_of(blocks, inputs) is not None and len(blocks) % self.lanes == 0
-
-
-@functools.cache
-def kernel() -> Kernel:
-    """The kernel, compiled if it is not in the cache. Raises StartupError where it cannot be had."""
-    return Kernel(load_library(Path(__file__).with_name("block_kernels.c")))
+def takes(blocks: Tensor, inputs: int) -> bool:
+    """Whether the kernel multiplies with these blocks."""
+    return kind_of(blocks, inputs) is not None and len(blocks) % kernels().lanes == 0
 
 
 class QuantizedLinear:
-    """x float32 [T, inputs] -> float32 [T, outputs] with blocks uint8 [outputs, bytes] that `kernel().takes`."""
+    """x float32 [T, inputs] -> float32 [T, outputs] with blocks uint8 [outputs, bytes] that the kernel `takes`."""
 
-    __slots__ = ("bias", "inputs", "kernel", "kind", "outputs", "weight")
+    __slots__ = ("bias", "inputs", "kind", "linear", "map", "outputs", "weight")
 
     def __init__(self, blocks: Tensor, inputs: int, bias: Tensor | None) -> None:
         kind = kind_of(blocks, inputs)
         assert kind is not None
-        self.kernel, self.kind, self.bias = kernel(), kind, bias
+        self.linear, self.kind, self.bias = kernels().linear, kind, bias
         self.outputs, self.inputs = len(blocks), inputs
-        self.weight = pack(blocks, inputs, self.kernel.lanes)
+        self.weight = pack(blocks, inputs, kernels().lanes)
+        self.map = Map(kind, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), self.outputs, inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.shape[1] != self.inputs:
             raise ValueError(f"a map of {self.inputs} float32 inputs got {x.dtype} [..., {x.shape[1]}]")
         rows = len(x)
         y = x.new_empty(rows, self.outputs)
-        if rows == 0:
-            return y
-        threads = torch.get_num_threads()
-        x = x.contiguous()
-        scratch = x.new_empty(0 if rows == 1 else threads * self.inputs * self.kernel.scratch_per_input)
-        self.kernel.linear(
-            self.kind, self.weight.data_ptr(), self.outputs, self.inputs, x.data_ptr(), rows, y.data_ptr(),
-            scratch.data_ptr(), threads,
-        )  # fmt: skip
-        return y if self.bias is None else y.add_(self.bias)
+        if rows:
+            x = x.contiguous()
+            self.linear(self.map, x.data_ptr(), rows, y.data_ptr(), threads())
+        return y

@@ -31,9 +31,9 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
     check_supported(config)
     folder, name = _folder(config, progress)
     facts = _read_json(folder / "config.json")
-    if config.load_format != "dummy":
+    if config.load_format not in ("dummy", "stub"):
         _check_weights(folder)
-    vocab_size = facts.get("vocab_size")
+    vocab_size = vocabulary(facts)
     if not isinstance(vocab_size, int) or vocab_size < 1 or not isinstance(facts.get("model_type"), str):
         raise StartupError(
             f"{folder / 'config.json'} has no model_type or no vocab_size: not a language model's folder"
@@ -164,9 +164,16 @@ def _chat_templates(folder: Path, config: EngineConfig) -> dict[str, str]:
     return chat_templates(tokenizer, _read_json(settings) if settings.exists() else {})
 
 
+def vocabulary(facts: dict[str, Any]) -> Any:
+    """config.json's number of logits; ChatGLM's `vocab_size` may be that of its tokenizer."""
+    return facts.get("padded_vocab_size", facts.get("vocab_size"))
+
+
 def _context_length(facts: dict[str, Any], wanted: int | None) -> int:
     """The longest context to serve, in tokens: the model's, or a shorter one if so configured."""
     own = next((facts[key] for key in CONTEXT_KEYS if isinstance(facts.get(key), int)), None)
+    if own is not None and isinstance(facts.get("seq_length"), int):
+        own = min(own, facts["seq_length"])  # Qwen 1: beyond it the model would change its rope and scores
     if own is None:
         if wanted is None:
             raise StartupError("config.json does not tell the model's context length; pass --context-length")
@@ -183,7 +190,7 @@ def _eos_ids(folder: Path, facts: dict[str, Any]) -> tuple[int, ...]:
     if found is None:
         found = facts.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(isinstance(token, int) and 0 <= token < facts["vocab_size"] for token in ids):
+    if not all(isinstance(token, int) and 0 <= token < vocabulary(facts) for token in ids):
         raise StartupError(f"eos_token_id {found!r} of the model's configuration is not a token of its vocabulary")
     return tuple(dict.fromkeys(ids))
 

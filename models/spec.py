@@ -1,12 +1,15 @@
 """Spec: one frozen description of a decoder. families.py makes it from a config.json; all model code reads only this.
 
-A family is data: what distinguishes Llama from Gemma or Command-R is a value here, never an `if model_type`. Fields
+A family is data: what distinguishes Llama from Gemma or Command-R is a value here, never an `if model_type`. Values
 that no part implements yet are refused by `decoder.check_supported`, never ignored.
 Invariant: a Spec is complete; None or () means "the model does not have it", not "look elsewhere".
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+Act = Literal["silu", "gelu", "gelu_tanh"]
+"""An activation function; gelu_tanh is GELU's tanh approximation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,23 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Mla:
-    """Multi-head latent attention (DeepSeek-V2); widths in elements."""
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1); widths in elements.
+
+    We run its absorbed form: what is cached, and attended to by all query heads, is one row of kv_rank + rope a token.
+    So a Spec with it has kv_heads = 1 and head_dim = kv_rank + rope.
+    """
 
     q_rank: int | None
+    """Width of the queries' latent; None: they are projected at once."""
     kv_rank: int
+    """Width of the latent that keys and values are made of."""
     nope: int
     rope: int
+    """Parts of a query and key head, without and with rope."""
     v: int
+    """Width of a value head."""
+    eps: float = 1e-6
+    """Of the latents' RMS norms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +88,24 @@ class Moe:
     layers: tuple[bool, ...]
     """[layers] which layers are sparse."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become weights."""
+    score_bias: bool = False
+    """A learned bias of each expert is added to its score for the choice, not for its weight (DeepSeek-V3)."""
     renorm: bool = True
     """The chosen experts' weights are divided by their sum."""
     groups: int = 1
     top_groups: int = 1
+    """The experts are in `groups` of equal size, and only those of the `top_groups` best ones can be chosen."""
+    group_best: int = 1
+    """A group is as good as the sum of its so many best scores."""
     routed_scale: float = 1.0
+    """Factor of the chosen experts' weights."""
     shared_inter: int = 0
     """Width of the expert that every token visits; 0: none."""
     shared_gate: bool = False
+    """What the shared expert says is multiplied with the sigmoid of a learned gate."""
     router_softcap: float | None = None
+    """logits = cap * tanh(logits / cap)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +123,8 @@ class Spec:
     norm: Norm = Norm()
     qk_norm: Norm | None = None
     """Normalises each query and key head before rope."""
-    qk_norm_shape: Literal["dim", "head"] = "dim"
-    """Shape of its weight: [head_dim], or [heads, head_dim]."""
+    qk_norm_shape: Literal["dim", "head", "all"] = "dim"
+    """dim: over head_dim, one weight [head_dim]; head: a weight for each head; all: over all heads at once."""
 
     rope: Rope | None = None
     local_rope: Rope | None = None
@@ -121,15 +143,17 @@ class Spec:
     attn_softcap: float | None = None
     """scores = cap * tanh(scores / cap)."""
     clip_qkv: float | None = None
+    """Queries, keys and values are clamped to -clip .. clip."""
     windows: tuple[int | None, ...] = ()
     """[layers] a token sees itself and window - 1 tokens before it; None: all. (): no layer has a window."""
     causal: bool = True
 
-    act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    act: Act = "silu"
     gated: bool = True
     """mlp = down(act(gate(x)) * up(x)), else down(act(up(x)))."""
     layout: Literal["pre", "parallel", "sandwich", "post"] = "pre"
-    """Where the norms sit around attention and MLP."""
+    """Where the norms sit around attention and MLP: before each; before both, which run side by side; before and after
+    each; after each."""
 
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -150,6 +174,20 @@ class Spec:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def kv_parts(self) -> int:
+        """Rows that a token's KV is cached as: key and value, or the latent that is both."""
+        return 2 if self.mla is None else 1
+
+    @property
+    def value_dim(self) -> int:
+        """Width of what attention returns for each head: with MLA a sum of latents."""
+        return self.head_dim if self.mla is None else self.mla.kv_rank
+
+    def sparse(self, layer: int) -> bool:
+        """Whether this layer has experts."""
+        return self.moe is not None and self.moe.layers[layer]
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

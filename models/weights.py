@@ -1,8 +1,8 @@
 """From a Hugging Face folder to a Decoder: config.json, safetensors (one file or shards), device and dtype.
 
-Used by the executor at start-up. Fused tensors are allocated first, on the device, and every checkpoint tensor is
-copied from the mapped file into its place, so memory peaks at the model plus one tensor. Where a GGUF's quantized
-blocks are kept (quantized.py), they take the place of the tensors of the same names.
+Used by the executor at start-up. Fused tensors are allocated first (places.py), on the device, and every checkpoint
+tensor is copied from the mapped file into its place, so memory peaks at the model plus one tensor. Where a GGUF's
+quantized blocks are kept (quantized.py), they take the place of the tensors of the same names.
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
@@ -11,11 +11,9 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -23,36 +21,32 @@ from torch import Tensor
 from ..config import EngineConfig
 from ..errors import StartupError
 from .attention import make_backend
-from .decoder import Decoder, LayerWeights, Weights, check_supported
-from .families import EMBED, FINAL_NORM, HEAD, LAYER, spec_of
+from .cpu_attention import CpuAttention
+from .cpu_decoder import CpuLayers, fits
+from .cpu_kernels import kernels
+from .cpu_ops import CpuOps
+from .decoder import Decoder, Weights, check_supported
+from .families import names_of, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
-from .layers import Linear, LinearMap, Ops, TorchOps
+from .layers import DenseMlp, Linear, LinearMap, Ops, TorchOps
 from .ledger import CHUNK
-from .quantized import QuantizedLinear, dequantise, kernel, kind_of
+from .moe import Experts
+from .names import HEAD, Names, layer_of, pieces
+from .places import Blocks, Place, allocate, check_blocks
+from .quantized import dequantise
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
 
 Progress = Callable[[float], None]
-Blocks = dict[str, Tensor]
-"""Checkpoint name -> quantized rows, uint8 [outputs, bytes]; views of the mapped file."""
 
 log = logging.getLogger("actorserve.weights")
 
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.rotary_emb\.(cos|sin)_cached$|\.attention\.(masked_)?bias$")
+IGNORED = re.compile(r"rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)$|\.(attention|attn)\.(masked_)?bias$")
 """Buffers that old exporters wrote beside the weights."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DUMMY_STD = 0.02
-
-
-@dataclass(slots=True)
-class Place:
-    """Where a checkpoint tensor goes: `view` of a fused tensor, into which a tensor of `shape` is broadcast."""
-
-    view: Tensor
-    shape: tuple[int, ...]
-    is_norm: bool = False
 
 
 def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder:
@@ -67,21 +61,30 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     device = pick_device(config.device)
     blocks = kept_blocks(config, folder, device)
     dtype = torch.float32 if blocks else pick_dtype(config.dtype, facts, device)
+    check_dtype(spec, device, dtype)
     progress(0.0)
     weights, places = allocate(spec, device, dtype, blocks)
     if config.load_format == "dummy":
         fill_dummy(places.values(), config.random_seed, device)
     else:
-        _fill(places, folder, spec, progress, blocks)
-    ops = make_ops(config, device, spec)
+        _fill(places, folder, spec, names_of(facts), progress, blocks)
+    ops = make_ops(config, device, spec, bool(blocks))
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    return Decoder(spec, weights, attention, device, dtype, ops)
+    if blocks and config.attention_backend == "auto":
+        attention = CpuAttention(attention)
+    layers = CpuLayers(spec, weights) if blocks and fits(spec, weights) else None
+    return Decoder(spec, weights, attention, device, dtype, ops, layers)
 
 
-def make_ops(config: EngineConfig, device: torch.device, spec: Spec) -> Ops:
-    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them."""
+def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool) -> Ops:
+    """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
+
+    For quantized weights, our C kernels on a CPU.
+    """
+    if quantized:
+        return CpuOps()
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
     from .triton_ops import TritonOps, pdl_rows
@@ -125,6 +128,12 @@ def pick_dtype(name: str, facts: dict[str, Any], device: torch.device) -> torch.
     return DTYPES.get(str(facts.get("dtype") or facts.get("torch_dtype")), torch.bfloat16)
 
 
+def check_dtype(spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise StartupError where torch's grouped GEMM, which experts run on, would wait for the host at each call."""
+    if spec.moe is not None and device.type == "cuda" and dtype != torch.bfloat16:
+        raise StartupError("a model with experts runs on a GPU in bfloat16 only; take --dtype bfloat16")
+
+
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX); without, bfloat16 is emulated slowly."""
     try:
@@ -153,91 +162,13 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     try:
         if reason:
             raise StartupError(reason)
-        kernel()
+        kernels()
     except StartupError as error:
         if asked:
             raise StartupError(f"--quantization gguf: {error}") from None
         log.warning("quantized weights are dequantised, which is slower: %s", error)
         return {}
     return dict(_tensors([path]))
-
-
-def allocate(
-    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None
-) -> tuple[Weights, dict[str, Place]]:
-    """Return weights, all that is not `blocks` uninitialised, and the places in them by checkpoint name."""
-    places: dict[str, Place] = {}
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def norm(name: str) -> Tensor:
-        weight = new(spec.hidden)
-        places[name] = Place(weight, (spec.hidden,), is_norm=True)
-        return weight
-
-    def fused(prefix: str, parts: dict[str, int], inputs: int, biased: bool) -> LinearMap:
-        """One linear map of the named ones, stacked along the outputs."""
-        sizes = list(parts.values())
-        bias = new(sum(sizes)) if biased else None
-        for name, view in zip(parts, [] if bias is None else torch.split(bias, sizes), strict=False):
-            places[f"{prefix}{name}.bias"] = Place(view, tuple(view.shape))
-        shapes = {f"{prefix}{name}.weight": (size, inputs) for name, size in parts.items()}
-        kept = quantized_map(shapes, blocks or {}, bias)
-        if kept is not None:
-            return kept
-        weight = new(sum(sizes), inputs)
-        for name, view in zip(shapes, torch.split(weight, sizes), strict=True):
-            places[name] = Place(view, tuple(view.shape))
-        return Linear(weight, bias)
-
-    def layer(prefix: str) -> LayerWeights:
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        qk_norm = None
-        if spec.qk_norm is not None:
-            qk_norm = new(spec.heads + spec.kv_heads, spec.head_dim)
-            places[attention + "q_norm.weight"] = Place(qk_norm[: spec.heads], (spec.head_dim,), is_norm=True)
-            places[attention + "k_norm.weight"] = Place(qk_norm[spec.heads :], (spec.head_dim,), is_norm=True)
-        return LayerWeights(
-            attention_norm=norm(prefix + "input_layernorm.weight"),
-            qkv=fused(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, spec.hidden, spec.qkv_bias),
-            qk_norm=qk_norm,
-            o=fused(attention, {"o_proj": spec.hidden}, q, spec.o_bias),
-            mlp_norm=norm(prefix + "post_attention_layernorm.weight"),
-            gate_up=fused(mlp, {"gate_proj": spec.inter, "up_proj": spec.inter}, spec.hidden, spec.mlp_bias),
-            down=fused(mlp, {"down_proj": spec.hidden}, spec.inter, spec.mlp_bias),
-        )
-
-    embed = new(spec.vocab, spec.hidden)
-    places[EMBED] = Place(embed, tuple(embed.shape))
-    layers = [layer(LAYER.format(i)) for i in range(spec.layers)]
-    head = quantized_map({EMBED if spec.tied else HEAD: (spec.vocab, spec.hidden)}, blocks or {}, None)
-    if head is None:
-        head = Linear(embed if spec.tied else new(spec.vocab, spec.hidden), None)
-        if not spec.tied:
-            places[HEAD] = Place(head.weight, tuple(head.weight.shape))
-    return Weights(embed, layers, norm(FINAL_NORM), Head(head)), places
-
-
-def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tensor | None) -> LinearMap | None:
-    """One linear map of the named weights [outputs, inputs], stacked; None unless all are blocks of one usable type.
-
-    Raises StartupError if blocks do not have the shape that config.json asks for.
-    """
-    parts = [blocks[name] for name in shapes if name in blocks]
-    if len(parts) < len(shapes) or len({part.shape[1] for part in parts}) > 1:
-        return None
-    inputs = next(iter(shapes.values()))[1]
-    for name, part in zip(shapes, parts, strict=True):
-        _check_blocks(name, part, shapes[name])
-    stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
-    return QuantizedLinear(stacked, inputs, bias) if kernel().takes(stacked, inputs) else None
-
-
-def _check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:
-    if len(part) != shape[0] or kind_of(part, shape[1]) is None:
-        raise StartupError(f"blocks of {name} are {list(part.shape)} bytes, config.json asks for {list(shape)} values")
 
 
 def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None:
@@ -257,17 +188,25 @@ def pack(weights: Weights, ops: Ops) -> None:
     """
     for layer in weights.layers:
         layer.qkv, layer.o = _packed(layer.qkv, ops), _packed(layer.o, ops)
-        layer.gate_up, layer.down = _packed(layer.gate_up, ops), _packed(layer.down, ops)
+        if layer.latent is not None and layer.latent.q_up is not None:
+            layer.latent.q_up = _packed(layer.latent.q_up, ops)
+        mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
+        if mlp is not None:
+            _pack_mlp(mlp, ops)
     head = weights.head.product
     if isinstance(head, Linear):
         weights.head = Head(head, ops.head(head.weight))
+
+
+def _pack_mlp(mlp: DenseMlp, ops: Ops) -> None:
+    mlp.gate_up, mlp.down = _packed(mlp.gate_up, ops), _packed(mlp.down, ops)
 
 
 def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
     return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
-def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress, blocks: Blocks) -> None:
+def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, progress: Progress, blocks: Blocks) -> None:
     """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact."""
     files = _files(folder)
     total = sum(file.stat().st_size for file in files) or 1
@@ -280,17 +219,17 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress
 
     for name in blocks.keys() & places.keys():
         view = places[name].view
-        _check_blocks(name, blocks[name], places[name].shape)
+        check_blocks(name, blocks[name], places[name].shape)
         view.copy_(dequantise(blocks[name], view.shape[1]))
     missing, extra = places.keys() - blocks.keys(), []
     device = next(iter(places.values())).view.device
     with BulkCopy(device, moved) if uses_bulk_copy(device) else contextlib.nullcontext() as bulk:
-        for name, tensor in _tensors(files):
+        for name, tensor in _pieces(files, spec, names):
             if name in blocks:
                 continue
             place = places.get(name)
             if place is None:
-                if not IGNORED.search(name) and not (spec.tied and name == HEAD):
+                if not _needless(name, spec, names):
                     extra.append(name)
                 continue
             _check_fits(name, tensor, place)
@@ -306,6 +245,26 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, progress: Progress
         raise StartupError(f"the checkpoint lacks {_some(missing)}")
     if extra:
         raise StartupError(f"the checkpoint holds tensors that config.json does not account for: {_some(extra)}")
+    for place in places.values():
+        if place.offset:
+            place.view.add_(place.offset)
+
+
+def _pieces(files: list[Path], spec: Spec, names: Names) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the files under our names. Raises StartupError for one that cannot be cut as its family's are."""
+    for name, tensor in _tensors(files):
+        if IGNORED.search(name):
+            continue
+        try:
+            yield from pieces(names, spec, name, tensor)
+        except (ValueError, RuntimeError) as error:
+            raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
+
+
+def _needless(name: str, spec: Spec, names: Names) -> bool:
+    """Whether a decoder does without a tensor: a tied head, layers for predicting several tokens."""
+    layer = layer_of(name)
+    return (spec.tied and name == HEAD) or (names.more_layers and layer is not None and layer >= spec.layers)
 
 
 def uses_bulk_copy(device: torch.device) -> bool:

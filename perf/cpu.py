@@ -82,14 +82,17 @@ class Loop:
         self.last = self.decoder.forward(batch, self.kv).argmax(-1)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
+Clock = Callable[[], float]
+
+
+def seconds(work: Callable[[], object], clock: Clock) -> float:
+    """Time of one call."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def decode_speed(decoder: Decoder, batch: int, tokens: int, repeats: int) -> tuple[float, float]:
+def decode_speed(decoder: Decoder, batch: int, tokens: int, repeats: int, clock: Clock) -> tuple[float, float]:
     """(decode, prefill) tokens per second, best of `repeats`."""
     loop = Loop(decoder, batch, tokens)
 
@@ -99,8 +102,8 @@ def decode_speed(decoder: Decoder, batch: int, tokens: int, repeats: int) -> tup
 
     prefill_times, decode_times = [], []
     for _ in range(repeats):
-        prefill_times.append(seconds(loop.prefill))
-        decode_times.append(seconds(decode))
+        prefill_times.append(seconds(loop.prefill, clock))
+        decode_times.append(seconds(decode, clock))
     return batch * tokens / min(decode_times), batch * PROMPT / min(prefill_times)
 
 
@@ -113,7 +116,7 @@ def reference_model(folder: str, dummy: bool, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def reference_speed(model: Any, batch: int, tokens: int, repeats: int) -> float:
+def reference_speed(model: Any, batch: int, tokens: int, repeats: int, clock: Clock) -> float:
     """Tokens per second of transformers' generate, its prefill subtracted, best of `repeats`."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=generator)
@@ -129,8 +132,8 @@ def reference_speed(model: Any, batch: int, tokens: int, repeats: int) -> float:
                 pad_token_id=0,
             )
 
-    first = min(seconds(lambda: generate(1)) for _ in range(repeats))
-    whole = min(seconds(lambda: generate(tokens + 1)) for _ in range(repeats))
+    first = min(seconds(lambda: generate(1), clock) for _ in range(repeats))
+    whole = min(seconds(lambda: generate(tokens + 1), clock) for _ in range(repeats))
     return batch * tokens / (whole - first)
 
 
@@ -153,12 +156,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="decoded per sequence")
     parser.add_argument("--repeats", type=int, default=3, help="the best counts")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this thread's own time, not that of others: for a busy machine"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--quantization", default="auto", choices=["auto", "none", "gguf"])
     parser.add_argument("--reference-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-reference", action="store_true", help="skip transformers")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time is one thread's: add --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     folder, dummy = model_folder(args.model)
     load_format = "dummy" if dummy else "auto"
@@ -167,17 +176,17 @@ def main() -> None:
     model = None if args.no_reference else reference_model(folder, dummy, getattr(torch, args.reference_dtype))
     rows = []
     for batch in args.batch:
-        decode, prefill = decode_speed(decoder, batch, args.tokens, args.repeats)
+        decode, prefill = decode_speed(decoder, batch, args.tokens, args.repeats, clock)
         row = {"batch": batch, "decode_tok_s": round(decode, 1), "prefill_tok_s": round(prefill, 1)}
         if model is not None:
-            reference = reference_speed(model, batch, args.tokens, args.repeats)
+            reference = reference_speed(model, batch, args.tokens, args.repeats, clock)
             row |= {"transformers_tok_s": round(reference, 1), "ratio": round(decode / reference, 2)}
         rows.append(row)
         if not args.json:
             print("  ".join(f"{name} {value:>8}" for name, value in row.items()), flush=True)
     if args.json:
         facts = {"dtype": args.dtype, "quantization": args.quantization, "reference_dtype": args.reference_dtype}
-        facts |= {"threads": args.threads, "random_weights": dummy, "tokens": args.tokens}
+        facts |= {"threads": args.threads, "cpu_time": args.cpu_time, "random_weights": dummy, "tokens": args.tokens}
         json.dump(facts | {"torch": torch.__version__, "rows": rows}, sys.stdout)
         print()
 

@@ -161,3 +161,11 @@ def pack_bits(mask: npt.NDArray[np.bool_]) -> Tensor:
     padded = np.zeros(-(-len(mask) // 32) * 32, np.bool_)
     padded[: len(mask)] = mask
     return torch.from_numpy(np.packbits(padded, bitorder="little").view(np.int32))
+
+
+def unpack_bits(masks: Tensor, width: int) -> Tensor:
+    """int32 [rows, words] -> uint8 0 or 1 [rows, width], the reverse of pack_bits."""
+    if masks.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(masks.numpy().view(np.uint8), axis=1, count=width, bitorder="little"))
+    places = torch.arange(32, dtype=torch.int32, device=masks.device)
+    return ((masks[:, :, None] >> places) & 1).flatten(1)[:, :width].to(torch.uint8)

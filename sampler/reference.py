@@ -51,6 +51,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .grammar import unpack_bits
 from .race import BLOCK, race
 from .state import Flags, SamplerState
 from .upload import upload
@@ -245,9 +246,9 @@ def _draw_random(
 def _edit(x: Tensor, rows: _Rows, state: SamplerState) -> None:
     """Steps 1 to 4 in place on x float32 [rows, vocab]."""
     if rows.bitmask is not None:
-        bits = torch.arange(32, dtype=torch.int32, device=x.device)
-        allowed = ((rows.bitmask[:, :, None] >> bits) & 1).view(len(x), -1)[:, : x.shape[1]]
-        x.masked_fill_(allowed == 0, -math.inf)
+        # Not masked_fill_, which takes ten times as long on a CPU.
+        bound = unpack_bits(rows.bitmask, x.shape[1]).float().sub_(0.5).mul_(math.inf)
+        torch.minimum(x, bound, out=x)
 
     def bias(part: Tensor, slots: Tensor, _: Tensor) -> None:
         part.scatter_add_(1, state.bias_ids.index_select(0, slots), state.bias_values.index_select(0, slots))

@@ -4,18 +4,23 @@ import struct
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 from actorserve.actors.client import JOIN_EVERY, Client, LoopWakeup, Submission, token_prompt
 from actorserve.actors.messages import (
+    Abort,
     Cancel,
     Chunk,
     Chunks,
     Drain,
     Generate,
     PeerDown,
+    PeerUp,
     Refused,
+    Resumed,
     Stats,
     TextPrompt,
+    Tokenized,
     TokenLogprob,
 )
 from actorserve.actors.ref import Gone
@@ -164,10 +169,14 @@ async def test_loop_wakeup(lane, anyio_backend):
     assert [c.text for c in await stream.take()] == ["end"]
 
 
+def die(client):
+    client.receive(PeerDown("text", 1, "killed"), "supervisor")
+
+
 async def test_output_before_a_failure_is_delivered_first(client):
     stream = client.submit(HI, PARAMS)
     say(client, chunk(stream.rid, "a"))
-    client.receive(PeerDown("text", 1, "killed"), "supervisor")
+    client.fail_all(EngineDown("stopped"))
     assert [c.text for c in await stream.take()] == ["a"]
     for _ in range(2):
         with pytest.raises(EngineDown):
@@ -175,10 +184,58 @@ async def test_output_before_a_failure_is_delivered_first(client):
     assert client.table == {}
 
 
+async def test_the_next_text_actor_is_asked_for_the_rest(client, lane):
+    first = client.submit_all([Submission(HI, PARAMS, 2), Submission(HI, PARAMS, 1)])
+    say(client, chunk(first.rid, "ab", count=5), chunk(first.rid + 1, "x", "stop"), chunk(first.rid, "c", count=6))
+    fresh = client.submit(HI, PARAMS, cache_salt="s")
+    asked = list(lane.sent)
+    die(client)
+    meanwhile = client.submit(HI, PARAMS)
+    first.choices[2].aborted = True
+    assert lane.sent == asked and client.reason_down() is not None
+    client.receive(PeerUp("text", 2), "supervisor")
+    again = lane.sent[len(asked) :]
+    known = memoryview(struct.pack("2i", 5, 6))
+    assert again[0] == replace(asked[0], resumed=[Resumed(first.rid, known, 3, 2, 3, 0, 0)])
+    assert again[1:3] == asked[1:] and again[2].cache_salt == "s"
+    assert again[3].rid == meanwhile.rid == fresh.rid + 1
+    assert again[4:] == [Abort(first.rid + 2)]
+    say(client, chunk(first.rid, "d", "length"), chunk(first.rid + 2, "", "abort"))
+    assert [c.text for c in await first.collect()] == ["abcd", "x", ""]
+
+
+async def test_who_sees_three_text_actors_die_is_given_up(client, lane):
+    silent, alive = client.submit(HI, PARAMS), client.submit(HI, PARAMS)
+    for epoch in range(2, 5):
+        say(client, chunk(alive.rid))
+        assert not silent.ended
+        die(client)
+        client.receive(PeerUp("text", epoch), "supervisor")
+    with pytest.raises(EngineDown) as caught:
+        await silent.take()
+    assert caught.value.code == "text_crashed" and list(client.table) == [alive.rid]
+
+
+async def test_questions_outlive_the_text_actor(client, lane):
+    answers = []
+
+    async def ask():
+        answers.append(await client.questions.tokenize(HI))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        die(client)
+        client.receive(PeerUp("text", 2), "supervisor")
+        assert lane.sent[0] == lane.sent[1]
+        client.receive(Tokenized(lane.sent[1].rid, memoryview(struct.pack("i", 7))), "text")
+    assert answers == [[7]]
+
+
 async def test_peer_down_after_the_end_changes_nothing(client):
     stream = client.submit(HI, PARAMS)
     say(client, chunk(stream.rid, "a", "stop"))
-    client.receive(PeerDown("text", 1, "killed"), "supervisor")
+    die(client)
     stream.cancel(EngineDown("late"))
     assert [c.text for c in await stream.collect()] == ["a"]
 
@@ -240,7 +297,7 @@ async def test_gone_while_submitting_leaves_nothing(client, lane):
     with pytest.raises(EngineDown):
         client.submit_all([Submission(HI, PARAMS), Submission(HI, PARAMS)])
     assert client.table == {}
-    assert client.reason_down() == "the text actor is not up"
+    assert client.reason_down() == "the text actor is down"
 
 
 async def test_bad_parameters_send_nothing(client, lane):

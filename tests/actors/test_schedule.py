@@ -34,13 +34,13 @@ class Engine:
 
     def add(
         self, prompt: list[int], max_new: int = 8, namespace: str = "", priority: int = 0,
-        grammar: Grammar | None = None, params: SamplingParams | None = None,
+        grammar: Grammar | None = None, params: SamplingParams | None = None, tenant: str = "",
     ) -> Request:  # fmt: skip
         rid = len(self.requests) + 1
         r = Request(
             rid=rid, tokens=array("i", prompt), prompt_length=len(prompt), params=params or SamplingParams(),
             namespace=namespace, priority=priority, arrival_ns=0, limit=len(prompt) + max_new,
-            constraint=None if grammar is None else Constraint(grammar),
+            constraint=None if grammar is None else Constraint(grammar), tenant=tenant,
         )  # fmt: skip
         self.schedule.add(r)
         self.requests[rid] = r
@@ -129,6 +129,24 @@ def test_dfs_weight_runs_the_heavier_branch_together() -> None:
     e2 = [e.add(prompt_of(n, 64) + prompt_of(10 + i, 8)) for i, n in enumerate([1, 2, 2, 1, 2])]
     order = depth_first_weight(lambda r: e.schedule._match(r).node)(e2)
     assert [e2.index(r) for r in order] == [1, 2, 4, 0, 3]
+
+
+def test_tenants_take_turns_whatever_they_have_queued() -> None:
+    """The lone request of one tenant does not wait for the forty of another, under every policy."""
+    for policy in ("fcfs", "lpm", "dfs-weight", "random"):
+        engine = Engine(slots=2, schedule_policy=policy)
+        many = [engine.add([5 + i, 6, 7, 8] * 4, tenant="many") for i in range(40)]
+        while sum(r.stage is Stage.ENDED for r in many) < 10:
+            engine.plan()
+            engine.report()
+        one = engine.add([90, 91, 92, 93], tenant="one")
+        while one.stage is not Stage.ENDED:
+            engine.plan()
+            engine.report()
+        assert sum(r.stage is Stage.ENDED for r in many) < 18, policy
+        engine.drain()
+        served = engine.schedule.fair.served
+        assert served["many"] > served["one"] > 0
 
 
 def test_priority_goes_first() -> None:

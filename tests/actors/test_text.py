@@ -36,6 +36,7 @@ from actorserve.actors.messages import (
     PeerUp,
     PromptLogprobs,
     Refused,
+    Resumed,
     SchedulerInbox,
     Seen,
     Started,
@@ -511,22 +512,124 @@ def test_cancel(world: World, tokenizer: Tokenizer) -> None:
     assert list(world.text.outputs) == [3]
 
 
-def test_the_scheduler_is_down(world: World, tokenizer: Tokenizer) -> None:
-    world.ask(1, n=2)
-    world.ask(3, front="front.1")
-    world.row((1, tokenizer.encode("a")[0]), settle=False)
+def restart_scheduler(world: World) -> None:
     disconnect(world.context, world.sched)
     world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
     world.settle()
-    died = [(m.rid, m.n, m.status, m.code) for m in world.front()]
-    assert died == [(1, 1, 503, "engine_unavailable"), (2, 1, 503, "engine_unavailable")]
-    assert [m.rid for m in world.front("front.1")] == [3]
-    world.ask(5, n=2)
-    (refused,) = world.front()
-    assert (refused.rid, refused.n, refused.status, refused.code) == (5, 2, 503, "engine_unavailable")
     connect(world.context, world.sched, codec=True)
-    world.ask(7)
-    assert world.front() == [] and [s.rid for s in world.scheduler() if isinstance(s, Submit)][-1] == 7
+    world.context.inbox.put_system(PeerUp("sched", 2))
+    world.settle()
+
+
+def test_the_next_scheduler_is_asked_for_the_rest(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1, n=2, stop=("END",))
+    world.ask(3, front="front.1")
+    first = {s.rid: s for s in world.scheduler()}
+    ids = tokenizer.encode("a EN")
+    assert [c.text for c in world.say(1, ids)] == ["a", " "], "the rest may become a stop string"
+    disconnect(world.context, world.sched)
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    world.ask(5)  # meanwhile
+    world.text.receive(Cancel(2, 1), "front.0")
+    connect(world.context, world.sched, codec=True)
+    world.context.inbox.put_system(PeerUp("sched", 2))
+    world.settle()
+    assert [type(m) for m in world.front()] == [Stats]
+    asked = {s.rid: s for s in world.scheduler()}
+    assert list(asked) == [1, 3, 5]
+    assert asked[1] == msgspec.structs.replace(first[1], generated=view("i", ids)) and asked[3] == first[3]
+    world.row((1, tokenizer.encode("D")[0]), (3, ids[0], Finish.LENGTH))
+    (chunk,) = world.chunks()
+    assert (chunk.rid, chunk.text, chunk.finish, chunk.completion_tokens) == (1, "", "stop", len(ids) + 1)
+    assert list(world.text.outputs) == [5]
+
+
+def test_a_request_that_sees_three_schedulers_die_is_refused(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    world.ask(2)
+    for death in range(3):
+        assert list(world.text.outputs) == [1, 2]
+        if death == 2:
+            world.row((2, tokenizer.encode("a")[0]))
+        restart_scheduler(world)
+    (refused,) = [m for m in world.front() if isinstance(m, Refused)]
+    assert (refused.rid, refused.n, refused.status, refused.code) == (1, 1, 503, "scheduler_crashed")
+    assert list(world.text.outputs) == [2]
+
+
+def test_an_abort_is_not_lost_with_the_scheduler(world: World, tokenizer: Tokenizer) -> None:
+    world.ask(1)
+    world.ask(2)
+    world.row((1, tokenizer.encode("a")[0]), (2, tokenizer.encode("b")[0]))
+    world.chunks()
+    world.text.receive(Abort(1), "front.0")
+    disconnect(world.context, world.sched)
+    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    world.settle()
+    world.text.receive(Abort(2), "front.0")
+    world.settle()
+    ends = [(c.rid, c.finish, c.completion_tokens) for m in world.front() if isinstance(m, Chunks) for c in m.chunks]
+    assert ends == [(1, "abort", 1), (2, "abort", 1)]
+
+
+TEXTS = ["Hello there, how are you?", "a EN END b", "\N{HAMMER}\ufe0f caf\u00e9 \u65e5\u672c \N{PARTY POPPER}!"]
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_output_goes_on_in_the_next_text_actor(
+    folder: str, tokenizer: Tokenizer, text: str, logprobs: int | None
+) -> None:
+    """It dies after any token: chunks before and after are those of one that lived, joined."""
+    ids = tokenizer.encode(text)
+    params: dict[str, Any] = {"logprobs": logprobs, "stop": ("END ",), "max_new_tokens": 100, "seed": 1}
+    extra = {"top_n": 1} if logprobs else {}
+
+    def play(world: World, tokens: list[int], at: int) -> list[Chunk]:
+        for i, token in enumerate(tokens, at):
+            values = {"logprobs": [-float(i)], "top_ids": [token], "top_logprobs": [-float(i)]} if logprobs else {}
+            world.row((1, token, Finish.LENGTH if i == len(ids) - 1 else Finish.NONE), **values, **extra)
+        return world.chunks()
+
+    for cut in range(len(ids)):
+        worlds = World(folder), World(folder)
+        for world in worlds:
+            trio.run(world.start)
+            world.settle()
+        worlds[0].ask(1, **params)
+        before = play(worlds[0], ids[:cut], 0)
+        if not worlds[0].text.outputs:
+            continue
+        had = [token for c in before for token in c.ids]
+        seen = sum(len(c.logprobs) for c in before)
+        state = Resumed(1, view("i", had), len(whole(before)), seen, 7, 2, 1)
+        made = Generate(1, 1, TextPrompt("Hello"), SamplingParams(**params), resumed=[state])
+        worlds[1].fronts["front.0"].ref("text").post(made)
+        worlds[1].settle()
+        (submit,) = worlds[1].scheduler()
+        known = len(submit.generated) // 4
+        assert known == (seen if logprobs else len(had))
+        after = play(worlds[1], ids[known:], known)
+        alone = World(folder)
+        trio.run(alone.start)
+        alone.settle()
+        alone.ask(1, **params)
+        undisturbed = play(alone, ids, 0)
+        both = before + after
+        assert whole(both) == whole(undisturbed)
+        for field in ("ids", "logprobs"):
+            joined = [[one for c in chunks for one in getattr(c, field)] for chunks in (both, undisturbed)]
+            assert joined[0] == joined[1], field
+        last, want = after[-1], undisturbed[-1]
+        assert (last.finish, last.matched, last.completion_tokens) == (
+            want.finish,
+            want.matched,
+            want.completion_tokens,
+        )
+        assert (last.cached_tokens, last.forced_tokens, last.jumps) == (7, 2, 1)
+        for world in (*worlds, alone):
+            world.close()
 
 
 def test_a_front_dies(world: World, tokenizer: Tokenizer) -> None:
@@ -603,7 +706,8 @@ def test_stats_reach_all_fronts(world: World) -> None:
     assert world.front() == [] and world.front("front.1") == [stats]  # a new front need not wait for news
     world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
     world.settle()
-    assert world.front() == [NO_STATS] and world.front("front.1") == [NO_STATS]
+    down = msgspec.structs.replace(NO_STATS, down="the scheduler is down: killed")
+    assert world.front() == [down] and world.front("front.1") == [down]
 
 
 # ------------------------------------------------------------------ configuration
@@ -719,12 +823,14 @@ def test_orders_are_passed_on_and_answered(world: World) -> None:
     world.settle()
     (view,) = world.front()
     assert view.rid == 8 and ("text", "front.0") in [(lane.source, lane.target) for lane in view.lanes]
-    question(world, Order(6, "continue"))
-    disconnect(world.context, world.sched)
-    world.context.inbox.put_system(PeerDown("sched", 1, "killed"))
+    question(world, Order(6, "flush_cache"))
+    world.scheduler()
+    restart_scheduler(world)
+    assert world.scheduler() == [Order(-1, "pause"), Order(6, "flush_cache")]  # what was ordered still holds
+    world.sched.ref("text").post(Done(-1))
+    world.sched.ref("text").post(Done(6))
     world.settle()
-    assert [(m.rid, m.status) for m in world.front()] == [(6, 503)]
-    assert [(m.rid, m.status) for m in question(world, Order(7, "continue"))] == [(7, 503)]
+    assert [m for m in world.front() if not isinstance(m, Stats)] == [Done(6)]
 
 
 def test_a_front_may_end_a_request_and_keep_its_output(world: World, tokenizer: Tokenizer) -> None:

@@ -34,6 +34,7 @@ from actorserve.actors.messages import (
     NodeView,
     Order,
     PeerDown,
+    PeerUp,
     Refused,
     RequestView,
     Seen,
@@ -123,7 +124,7 @@ class FakeText(Actor):
             prompt = message.prompt
             if isinstance(prompt, TokenPrompt):  # aliases the lane
                 copied = TokenPrompt(memoryview(bytes(prompt.ids)))
-                message = Generate(message.rid, message.n, copied, message.params, message.cache_salt, message.priority)
+                message = replace(message, prompt=copied)
             asyncio.get_running_loop().call_soon(self._say, self.script(message))
         if isinstance(message, Tokenize | Detokenize | Order | Look) and not (self.mute and isinstance(message, Look)):
             asyncio.get_running_loop().call_soon(self.say, self.answer(message))
@@ -186,6 +187,11 @@ class Rig:
         """What the node does when the text actor dies."""
         disconnect(self.front.context, self.text.context)
         self.front.context.inbox.put_system(PeerDown("text", 1, "killed"))
+
+    def revive_text(self) -> None:
+        """And what it does when there is another."""
+        connect(self.front.context, self.text.context, codec=True)
+        self.front.context.inbox.put_system(PeerUp("text", 2))
 
 
 @contextlib.asynccontextmanager

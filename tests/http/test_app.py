@@ -10,8 +10,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actorserve.actors.actor import connect
-from actorserve.actors.messages import Cancel, Chunks, Drain, Generate, PeerUp, Refused
+from actorserve.actors.messages import Cancel, Chunks, Drain, Generate, Refused
 
 pytestmark = pytest.mark.anyio
 USER = [{"role": "user", "content": "Hi"}]
@@ -150,16 +149,26 @@ async def test_one_refused_prompt_fails_the_batch_and_cancels_the_rest(rig):
 
 
 async def test_text_dies_in_mid_stream(rig, fakes):
-    rig.text.script = lambda g: fakes.words(g)[:2]
+    """The reader sees nothing of it: the next one says the rest."""
+
+    def script(generate):
+        said = fakes.words(generate)
+        if generate.resumed is None:
+            return said[:2]
+        assert [(r.rid, r.ids.cast("i").tolist(), r.chars) for r in generate.resumed] == [(generate.rid, [10, 11], 11)]
+        return said[2:]
+
+    rig.text.script = script
     async with openai.AsyncOpenAI(base_url=f"{rig.base}/v1", api_key="none", max_retries=0) as client:
         stream = await client.chat.completions.create(model="fake-model", messages=USER, stream=True)
         texts = []
-        with pytest.raises(openai.APIError, match="stopped while it worked"):
-            async for chunk in stream:
-                texts.append(chunk.choices[0].delta.content)
-                if "".join(texts) == "Hello wörld":
-                    rig.kill_text()
-    assert "".join(texts) == "Hello wörld"
+        async for chunk in stream:
+            texts.append(chunk.choices[0].delta.content or "")
+            if "".join(texts) == "Hello wörld":
+                rig.kill_text()
+                assert (await rig.http.get("/ready")).status_code == 503
+                rig.revive_text()
+    assert "".join(texts) == "".join(fakes.WORDS)
     assert rig.front.client.table == {}
 
 
@@ -171,15 +180,24 @@ async def test_error_event_ends_a_stream_without_done(rig, fakes):
     assert (end, "[DONE]" in reply.text) == ("", False)
 
 
-async def test_waiting_request_fails_with_its_text_actor(rig):
+async def test_a_request_waits_for_the_next_text_actor(rig, fakes):
+    rig.kill_text()
+    waiting = asyncio.create_task(rig.http.post("/generate", json={"text": "a"}))
+    await fakes.until(lambda: rig.front.client.table)
+    assert rig.text.generates == []
+    rig.revive_text()
+    assert (await waiting).json()["text"] == "".join(fakes.WORDS)
+
+
+async def test_what_three_text_actors_die_of_is_refused(rig):
     rig.text.script = lambda generate: []
     waiting = asyncio.create_task(rig.http.post("/generate", json={"text": "a"}))
-    await rig.text.wait_for(Generate)
-    rig.kill_text()
+    for count in range(1, 4):
+        await rig.text.wait_for(Generate, count)
+        rig.kill_text()
+        rig.revive_text()
     reply = await waiting
-    assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_unavailable")
-    again = await rig.http.post("/generate", json={"text": "a"})
-    assert (again.status_code, again.headers["retry-after"]) == (503, "1")
+    assert (reply.status_code, error_of(reply)["code"], reply.headers["retry-after"]) == (503, "text_crashed", "1")
 
 
 # ------------------------------------------------------------------ disconnects
@@ -278,8 +296,7 @@ async def test_new_requests_are_refused_while_draining(rig):
     assert (reply.status_code, "retry-after" in reply.headers) == (503, True)
 
 
-async def test_stop_ends_what_does_not_finish(rig, fakes, monkeypatch):
-    monkeypatch.setattr("actorserve.http.front.STOP_SECONDS", 0.0)
+async def test_stop_ends_what_does_not_finish(rig, fakes):
     rig.text.script = lambda g: fakes.words(g)[:1]
     async with rig.http.stream("POST", "/generate", json={"text": "a", "stream": True}) as reply:
         lines = reply.aiter_lines()
@@ -326,6 +343,5 @@ async def test_metrics(rig):
 async def test_peer_up_again_serves_again(rig, fakes):
     rig.kill_text()
     await fakes.until(lambda: rig.front.client.reason_down())
-    connect(rig.front.context, rig.text.context, codec=True)
-    rig.front.context.inbox.put_system(PeerUp("text", 2))
+    rig.revive_text()
     assert (await rig.http.post("/generate", json={"text": "a"})).status_code == 200

@@ -428,7 +428,7 @@ async def test_errors_are_the_clients_own_classes(rig, client):
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model="fake-model", messages=USER, temperature=101)
     assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
-    rig.kill_text()
+    rig.text.script = lambda g: [Refused(g.rid, g.n, 503, "executor_crashed", "twice")]
     with pytest.raises(openai.InternalServerError) as failed:
         await client.chat.completions.create(model="fake-model", messages=USER)
     assert failed.value.status_code == 503

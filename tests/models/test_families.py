@@ -45,11 +45,11 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "mamba.*served: granite, llama"),
+        ({"model_type": "mamba"}, "mamba.*served: chatglm, cohere"),
         ({"model_type": None}, "not served yet"),
         ({"model_type": ["llama"]}, "not served yet"),
         ({"hidden_act": "relu"}, "relu"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
         ({"num_key_value_heads": 3}, "8 attention heads cannot share 3"),
         ({"hidden_size": "64"}, "makes no sense"),

@@ -21,7 +21,16 @@ def test_all_compile(tmp_path: Path) -> None:
     done = run(f"import runpy; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
-    assert compiled >= {"scan", "finish_rows", "settle_ranked", "settle_raced", "decode", "prefill", "rope_kernel"}
+    assert compiled >= {
+        "scan",
+        "finish_rows",
+        "settle_ranked",
+        "settle_raced",
+        "decode",
+        "prefill",
+        "latent",
+        "rope_kernel",
+    }
 
 
 def test_what_the_interpreter_forgives_is_noticed(tmp_path: Path) -> None:

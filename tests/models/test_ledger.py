@@ -13,9 +13,9 @@ from actorserve.models import floors, ledger
 from actorserve.models.families import spec_of
 from actorserve.models.floors import GIB, GPUS, Limits
 from actorserve.models.kv_cache import KVCache
+from actorserve.models.places import allocate
 from actorserve.models.shapes import KNOWN, write_shape
 from actorserve.models.spec import Spec
-from actorserve.models.weights import allocate
 
 H200 = Limits(4.3e12, 790e12)
 SPECS = {name: spec_of(config) for name, config in KNOWN.items()}
@@ -42,6 +42,16 @@ def test_parameters_of_known_models() -> None:
     assert ledger.parameters(QWEN) == 7_615_616_512
     assert ledger.parameters(SPECS["llama-3.1-8b"]) == 8_030_261_248
     assert ledger.parameters(SPECS["qwen2-72b"]) == 72_706_203_648
+    assert ledger.parameters(SPECS["gemma-2-9b"]) == 9_241_705_984
+    assert ledger.parameters(SPECS["mixtral-8x7b"]) == 46_702_792_704
+    repeated = 48 * (32 - 1 + 4 - 1) * 128  # the heads' norms, which we keep for each head
+    assert ledger.parameters(SPECS["qwen3-30b-a3b"]) == 30_532_122_624 + repeated
+    assert ledger.parameters(SPECS["deepseek-v2-lite"]) == 15_706_484_224
+
+
+def test_latent_pages_hold_one_row_a_token() -> None:
+    lite = SPECS["deepseek-v2-lite"]
+    assert ledger.page_bytes(lite, 16, 2) == 27 * 16 * 576 * 2 == KVCache.bytes_per_page(lite, 16, torch.bfloat16)
 
 
 def test_pages_are_the_caches() -> None:
@@ -139,6 +149,14 @@ def test_ladder_ends_at_the_largest() -> None:
 )
 def test_decode_floor(name: str, batch: int, context: int, ms: float) -> None:
     assert 1e3 * floors.decode_seconds(SPECS[name], batch, context, H200) == pytest.approx(ms, abs=1e-3)
+
+
+def test_a_token_needs_its_experts_only() -> None:
+    """Mixtral's published 12.9 billion active weights, less the embedding's and the norms'."""
+    active = sum(weights * times for weights, times in floors.matmuls(SPECS["mixtral-8x7b"]))
+    assert active == 12_748_587_008
+    dense = sum(weights * times for weights, times in floors.matmuls(QWEN))
+    assert dense == ledger.parameters(QWEN) - QWEN.vocab * 3584 - 28 * (4608 + 2 * 3584) - 3584
 
 
 def test_prefill_floor() -> None:

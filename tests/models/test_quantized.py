@@ -15,9 +15,11 @@ from torch import Tensor
 from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
 from actorserve.models import c_library, quantized
+from actorserve.models.attention import TorchAttention
+from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
-from actorserve.models.layers import Linear
-from actorserve.models.quantized import QuantizedLinear, dequantise, kernel, pack
+from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.quantized import QuantizedLinear, dequantise, pack, takes
 from actorserve.models.weights import load_decoder
 
 TYPES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -35,7 +37,7 @@ def threads() -> Iterator[None]:
 def compiled() -> None:
     """Skip where the kernel cannot be had, as the engine goes on without it."""
     try:
-        kernel()
+        kernels()
     except StartupError as error:
         pytest.skip(str(error))
 
@@ -94,7 +96,7 @@ def test_what_is_no_product() -> None:
     for x in (torch.zeros(2, 64), torch.zeros(2, 32, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="32 float32 inputs"):
             linear(x)
-    assert not kernel().takes(random_blocks("Q4_1", 17, 32), 32)
+    assert not takes(random_blocks("Q4_1", 17, 32), 32)
     assert quantized.kind_of(torch.zeros(16, 40, dtype=torch.uint8), 36) is None
 
 
@@ -169,7 +171,7 @@ def test_when_blocks_are_used(folder: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert not uses(dtype="float32"), "a dtype that is asked for is the weights'"
     with pytest.raises(StartupError, match="drop --dtype bfloat16"):
         uses(dtype="bfloat16", quantization="gguf")
-    monkeypatch.setattr("actorserve.models.weights.kernel", no_kernel)
+    monkeypatch.setattr("actorserve.models.weights.kernels", no_kernel)
     assert not uses(dtype="auto")
     with pytest.raises(StartupError, match="--quantization gguf: there is no C compiler"):
         uses(dtype="auto", quantization="gguf")
@@ -213,6 +215,7 @@ def test_real_model_equals_its_dense_form(smollm: str) -> None:
             dense = torch.cat([dequantise(kept[f"{prefix}{part}.weight"], inputs) for part in names])
             setattr(layer, name, Linear(dense, None))
     decoder.weights.head.product = Linear(decoder.weights.embed, None)
+    decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), TorchAttention()
     expected = Driver.of(decoder).logits(ids, [24])
     assert (got - expected).abs().max() < 1e-4 * expected.std()
     assert torch.equal(got.argmax(-1), expected.argmax(-1))

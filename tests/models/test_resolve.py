@@ -56,6 +56,19 @@ def test_context_length(folder: Path) -> None:
         resolved(folder)
 
 
+def test_context_of_qwen_1_is_what_it_was_trained_on(folder: Path) -> None:
+    write(folder / "config.json", CONFIG | {"model_type": "qwen", "seq_length": 512})
+    assert resolved(folder).context_length == 512
+
+
+def test_vocabulary_of_chatglm_is_the_padded_one(folder: Path) -> None:
+    facts = {"model_type": "chatglm", "padded_vocab_size": 128, "seq_length": 64, "eos_token_id": 120}
+    for more in ({}, {"vocab_size": 100}):
+        write(folder / "config.json", facts | more)
+        found = resolved(folder)
+        assert (found.vocab_size, found.context_length, found.eos_ids) == (128, 64, (120,))
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [(None, 2, (2,)), ([5, 2, 5], 3, (5, 2)), (7, None, (7,)), (None, None, ()), (None, [1, 2], (1, 2))],

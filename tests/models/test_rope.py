@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from actorserve.models.families import rope_of
 from actorserve.models.rope import inverse_frequencies, rotate_, rotation_table
+from actorserve.models.rope_config import rope_of
 from actorserve.models.spec import Rope
 
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}

@@ -7,6 +7,8 @@ import tiny
 import torch
 
 from actorserve.models import transfer, weights
+from actorserve.models.names import PLAIN
+from actorserve.models.places import allocate
 from actorserve.models.transfer import BulkCopy, can_copy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,12 +53,12 @@ def test_the_loader_with_bulk_copies(name: str, tmp_path: Path, monkeypatch: pyt
     """On the CPU the loader is told that it has a GPU; a bfloat16 checkpoint in bfloat16 goes through BulkCopy."""
     folder = tiny.save(tiny.build(name).to(torch.bfloat16), tmp_path)
     spec = weights.spec_of(weights.read_config(tmp_path))
-    _, plain = weights.allocate(spec, torch.device("cpu"), torch.bfloat16)
-    weights._fill(plain, tmp_path, spec, lambda fraction: None, {})
-    _, bulk = weights.allocate(spec, DEVICE, torch.bfloat16)
+    _, plain = allocate(spec, torch.device("cpu"), torch.bfloat16)
+    weights._fill(plain, tmp_path, spec, PLAIN, lambda fraction: None, {})
+    _, bulk = allocate(spec, DEVICE, torch.bfloat16)
     seen: list[float] = []
     monkeypatch.setattr(weights, "uses_bulk_copy", lambda device: True)
-    weights._fill(bulk, Path(folder), spec, seen.append, {})
+    weights._fill(bulk, Path(folder), spec, PLAIN, seen.append, {})
     for place in plain:
         assert torch.equal(plain[place].view, bulk[place].view.cpu()), place
     assert seen == sorted(seen) and seen[-1] > 0.9

@@ -43,6 +43,37 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 30}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 80, "n_positions": 512}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DBRX = {
+    "d_model": 48,
+    "n_heads": 6,
+    "n_layers": 3,
+    "max_seq_len": 512,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.7, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 8, "moe_top_k": 3, "hidden_size": 48},
+}
+LATENT = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.9}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
@@ -65,6 +96,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 6, "rope_parameters": GEMMA3_ROPE}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "head_dim": 8, "partial_rotary_factor": 0.5}),
+    "stablelm-12b": ("StableLm", {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "cohere": ("Cohere", {"logit_scale": 0.5, "layer_norm_eps": 1e-3}),
+    "cohere-plus": ("Cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.5, "num_hidden_layers": 4, "sliding_window": 9}),
+    "glm": ("Glm", {"head_dim": 16}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "phi3": ("Phi3", {"sliding_window": 20, "partial_rotary_factor": 0.5}),
+    "gpt2": ("GPT2", GPT2),
+    "olmo2": ("Olmo2", {}),
+    "exaone": ("Exaone", {"rope_parameters": LLAMA3}),
+    "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
+    "mixtral": ("Mixtral", {"sliding_window": None, "num_local_experts": 4}),
+    "qwen2-moe": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "qwen3-moe": ("Qwen3Moe", MOE | {"head_dim": 16, "norm_topk_prob": True}),
+    "dbrx": ("Dbrx", DBRX),
+    "deepseek-v2-lite": ("DeepseekV2", LATENT | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        LATENT | GROUPS | {"topk_method": "group_limited_greedy", "rope_parameters": YARN | MSCALE},
+    ),
+    "deepseek-v3": ("DeepseekV3", LATENT | GROUPS | {"rope_parameters": YARN | MSCALE}),
 }
 
 
@@ -74,7 +130,7 @@ def build(name: str, seed: int = 0, **changed: Any) -> Any:
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**(COMMON | fields | changed))
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -95,7 +151,7 @@ def edit_config(folder: str, **fields: Any) -> None:
 
 
 def load(folder: str, **fields: Any) -> Decoder:
-    """Load a folder with our loader, float32 on the CPU."""
+    """Load a folder with our loader, float32 on the CPU unless told otherwise."""
     settings = {"dtype": "float32", "device": "cpu"} | fields
     return load_decoder(folder, EngineConfig(**settings), lambda fraction: None)
 
@@ -135,6 +191,11 @@ class Driver:
 
     def forward(self, work: list[tuple[Request, int]], logit_rows: Tensor | None = None) -> Tensor:
         """Run the next n tokens of each request; entries with n == 1 and something before it are decode rows."""
+        return self.decoder.forward(self.batch(work, logit_rows), self.kv)
+
+    def batch(self, work: list[tuple[Request, int]], logit_rows: Tensor | None = None) -> Batch:
+        """The batch of `forward`, on the decoder's device; the requests count its tokens as done."""
+        device = self.decoder.device
         decoding = [r for r, n in work if n == 1 and r.done]
         chunked = [(r, n) for r, n in work if not (n == 1 and r.done)]
         spans = [(r, r.done, r.done + 1) for r in decoding] + [(r, r.done, r.done + n) for r, n in chunked]
@@ -145,19 +206,18 @@ class Driver:
         positions = torch.cat([torch.arange(a, b) for _, a, b in spans])
         slots = torch.cat([r.pages[(p := torch.arange(a, b)) // PAGE].long() * PAGE + p % PAGE for r, a, b in spans])
         lengths = torch.tensor([r.done + 1 for r in decoding], dtype=torch.int32)
-        batch = Batch(
-            ids=torch.tensor([token for r, a, b in spans for token in r.ids[a:b]]),
-            positions=positions,
-            kv_slots=slots,
-            decode_tables=tables,
-            decode_lengths=lengths,
-            max_decode_length=int(lengths.max()) if decoding else 0,
-            logit_rows=logit_rows,
-            chunks=[Chunk(a, b - a, r.pages) for r, a, b in spans[len(decoding) :]],
-        )
         for request, _, end in spans:
             request.done = end
-        return self.decoder.forward(batch, self.kv)
+        return Batch(
+            ids=torch.tensor([token for r, a, b in spans for token in r.ids[a:b]], device=device),
+            positions=positions.to(device),
+            kv_slots=slots.to(device),
+            decode_tables=tables.to(device),
+            decode_lengths=lengths.to(device),
+            max_decode_length=int(lengths.max()) if decoding else 0,
+            logit_rows=logit_rows,
+            chunks=[Chunk(a, b - a, r.pages.to(device)) for r, a, b in spans[len(decoding) :]],
+        )
 
     def logits(self, ids: list[int], sizes: list[int]) -> Tensor:
         """All logits [len(ids), vocab] of one sequence computed in chunks of these sizes."""

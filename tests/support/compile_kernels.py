@@ -10,7 +10,7 @@ from typing import Any
 from triton import compiler
 from triton.backends.compiler import GPUTarget
 
-from actorserve.models import attention_kernels, layer_kernels, slot_kernels
+from actorserve.models import attention_kernels, latent_attention, latent_kernels, layer_kernels, slot_kernels
 from actorserve.models.triton_attention import DECODE, splits_for
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
@@ -18,7 +18,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 INTS = "rows_ptr length_ptr last_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
 POINTERS: dict[str, str] = {
     **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
-    **dict.fromkeys("partial partial_lse table frequencies".split(), "*fp32"),
+    **dict.fromkeys("partial partial_lse lse table frequencies".split(), "*fp32"),
     **dict.fromkeys("ints directory totals aboves new_aboves stop_ids bias_ids eos_ids".split(), "*i64"),
     **dict.fromkeys("slots positions masks bound states best_ids drawn ids chosen".split(), "*i32"),
     **dict.fromkeys("candidate_ids wins new_wins tables rows lengths counters pages meta".split(), "*i32"),
@@ -80,6 +80,15 @@ def attention() -> Iterator[None]:
         )  # fmt: skip
 
 
+def latents() -> Iterator[None]:
+    """Attention over DeepSeek's latents: decode in one and in many parts, prefill."""
+    shape = {"D": 512, "DP": 512, "E": 64, "EP": 64, "PAGE": 16, "HEADS": 16, "STAGES": 2, "PRECISION": "tf32"}
+    for most, queries, splits in ((1, 1, 1), (1, 1, latent_attention.MOST_SPLITS), (64, 4, 1)):
+        yield build(
+            latent_kernels.latent, 4 if queries == 1 else 8, M=most, QUERIES=queries, SPLITS=splits, BLOCK=32, **shape
+        )
+
+
 def layers() -> Iterator[None]:
     """What is between the GEMMs, and the slot arrays."""
     yield build(layer_kernels.rotation_kernel, 4, BLOCK=256)
@@ -96,6 +105,6 @@ def layers() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for part in (sampler, attention, layers):
+    for part in (sampler, attention, latents, layers):
         for _ in part():
             pass

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def session_server(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LiveServer]":
     from live_server import live_server  # where there is no client, as on some GPU machines, other tests still run
 
-    with live_server(
-        tmp_path_factory.mktemp("server"), "--model", smollm, "--max-total-tokens", "32768", "--dtype", "float32"
-    ) as s:
+    folder = tmp_path_factory.mktemp("server")
+    flags = ["--model", smollm, "--max-total-tokens", "32768", "--dtype", "float32", "--data-dir", str(folder / "data")]
+    with live_server(folder, *flags) as s:
         yield s
 
 

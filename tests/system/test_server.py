@@ -6,6 +6,7 @@ import math
 import threading
 from typing import TYPE_CHECKING, Any
 
+import anthropic
 import httpx
 import jsonschema
 import openai
@@ -426,3 +427,28 @@ def test_the_commands_of_a_terminal(server: LiveServer, capsys: pytest.CaptureFi
     load = ["--num-prompts", "2", "--random-input-len", "8", "--random-output-len", "4", "--warmup-requests", "0"]
     assert cli.command(["bench", "--base-url", server.url, *load]) == 0
     assert "tokens" in capsys.readouterr().out
+
+
+def test_anthropics_client(server: LiveServer) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}]}
+    greedy = {"temperature": 0}  # the client has no parameter for it any more
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as client:
+        asked["model"] = client.models.list().data[0].id
+        message = client.messages.create(**asked, max_tokens=20, extra_body=greedy)
+        assert [block.text for block in message.content if block.type == "text"] == ["The capital of France is Paris."]
+        assert (message.stop_reason, message.usage.output_tokens) == ("end_turn", 8)
+        prompt = message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+        assert client.messages.count_tokens(**asked).input_tokens == prompt
+        with client.messages.stream(**asked, max_tokens=20, extra_body=greedy, stop_sequences=[" is P"]) as stream:
+            pieces = list(stream.text_stream)
+            final = stream.get_final_message()
+        assert ("".join(pieces), len(pieces) > 1) == ("The capital of France", True)
+        assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", " is P")
+        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        schema["additionalProperties"] = False
+        tool: Any = {"name": "add", "input_schema": schema}
+        choice: Any = {"type": "tool", "name": "add"}
+        called = client.messages.create(**asked, max_tokens=99, tools=[tool], tool_choice=choice, extra_body=greedy)
+        (block,) = called.content
+        assert (called.stop_reason, block.type) == ("tool_use", "tool_use")
+        assert block.name == "add" and block.input["a"] in (1, 2)

@@ -1,0 +1,92 @@
+"""Attention on a CPU by our C kernel (cpu_attention.c), which reads the pages in place, for decode rows and chunks.
+
+Used by weights.py for models with quantized weights. Nothing is gathered or masked: a plan is three numbers a token.
+Layers or caches that the kernel does not take go to TorchAttention, a batch at a time. Invariant: a token's result is
+the same bit for bit in every batch, and however its prompt is cut into chunks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import AttentionBackend, AttentionPlan, TorchAttention
+from .batch import Batch
+from .cpu_kernels import Attention, kernels, threads
+from .kv_cache import KVCache
+from .spec import Spec
+
+
+@dataclass(slots=True)
+class Visible:
+    """What T tokens see in layers with one window."""
+
+    first: Tensor
+    """int64 [T]: the first token that each sees."""
+    keys: int
+    """Sum over the tokens: the amount of work."""
+
+
+class CpuAttention:
+    """The backend; `other` takes what the kernel does not. Raises StartupError where there are no kernels."""
+
+    def __init__(self, other: AttentionBackend | None = None) -> None:
+        self.other = other or TorchAttention()
+        self.kernels = kernels()
+
+    def plan(self, batch: Batch, kv: KVCache, spec: Spec) -> AttentionPlan:
+        if not self.takes(kv, spec):
+            return self.other.plan(batch, kv, spec)
+        return CpuPlan(batch, kv, spec)
+
+    def takes(self, kv: KVCache, spec: Spec) -> bool:
+        """Whether the kernel does: float32 in the pages, heads of whole vectors, plain softmax."""
+        whole = spec.head_dim % (2 * self.kernels.lanes) == 0
+        return whole and spec.attn_softcap is None and kv.storage.dtype == torch.float32
+
+
+class CpuPlan:
+    """A batch's tokens: where their pages are, and what they see."""
+
+    def __init__(self, batch: Batch, kv: KVCache, spec: Spec) -> None:
+        self.batch, self.cache, self.spec, self.page_size = batch, kv.rows, spec, kv.page_size
+        self.attend = kernels().attend
+        pages, ends = _decode_rows(batch)
+        for chunk in batch.chunks:
+            pages.append(np.full(chunk.length, chunk.pages.data_ptr(), np.int64))
+            ends.append(np.arange(chunk.start + 1, chunk.start + chunk.length + 1))
+        self.pages, self.ends = (torch.from_numpy(np.concatenate(parts)) for parts in (pages, ends))
+        self.visible = {window: self._visible(window) for window in set(spec.windows or (None,))}
+
+    def _visible(self, window: int | None) -> Visible:
+        first = torch.zeros_like(self.ends) if window is None else (self.ends - window).clamp_(min=0)
+        return Visible(first, int((self.ends - first).sum()))
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        visible = self.visible[self.spec.window(layer)]
+        if q.stride()[1:] != (self.spec.head_dim, 1):
+            q = q.contiguous()
+        out = q.new_empty(len(q), self.spec.heads * self.spec.head_dim)
+        arguments = self.arguments(q, out)
+        arguments.cache, arguments.keys = self.cache[layer].data_ptr(), visible.keys
+        arguments.first = visible.first.data_ptr()
+        self.attend(arguments, threads())
+        return out
+
+    def arguments(self, q: Tensor, out: Tensor) -> Attention:
+        """The kernel's arguments but for what is a layer's. q [T, H, D] with whole rows, out [T, H * D]."""
+        spec = self.spec
+        return Attention(
+            q=q.data_ptr(), stride=q.stride(0), out=out.data_ptr(), pages=self.pages.data_ptr(),
+            end=self.ends.data_ptr(), tokens=len(q), heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim,
+            page_size=self.page_size, scale=spec.attention_scale,
+        )  # fmt: skip
+
+
+def _decode_rows(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Addresses of the decode rows' page tables, and their lengths."""
+    tables, count = batch.decode_tables, batch.num_decode
+    rows = np.arange(count) if batch.decode_rows is None else batch.decode_rows.numpy().astype(np.int64)
+    addresses = tables.data_ptr() + rows * (tables.stride(0) * tables.element_size())
+    return [addresses], [batch.decode_lengths.numpy().astype(np.int64)]

@@ -1,0 +1,120 @@
+/* What the CPU's kernels share: vectors of LANES floats, for AVX2 or AVX-512, and the threads that they run on. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LANES 8
+#else
+#error "needs AVX2, FMA and F16C"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+#if LANES == 16
+#define COUNTED ((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#else
+#define COUNTED ((ivec){0, 1, 2, 3, 4, 5, 6, 7})
+#endif
+
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+INLINE vec all(float x) { return x - (vec){0}; }
+
+#if LANES == 16
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vec floats(ivec q) { return (vec)_mm512_cvtepi32_ps((__m512i)q); }
+INLINE ivec integers(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
+INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+/* Lane i is lane index[i] of a, or, from LANES on, of b. */
+INLINE vec chosen(vec a, vec b, ivec index) {
+    return (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)index, (__m512)b);
+}
+#else
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vec floats(ivec q) { return (vec)_mm256_cvtepi32_ps((__m256i)q); }
+INLINE ivec integers(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
+INLINE float sum(vec x) {
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+INLINE float largest(vec x) {
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+INLINE vec chosen(vec a, vec b, ivec index) {
+    __m256 first = _mm256_permutevar8x32_ps((__m256)a, (__m256i)index);
+    __m256 second = _mm256_permutevar8x32_ps((__m256)b, (__m256i)index);
+    return (vec)_mm256_blendv_ps(first, second, (__m256)(index > (ivec){0} + (LANES - 1)));
+}
+#endif
+
+/* e to the power of x within 2 units in the last place; arguments beyond float32's range count as its ends. Cephes. */
+INLINE vec exponential(vec x) {
+    x = smaller(larger(x, all(-87.0f)), all(88.0f));
+    ivec n = integers(x * 1.44269504f);
+    vec r = x - floats(n) * 0.693359375f - floats(n) * -2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * (vec)((n + 127) << 23);
+}
+
+/* Run task(data, 0), ..., task(data, tasks - 1) on up to `threads` threads and return when all are done. */
+void parallel(void (*task)(void *, long), void *data, long tasks, int threads);
+
+/* A linear map with quantized weights, [outputs, inputs]; outputs % LANES == 0, inputs % 32 == 0. See block_kernels.c. */
+struct map {
+    int kind; /* as quantized.KINDS */
+    const uint8_t *weight;
+    const float *bias; /* [outputs], or NULL */
+    long outputs, inputs;
+};
+
+/* y [rows, outputs] = map(x [rows, inputs]). */
+void linear(const struct map *map, const float *x, long rows, float *y, int threads);
+
+/* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
+void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
+              int threads);
+
+/* Heads of tokens on their way to the cache. */
+struct rotation {
+    float *qkv; /* [tokens, heads + 2 * kv_heads, dim]: queries and keys are normalised and rotated in place */
+    long tokens, heads, kv_heads, dim;
+    const float *qk_norm; /* [heads + kv_heads, dim], or NULL */
+    float eps;
+    long rotated;
+    const float *cos, *sin; /* [tokens, rotated] as rope.rotation_table's, or NULL: nothing rotates */
+    const int64_t *slots;   /* [tokens] */
+    float *cache;           /* [slots, 2, kv_heads, dim]: takes keys and values */
+};
+void rotate_and_write(const struct rotation *a, int threads);
+
+/* Token t sees its sequence's tokens first[t] to end[t] - 1; pages[t] is the address of its page numbers, int32. */
+struct attention {
+    const float *q; /* rows of [heads, dim], `stride` apart */
+    long stride;
+    const float *cache; /* [slots, 2, kv_heads, dim] */
+    float *out;         /* [tokens, heads, dim] */
+    const int64_t *pages, *first, *end;
+    long tokens, heads, kv_heads, dim, page_size; /* dim is a multiple of 2 * LANES */
+    float scale;
+    long keys; /* sum of what all see: the amount of work */
+};
+void attend(const struct attention *a, int threads);
+
+/* y [rows, inter] = silu(gate) * up of gate_up [rows, 2 * inter]. */
+void silu_mul(const float *gate_up, float *y, long rows, long inter, int threads);

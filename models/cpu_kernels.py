@@ -1,0 +1,99 @@
+"""Our C kernels for CPUs with AVX2 or AVX-512, compiled at the first use, as Python calls them.
+
+Used by quantized.py, cpu_ops.py, cpu_attention.py and cpu_decoder.py. All run on one pool of threads (thread_pool.c),
+as many as torch's. Invariant: what is called is declared here as the C files declare it (cpu_kernels.h), so that ctypes
+checks the arguments' number and kinds; pointers are those of contiguous tensors that the caller keeps alive.
+"""
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from .c_library import load_library
+
+FILES: Final = (
+    "block_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "thread_pool.c", "cpu_kernels.h",
+)  # fmt: skip
+
+
+class Map(Structure):
+    """struct map."""
+
+    _fields_ = (("kind", c_int), ("weight", c_void_p), ("bias", c_void_p), ("outputs", c_long), ("inputs", c_long))
+
+
+class Rotation(Structure):
+    """struct rotation."""
+
+    _fields_ = (
+        ("qkv", c_void_p), ("tokens", c_long), ("heads", c_long), ("kv_heads", c_long), ("dim", c_long),
+        ("qk_norm", c_void_p), ("eps", c_float), ("rotated", c_long), ("cos", c_void_p), ("sin", c_void_p),
+        ("slots", c_void_p), ("cache", c_void_p),
+    )  # fmt: skip
+
+
+class Attention(Structure):
+    """struct attention."""
+
+    _fields_ = (
+        ("q", c_void_p), ("stride", c_long), ("cache", c_void_p), ("out", c_void_p), ("pages", c_void_p),
+        ("first", c_void_p), ("end", c_void_p), ("tokens", c_long), ("heads", c_long), ("kv_heads", c_long),
+        ("dim", c_long), ("page_size", c_long), ("scale", c_float), ("keys", c_long),
+    )  # fmt: skip
+
+
+class Layer(Structure):
+    """struct layer."""
+
+    _fields_ = (
+        ("qkv", Map), ("o", Map), ("gate_up", Map), ("down", Map),
+        ("qk_norm", c_void_p), ("mlp_norm", c_void_p), ("next_norm", c_void_p), ("first", c_void_p), ("keys", c_long),
+        ("cache", c_void_p), ("rotates", c_int),
+    )  # fmt: skip
+
+
+_FUNCTIONS: Final = {
+    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_int],
+    "rms_norm": [c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int],
+    "rotate_and_write": [POINTER(Rotation), c_int],
+    "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
+    "attend": [POINTER(Attention), c_int],
+    "run_layers": [
+        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_float, c_float,
+        c_int,
+    ],
+}  # fmt: skip
+
+
+class Kernels:
+    """The compiled library. cpu_kernels.h and cpu_decoder.c say what each function does."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes = arguments
+            function.restype = None
+        self.lanes: int = library.lanes()
+        """float32 numbers of a vector."""
+        self.linear: Any = library.linear
+        self.rms_norm: Any = library.rms_norm
+        self.rotate_and_write: Any = library.rotate_and_write
+        self.silu_mul: Any = library.silu_mul
+        self.attend: Any = library.attend
+        self.run_layers: Any = library.run_layers
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """The kernels, compiled if they are not in the cache. Raises StartupError where they cannot be had."""
+    folder = Path(__file__).parent
+    return Kernels(load_library(*(folder / name for name in FILES)))
+
+
+def threads() -> int:
+    """How many threads a kernel may use."""
+    return torch.get_num_threads()

@@ -1,0 +1,220 @@
+"""The weights of a Spec, not yet filled, and in them the place of every tensor of a checkpoint, by our names.
+
+Used by weights.py and the tests. What one GEMM multiplies is one tensor, of which the checkpoint's tensors are views;
+what our names are, and how a family's become them, is in names.py.
+Invariant: every element of the weights belongs to exactly one place.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StartupError
+from .decoder import LayerWeights, Weights
+from .head import Head
+from .layers import DenseMlp, Linear, LinearMap
+from .mla import Latent
+from .moe import Experts
+from .names import (
+    ATTENTION_NORM,
+    ATTENTION_OUT_NORM,
+    EMBED,
+    FINAL_NORM,
+    HEAD,
+    LAYER,
+    MLP_NORM,
+    MLP_OUT_NORM,
+    POSITIONS,
+)
+from .norms import NormWeights
+from .quantized import QuantizedLinear, kind_of, takes
+from .spec import Spec
+
+Blocks = dict[str, Tensor]
+"""Our name -> quantized rows, uint8 [outputs, bytes]; views of the mapped file."""
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a checkpoint tensor goes: `view` of a fused tensor, into which a tensor of `shape` is broadcast."""
+
+    view: Tensor
+    shape: tuple[int, ...]
+    is_norm: bool = False
+    offset: float = 0.0
+    """Added to what the checkpoint has, once it is in place."""
+
+
+def allocate(
+    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None
+) -> tuple[Weights, dict[str, Place]]:
+    """Return weights, all that is not `blocks` uninitialised, and the places in them by our names."""
+    made = Allocation(spec, device, dtype, blocks or {})
+    return made.weights(), made.places
+
+
+class Allocation:
+    """Makes the parts of a model, and enters each of their places."""
+
+    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks) -> None:
+        self.spec, self.device, self.dtype, self.blocks = spec, device, dtype, blocks
+        self.places: dict[str, Place] = {}
+
+    def weights(self) -> Weights:
+        """A whole model."""
+        spec = self.spec
+        embed = self._table(EMBED, spec.vocab)
+        positions = self._table(POSITIONS, spec.learned_positions) if spec.learned_positions else None
+        layers = [self._layer(i) for i in range(spec.layers)]
+        head = quantized_map({EMBED if spec.tied else HEAD: (spec.vocab, spec.hidden)}, self.blocks, None)
+        if head is None:
+            head = Linear(embed if spec.tied else self._table(HEAD, spec.vocab), None)
+        return Weights(embed, positions, layers, self._norm(FINAL_NORM), Head(head))
+
+    def _layer(self, index: int) -> LayerWeights:
+        spec, prefix = self.spec, LAYER.format(index)
+        before, after = spec.layout != "post", spec.layout in ("post", "sandwich")
+        mlp_norm = before and spec.layout != "parallel"
+        attention = prefix + "self_attn."
+        values = spec.value_dim if spec.mla is None else spec.mla.v
+        return LayerWeights(
+            attention_norm=self._norm(prefix + ATTENTION_NORM) if before else None,
+            qkv=self._qkv(attention),
+            qk_norm=self._qk_norm(attention) if spec.qk_norm is not None else None,
+            latent=self._latent(attention) if spec.mla is not None else None,
+            o=self._linear(attention, {"o_proj": spec.hidden}, spec.heads * values, spec.o_bias),
+            attention_out_norm=self._norm(prefix + ATTENTION_OUT_NORM) if after else None,
+            mlp_norm=self._norm(prefix + MLP_NORM) if mlp_norm else None,
+            mlp=self._experts(prefix + "mlp.") if spec.sparse(index) else self._dense(prefix + "mlp.", spec.inter),
+            mlp_out_norm=self._norm(prefix + MLP_OUT_NORM) if after else None,
+        )
+
+    # ------------------------------------------------------------------ attention
+
+    def _qkv(self, prefix: str) -> LinearMap:
+        spec, mla = self.spec, self.spec.mla
+        if mla is None:
+            q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+            return self._linear(prefix, {"q_proj": q, "k_proj": kv, "v_proj": kv}, spec.hidden, spec.qkv_bias)
+        queries = {"q_proj": spec.heads * (mla.nope + mla.rope)} if mla.q_rank is None else {"q_a_proj": mla.q_rank}
+        return self._linear(prefix, queries | {"kv_a_proj_with_mqa": mla.kv_rank + mla.rope}, spec.hidden, False)
+
+    def _latent(self, prefix: str) -> Latent:
+        spec, mla = self.spec, self.spec.mla
+        assert mla is not None
+        q_norm = q_up = None
+        if mla.q_rank is not None:
+            q_norm = self._place(prefix + "q_a_layernorm.weight", self._new(mla.q_rank), is_norm=True)
+            q_up = self._linear(prefix, {"q_b_proj": spec.heads * (mla.nope + mla.rope)}, mla.q_rank, False)
+        kv_norm = self._place(prefix + "kv_a_layernorm.weight", self._new(mla.kv_rank), is_norm=True)
+        kv_up = self._new(spec.heads, mla.nope + mla.v, mla.kv_rank)
+        self._place(prefix + "kv_b_proj.weight", kv_up.flatten(0, 1))
+        return Latent(q_norm, q_up, kv_norm, kv_up)
+
+    def _qk_norm(self, prefix: str) -> Tensor:
+        """[heads + kv_heads, head_dim], whatever shape the checkpoint's have."""
+        spec = self.spec
+        assert spec.qk_norm is not None
+        weight = self._new(spec.heads + spec.kv_heads, spec.head_dim, wide=spec.qk_norm.offset != 0)
+        for name, part in (("q_norm", weight[: spec.heads]), ("k_norm", weight[spec.heads :])):
+            if spec.qk_norm_shape == "all":
+                views = {f"{name}.weight": part.view(-1)}
+            elif spec.qk_norm_shape == "head":
+                views = {f"{name}.{head}.weight": row for head, row in enumerate(part)}
+            else:
+                views = {f"{name}.weight": part}
+            for place, view in views.items():
+                shape = (view.shape[-1],)
+                self.places[prefix + place] = Place(view, shape, is_norm=True, offset=spec.qk_norm.offset)
+        return weight
+
+    # ------------------------------------------------------------------ MLPs
+
+    def _dense(self, prefix: str, inter: int) -> DenseMlp:
+        spec = self.spec
+        names = ("gate_proj", "up_proj") if spec.gated else ("up_proj",)
+        return DenseMlp(
+            self._linear(prefix, dict.fromkeys(names, inter), spec.hidden, spec.mlp_bias),
+            self._linear(prefix, {"down_proj": spec.hidden}, inter, spec.mlp_bias),
+        )
+
+    def _experts(self, prefix: str) -> Experts:
+        spec, moe = self.spec, self.spec.moe
+        assert moe is not None
+        gate_up = self._new(moe.experts, 2 * moe.inter, spec.hidden)
+        down = self._new(moe.experts, spec.hidden, moe.inter)
+        for expert in range(moe.experts):
+            at = f"{prefix}experts.{expert}."
+            self._place(at + "gate_proj.weight", gate_up[expert, : moe.inter])
+            self._place(at + "up_proj.weight", gate_up[expert, moe.inter :])
+            self._place(at + "down_proj.weight", down[expert])
+        bias = None
+        if moe.score_bias:
+            bias = self._place(prefix + "gate.e_score_correction_bias", self._new(moe.experts, wide=True))
+        return Experts(
+            router=self._place(prefix + "gate.weight", self._new(moe.experts, spec.hidden, wide=True)),
+            score_bias=bias,
+            gate_up=gate_up,
+            down_proj=down,
+            shared=self._dense(prefix + "shared_experts.", moe.shared_inter) if moe.shared_inter else None,
+            shared_gate=self._linear(prefix, {"shared_expert_gate": 1}, spec.hidden, False)
+            if moe.shared_gate
+            else None,
+        )
+
+    # ------------------------------------------------------------------ tensors
+
+    def _new(self, *shape: int, wide: bool = False) -> Tensor:
+        """An uninitialised tensor; `wide`: in float32, whatever the model's dtype."""
+        return torch.empty(shape, dtype=torch.float32 if wide else self.dtype, device=self.device)
+
+    def _place(self, name: str, view: Tensor, is_norm: bool = False, offset: float = 0.0) -> Tensor:
+        self.places[name] = Place(view, tuple(view.shape), is_norm, offset)
+        return view
+
+    def _table(self, name: str, rows: int) -> Tensor:
+        return self._place(name, self._new(rows, self.spec.hidden))
+
+    def _norm(self, name: str) -> NormWeights:
+        norm = self.spec.norm
+        weight = self._new(self.spec.hidden, wide=norm.offset != 0)
+        self._place(name + ".weight", weight, is_norm=True, offset=norm.offset)
+        return NormWeights(weight, self._place(name + ".bias", self._new(self.spec.hidden)) if norm.bias else None)
+
+    def _linear(self, prefix: str, parts: dict[str, int], inputs: int, biased: bool) -> LinearMap:
+        """One linear map of the named ones, stacked along the outputs."""
+        sizes = list(parts.values())
+        bias = self._new(sum(sizes)) if biased else None
+        for name, view in zip(parts, [] if bias is None else torch.split(bias, sizes), strict=False):
+            self._place(f"{prefix}{name}.bias", view)
+        shapes = {f"{prefix}{name}.weight": (size, inputs) for name, size in parts.items()}
+        kept = quantized_map(shapes, self.blocks, bias)
+        if kept is not None:
+            return kept
+        weight = self._new(sum(sizes), inputs)
+        for name, view in zip(shapes, torch.split(weight, sizes), strict=True):
+            self._place(name, view)
+        return Linear(weight, bias)
+
+
+def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tensor | None) -> LinearMap | None:
+    """One linear map of the named weights [outputs, inputs], stacked; None unless all are blocks of one usable type.
+
+    Raises StartupError if blocks do not have the shape that config.json asks for.
+    """
+    parts = [blocks[name] for name in shapes if name in blocks]
+    if len(parts) < len(shapes) or len({part.shape[1] for part in parts}) > 1:
+        return None
+    inputs = next(iter(shapes.values()))[1]
+    for name, part in zip(shapes, parts, strict=True):
+        check_blocks(name, part, shapes[name])
+    stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
+    return QuantizedLinear(stacked, inputs, bias) if takes(stacked, inputs) else None
+
+
+def check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise StartupError unless blocks have the shape [outputs, inputs] of a weight."""
+    if len(part) != shape[0] or kind_of(part, shape[1]) is None:
+        raise StartupError(f"blocks of {name} are {list(part.shape)} bytes, config.json asks for {list(shape)} values")

@@ -1,0 +1,164 @@
+"""The scheduler actor and the stub executor through their messages: anything may happen between any two of them."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from simulated_executor import VOCAB
+from stub_world import StubWorld
+
+from actorserve.actors.messages import Order
+from actorserve.sampler.params import SamplingParams
+
+
+def prompt_of(seed: int, n: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, VOCAB, n).tolist()
+
+
+def params_of(seed: int, max_new: int = 40, **more: object) -> SamplingParams:
+    return SamplingParams(seed=seed, max_new_tokens=max_new, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kill", ["kill_executor", "kill_scheduler", "kill_text"])
+@pytest.mark.parametrize("turns", [1, 7])
+def test_a_death_changes_no_token(kill: str, turns: int) -> None:
+    world = StubWorld(pages=40, num_continuous_decode_steps=4)
+    ones = [world.ask(prompt_of(i % 2, 30 + 5 * i), params_of(i), grammar=i if i % 3 == 2 else -1) for i in range(9)]
+    for _ in range(4):
+        for _ in range(turns):
+            world.turn()
+        getattr(world, kill)(*([2] if kill == "kill_text" else []))
+        world.check()
+        for _ in range(30):
+            world.turn()
+    world.settle()
+    assert all(one.end.startswith("finish") for one in ones), [one.end for one in ones]
+    world.close()
+
+
+def test_what_kills_the_executor_is_found_and_refused() -> None:
+    """One of eight that run together does it as soon as it is computed; the others see a pause."""
+    world = StubWorld(pages=80, slots=8)
+    ones = [world.ask(prompt_of(i, 20), params_of(i)) for i in range(8)]
+    deaths = 0
+    while world.live():
+        world.turn()
+        schedule = world.schedule
+        if schedule is None or not schedule.in_flight or deaths == 9:
+            continue
+        computed = [r.rid for r in schedule.slots.running() if r.window <= schedule.in_flight[0].number]
+        if 5 in computed and schedule.requests[5].generated >= 10:
+            deaths += 1
+            world.kill_executor()
+    assert deaths == 3 and ones[4].end == "executor_crashed"
+    assert all(one.end.startswith("finish") for i, one in enumerate(ones) if i != 4), [one.end for one in ones]
+    world.close()
+
+
+def test_deaths_of_others_making_are_nobodys_fault() -> None:
+    world = StubWorld(pages=80, slots=8)
+    ones = [world.ask(prompt_of(i, 20), params_of(i, 200, ignore_eos=True)) for i in range(8)]
+    for _ in range(12):
+        for _ in range(40):
+            world.turn()
+        world.kill_executor()
+    world.settle()
+    assert all(one.end.startswith("finish") for one in ones), [one.end for one in ones]
+    world.close()
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests come, leave, are retracted; pages are evicted; any actor dies."""
+
+    @initialize(
+        pages=st.sampled_from([8, 14, 40]),
+        slots=st.sampled_from([1, 3, 8]),
+        chunk=st.sampled_from([0, 16, 40]),
+        k=st.sampled_from([1, 2, 5]),
+        plans=st.sampled_from([1, 2, 3]),
+        policy=st.sampled_from(["lpm", "fcfs", "dfs-weight"]),
+        still=st.booleans(),
+        off=st.booleans(),
+    )
+    def start(
+        self, pages: int, slots: int, chunk: int, k: int, plans: int, policy: str, still: bool, off: bool
+    ) -> None:
+        self.world = StubWorld(
+            pages, slots, chunked_prefill_size=chunk, num_continuous_decode_steps=k, plans_in_flight=plans,
+            schedule_policy=policy, disable_jump_forward=still, disable_radix_cache=off, schedule_conservativeness=0.3,
+        )  # fmt: skip
+
+    @rule(
+        stem=st.integers(0, 2), n=st.integers(0, 40), tail=st.integers(1, 20), seed=st.integers(0, 3),
+        max_new=st.integers(0, 40), least=st.integers(0, 3), salt=st.sampled_from(["", "x"]),
+        grammar=st.integers(-3, 3), stops=st.sampled_from([(), (50, 51, 52)]), logprobs=st.sampled_from([None, 1]),
+    )  # fmt: skip
+    def ask(
+        self, stem: int, n: int, tail: int, seed: int, max_new: int, least: int, salt: str, grammar: int,
+        stops: tuple[int, ...], logprobs: int | None,
+    ) -> None:  # fmt: skip
+        least = min(least, max_new) if grammar < 0 else 0
+        params = params_of(seed, max_new, min_new_tokens=least, stop_token_ids=stops, logprobs=logprobs)
+        self.world.ask(prompt_of(stem, n) + prompt_of(10 + seed, tail), params, salt, grammar)
+
+    @rule(turns=st.integers(1, 12))
+    def turn(self, turns: int) -> None:
+        for _ in range(turns):
+            self.world.turn()
+            self.world.check()
+
+    @rule()
+    def plan(self) -> None:
+        self.world.scheduler.drain()
+
+    @rule(steps=st.integers(1, 6))
+    def compute(self, steps: int) -> None:
+        for _ in range(steps):
+            self.world.step()
+
+    @rule(pick=st.integers(0, 10))
+    def leave(self, pick: int) -> None:
+        if live := self.world.live():
+            self.world.abort(live[pick % len(live)])
+
+    @rule(pick=st.integers(0, 10))
+    def retract(self, pick: int) -> None:
+        if (schedule := self.world.schedule) and (running := schedule.slots.running()):
+            schedule.retract(running[pick % len(running)])
+
+    @rule(pages=st.integers(1, 10))
+    def evict(self, pages: int) -> None:
+        if (schedule := self.world.schedule) is not None:
+            schedule.tree.evict(pages)
+            schedule.tree_state += 1
+
+    @rule(action=st.sampled_from(["flush_cache", "pause_retract"]))
+    def order(self, action: str) -> None:
+        self.world.post(Order(1 << 40, action))  # type: ignore[arg-type]
+        self.world.post(Order(1 << 40, "continue"))
+
+    @rule(who=st.sampled_from(["executor", "scheduler", "text"]), lose=st.integers(0, 3))
+    def die(self, who: str, lose: int) -> None:
+        getattr(self.world, f"kill_{who}")(*([lose] if who == "text" else []))
+
+    @invariant()
+    def accounts(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.settle()
+            self.world.close()
+
+
+@pytest.mark.timeout(0)
+def test_anything_may_happen(thorough: bool) -> None:
+    """About 1,000 steps; with --thorough 1,000,000."""
+    examples = 20_000 if thorough else 25
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Machine,
+        settings=settings(max_examples=examples, stateful_step_count=50, deadline=None, suppress_health_check=quiet),
+    )

@@ -1,0 +1,293 @@
+"""The CPU's C kernels: against plain torch and float64, the same bits in every batch, on any number of threads."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import test_attention
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_attention import case, make_spec
+from tiny import Driver
+from torch import Tensor
+
+from actorserve.errors import StartupError
+from actorserve.models import c_library, cpu_kernels
+from actorserve.models.batch import Batch, Chunk
+from actorserve.models.cpu_attention import CpuAttention, CpuPlan
+from actorserve.models.cpu_decoder import CpuLayers
+from actorserve.models.cpu_ops import CpuOps
+from actorserve.models.gguf import KEPT_FILE
+from actorserve.models.layers import TorchOps
+from actorserve.models.quantized import QuantizedLinear, dequantise
+from actorserve.models.rope import inverse_frequencies
+from actorserve.models.spec import Norm, Rope, Spec
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> Iterator[None]:
+    """Skip where there are no kernels. One thread: small work for torch's own on busy cores takes seconds."""
+    try:
+        cpu_kernels.kernels()
+    except StartupError as error:
+        pytest.skip(str(error))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------ attention
+
+
+def attend(spec: Spec, batch: Batch, kv: Any, q: Tensor, layer: int = 0) -> Tensor:
+    plan = CpuAttention().plan(batch, kv, spec)
+    assert isinstance(plan, CpuPlan)
+    return plan.run(layer, q)
+
+
+def check(spec: Spec, decode: list[int], chunks: list[tuple[int, int]]) -> None:
+    batch, kv, q = case(spec, decode, chunks)
+    for layer in range(spec.layers):
+        exact = test_attention.reference(batch, kv, spec, layer, q)
+        assert (attend(spec, batch, kv, q, layer).double() - exact).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 128), (4, 2, 32), (3, 1, 64), (8, 2, 32), (7, 1, 64), (18, 1, 32)]
+)
+def test_decode_rows_and_chunks(heads: int, kv_heads: int, head_dim: int) -> None:
+    check(make_spec(heads, kv_heads, head_dim), [1, 16, 17, 63, 64, 65, 130], [(0, 5), (30, 7)])
+
+
+@pytest.mark.parametrize("window", [1, 16, 70])
+def test_windows(window: int) -> None:
+    check(make_spec(window=window, scale=0.2), [3, 150, 17], [(0, 12), (81, 7), (3, 1)])
+
+
+def test_scores_of_any_size() -> None:
+    """Neither far apart nor below what an exponential knows do they make NaN."""
+    spec = make_spec()
+    batch, kv, q = case(spec, [200, 70], [])
+    for scale in (1e3, 1e-30, 0.0):
+        exact = test_attention.reference(batch, kv, spec, 0, q * scale)
+        got = attend(spec, batch, kv, q * scale)
+        assert (got.double() - exact).abs().max() < (2e-4 if scale > 1 else 2e-6)
+
+
+def test_a_token_s_bits_are_its_own() -> None:
+    """Alone as in a batch, decoded as in a chunk, on any number of threads, in strided rows."""
+    spec = make_spec(window=50)
+    batch, kv, q = case(spec, [130, 64, 90], [(0, 70)])
+    whole = [attend(spec, batch, kv, q, layer) for layer in (0, 1)]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(attend(spec, batch, kv, q), whole[0])
+    wide = torch.full((len(q), spec.heads + 4, spec.head_dim), float("nan"))
+    wide[:, : spec.heads] = q
+    assert torch.equal(attend(spec, batch, kv, wide[:, : spec.heads]), whole[0])
+    pages = batch.chunks[0].pages
+    for layer in (0, 1):
+        for row in range(3):
+            alone = decode_batch(batch.decode_tables[row : row + 1], [int(batch.decode_lengths[row])])
+            assert torch.equal(attend(spec, alone, kv, q[row : row + 1], layer)[0], whole[layer][row])
+        rest = decode_batch(torch.empty(0, 1, dtype=torch.int32), [])
+        rest.chunks = [Chunk(40, 30, pages)]
+        assert torch.equal(attend(spec, rest, kv, q[43:], layer), whole[layer][43:])
+        last = decode_batch(pages[None], [70])
+        assert torch.equal(attend(spec, last, kv, q[-1:], layer)[0], whole[layer][-1])
+
+
+def decode_batch(tables: Tensor, lengths: list[int]) -> Batch:
+    nothing = torch.empty(0, dtype=torch.int64)
+    longest = max(lengths, default=0)
+    return Batch(nothing, nothing, nothing, tables, torch.tensor(lengths, dtype=torch.int32), longest, None)
+
+
+def test_rows_of_a_table() -> None:
+    """As the runner passes them: the slots' tables, narrowed, and which rows of them decode."""
+    spec = make_spec()
+    batch, kv, q = case(spec, [20, 3, 33], [])
+    expected = attend(spec, batch, kv, q)
+    tables = torch.zeros(9, 8, dtype=torch.int32)
+    rows = torch.tensor([7, 0, 4])
+    tables[rows, : batch.decode_tables.shape[1]] = batch.decode_tables
+    batch.decode_tables, batch.decode_rows = tables[:, :3], rows
+    assert torch.equal(attend(spec, batch, kv, q), expected)
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    backend = CpuAttention()
+    for spec, dtype in (
+        (make_spec(attn_softcap=1.5), torch.float32), (make_spec(head_dim=24), torch.float32),
+        (make_spec(), torch.bfloat16),
+    ):  # fmt: skip
+        batch, kv, q = case(spec, [9, 20], [(3, 4)], dtype)
+        plan = backend.plan(batch, kv, spec)
+        assert not isinstance(plan, CpuPlan)
+        exact = test_attention.reference(batch, kv, spec, 0, q)
+        assert (plan.run(0, q).double() - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+# ------------------------------------------------------------------ between the linear maps
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(got, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("hidden", [32, 48, 576, 100])
+def test_norms(hidden: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(hidden, generator=generator)
+    for rows in (1, 3, 40):
+        x, residual = torch.randn(2, rows, hidden, generator=generator) * 3
+        assert close(CpuOps().rms_norm(x, weight, 1e-5), TorchOps().rms_norm(x, weight, 1e-5))
+        expected = TorchOps().add_rms_norm(x, residual, 0.6, weight, 1e-5)
+        got = CpuOps().add_rms_norm(x.clone(), residual.clone(), 0.6, weight, 1e-5)
+        assert close(got[0], expected[0]) and close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_activation(act: str) -> None:
+    gate_up = torch.randn(5, 2 * 64) * 20
+    gate_up[0, :6] = torch.tensor([float("nan"), float("inf"), 200.0, -200.0, -88.0, 0.0])
+    gate_up[1, 0] = -87.5
+    got, expected = CpuOps().act_mul(gate_up, act), TorchOps().act_mul(gate_up, act)
+    assert torch.allclose(got, expected, rtol=2e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("rope", [None, Rope(1e4, 64), Rope(1e4, 32), Rope(1e4, 64, True)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads(rope: Rope | None, normed: bool) -> None:
+    """Queries, and what is in the cache; rotated whole, in part, or not at all."""
+    spec = Spec(10, 8, 1, 4, 2, 64, 8, rope=rope, qk_norm=Norm("rms", 1e-5) if normed else None)
+    tokens, ops = 7, (CpuOps(), TorchOps())
+    qkv = torch.randn(tokens, 8, 64)
+    weight = torch.randn(6, 64) if normed else None
+    slots = torch.randperm(20)[:tokens]
+    table = None
+    if rope is not None:
+        table = ops[0].rotation(torch.randint(0, 5000, (tokens,)), inverse_frequencies(rope), rope, torch.float32)
+    results = []
+    for o in ops:
+        cache = torch.zeros(20, 2, 2, 64)
+        q = o.qk_norm_rope_and_write(qkv.clone(), weight, 1e-5, table, spec, slots, cache)
+        results.append((q, cache))
+    assert close(results[0][0], results[1][0]) and close(results[0][1], results[1][1])
+
+
+# ------------------------------------------------------------------ layers in one call
+
+SIZES = {
+    "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 64,
+    "vocab_size": 208,
+}  # fmt: skip
+
+
+def quantized_model(family: str, folder: Path) -> str:
+    """A tiny model with Q4_1 blocks, whose sizes the kernels take."""
+    path = Path(tiny.save(tiny.build(family, **SIZES), folder))
+    kept = {
+        name: torch.from_numpy(gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1))
+        for name, weight in load_file(path / "model.safetensors").items()
+        if weight.ndim == 2
+    }
+    save_file(kept, path / KEPT_FILE)
+    return str(path)
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen2-windows", "qwen3", "granite", "smollm3"])
+def test_layers(family: str, tmp_path: Path) -> None:
+    """One call is what the parts are, bit for bit, and plain torch up to rounding; chunks are single steps' bits."""
+    decoder = tiny.load(quantized_model(family, tmp_path), dtype="auto")
+    assert isinstance(decoder.layers, CpuLayers)
+    ids = tiny.prompt(70)
+    got = Driver.of(decoder).logits(ids, [70])
+    assert torch.equal(Driver.of(decoder).logits(ids, [50] + [1] * 20), got)
+    assert torch.equal(Driver.of(decoder).logits(ids, [33, 37]), got)
+    decoder.layers = None
+    assert torch.equal(Driver.of(decoder).logits(ids, [70]), got)
+    decoder.ops, decoder.attention = TorchOps(), test_attention.TorchAttention()
+    expected = Driver.of(decoder).logits(ids, [70])
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_other_backend(tmp_path: Path) -> None:
+    """--attention-backend torch is asked for: the layers run part by part."""
+    folder = quantized_model("llama", tmp_path)
+    ids = tiny.prompt(20)
+    asked = tiny.load(folder, dtype="auto", attention_backend="torch")
+    assert not isinstance(asked.attention, CpuAttention)
+    got = Driver.of(asked).logits(ids, [20])
+    expected = Driver.of(tiny.load(folder, dtype="auto")).logits(ids, [20])
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+# ------------------------------------------------------------------ threads
+
+
+def a_map() -> tuple[QuantizedLinear, Tensor, Tensor]:
+    blocks = torch.from_numpy(gguf.quantize(torch.randn(640, 64).numpy(), gguf.GGMLQuantizationType.Q8_0))
+    x = torch.randn(20, 64)
+    return QuantizedLinear(blocks, 64, None), x, x.double() @ dequantise(blocks, 64).double().t()
+
+
+def test_callers_at_once() -> None:
+    """Engines that share a process: whoever finds the pool taken works alone, and all results are right."""
+    linear, x, exact = a_map()
+    torch.set_num_threads(3)
+    wrong: list[int] = []
+
+    def call(rows: int) -> None:
+        for _ in range(400):
+            if (linear(x[:rows]).double() - exact[:rows]).abs().max() > 1e-4:
+                wrong.append(rows)
+
+    callers = [threading.Thread(target=call, args=(rows,)) for rows in (1, 4, 20, 20)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_forked_child() -> None:
+    """It has none of the threads, and starts its own."""
+    linear, x, exact = a_map()
+    torch.set_num_threads(2)
+    linear(x)
+    child = os.fork()
+    if child == 0:
+        x.add_(0)  # nothing of torch's own threads is needed
+        good = all((linear(x).double() - exact).abs().max() < 1e-4 for _ in range(20))
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_narrow_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thorough: bool) -> None:
+    """What is compiled where there is no AVX-512."""
+    if not thorough:
+        pytest.skip("compiles for seconds: --thorough")
+    wide = tiny.load(quantized_model("qwen3", tmp_path), dtype="auto")
+    ids = tiny.prompt(40)
+    expected = Driver.of(wide).logits(ids, [40])
+    flags = [flag.replace("native", "haswell") for flag in c_library.FLAGS]
+    monkeypatch.setattr(c_library, "FLAGS", tuple(flags))
+    monkeypatch.setenv("ACTORSERVE_CACHE", str(tmp_path / "cache"))
+    cpu_kernels.kernels.cache_clear()
+    try:
+        assert cpu_kernels.kernels().lanes == 8
+        narrow = tiny.load(str(tmp_path), dtype="auto")
+        assert isinstance(narrow.layers, CpuLayers)
+        got = Driver.of(narrow).logits(ids, [40])
+        for sizes in ([3, 4, 5, 28], [30] + [1] * 10):
+            assert torch.equal(Driver.of(narrow).logits(ids, sizes), got)
+    finally:
+        cpu_kernels.kernels.cache_clear()
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
