@@ -33,7 +33,7 @@ def test_a_machine_that_will_do(capsys: Any, model: str) -> None:
         "system", "packages", "lanes", "files", "cache", "model", "device", "dtype", "attention", "kernels", "port",
     ]  # fmt: skip
     assert "qwen2" in found["model"][1] and found["device"][1].endswith("as asked")
-    assert found["attention"] == ("ok", "torch's operations: the path on a CPU")
+    assert found["attention"] == ("ok", "torch's operations: the path of dense weights on a CPU")
 
 
 def test_lines_for_people(capsys: Any, model: str) -> None:
@@ -63,7 +63,7 @@ def test_machines_that_lack_something(capsys: Any, monkeypatch: Any, model: str)
     def no_compiler() -> str:
         raise StartupError("there is no C compiler")
 
-    monkeypatch.setattr("actorserve.models.quantized.kernel", no_compiler)
+    monkeypatch.setattr("actorserve.models.cpu_kernels.kernels", no_compiler)
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "trio" else "999")
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["trio>=0.35", "numpy<2", "rich; extra == 'dev'"])
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 4096))
