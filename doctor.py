@@ -222,25 +222,32 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
     """The device, then what follows from it."""
     import torch
 
-    from .models.weights import kept_blocks, pick_device, pick_dtype
+    from .models.weights import pick_device
 
     device = pick_device(config.device)
     if device.type == "cuda":
         yield _gpu(torch)
     else:
         yield _cpu(config, torch)
+    yield from _guarded("dtype", lambda: _paths(config, device, model))
+    yield from _guarded("kernels", lambda: _kernels(config, device.type))
+
+
+def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterator[Finding]:
+    """In what the model is computed; without a model, in what the embedded one's shape would be."""
+    from .models.weights import kept_blocks, pick_dtype
+
     facts: dict[str, Any] = KNOWN[DEFAULT_MODEL]
     if model is not None:
         facts = json.loads((Path(model.path) / "config.json").read_bytes())
-    if model is not None and kept_blocks(config, Path(model.path), device):
-        yield Finding("ok", "dtype", "float32 beside GGUF's own quantized weights, which stay as they are")
-        if config.attention_backend == "auto":
-            yield Finding("ok", "attention", "our C kernels, as the weights are quantized and this is a CPU")
-    else:
-        dtype = pick_dtype(config.dtype, facts, device)
-        yield Finding("ok", "dtype", f"{str(dtype).removeprefix('torch.')}: {_why_dtype(config, device.type)}")
-        yield from _guarded("attention", lambda: _attention(config, device, facts, dtype))
-    yield from _guarded("kernels", lambda: _kernels(config, device.type))
+        if kept_blocks(config, Path(model.path), device):
+            yield Finding("ok", "dtype", "float32 beside GGUF's own quantized weights, which stay as they are")
+            text = "our C kernels, as the weights are quantized" if config.attention_backend == "auto" else "torch's"
+            yield Finding("ok", "attention", text)
+            return
+    dtype = pick_dtype(config.dtype, facts, device)
+    yield Finding("ok", "dtype", f"{str(dtype).removeprefix('torch.')}: {_why_dtype(config, device.type)}")
+    yield from _guarded("attention", lambda: _attention(config, device, facts, dtype))
 
 
 def _gpu(torch: Any) -> Finding:
