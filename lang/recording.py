@@ -255,9 +255,13 @@ class RecordGroup(TraceGroup):
     """Stands for ProgramStateGroup."""
 
     states: Sequence[RecordState]  # type: ignore[assignment]
+    joined = False
 
     def join(self, mode: str = "gather_variable") -> None:
         source: Any = self._source
+        if self.joined:
+            source.recording.refuse("branches are joined twice")
+        self.joined = True
         source.recording.add(Merge(source.number, tuple(s.number for s in self.states), mode, program_line()))
         if mode != "gather_variable":
             return

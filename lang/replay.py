@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
 
+import msgspec
+
 from .. import engine
 from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
@@ -39,6 +41,8 @@ from .templates import ChatTemplate, chat_template_of
 from .variables import Slot
 
 MOST_STATES: Final = 4096
+MOST_READ: Final = 1 << 24
+"""Characters of variables that a program may read: it could double a text with each of its statements."""
 COMPARISONS: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "eq": operator.eq,
     "ne": operator.ne,
@@ -121,6 +125,9 @@ class _Run:
 
     def __init__(self, root: Executor) -> None:
         self.states = {0: root}
+        self._parents: dict[int, int] = {}
+        """Of branches that have not been joined."""
+        self._read = 0
 
     async def statements(self, program: Sequence[Statement]) -> Return | None:
         """Run statements until one returns."""
@@ -156,8 +163,13 @@ class _Run:
                 if taken := [n for n in numbers if n in self.states] or len(set(numbers)) < len(numbers):
                     raise _WrongProgramError(f"a branch has the number of another state: {taken}")
                 self.states |= dict(zip(numbers, state.fork(len(numbers), line), strict=True))
+                self._parents |= dict.fromkeys(numbers, statement.state)
             case Merge(branches=numbers, mode=mode, line=line):
-                state.join([self._state(number) for number in numbers], mode, line)
+                branches = [self._state(number) for number in numbers]
+                for number in numbers:
+                    if self._parents.pop(number, None) != statement.state:
+                        raise _WrongProgramError(f"state {number} is joined where it was not forked, or twice")
+                state.join(branches, mode, line)
             case Assign(name=name, value=value):
                 state.set_var(name, value)
 
@@ -168,6 +180,9 @@ class _Run:
         value = slot.result()
         for index in reference.path:
             value = value[index]
+        self._read += len(value) if isinstance(value, str) else len(msgspec.json.encode(value))
+        if self._read > MOST_READ:
+            raise _WrongProgramError(f"the program reads more than {MOST_READ} characters of its variables")
         return value
 
     async def _resolved(self, node: RemoteNode) -> Sequence[Any]:

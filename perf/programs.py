@@ -1,24 +1,26 @@
 """What the frontend language is worth: programs against the same calls made one by one, all over HTTP, in one run.
 
-    python -m actorserve.perf.programs [--programs 8] [--model DIR] [--json FILE]
+    python -m actorserve.perf.programs [--programs 8] [--rounds 2] [--model DIR] [--json FILE]
 
 Programs are examples.essay_judge (branch, solve, merge: five judges of a long essay, a summary, a grade) and
 examples.multi_choice (few-shot questions that share their examples). `lang` runs a batch of them by RuntimeEndpoint on
 `actorserve run` with its defaults. `calls` are the same questions as requests to /v1/chat/completions, each sent when
 the one before it has been answered, to a server without its prefix cache (--disable-radix-cache); grades and endings
 are one request each, held to the choices by a grammar. `server` is as `lang`, but the programs are sent as data and run
-beside the engine (`remote=True`). Temperature 0, prompts of random words. Printed: programs a second, HTTP calls and
-prefilled tokens, as the server counts them in /metrics.
+beside the engine (`remote=True`). Temperature 0, prompts of random words; both servers are up, and the three ways take
+turns. Printed: programs a second, CPU seconds of the server's processes, and HTTP calls and prefilled tokens as the
+server counts them in /metrics.
 """
 
 import argparse
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 import msgspec
@@ -26,8 +28,8 @@ import msgspec
 import actorserve.lang as sgl
 from actorserve.examples import essay_judge, multi_choice
 from actorserve.models.embedded import embedded_model
-from actorserve.perf.engines import our_server
 from actorserve.perf.prefix import prefilled
+from actorserve.perf.processes import cpu_seconds, launched
 
 DIMENSIONS = ("clarity", "originality", "evidence", "style", "relevance")
 WORDS = (
@@ -36,8 +38,7 @@ WORDS = (
 ).split()
 TOKENS = 16
 """New tokens of each `gen`."""
-GRAMMARS = ("--grammar-seconds", "30")
-"""So that a busy machine measures slow, not refused."""
+Work: TypeAlias = Callable[[list[dict[str, Any]]], object]
 
 
 @dataclass
@@ -116,70 +117,86 @@ def batch(program: Any) -> Callable[[list[dict[str, Any]], Any, bool], object]:
     return run
 
 
-def answered(url: str) -> float:
-    """HTTP requests to the model that have been answered."""
-    found = re.findall(r'actorserve_http_requests_total\{route="([^"]+)",.*\} (.+)', httpx.get(url + "/metrics").text)
-    return sum(float(count) for route, count in found if route.startswith(("/generate", "/v1/")))
+@dataclass
+class Server:
+    url: str
+    pid: int
+
+    def counts(self) -> dict[str, float]:
+        """So far: its CPU seconds, its answers to requests that are the model's, and the tokens it has prefilled."""
+        text = httpx.get(self.url + "/metrics").text
+        rows = re.findall(r'actorserve_http_requests_total\{route="([^"]+)",.*\} (.+)', text)
+        calls = sum(float(count) for route, count in rows if route.startswith(("/generate", "/v1/")))
+        return {"cpu": sum(cpu_seconds(self.pid).values()), "calls": calls, "tokens": prefilled(self.url)}
 
 
-def measure(url: str, items: list[dict[str, Any]], work: Callable[[list[dict[str, Any]]], object]) -> dict[str, float]:
-    """The first item warms up; then all the others, from an empty cache."""
-    work(items[:1])
-    httpx.post(url + "/flush_cache").raise_for_status()
-    calls, tokens, begin = answered(url), prefilled(url), time.perf_counter()
-    work(items[1:])
-    seconds, count = time.perf_counter() - begin, len(items) - 1
+def measure(server: Server, items: list[dict[str, Any]], work: Work) -> dict[str, float]:
+    """What a batch of programs took, from an empty cache: seconds, CPU seconds of the server, calls, tokens."""
+    httpx.post(server.url + "/flush_cache").raise_for_status()
+    before, begin = server.counts(), time.perf_counter()
+    work(items)
+    seconds = time.perf_counter() - begin
     time.sleep(0.5)  # the scheduler reports a few times a second
-    return {
-        "programs_per_second": count / seconds,
-        "calls": (answered(url) - calls) / count,
-        "prefilled_tokens": (prefilled(url) - tokens) / count,
-    }
+    counts = {name: value - before[name] for name, value in server.counts().items()}
+    return {"programs": len(items), "seconds": seconds, **counts}
 
 
-def by_language(model: str, workloads: list[Workload]) -> dict[str, list[dict[str, float]]]:
-    """Here, and on the server."""
-    with our_server(model, *GRAMMARS) as url:
-        backend = sgl.RuntimeEndpoint(url)
+def compared(workloads: list[Workload], cached: Server, plain: Server, rounds: int) -> list[dict[str, Counter[str]]]:
+    """Of each workload the sums of all rounds, by way; the ways take turns, so that a busy machine hurts all alike."""
+    backend, chat = sgl.RuntimeEndpoint(cached.url), Chat(plain.url)
+    found = []
+    for w in workloads:
+        ways: dict[str, tuple[Server, Work]] = {
+            "lang": (cached, lambda items, w=w: w.run(items, backend, False)),
+            "server": (cached, lambda items, w=w: w.run(items, backend, True)),
+            "calls": (plain, lambda items, w=w: [w.ask(item, chat) for item in items]),
+        }
+        sums = {way: Counter[str]() for way in ways}
+        for server, work in ways.values():  # warm-up
+            measure(server, w.items[:1], work)
+        for _ in range(rounds):
+            for way, (server, work) in ways.items():
+                sums[way].update(measure(server, w.items[1:], work))
+        found.append(sums)
+    return found
 
-        def measured(remote: bool) -> list[dict[str, float]]:
-            return [measure(url, w.items, lambda items, w=w: w.run(items, backend, remote)) for w in workloads]
 
-        return {"lang": measured(False), "server": measured(True)}
-
-
-def by_calls(model: str, workloads: list[Workload]) -> list[dict[str, float]]:
-    with our_server(model, "--disable-radix-cache", *GRAMMARS) as url:
-        chat = Chat(url)
-        return [measure(url, w.items, lambda items, w=w: [w.ask(item, chat) for item in items]) for w in workloads]
+def show(workload: Workload, sums: dict[str, Counter[str]]) -> None:
+    rates = {way: s["programs"] / s["seconds"] for way, s in sums.items()}
+    each = {way: {name: s[name] / s["programs"] for name in ("cpu", "calls", "tokens")} for way, s in sums.items()}
+    for way, e in each.items():
+        row = f"{rates[way]:>11.3f} {e['cpu']:>12.2f} {e['calls']:>14.1f} {e['tokens']:>18.0f}"
+        print(f"{workload.name:>20} {way:>7} {row}")
+    lang, server, calls = (rates[way] for way in ("lang", "server", "calls"))
+    cpu = each["calls"]["cpu"] / each["lang"]["cpu"]
+    print(
+        f"{workload.name:>20}: lang is {lang / calls:.1f} times as fast as calls, with {cpu:.1f} times less CPU;",
+        end=" ",
+    )
+    saved = each["lang"]["calls"] - each["server"]["calls"]
+    print(f"on the server {server / lang:.2f} times as fast as here, {saved:.1f} round trips a program saved")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--programs", type=int, default=8, help="of each kind")
+    p.add_argument("--programs", type=int, default=8, help="of branch-solve-merge; of few-shot select twice as many")
     p.add_argument("--words", type=int, default=600, help="of an essay, and of the examples before a question")
+    p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--model")
     p.add_argument("--json", type=Path)
     a = p.parse_args()
     random_ = random.Random(a.seed)
-    workloads = [make(random_, a.programs + 1, a.words) for make in (judging, choosing)]
-    model = a.model or embedded_model()
-    results = by_language(model, workloads) | {"calls": by_calls(model, workloads)}
-    print(f"{'':>30} {'programs/s':>11} {'calls/program':>14} {'prefilled/program':>18}")
-    for i, workload in enumerate(workloads):
-        for name, rows in results.items():
-            r = rows[i]
-            print(
-                f"{workload.name:>20} {name:>9} {r['programs_per_second']:>11.2f} {r['calls']:>14.1f} "
-                f"{r['prefilled_tokens']:>18.0f}"
-            )
-        lang, server, calls = (results[name][i]["programs_per_second"] for name in ("lang", "server", "calls"))
-        saved = results["lang"][i]["calls"] - results["server"][i]["calls"]
-        print(f"{workload.name:>20} lang is {lang / calls:.1f} times as fast as calls;", end=" ")
-        print(f"on the server {server / lang:.2f} times as fast as here, {saved:.1f} round trips a program saved")
+    workloads = [judging(random_, a.programs + 1, a.words), choosing(random_, 2 * a.programs + 1, a.words)]
+    flags = f"--model {a.model or embedded_model()} --grammar-seconds 30"  # a busy machine measures slow, not refused
+    with launched(flags) as (url, pid, _), launched(flags + " --disable-radix-cache") as (plain_url, plain_pid, _):
+        found = compared(workloads, Server(url, pid), Server(plain_url, plain_pid), a.rounds)
+    print(f"{'':>28} {'programs/s':>11} {'CPU s/program':>12} {'calls/program':>14} {'prefilled/program':>18}")
+    for workload, sums in zip(workloads, found, strict=True):
+        show(workload, sums)
     if a.json:
-        a.json.write_bytes(msgspec.json.encode(results))
+        rows = {w.name: {way: dict(s) for way, s in sums.items()} for w, sums in zip(workloads, found, strict=True)}
+        a.json.write_bytes(msgspec.json.encode(rows))
 
 
 if __name__ == "__main__":

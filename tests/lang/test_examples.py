@@ -49,14 +49,14 @@ def test_multi_turn(few):
 
 
 def test_essay_judge(few):
-    s = essay_judge.judge.run(essay_judge.ESSAY, essay_judge.DIMENSIONS[:2], temperature=0, **few)
+    s = essay_judge.judge.run("Trees cool the streets. " * 3, essay_judge.DIMENSIONS[:2], temperature=0, **few)
     judgments = s["judgment"]
     assert len(judgments) == 2 and s["grade"] in essay_judge.GRADES
     assert f"\nclarity: {judgments[0]}\noriginality: {judgments[1]}\nSum up" in s.text()
     assert s.text().endswith(f"{s['summary']}\nGrade: {s['grade']}<|im_end|>\n")
     assert "Judge the" not in s.text(), "the branches' own text stays theirs"
-    essay = s.get_meta_info("summary")["prompt_tokens"] // 2
-    assert all(meta["cached_tokens"] > essay for meta in s.get_meta_info("judgment")["branches"]), "computed once"
+    for meta in s.get_meta_info("judgment")["branches"]:
+        assert meta["cached_tokens"] > 30 > meta["prompt_tokens"] - meta["cached_tokens"], "the essay is computed once"
 
 
 def test_tree_of_thought(few):

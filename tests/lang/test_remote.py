@@ -209,6 +209,7 @@ def refused(body):
         (lambda s: s.__iadd__(sgl.image("cat.png")) and None, "pictures"),
         (lambda s: [s.__iadd__("b") for _ in range(20_000)] and None, "more than 10000 statements"),
         (lambda s: s, "returns a RecordState"),
+        (lambda s: [f.join() for f in [s.fork(2)] * 2] and None, "joined twice"),
         (lambda s: None if s.__iadd__(str(random.random())) and s["x"] == "y" else 1, "does not do the same"),
         (lambda s: (s["x"] == Point(1)) and None, "compared with a Point"),
         (lambda s: multi_turn.conversation.run(()) and None, "runs another program"),
@@ -304,6 +305,15 @@ def test_a_server_that_is_gone(server):
     assert s.error().status == 503
 
 
+FORK = {"type": "Branch", "state": 0, "branches": [1]}
+
+
+def scope(*nodes):
+    """Statement: x becomes the text of these nodes."""
+    around = ({"type": "VarScopeBegin", "name": "x"}, *nodes, {"type": "VarScopeEnd", "name": "x"})
+    return {"type": "Append", "state": 0, "nodes": around}
+
+
 REFERENCE = {"type": "Reference", "state": 0, "name": "x"}
 GEN = {"type": "Gen", "name": "x", "sampling": {}}
 
@@ -316,6 +326,15 @@ GEN = {"type": "Gen", "name": "x", "sampling": {}}
         ([{"type": "Branch", "state": 0, "branches": [1, 1]}], "number of another state"),
         ([{"type": "Branch", "state": 0, "branches": list(range(1, 5000))}], "more than 4096 states"),
         ([{"type": "Merge", "state": 0, "branches": [1]}], "no state 1"),
+        ([FORK, {"type": "Merge", "state": 0, "branches": [1, 1]}], "state 1 is joined .* twice"),
+        (
+            [FORK, {"type": "Branch", "state": 1, "branches": [2]}, {"type": "Merge", "state": 0, "branches": [2]}],
+            "state 2",
+        ),
+        (
+            [scope({"type": "Literal", "text": "a"}), *[scope(REFERENCE, REFERENCE)] * 30],
+            "reads more than 16777216 characters",
+        ),
         ([{"type": "Append", "state": 0, "nodes": [GEN | {"output_type": "int"}]}], "types are the client's"),
     ],
 )
