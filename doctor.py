@@ -35,7 +35,7 @@ SPARE_BYTES: Final = 2 * GIB
 DESCRIPTORS: Final = 1024
 """Open files that a few hundred connections need."""
 ATTENTION: Final = {
-    "TorchAttention": "torch's operations: the path on a CPU",
+    "TorchAttention": "torch's operations: the path of dense weights on a CPU",
     "TritonAttention": "our Triton kernels for prefill and decode",
     "FlashInferPrefill": "FlashInfer's kernels for prefill, our Triton kernels for decode",
     "FlashInferAttention": "FlashInfer's kernels for prefill and decode",
@@ -222,20 +222,32 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
     """The device, then what follows from it."""
     import torch
 
-    from .models.weights import pick_device, pick_dtype
+    from .models.weights import pick_device
 
     device = pick_device(config.device)
     if device.type == "cuda":
         yield _gpu(torch)
     else:
         yield _cpu(config, torch)
+    yield from _guarded("dtype", lambda: _paths(config, device, model))
+    yield from _guarded("kernels", lambda: _kernels(config, device.type))
+
+
+def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterator[Finding]:
+    """In what the model is computed; without a model, in what the embedded one's shape would be."""
+    from .models.weights import kept_blocks, pick_dtype
+
     facts: dict[str, Any] = KNOWN[DEFAULT_MODEL]
     if model is not None:
         facts = json.loads((Path(model.path) / "config.json").read_bytes())
+        if kept_blocks(config, Path(model.path), device):
+            yield Finding("ok", "dtype", "float32 beside GGUF's own quantized weights, which stay as they are")
+            text = "our C kernels, as the weights are quantized" if config.attention_backend == "auto" else "torch's"
+            yield Finding("ok", "attention", text)
+            return
     dtype = pick_dtype(config.dtype, facts, device)
     yield Finding("ok", "dtype", f"{str(dtype).removeprefix('torch.')}: {_why_dtype(config, device.type)}")
     yield from _guarded("attention", lambda: _attention(config, device, facts, dtype))
-    yield from _guarded("kernels", lambda: _kernels(config, device.type))
 
 
 def _gpu(torch: Any) -> Finding:
@@ -305,4 +317,4 @@ def _kernels(config: EngineConfig, device: str) -> Iterator[Finding]:
         text = f"{error.message}: GGUF's quantized weights will be dequantised, which is slower"
         yield Finding("fail" if config.quantization == "gguf" else "warn", "kernels", text)
     else:
-        yield Finding("ok", "kernels", f"GGUF's quantized weights are multiplied by C, compiled by {find_compiler()}")
+        yield Finding("ok", "kernels", f"C kernels for GGUF's quantized weights, compiled by {find_compiler()}")

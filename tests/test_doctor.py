@@ -33,7 +33,7 @@ def test_a_machine_that_will_do(capsys: Any, model: str) -> None:
         "system", "packages", "lanes", "files", "cache", "model", "device", "dtype", "attention", "kernels", "port",
     ]  # fmt: skip
     assert "qwen2" in found["model"][1] and found["device"][1].endswith("as asked")
-    assert found["attention"] == ("ok", "torch's operations: the path on a CPU")
+    assert found["attention"] == ("ok", "torch's operations: the path of dense weights on a CPU")
 
 
 def test_lines_for_people(capsys: Any, model: str) -> None:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "models": {"fsm", "kvstore", "sampler"},
     "actors": {"fsm", "kvstore", "sampler", "models"},
     "http": {"fsm", "kvstore", "sampler", "models", "actors", "lang"},  # lang: programs that run on the server
-    "lang": {"models", "engine", "outputs"},  # the engine's public API, and the formats of reasoning
+    "lang": {"models", "engine", "outputs", "actors"},  # the public API, formats of reasoning, a front's client
 }
 FREE = {"examples", "perf", "tests"}
 FOLDERS = set(MAY_IMPORT) | {"examples", "perf"}

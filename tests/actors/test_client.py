@@ -196,7 +196,7 @@ async def test_the_next_text_actor_is_asked_for_the_rest(client, lane):
     client.receive(PeerUp("text", 2), "supervisor")
     again = lane.sent[len(asked) :]
     known = memoryview(struct.pack("2i", 5, 6))
-    assert again[0] == replace(asked[0], resumed=[Resumed(first.rid, known, 3, 2, 3, 0, 0)])
+    assert again[0] == replace(asked[0], resumed=[Resumed(first.rid, known, 3, 2, 3, 0, 0, 2)])
     assert again[1:3] == asked[1:] and again[2].cache_salt == "s"
     assert again[3].rid == meanwhile.rid == fresh.rid + 1
     assert again[4:] == [Abort(first.rid + 2)]

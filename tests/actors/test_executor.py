@@ -146,7 +146,7 @@ def test_a_start_with_compilers_says_so(folder: str, monkeypatch: pytest.MonkeyP
 def test_a_device_error_ends_the_executor_not_the_request(
     folder: str, plain: list, ahead: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inline, a failed actor fails the engine: the caller hears of it, and at once."""
+    """Inline, the failed actor takes the engine's loop with it; a new one goes on where the outputs were."""
     left = [20]
 
     def fail(self: Late) -> None:
@@ -155,5 +155,6 @@ def test_a_device_error_ends_the_executor_not_the_request(
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(Late, "synchronize", fail)
-    with pytest.raises(Exception, match=r"device failed|executor|stopped"), engine(folder) as e:
-        answers(e)
+    with engine(folder) as e:
+        assert answers(e) == plain
+    assert left[0] < 0

@@ -287,6 +287,8 @@ def test_the_cache_is_bounded() -> None:
 class FakeRequest:
     def __init__(self, rid: int, constraint: Constraint | None = None) -> None:
         self.rid, self.constraint = rid, constraint
+        self.tokens: list[int] = []
+        self.prompt_length = 0
 
 
 def compiled(handle: int, size: int = 10) -> Compiled:

@@ -603,7 +603,7 @@ def test_an_output_goes_on_in_the_next_text_actor(
             continue
         had = [token for c in before for token in c.ids]
         seen = sum(len(c.logprobs) for c in before)
-        state = Resumed(1, view("i", had), len(whole(before)), seen, 7, 2, 1)
+        state = Resumed(1, view("i", had), len(whole(before)), seen, 7, 2, 1, 0)
         made = Generate(1, 1, TextPrompt("Hello"), SamplingParams(**params), resumed=[state])
         worlds[1].fronts["front.0"].ref("text").post(made)
         worlds[1].settle()
