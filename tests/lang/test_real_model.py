@@ -141,7 +141,7 @@ def test_the_introductions_programs_run(engine, monkeypatch):
     finally:
         sgl.set_default_backend(None)
     assert len(blocks) == 10 and names["trace"].reason is None
-    assert names["Person"] is type(names["forms"].run(backend=engine, temperature=0)["person"])
+    assert names["piece"] and names["state"].local_reason is not None, "what the blocks left"
 
 
 def test_a_server_of_our_own(smollm, expected):
