@@ -146,6 +146,6 @@ def test_llm_judge(few):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__.rpartition(".")[2])
 def test_examples_print_what_they_found(example, engine, capsys, thorough):
     if not thorough:
-        pytest.skip("a minute; with --thorough")
+        pytest.skip("minutes; with --thorough")
     example.main(engine.endpoint)
     assert len(capsys.readouterr().out) > 20
