@@ -68,25 +68,31 @@ def differences(smollm: str, model: Any, texts: list[str], generated: list[list[
 
 
 @pytest.fixture(scope="module")
-def plain(smollm: str) -> list[list[int]]:
+def texts(thorough: bool) -> list[str]:
+    """All 50 prompts, or 10."""
+    return PROMPTS if thorough else PROMPTS[::5]
+
+
+@pytest.fixture(scope="module")
+def plain(smollm: str, texts: list[str]) -> list[list[int]]:
     """The plainest way: whole prompts, no cache, one step a window, one window in flight."""
     return generate(
-        smollm, PROMPTS, chunked_prefill_size=0, disable_radix_cache=True, num_continuous_decode_steps=1,
+        smollm, texts, chunked_prefill_size=0, disable_radix_cache=True, num_continuous_decode_steps=1,
         plans_in_flight=1,
     )  # fmt: skip
 
 
-def test_equal_to_transformers(smollm: str, reference: Any, plain: list[list[int]]) -> None:
-    assert differences(smollm, reference, PROMPTS, plain) <= 0.01 * len(PROMPTS)
+def test_equal_to_transformers(smollm: str, reference: Any, texts: list[str], plain: list[list[int]]) -> None:
+    assert differences(smollm, reference, texts, plain) <= 0.01 * len(texts)
 
 
-def test_quantized_weights_equal_transformers(smollm: str, reference: Any) -> None:
+def test_quantized_weights_equal_transformers(smollm: str, reference: Any, texts: list[str]) -> None:
     """By themselves, as a CPU has them: the GGUF's blocks against transformers with what they mean, in float32."""
     try:
         find_compiler()
     except StartupError as error:
         pytest.skip(str(error))
-    texts = PROMPTS[::5]
+    texts = texts[::2]
     ids = generate(smollm, texts, dtype="auto", device="cpu", quantization="gguf")
     again = generate(smollm, texts, dtype="auto", device="cpu", chunked_prefill_size=16, max_running_requests=3)
     assert again == ids, "the default on a CPU, in another way"
@@ -110,9 +116,10 @@ def test_quantized_weights_equal_transformers(smollm: str, reference: Any) -> No
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
 )
-def test_the_same_in_every_way(smollm: str, plain: list[list[int]], options: dict[str, object], thorough: bool) -> None:
-    picked = range(0, len(PROMPTS), 1 if thorough else 5)
-    assert generate(smollm, [PROMPTS[i] for i in picked], **options) == [plain[i] for i in picked]
+def test_the_same_in_every_way(
+    smollm: str, texts: list[str], plain: list[list[int]], options: dict[str, object]
+) -> None:
+    assert generate(smollm, texts, **options) == plain
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +128,10 @@ def engine(smollm: str) -> Iterator[object]:
         yield e
 
 
-def test_cold_and_warm_cache(engine: object, plain: list[list[int]]) -> None:
+def test_cold_and_warm_cache(engine: object, texts: list[str], plain: list[list[int]]) -> None:
     for _ in range(2):
-        outputs = engine.generate(PROMPTS[::5], GREEDY)  # type: ignore[attr-defined]
-        assert [list(o.ids) for o in outputs] == plain[::5]
+        outputs = engine.generate(texts, GREEDY)  # type: ignore[attr-defined]
+        assert [list(o.ids) for o in outputs] == plain
     assert all(o.cached_tokens == o.prompt_tokens - 1 for o in outputs)
 
 
