@@ -221,9 +221,10 @@ def test_the_distribution() -> None:
 
 def test_filtered_rows_race_on_among_those_above() -> None:
     """A small top_p rejects most first winners, some several times: rounds of all programs, then of one a row."""
-    params = [SamplingParams(seed=i, top_p=0.08 + 0.01 * (i % 5), min_p=0.02 * (i % 3)) for i in range(24)]
+    count = 24 if CUDA else 8
+    params = [SamplingParams(seed=i, top_p=0.08 + 0.01 * (i % 5), min_p=0.02 * (i % 3)) for i in range(count)]
     pair = Pair(3001, params)
-    for step in range(3):
+    for step in range(3 if CUDA else 2):
         pair.check(pair.logits(step, 0.5))
         pair.positions = [p + 1 for p in pair.positions]
 
