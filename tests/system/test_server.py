@@ -383,7 +383,7 @@ def test_the_page_chats_and_shows_the_engine(server: LiveServer, width: int, sch
         assert after["tree"]["total"] > before["tree"]["total"]
         page.wait_for_function(shown(".node", after["tree"]["total"]))
         assert page.locator(".actor").count() == len(after["actors"]) == 6
-        assert page.locator("#chart path").count() == 2, "the line of what was generated, and its area"
+        page.wait_for_function(shown("#chart path", 2))  # the line of what was generated, and its area
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
         assert complaints == []
 
