@@ -72,7 +72,6 @@ class _Classes:
         if not thoughts.opened and tables.canonical[0] != NONE:
             alone[int(tables.canonical[0])] = None
         tags = {*thoughts.opens, *thoughts.closes}
-        self.text: list[int] = []
         # Text that the grammar has no use for is in a class with what is no text.
         foreign = text & (tables.token_class == NEVER)
         foreign[list(tags)] = False
