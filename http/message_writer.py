@@ -37,8 +37,9 @@ class MessageWriter:
         """Index of the call that goes on."""
         self._events: list[bytes] = []
 
-    def whole(self, chunk: Chunk) -> Message:
+    def whole(self, chunks: list[Chunk]) -> Message:
         """Return the message of a request that was not streamed."""
+        (chunk,) = chunks
         self.chunk(chunk)
         reason, sequence = self._end(chunk)
         return msgspec.structs.replace(

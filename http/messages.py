@@ -29,7 +29,7 @@ from .openai_grammar import requested_grammar
 from .protocol import encode
 from .response_writer import named_frame
 from .service import Service
-from .sse import send_stream
+from .sse import send_output
 
 _decoder: Final = msgspec.json.Decoder(MessageRequest)
 _count_decoder: Final = msgspec.json.Decoder(CountRequest)
@@ -45,12 +45,7 @@ async def create(service: Service, exchange: Exchange) -> None:
         omitted = request.thinking is not None and request.thinking.display == "omitted"
         writer = MessageWriter(message, stream, reading, not omitted)
         stream.name(message.id)
-        async with exchange.watched(stream):
-            if request.stream:
-                await send_stream(exchange, stream, writer, named_frame, done=b"")
-            else:
-                (chunk,) = await stream.collect()
-                await exchange.reply(encode(writer.whole(chunk)))
+        await send_output(exchange, stream, writer, bool(request.stream), named_frame, done=b"")
 
 
 async def count_tokens(service: Service, exchange: Exchange) -> None:

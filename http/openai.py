@@ -31,10 +31,9 @@ from .protocol import (
     CompletionRequest,
     OpenAIRequest,
     StreamOptions,
-    encode,
 )
 from .service import Service
-from .sse import send_stream
+from .sse import send_output
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 _completion_decoder: Final = msgspec.json.Decoder(CompletionRequest)
@@ -83,7 +82,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
         stream.name(head.id)
-        await _reply(exchange, stream, writer, bool(request.stream))
+        await send_output(exchange, stream, writer, bool(request.stream))
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
@@ -96,16 +95,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         writer = ChatWriter(head, stream, reading, bool(request.logprobs), usage_frames)
         stream.name(head.id)
-        await _reply(exchange, stream, writer, bool(request.stream))
-
-
-async def _reply(exchange: Exchange, stream: Stream, writer: CompletionWriter | ChatWriter, streamed: bool) -> None:
-    """Send the engine's output as it comes, or when it is complete."""
-    async with exchange.watched(stream):
-        if streamed:
-            await send_stream(exchange, stream, writer)
-        else:
-            await exchange.reply(encode(writer.whole(await stream.collect())))
+        await send_output(exchange, stream, writer, bool(request.stream))
 
 
 @contextmanager

@@ -51,8 +51,9 @@ class ResponseWriter:
         self._count = 0
         self._events: list[bytes] = []
 
-    def whole(self, chunk: Chunk) -> Response:
+    def whole(self, chunks: list[Chunk]) -> Response:
         """Return the response of a request that was not streamed."""
+        (chunk,) = chunks
         self.chunk(chunk)
         return self._finished(chunk)
 

@@ -20,7 +20,7 @@ from .response_store import Stored
 from .response_types import CHAT_NAMES, REFUSED, DeletedResponse, Response, ResponseRequest, chat_request
 from .response_writer import ResponseWriter, named_frame
 from .service import Service
-from .sse import send_stream
+from .sse import send_output
 
 _decoder: Final = msgspec.json.Decoder(ResponseRequest)
 
@@ -49,12 +49,7 @@ async def create(service: Service, exchange: Exchange) -> None:
         with submitted_chat(service, chat) as (stream, reading):
             writer = ResponseWriter(response, stream, reading, keep)
             stream.name(response.id)
-            async with exchange.watched(stream):
-                if request.stream:
-                    await send_stream(exchange, stream, writer, named_frame, done=b"")
-                else:
-                    (chunk,) = await stream.collect()
-                    await exchange.reply(encode(writer.whole(chunk)))
+            await send_output(exchange, stream, writer, bool(request.stream), named_frame, done=b"")
 
 
 async def retrieve(service: Service, exchange: Exchange) -> None:

@@ -8,11 +8,12 @@ While there is nothing to say, a comment at times keeps proxies from closing the
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from ..actors.client import Stream
 from ..actors.messages import Chunk
 from .exchange import Exchange
+from .protocol import encode
 
 DONE: Final = b"data: [DONE]\n\n"
 HEARTBEAT: Final = b": still here\n\n"
@@ -32,9 +33,32 @@ class Renderer(Protocol):
         """Return what comes after the last output."""
 
 
+class Writer(Renderer, Protocol):
+    """A Renderer that can also make one document of a whole output."""
+
+    def whole(self, chunks: list[Chunk]) -> Any:
+        """Return the reply of a request that was not streamed; `chunks` has one for each choice."""
+
+
 def data_frame(document: bytes) -> bytes:
     """Return a document as a nameless event."""
     return b"data: " + document + b"\n\n"
+
+
+async def send_output(
+    exchange: Exchange,
+    stream: Stream,
+    writer: Writer,
+    streamed: bool,
+    frame: Callable[[bytes], bytes] = data_frame,
+    done: bytes = DONE,
+) -> None:
+    """Send the engine's output as it comes, or when it is complete; a client that leaves ends it. See `send_stream`."""
+    async with exchange.watched(stream):
+        if streamed:
+            await send_stream(exchange, stream, writer, frame, done)
+        else:
+            await exchange.reply(encode(writer.whole(await stream.collect())))
 
 
 async def send_stream(
