@@ -91,15 +91,14 @@ class Request:
     def append(self, token: int) -> None:
         """Take in a generated token."""
         self.tokens.append(token)
+        self.follow(token)
+
+    def follow(self, token: int) -> None:
+        """Let the grammar know of the newest token."""
         if self.constraint is not None:
             self.constraint.state = self.constraint.grammar.step(self.constraint.state, token)
         if self.guided is not None:
             self.guided.mask = None
-
-    @property
-    def has_grammar(self) -> bool:
-        """Whether the output must match one."""
-        return self.constraint is not None or self.guided is not None
 
     def matches_with(self, token: int, stopped: bool) -> bool:
         """Whether the text that the client sees is known to match the grammar, now that this token has come.

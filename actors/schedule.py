@@ -198,11 +198,14 @@ class Schedule:
         self.complete = []
         for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
-            if request is not None:
-                request.append(token)
-                if request.suspect:
-                    request.suspect, request.crashes = False, 0
-                if request.has_grammar and request.matches_with(token, finish[row] == Finish.STOP):
+            if request is None:
+                continue
+            request.tokens.append(token)
+            if request.suspect:
+                request.suspect, request.crashes = False, 0
+            if request.constraint is not None or request.guided is not None:  # no call: this is run for each token
+                request.follow(token)
+                if request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
             request = requests.get(rids[ended])
