@@ -18,8 +18,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: Annotated[
         str | None,
-        Meta(description="folder with config.json, or a .gguf file; without it the embedded SmolLM2-135M chat model"),
+        Meta(
+            description="folder with config.json, a .gguf file, or a hub's name for one (org/name, org/name:Q4_K_M); "
+            "without it the embedded SmolLM2-135M chat model"
+        ),
     ] = None
+    revision: Annotated[str | None, Meta(description="branch, tag or commit of a hub's model")] = None
+    download_source: Annotated[
+        Literal["huggingface", "modelscope"], Meta(description="the hub that names without a folder are looked for on")
+    ] = "huggingface"
     served_model_name: Annotated[str | None, Meta(description="name in /v1/models")] = None
     tokenizer_path: Annotated[str | None, Meta(description="tokenizer folder, if not the model's")] = None
     skip_tokenizer_init: Annotated[bool, Meta(description="serve token ids only")] = False

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 TRANSFERS = {
     "download": "downloading the embedded model",
+    "fetch": "downloading the model",
     "convert": "converting the model (once)",
     "wait": "waiting for another process that prepares this model",
 }

@@ -15,7 +15,8 @@ from typing import TypeAlias
 from ..errors import StartupError
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""progress(stage, done, total) in bytes; stages are "download", "convert" and "wait" (for another process; 0, 0)."""
+"""progress(stage, done, total) in bytes; stages are "download" (of the embedded model), "fetch", "convert" and "wait"
+(for another process; 0, 0)."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

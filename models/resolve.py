@@ -6,7 +6,6 @@ Used by cli.py and engine.py.
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..errors import StartupError
 from .cache import Progress, cache_folder, locked, no_progress, publish
 from .embedded import NAME, embedded_model
 from .gguf import FORMAT, convert
+from .hub import hub_model, is_hub_name
 from .parsers import guess, reasoning_family, tool_family
 from .reasoning_parser import ReasoningFamily
 from .tokenizer import chat_templates
@@ -60,30 +60,23 @@ def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
     """(folder with config.json, default name) of the configured model."""
     if config.model is None:
         return Path(embedded_model(progress)), NAME
-    path = Path(config.model).expanduser()
+    path, name = Path(config.model).expanduser(), None
     if not path.exists():
-        raise StartupError(_missing(config.model))
+        if not is_hub_name(config.model):
+            raise StartupError(f"--model {config.model}: no such file or folder")
+        weights, name = config.load_format not in ("dummy", "stub"), config.model
+        path = hub_model(config.model, config.download_source, config.revision, weights, progress)
     if path.is_file():
         if path.suffix != ".gguf":
             raise StartupError(f"--model {config.model}: a folder with config.json or a .gguf file is needed")
-        return _converted(path.resolve(), progress), path.stem
+        return _converted(path.absolute(), progress), name or path.stem
     if not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         hint = f"; did you mean --model {files[0]} ?" if files else ""
         raise StartupError(f"--model {config.model}: there is no config.json in this folder{hint}")
     if config.load_format == "gguf":
         raise StartupError("--load-format gguf needs a .gguf file as --model")
-    return path.resolve(), path.resolve().name
-
-
-def _missing(model: str) -> str:
-    """What to say of a path that does not exist; hub names get their own sentence."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        return (
-            f"--model {model}: no such folder. If it is a name on a model hub: downloading from a hub is not available "
-            "yet, pass a local folder or a .gguf file"
-        )
-    return f"--model {model}: no such file or folder"
+    return path.resolve(), name or path.resolve().name
 
 
 def _converted(gguf: Path, progress: Progress) -> Path:

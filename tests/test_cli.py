@@ -71,7 +71,7 @@ def test_values() -> None:
         ("serve", "invalid choice: 'serve'"),
         ("run --tp 2", "--tp-size above 1 is not supported yet"),
         ("run --model /no/where", "--model /no/where: no such file or folder"),
-        ("run --model org/name", "downloading from a hub is not available yet"),
+        ("run --model org/a/b", "no such file or folder"),
         ("run --host no.such.host.invalid", "--host no.such.host.invalid is not an address of this machine"),
         ("run --host 203.0.113.1", "cannot listen on 203.0.113.1"),
     ],
