@@ -6,6 +6,9 @@ numbers come from the scheduler; this class owns memory only.
 Invariant: no other tensor views the storage outside `k`, `v` and `rows`, which alias it.
 """
 
+import math
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,9 +18,23 @@ from ..sampler.upload import upload
 from .spec import Spec
 
 
+ALIGNMENT: Final = 64
+"""Bytes: a cache line, as torch's own memory has it."""
+
+
 def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     """Resolve `EngineConfig.kv_cache_dtype` for a model of `dtype`."""
     return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else dtype
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Like torch.zeros, which on a CPU would write all of it: here memory is taken when a page is first used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(size + ALIGNMENT, dtype=np.uint8))
+    start = -raw.data_ptr() % ALIGNMENT
+    return raw[start : start + size].view(dtype).view(shape)
 
 
 class KVCache:
@@ -37,7 +54,7 @@ class KVCache:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (spec.layers, num_pages * page_size, spec.kv_parts, spec.kv_heads, spec.head_dim)
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.storage = _zeros(shape, dtype, device)
         self.rows: list[Tensor] = list(self.storage.unbind(0))
         """Per layer [slots, kv_parts, kv_heads, head_dim]: key, then value."""
         self.k: list[Tensor] = [rows[:, 0] for rows in self.rows]
