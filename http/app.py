@@ -158,6 +158,9 @@ class Served(NamedTuple):
     """Answers without an API key, too."""
     admin: bool = False
     """Takes an admin's key: it touches others' requests."""
+    query: Any = None
+    form: Any = None
+    required: bool = True
 
 
 GET, POST = ("GET",), ("POST",)
@@ -189,13 +192,13 @@ ROUTES: tuple[Served, ...] = (
         ("/v1/messages/count_tokens",), POST, messages.count_tokens, message_types.CountRequest,
         message_types.TokenCount, errors=ANTHROPIC_ERRORS,
     ),
-    Served(("/v1/files",), POST, files.upload, reply=batch_types.FileObject),
-    Served(("/v1/files",), GET, files.list_files, reply=batch_types.FileList),
+    Served(("/v1/files",), POST, files.upload, reply=batch_types.FileObject, form=batch_types.UploadForm),
+    Served(("/v1/files",), GET, files.list_files, reply=batch_types.FileList, query=batch_types.FileQuery),
     Served(("/v1/files/{id}",), GET, files.retrieve, reply=batch_types.FileObject),
     Served(("/v1/files/{id}",), ("DELETE",), files.delete, reply=batch_types.DeletedFile),
     Served(("/v1/files/{id}/content",), GET, files.content),
     Served(("/v1/batches",), POST, batches.create, batch_types.BatchRequest, batch_types.Batch),
-    Served(("/v1/batches",), GET, batches.list_batches, reply=batch_types.BatchList),
+    Served(("/v1/batches",), GET, batches.list_batches, reply=batch_types.BatchList, query=batch_types.BatchQuery),
     Served(("/v1/batches/{id}",), GET, batches.retrieve, reply=batch_types.Batch),
     Served(("/v1/batches/{id}/cancel",), POST, batches.cancel, reply=batch_types.Batch),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
@@ -204,7 +207,10 @@ ROUTES: tuple[Served, ...] = (
     Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _t.DetokenizeRequest, _t.DetokenizeReply),
     Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache, admin=True),
     Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
-    Served(("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True),
+    Served(
+        ("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True,
+        required=False,
+    ),
     Served(("/continue_generation",), POST, _c.continue_generation, reply=_t.GenerationState, admin=True),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
     Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
@@ -225,7 +231,9 @@ BATCHED: Final = tuple(path for r in ROUTES for path in r.paths if path in batch
 def described(root_path: str) -> bytes:
     """Return the OpenAPI document."""
     operations = [
-        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event, r.errors.type)
+        openapi.Operation(
+            path, r.methods, _summary(r.handler), r.request, r.required, r.reply, r.event, r.errors.type, r.query, r.form
+        )
         for r in ROUTES
         for path in r.paths
     ]
