@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
@@ -34,12 +35,25 @@ def serve(config: EngineConfig) -> int:
             with listen(config.host, config.port) as listener:
                 with terminate_as_interrupt():
                     model = resolve_model(config, display.transfer)
-                return trio.run(_supervise, config, model, listener, display)
+                with shared_metrics(config.http_workers):
+                    return trio.run(_supervise, config, model, listener, display)
         except KeyboardInterrupt:
             return 0
         except GiveUp as error:
             display.line(f"actorserve: gave up: {error}")
             return 1
+
+
+@contextmanager
+def shared_metrics(fronts: int) -> Iterator[None]:
+    """With several fronts each of them answers /metrics for all, from files in a folder that the library wants named
+    by its variable before it is imported; see http/metrics.py."""
+    if fronts == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="actorserve-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        yield
 
 
 @contextmanager
@@ -78,7 +92,7 @@ async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.so
         if kind == "up":
             display.greet(banner)
 
-    topology = engine_topology(config, [http_front(0, listener.fileno())])
+    topology = engine_topology(config, [http_front(i, listener.fileno()) for i in range(config.http_workers)])
     supervisor = Supervisor(topology, config, model, on_event=on_event)
     failure: Exception | None = None
     code = 0

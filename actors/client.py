@@ -70,6 +70,8 @@ class Submission:
     params: SamplingParams
     n: int = 1
     grammar: messages.GrammarSpec | None = None
+    name: str = ""
+    """What the client calls it: `abort` and `Questions.timelines` find it by this."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +86,7 @@ class Choice:
     last_ns: int = 0
     last: messages.Chunk | None = None
     name: str = ""
-    """What the client calls it, for `abort`."""
+    """Its Submission's."""
     ids: "array[int]" = field(default_factory=lambda: array("i"))
     """Tokens received, int32."""
     chars: int = 0
@@ -153,11 +155,6 @@ class Stream:
     def index(self, chunk: messages.Chunk) -> int:
         """Return the number of the choice that `chunk` continues."""
         return chunk.rid - self.rid
-
-    def name(self, name: str) -> None:
-        """Call all choices so; see Client.abort."""
-        for choice in self.choices:
-            choice.name = name
 
     async def take(self) -> list[messages.Chunk]:
         """Wait for output and return all of it; an empty list when every choice has ended."""
@@ -253,6 +250,7 @@ class Client:
         self._text_died = False
         """And is not back yet."""
         self._limit = config.max_queued_requests
+        self._fronts = config.http_workers
         self._vocab_size = model.vocab_size
         self._on_end = on_end
         # A restarted front must not reuse an id that the scheduler still knows from the life before.
@@ -267,9 +265,10 @@ class Client:
         cache_salt: str = "",
         priority: int = 0,
         grammar: messages.GrammarSpec | None = None,
+        name: str = "",
     ) -> Stream:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
-        return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
+        return self.submit_all([Submission(prompt, params, n, grammar, name)], cache_salt, priority)
 
     def submit_all(
         self,
@@ -292,9 +291,11 @@ class Client:
         self.table.update((choice.rid, choice) for choice in stream.choices)
         arrival = stream.choices[0].arrival_ns
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
+            for choice in stream.choices[rid - stream.rid :][:n]:
+                choice.name = s.name
             stream.requests.append(
                 messages.Generate(
-                    rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar, tenant=tenant, weight=weight
+                    rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar, tenant, weight, name=s.name
                 )
             )
         try:
@@ -313,7 +314,9 @@ class Client:
             case messages.Refused():
                 if not self.questions.take(message):
                     self._refuse(message)
-            case messages.Tokenized() | messages.Detokenized() | messages.Done() | messages.Seen():
+            case (
+                messages.Tokenized() | messages.Detokenized() | messages.Done() | messages.Seen() | messages.Timelines()
+            ):
                 self.questions.take(message)
             case messages.Stats():
                 self.stats = message
@@ -336,11 +339,14 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
-    def abort(self, name: str | None, among: Collection[Stream] | None = None) -> None:
+    def abort(self, name: str | None, among: Collection[Stream] | None = None, tenant: str | None = None) -> None:
         """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort".
 
-        `among`: only those of these streams.
+        `among`: only those of these streams; `tenant`: and of other fronts', those of this one.
         """
+        if self._fronts > 1:
+            with suppress(Gone):
+                self._text.post(messages.AbortNamed(name or "", tenant))
         for choice in self.table.values():
             if (name is None or choice.name == name) and (among is None or choice.stream in among):
                 choice.aborted = True
@@ -368,6 +374,10 @@ class Client:
     def busy(self, priority: int) -> bool:
         """Whether a request above this priority is in the engine."""
         return any(choice.stream.priority > priority for choice in self.table.values())
+
+    async def timelines(self, name: str) -> list[messages.TimelineView]:
+        """As Questions.timelines, of everybody's requests."""
+        return await self.questions.timelines(name, None)
 
     def _post(self, message: messages.Message) -> None:
         """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one."""

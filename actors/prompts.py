@@ -5,6 +5,7 @@ the start. Invariant: a Submit's prompt is not empty, its ids are the model's, a
 """
 
 import hashlib
+import time
 from typing import Final, NamedTuple, assert_never
 
 import msgspec
@@ -101,6 +102,7 @@ class Prompts:
         seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
         # The bytes outlive the ring; the scheduler and the codec want them as raw bytes.
         raw = memoryview(ids.tobytes())
+        now = time.monotonic_ns()
         return [
             Submit(
                 rid=request.rid + i,
@@ -112,6 +114,8 @@ class Prompts:
                 grammar=grammar,
                 tenant=request.tenant,
                 weight=request.weight,
+                name=request.name,
+                tokenized_ns=now,
             )
             for i in range(request.n)
         ]

@@ -26,6 +26,8 @@ from .actor import Actor, Context
 from .messages import (
     NO_STATS,
     Abort,
+    AbortNamed,
+    AskTimelines,
     Cancel,
     ChatPrompt,
     Chunk,
@@ -49,6 +51,7 @@ from .messages import (
     Stats,
     Submit,
     TextInbox,
+    Timelines,
     Tokenize,
     Tokenized,
     TokenLogprob,
@@ -64,6 +67,7 @@ MAX_DEATHS: Final = 3
 GUILTY_NS: Final = 3_000_000_000
 """What was asked for longer ago when the scheduler died is not the cause."""
 SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it got this request; it is not tried again"
+PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
 OURS: Final = -1
 """Id of an order of nobody's."""
 FAILURES: Final[dict[int, str]] = {
@@ -83,7 +87,7 @@ class Text(Actor):
         """Running requests by id."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
-        self.ordered: dict[int, tuple[str, Order | Look]] = {}
+        self.ordered: dict[int, tuple[str, Order | Look | AskTimelines]] = {}
         """Orders that the scheduler has not answered, with their fronts."""
         self.scheduler_up = False
         """It knows all that is here: it was told when it came up."""
@@ -138,13 +142,17 @@ class Text(Actor):
                 self._peer_up(message.name)
             case Abort():
                 self._abort(message)
+            case AbortNamed(name=name, tenant=tenant):
+                for output in list(self.outputs.values()):
+                    if output.is_called(name, tenant):
+                        self._abort(Abort(output.rid))
             case Tokenize():
                 self._tokenize(message, source)
             case Detokenize():
                 self._detokenize(message, source)
-            case Order() | Look():
+            case Order() | Look() | AskTimelines():
                 self._order(message, source)
-            case Done() | Seen() | Refused():
+            case Done() | Seen() | Timelines() | Refused():
                 self._order_ended(message)
             case Drain():
                 pass  # the fronts send nothing new
@@ -269,16 +277,16 @@ class Text(Actor):
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
         self._post(front, Detokenized(m.rid, text))
 
-    def _order(self, m: Order | Look, front: str) -> None:
+    def _order(self, m: Order | Look | AskTimelines, front: str) -> None:
         self.ordered[m.rid] = (front, m)
         self._to_scheduler(m)
 
-    def _order_ended(self, m: Done | Seen | Refused) -> None:
+    def _order_ended(self, m: Done | Seen | Timelines | Refused) -> None:
         found = self.ordered.pop(m.rid, None)
         if found is None:
             return
         front, order = found
-        if isinstance(m, Done) and isinstance(order, Order) and order.action != "flush_cache":
+        if isinstance(m, Done) and isinstance(order, Order) and order.action in PAUSES:
             self.paused = order.action != "continue"
         self._post(front, with_lanes_of(self.context, m) if isinstance(m, Seen) else m)
 
@@ -431,12 +439,16 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | Order | Look) -> None:
+    def _to_scheduler(self, message: Abort | Submit | Order | Look | AskTimelines) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
         if self.scheduler_up:
             self._post(SCHEDULER, message)
 
-    def _post(self, name: str, message: Abort | Submit | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
+    def _post(
+        self,
+        name: str,
+        message: Abort | Submit | Chunks | Refused | Stats | Order | Look | AskTimelines | FrontAnswer,
+    ) -> None:
         """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)

@@ -6,6 +6,7 @@ every error has its protocol's JSON shape, and every reply is counted.
 
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -41,6 +42,7 @@ from . import (
     responses,
     resume,
     score,
+    timelines,
 )
 from .access import Access, access_log
 from .api_keys import KeyRing, read_keys
@@ -50,6 +52,7 @@ from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
 from .service import Service
 from .tenants import Tenant, TenantClient, tenants_of
+from .tracing import Finished, Tracer, request_headers
 
 log = logging.getLogger("actorserve.http")
 Handler: TypeAlias = Callable[[Service, Exchange], Awaitable[None]]
@@ -84,6 +87,7 @@ class Endpoint:
         """Let the request in, have the handler reply, turn what it raises into a reply."""
         exchange = Exchange(scope, receive, send, self._served.errors)
         client: TenantClient | None = None
+        began_ns = time.time_ns()
         try:
             client = self._gate.admit(exchange, self._served)
             await (handler or self._served.handler)(replace(self._service, client=client), exchange)
@@ -98,6 +102,24 @@ class Endpoint:
             if client is not None:
                 exchange.state["tokens"] = client.close()
             self._service.metrics.count(self._route, exchange.status or ClientGone.status)
+            if self._service.tracer is not None and client is not None and scope["method"] != "GET":
+                self._trace(self._service.tracer, exchange, client, began_ns)
+
+    def _trace(self, tracer: Tracer, exchange: Exchange, client: TenantClient, began_ns: int) -> None:
+        state = exchange.state
+        finished = Finished(
+            method=exchange.scope["method"],
+            route=self._route,
+            headers=request_headers(exchange.scope["headers"]),
+            began_ns=began_ns,
+            ended_ns=time.time_ns(),
+            status=exchange.status or ClientGone.status,
+            request_id=state.get("request_id", ""),
+            key=state.get("key"),
+            names=tuple(client.names),
+            tokens=state["tokens"],
+        )
+        tracer.finished(replace(self._service, client=client), finished)
 
 
 class Gate:
@@ -212,12 +234,21 @@ ROUTES: tuple[Served, ...] = (
         required=False,
     ),
     Served(("/continue_generation",), POST, _c.continue_generation, reply=_t.GenerationState, admin=True),
+    Served(
+        ("/start_profile",), ("GET", "POST"), _c.start_profile, _t.ProfileRequest, _t.ProfileState, admin=True,
+        required=False,
+    ),
+    Served(("/stop_profile",), ("GET", "POST"), _c.stop_profile, reply=_t.ProfileState, admin=True),
+    Served(
+        ("/update_weights_from_disk",), POST, _c.update_weights, _t.WeightsRequest, _t.WeightsReply, admin=True,
+    ),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
     Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
     Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health, open=True),
     Served(("/ready",), GET, _c.ready, reply=_p.Health, open=True),
     Served(("/metrics",), GET, metrics),
     Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
+    Served(("/v1/requests/{id}/timeline",), GET, timelines.timeline, reply=timelines.TimelineReply),
     Served(("/v1/engine/stats",), GET, engine_view.engine_stats, reply=engine_view.EngineStats),
     Served(("/",), GET, page.index, open=True),
 )  # fmt: skip
@@ -232,7 +263,16 @@ def described(root_path: str) -> bytes:
     """Return the OpenAPI document."""
     operations = [
         openapi.Operation(
-            path, r.methods, _summary(r.handler), r.request, r.required, r.reply, r.event, r.errors.type, r.query, r.form
+            path,
+            r.methods,
+            _summary(r.handler),
+            r.request,
+            r.required,
+            r.reply,
+            r.event,
+            r.errors.type,
+            r.query,
+            r.form,
         )
         for r in ROUTES
         for path in r.paths

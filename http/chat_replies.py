@@ -7,7 +7,7 @@ the message that the whole reply would have had, with the same finish_reason.
 from collections.abc import Iterable
 
 import msgspec
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from ..actors.client import Stream
 from ..actors.messages import Chunk, TokenLogprob
@@ -98,7 +98,9 @@ class ChatWriter:
             logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
             choices.append(ChatChoice(index, message, logprobs, finish, said(chunk.valid)))
         head, counts = self._head, usage(chunks, len(chunks))
-        return ChatCompletion(head.id, "chat.completion", head.created, head.model, None, choices, counts)
+        return ChatCompletion(
+            head.id, "chat.completion", head.created, head.model, None, choices, counts, head.timeline
+        )
 
     def head(self) -> Iterable[bytes]:
         role = Delta(role="assistant", content="", refusal=None)
@@ -119,16 +121,19 @@ class ChatWriter:
         return map(self._frame, choices)
 
     def tail(self) -> Iterable[bytes]:
-        if not self._usage.at_end:
+        if not self._usage.at_end and self._head.timeline is UNSET:
             return ()
-        return (encode(self._object([], self._usage.total())),)
+        return (encode(self._object([], self._usage.last())),)
 
     def _frame(self, choice: ChunkChoice) -> bytes:
         return encode(self._object([choice], self._usage.so_far()))
 
     def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
         head = self._head
-        return ChatCompletionChunk(head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts)
+        timeline = UNSET if choices else head.timeline
+        return ChatCompletionChunk(
+            head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts, timeline
+        )
 
 
 def _is_further_call(event: Event) -> bool:

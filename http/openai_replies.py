@@ -24,18 +24,21 @@ from .protocol import (
     encode,
     said,
 )
+from .timelines import RequestTimeline
 
 NO_LOGPROB: Final = -9999.0
 """What OpenAI writes for a logprob of minus infinity, which JSON cannot say."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
     """What all frames of a reply have in common; `created` is Unix time in seconds."""
 
     id: str
     created: int
     model: str
+    timeline: list[RequestTimeline] | UnsetType = UNSET
+    """For the end of the reply, where the request asked for it."""
 
 
 def finite(logprob: float) -> float:
@@ -84,6 +87,10 @@ class UsageFrames:
         if self._each:
             return self.total()
         return None if self.at_end else UNSET
+
+    def last(self) -> Usage | UnsetType:
+        """The `usage` of the last frame, which has no choices."""
+        return self.total() if self.at_end or self._each else UNSET
 
     def total(self) -> Usage:
         return usage(self._last, self._n)
@@ -170,7 +177,8 @@ class CompletionWriter:
         """Return the reply of a request that was not streamed."""
         groups = [chunks[i : i + self._best_of] for i in range(0, len(chunks), self._best_of)]
         shown = [chunk for group in groups for chunk in best(group, self._n)]
-        return self._object([self._choice(i, chunk) for i, chunk in enumerate(shown)], usage(chunks, self._best_of))
+        choices = [self._choice(i, chunk) for i, chunk in enumerate(shown)]
+        return self._object(choices, usage(chunks, self._best_of), self._head.timeline)
 
     def head(self) -> Iterable[bytes]:
         return ()
@@ -183,9 +191,9 @@ class CompletionWriter:
         return (encode(self._object([choice], self._usage.so_far())),)
 
     def tail(self) -> Iterable[bytes]:
-        if not self._usage.at_end:
+        if not self._usage.at_end and self._head.timeline is UNSET:
             return ()
-        return (encode(self._object([], self._usage.total())),)
+        return (encode(self._object([], self._usage.last(), self._head.timeline)),)
 
     def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
         logprobs = self._logprobs[index].write(chunk.prompt_logprobs, chunk.logprobs) if self._logprobs else None
@@ -193,6 +201,11 @@ class CompletionWriter:
             self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish, said(chunk.valid)
         )
 
-    def _object(self, choices: list[CompletionChoice], counts: Usage | UnsetType | None) -> Completion:
+    def _object(
+        self,
+        choices: list[CompletionChoice],
+        counts: Usage | UnsetType | None,
+        timeline: list[RequestTimeline] | UnsetType = UNSET,
+    ) -> Completion:
         head = self._head
-        return Completion(head.id, "text_completion", head.created, head.model, None, choices, counts)
+        return Completion(head.id, "text_completion", head.created, head.model, None, choices, counts, timeline)

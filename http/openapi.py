@@ -73,7 +73,7 @@ def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> di
         "summary": operation.summary,
         "responses": responses,
     }
-    if operation.request is not None:
+    if operation.request is not None and method != "GET":
         found["requestBody"] = _body("application/json", schemas[operation.request], operation.required)
     elif operation.form is not None:
         found["requestBody"] = _body("multipart/form-data", schemas[operation.form])
@@ -104,5 +104,5 @@ def _query_parameters(query: Any) -> Iterable[dict[str, Any]]:
     for name, schema in components[query.__name__]["properties"].items():
         # An address has no null: leaving a parameter out is how to say nothing.
         kinds = [kind for kind in schema.pop("anyOf", ()) if kind != {"type": "null"}]
-        schema = schema | (kinds[0] if kinds else {})
+        schema = {k: v for k, v in schema.items() if v is not None} | (kinds[0] if kinds else {})
         yield {"name": name, "in": "query", "required": False, "schema": schema}

@@ -21,6 +21,7 @@ from ..sampler.params import (
     MAX_TOP_LOGPROBS,
     MIN_SEED,
 )
+from .timelines import RequestTimeline
 
 MAX_N: Final = 128
 """Continuations of one prompt."""
@@ -97,6 +98,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     stream: bool = False
     cache_salt: str | None = None
     priority: Priority | None = None
+    timeline: bool = False
+    """Say in `meta_info` when what happened."""
     input_embeds: Refusable = None
     image_data: Refusable = None
     video_data: Refusable = None
@@ -154,6 +157,8 @@ class MetaInfo(Struct, frozen=True):
     forced_tokens: int | UnsetType = UNSET
     jumps: int | UnsetType = UNSET
     valid: bool | UnsetType = UNSET
+    timeline: RequestTimeline | UnsetType | None = UNSET
+    """With `timeline: true`, in the last frame; null where it is not known."""
 
 
 class GenerateReply(Struct, frozen=True):
@@ -202,6 +207,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
+    timeline: bool | None = None
+    """Say when what happened, at the end of the reply."""
 
     regex: str | None = None
     json_schema: str | bool | dict[str, Any] | None = None
@@ -281,6 +288,7 @@ class Completion(Struct, frozen=True):
     system_fingerprint: str | None
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None
+    timeline: list[RequestTimeline] | UnsetType = UNSET
 
 
 # ------------------------------------------------------------------ POST /v1/chat/completions
@@ -418,6 +426,7 @@ class ChatCompletion(Struct, frozen=True):
     system_fingerprint: str | None
     choices: list[ChatChoice]
     usage: Usage
+    timeline: list[RequestTimeline] | UnsetType = UNSET
 
 
 class Delta(Struct, frozen=True):
@@ -448,6 +457,7 @@ class ChatCompletionChunk(Struct, frozen=True):
     system_fingerprint: str | None
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None
+    timeline: list[RequestTimeline] | UnsetType = UNSET
 
 
 # ------------------------------------------------------------------ GET /v1/models, /get_model_info

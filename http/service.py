@@ -19,6 +19,7 @@ from .protocol import Health
 from .response_store import ResponseStore
 from .resume import EventLogs
 from .tenants import TenantClient
+from .tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Service:
     watch: Watch = field(default_factory=Watch)
     streams: EventLogs = field(default_factory=EventLogs)
     store: DataStore | None = None
+    tracer: Tracer | None = None
     new_batch: asyncio.Event = field(default_factory=asyncio.Event)
     batch_endpoints: dict[str, ASGIApp] = field(default_factory=dict)
 
