@@ -52,10 +52,7 @@ class DataStore:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             path = Path(folder) / "actorserve.sqlite"
-            # Transactions that write begin as such: one that begins by reading could not go on beside another.
-            self._db = sqlite3.connect(
-                path, timeout=_LOCK_SECONDS, check_same_thread=False, isolation_level="IMMEDIATE"
-            )
+            self._db = sqlite3.connect(path, timeout=_LOCK_SECONDS, check_same_thread=False)
             if server is None:
                 self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._lock = None if server is None else _shared_lock(folder, server)
@@ -82,6 +79,7 @@ class DataStore:
 
     def _transact(self, work: Callable[[Database], T]) -> T:
         with self._db:
+            self._db.execute("BEGIN IMMEDIATE")  # what it reads stays so until it has written, whoever else is there
             return work(self._db)
 
 
