@@ -62,8 +62,7 @@ def document(operations: Sequence[Operation], title: str, version: str, root_pat
 def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> dict[str, Any]:
     content = {"application/json": {"schema": schemas[operation.reply]}} if operation.reply else _text("text/plain")
     if operation.event is not None:
-        content |= _text("text/event-stream")
-        content["text/event-stream"]["schema"]["contentSchema"] = schemas[operation.event]
+        content["text/event-stream"] = {"schema": _event(schemas[operation.event])}
     responses = {"200": {"description": "the reply", "content": content}}
     errors = {"application/json": {"schema": schemas[operation.error]}}
     responses |= {status: {"description": text, "content": errors} for status, text in _ERRORS.items()}
@@ -84,6 +83,14 @@ def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> di
 
 def _body(kind: str, schema: Any, required: bool = True) -> dict[str, Any]:
     return {"required": required, "content": {kind: {"schema": schema}}}
+
+
+def _event(schema: Any) -> dict[str, Any]:
+    """One event of a stream, as OpenAPI 3.1's tools read the schema of an event stream."""
+    document = {"contentMediaType": "application/json", "contentSchema": schema}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, document]}
+    properties = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": ["data"]}
 
 
 def _text(kind: str) -> dict[str, Any]:
