@@ -65,7 +65,7 @@ class DeletedFile(Struct, frozen=True):
 
 class BatchRequest(Struct, frozen=True, kw_only=True):
     input_file_id: str
-    endpoint: str
+    endpoint: Annotated[str, Meta(extra_json_schema={"enum": list(ENDPOINTS)})]
     completion_window: Annotated[str, Meta(pattern="^[1-9][0-9]{0,3}[hd]$")]
     """OpenAI knows "24h"; here any number of hours or days."""
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None

@@ -338,7 +338,7 @@ class NamedToolChoice(Struct, frozen=True):
 
 
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], Meta(extra_json_schema={"minItems": 1})]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None

@@ -5,10 +5,10 @@ tokens; what pairs have in common at their start is computed once. Invariant: sc
 """
 
 import math
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from ..actors.client import Submission, token_prompt
 from ..actors.messages import Chunk, Prompt, TextPrompt
@@ -30,7 +30,7 @@ class ScoreRequest(Struct, frozen=True, kw_only=True):
 
     query: str | list[int]
     items: str | list[str | list[int]]
-    label_token_ids: list[int]
+    label_token_ids: Annotated[list[int], Meta(extra_json_schema={"minItems": 1})]
     apply_softmax: bool = False
     item_first: bool = False
     model: str | None = None

@@ -111,7 +111,7 @@ def live_server(tmp: Path, *flags: str) -> Iterator[LiveServer]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists, and one of its threads is no zombie: one that writes to a disk dies after the others."""
+    """Whether a process exists and one of its threads is no zombie: one that writes to a disk dies last."""
     try:
         stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:

@@ -1,7 +1,8 @@
 """Requests that are made of /openapi.json, right and wrong ones, against a whole server without a model.
 
 No reply takes long; none has a 5xx status but 429's neighbour 503; what is right gets what the document promises; every
-error has its protocol's shape and names the field. CI takes about 2,000 requests, the same ones each time.
+error has its protocol's shape and names the field. CI takes some hundreds of requests, the same ones each time, since
+making them costs 50 ms each and more where schemas refer to themselves; --thorough takes two thousand and more.
 """
 
 import json
@@ -21,8 +22,10 @@ from stub_model import stub_folder
 
 SECONDS = 20
 """A reply that takes longer is a hang."""
-FEW, MANY = 45, 400
-"""Requests a route: of what takes a body; --thorough."""
+FEW, MANY = 10, 45
+"""Requests a route; --thorough."""
+COSTLY = {"/v1/programs": 3, "/v1/messages": 3, "/v1/messages/count_tokens": 3, "/v1/chat/completions": 6}
+"""Of these there are fewer in CI."""
 PROMISES = ["status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 
 
@@ -70,7 +73,7 @@ def test_every_reply_is_as_described(
         for operation in operations:
             if mode is GenerationMode.NEGATIVE and operation.method.upper() != "POST":
                 continue  # a path or an address that nothing can be wrong with
-            count = MANY if thorough else FEW
+            count = MANY if thorough else COSTLY.get(operation.path, FEW)
 
             @seed(1)
             @settings(
@@ -93,5 +96,5 @@ def test_every_reply_is_as_described(
             except Unsatisfiable:
                 assert mode is GenerationMode.NEGATIVE  # a route whose requests cannot be wrong
     print(f"\n{mode.value}: {sum(statuses.values())} requests, replies {dict(sorted(statuses.items()))}")
-    assert sum(statuses.values()) > 500
-    assert statuses[200] > 100 if mode is GenerationMode.POSITIVE else statuses[400] > 400
+    assert sum(statuses.values()) > 150
+    assert statuses[200] > 50 if mode is GenerationMode.POSITIVE else statuses[400] > 140
