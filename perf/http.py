@@ -168,7 +168,8 @@ def ours(args: argparse.Namespace, folder: str, workers: int) -> dict[str, Any]:
         for api, path in ROUTES.items():
             requests = [request_of(url, path, body_of(api, CONTEXT - 64, i)) for i in range(args.streams)]
             figures[api] = asyncio.run(rate(url, requests, args.seconds, lambda pid=pid: front_seconds(pid)))
-    with launched(f"{flags} --stub-step-ms {args.step_ms}") as (url, _, _):
+    steps = f"--stub-step-ms {args.step_ms} --num-continuous-decode-steps 1"
+    with launched(f"{flags} {steps}") as (url, _, _):
         requests = [request_of(url, path, body_of("chat", CONTEXT - 64, i)) for i in range(args.streams)]
         figures |= asyncio.run(first_tokens(url, requests, args.probes))
     return figures
