@@ -425,7 +425,8 @@ class Scheduler(Actor):
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
         scores = None if m.scores is None else columns_of(m.scores)
         complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish, scores)
-        self.timelines.stepped(m.window, m.step, rids, np.flatnonzero(finish).tolist(), time.monotonic_ns())
+        ended = np.flatnonzero(finish).tolist() if m.window >= schedule.since else ()
+        self.timelines.stepped(m.window, m.step, rids, ended, time.monotonic_ns())
         for item in schedule.scored:
             assert m.scores is not None
             self._to_text(computed_logprobs(item, m.scores))

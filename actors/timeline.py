@@ -12,7 +12,7 @@ from typing import Final
 
 from .messages import AskTimelines, Submit, Timelines, TimelineView, WindowView
 from .request import Request
-from .window import Window
+from .window import PrefillChunk, Window
 
 MOST: Final = 2048
 """Requests whose timelines are kept; the oldest go first."""
@@ -67,8 +67,8 @@ class TimelineStore:
         self._named: dict[str, list[Timeline]] = {}
         self._windows: dict[int, WindowTimes] = {}
         """Those in flight."""
-        self._drawing: dict[int, list[Timeline]] = {}
-        """Of those, who gets its first token in them."""
+        self._ending: dict[int, list[tuple[Timeline, bool]]] = {}
+        """Of those, whose prompts are computed to their ends in them, and who gets its first token with that."""
 
     def queued(self, m: Submit, now: int) -> None:
         """A request came."""
@@ -93,7 +93,7 @@ class TimelineStore:
                     timeline.cached_tokens = min(seat.cached, seat.request.prompt_length)
         for chunk in chunks:
             if (timeline := self._all.get(chunk.request.rid)) is not None:
-                self._computes(timeline, times, chunk.end >= chunk.request.target)
+                self._computes(timeline, times, chunk)
         for request in rows:
             times.rows += 1
             timeline = self._all.get(request.rid)
@@ -101,19 +101,19 @@ class TimelineStore:
                 timeline.windows.append(times)
                 timeline.count += 1
 
-    def _computes(self, timeline: Timeline, times: WindowTimes, last: bool) -> None:
+    def _computes(self, timeline: Timeline, times: WindowTimes, chunk: PrefillChunk) -> None:
         timeline.prefill_start_ns = timeline.prefill_start_ns or times.planned_ns
         timeline.windows.append(times)
         timeline.count += 1
-        if last and not timeline.prefill_end_ns:
-            self._drawing.setdefault(times.number, []).append(timeline)
+        if chunk.end >= chunk.request.target and not timeline.prefill_end_ns:
+            self._ending.setdefault(times.number, []).append((timeline, chunk.draws))
 
     def stepped(self, number: int, step: int, rids: list[int], ended: Iterable[int], now: int) -> None:
         """A step of a window was reported, with tokens of these requests; `ended`: rows that are their last."""
         if not step:
-            for timeline in self._drawing.pop(number, ()):
+            for timeline, draws in self._ending.pop(number, ()):
                 timeline.prefill_end_ns = now
-                timeline.first_token_ns = now
+                timeline.first_token_ns = now if draws else 0
         times = self._windows.get(number)
         if times is not None and step == times.k - 1:
             times.done_ns = now
@@ -129,7 +129,7 @@ class TimelineStore:
     def executor_lost(self) -> None:
         """The windows in flight never end."""
         self._windows.clear()
-        self._drawing.clear()
+        self._ending.clear()
 
     def answer(self, m: AskTimelines) -> Timelines:
         """Return the timelines of a name: those of its last use, oldest first; empty if there is none."""

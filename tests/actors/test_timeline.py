@@ -51,7 +51,7 @@ def test_retractions_and_deaths_are_seen() -> None:
     found = [timeline_of(world, one) for one in ones]
     assert sum(t.retractions for t in found) >= 1 and all(t.ended_ns for t in found)
     assert all(t.first_token_ns <= t.ended_ns for t in found)
-    assert not world.scheduler.timelines._windows and not world.scheduler.timelines._drawing
+    assert not world.scheduler.timelines._windows and not world.scheduler.timelines._ending
     world.close()
 
 
