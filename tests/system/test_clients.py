@@ -131,7 +131,7 @@ def test_openai_through_node(server: LiveServer, tmp_path: Path) -> None:
 async def test_anthropic_asynchronously(server: LiveServer) -> None:
     """A tool's input, streamed; see test_server.py for the rest."""
     tool: Any = {"name": "weather", "input_schema": Weather.model_json_schema() | {"additionalProperties": False}}
-    choice: Any = {"type": "any"}
+    choice: Any = {"type": "any", "disable_parallel_tool_use": True}
     asked: Any = {"messages": USER, "model": "", "max_tokens": 99, "tools": [tool], "tool_choice": choice}
     async with (
         anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as client,
