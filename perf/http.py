@@ -168,6 +168,7 @@ def ours(args: argparse.Namespace, folder: str, workers: int) -> dict[str, Any]:
         for api, path in ROUTES.items():
             requests = [request_of(url, path, body_of(api, CONTEXT - 64, i)) for i in range(args.streams)]
             figures[api] = asyncio.run(rate(url, requests, args.seconds, lambda pid=pid: front_seconds(pid)))
+            print(f"{workers} front(s), {api}: {figures[api]}", file=sys.stderr, flush=True)
     steps = f"--stub-step-ms {args.step_ms} --num-continuous-decode-steps 1"
     with launched(f"{flags} {steps}") as (url, _, _):
         requests = [request_of(url, path, body_of("chat", CONTEXT - 64, i)) for i in range(args.streams)]
@@ -275,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--json", type=Path)
     args = p.parse_args(arguments)
     figures: dict[str, Any] = {"limit": beside(bare_app, args), "reference": beside(starlette_app, args)}
+    print("limit and reference are measured", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(Path(folder))
         figures["ours"] = {workers: ours(args, model, workers) for workers in args.http_workers}
