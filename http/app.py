@@ -11,12 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..actors.client import Client
@@ -69,23 +68,30 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._served.event is None:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send, send_body=scope["state"].get("send"))
         elif resume.header(scope, b"last-event-id"):
             await self._answer(scope, receive, send, self._resume)
         elif resume.wants_log(scope, self._service.config.resumable_streams):
             log, body_read = self._service.streams.open(self._answer, scope, receive)
             await self._service.streams.follow(log, -1, send, resume.client_left(receive, body_read))
         else:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send, send_body=scope["state"].get("send"))
 
     async def _resume(self, service: Service, exchange: Exchange) -> None:
         last = resume.header(exchange.scope, b"last-event-id").decode("latin-1")
         log, number = service.streams.find(last, exchange.owner)
         await service.streams.follow(log, number, exchange.relay, resume.client_left(exchange.receive_any))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, handler: Handler | None = None) -> None:
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        handler: Handler | None = None,
+        send_body: Send | None = None,
+    ) -> None:
         """Let the request in, have the handler reply, turn what it raises into a reply."""
-        exchange = Exchange(scope, receive, send, self._served.errors)
+        exchange = Exchange(scope, receive, send, self._served.errors, send_body)
         client: TenantClient | None = None
         began_ns = time.time_ns()
         try:
@@ -286,8 +292,7 @@ def build_app(service: Service) -> ASGIApp:
     assert isinstance(service.client, Client)
     gate = Gate(service.client, read_keys(config))
 
-    async def no_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
         service.metrics.count("none", error.status_code)
         body = error_body(route_error(error.status_code, request.method, request.url.path))
         return Response(body, error.status_code, headers=error.headers, media_type="application/json")
@@ -299,8 +304,16 @@ def build_app(service: Service) -> ASGIApp:
             routes.append(Route(path, endpoint, methods=list(served.methods)))
             if path in BATCHED:
                 service.batch_endpoints[path] = endpoint
-    app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
-    app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
+    router = Router(routes, redirect_slashes=False)  # a redirected POST loses its body in many clients
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette's application without its layers, each of which would be passed at each event."""
+        scope["app"] = app  # then the router raises what it has no route for
+        try:
+            await router(scope, receive, send)
+        except HTTPException as error:
+            await (await no_route(Request(scope), error))(scope, receive, send)
+
     log = access_log(config.access_log)
     return Access(_with_cors(app, config), config.root_path, log)
 

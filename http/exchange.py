@@ -38,7 +38,15 @@ class ClientGone(ActorserveError):
 class Exchange:
     """See the module's text. `status` is the one replied with, 0 before; `errors` is how they are written."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, errors: ErrorShape = OPENAI_ERRORS) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        errors: ErrorShape = OPENAI_ERRORS,
+        send_body: Send | None = None,
+    ) -> None:
+        """`send_body`: for what follows a reply's start, past those who only look at that; default: `send`."""
         self.scope = scope
         self.errors = errors
         self.inside = "owner" in self.state
@@ -50,11 +58,12 @@ class Exchange:
         """Parts of the body so far."""
         self._receive = receive
         self._send = send
+        self._send_body = send_body or send
         self._finished = False
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is known of the request: `owner`, `request_id`, `key`, `tokens`."""
+        """What is known of the request: `owner`, `request_id`, `key`, `tokens`, `send` (the server's own)."""
         state: dict[str, Any] = self.scope.setdefault("state", {})
         return state
 
@@ -129,7 +138,7 @@ class Exchange:
         """Send a part of the body. Waits while the client is slow to read."""
         self._finished = last
         self.writes += 1
-        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        await self._send_body({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def relay(self, message: Message) -> None:
         """Send a message of another reply."""

@@ -162,7 +162,8 @@ def model_folder(folder: Path) -> str:
 
 def ours(args: argparse.Namespace, folder: str, workers: int) -> dict[str, Any]:
     """All figures of our server with so many fronts."""
-    flags = f"--model {folder} --load-format stub --max-total-tokens {256 * CONTEXT} --http-workers {workers}"
+    flags = f"--model {folder} --load-format stub --max-total-tokens {args.streams * CONTEXT} --http-workers {workers}"
+    flags += f" --max-running-requests {args.streams + 8}"
     figures: dict[str, Any] = {}
     with launched(f"{flags} --stub-step-ms 0") as (url, pid, _):
         for api, path in ROUTES.items():
