@@ -69,11 +69,6 @@ def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk], row: int = 0) -
     return found
 
 
-def all_jump(rows: np.ndarray, slots: SlotTable) -> bool:
-    """Whether every decoding row may jump."""
-    return bool(len(rows)) and bool(slots.jumps[rows].all())
-
-
 def worth_waiting(rows: np.ndarray, slots: SlotTable, step_us: float) -> bool:
     """Whether the next window should be planned only when those in flight are reported: some rows may jump then.
 
