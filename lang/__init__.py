@@ -14,6 +14,7 @@ from .api import (
     gen_int,
     gen_string,
     image,
+    repeat,
     select,
     separate_reasoning,
     system,
@@ -22,7 +23,9 @@ from .api import (
     user,
     user_begin,
     user_end,
+    var,
     video,
+    when,
 )
 from .backend import flush_cache, get_server_info, set_default_backend
 from .choices import greedy_token_selection, token_length_normalized, unconditional_likelihood_normalized
@@ -63,6 +66,7 @@ __all__ = [
     "greedy_token_selection",
     "image",
     "register_chat_template",
+    "repeat",
     "select",
     "separate_reasoning",
     "set_default_backend",
@@ -74,7 +78,9 @@ __all__ = [
     "user",
     "user_begin",
     "user_end",
+    "var",
     "video",
+    "when",
 ]
 
 _HOMES = {

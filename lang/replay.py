@@ -4,8 +4,7 @@ Used by http/programs.py. Invariant: a replayed program appends, waits and fails
 the data itself is a RequestError before or where it is met, never anything else.
 """
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -16,8 +15,22 @@ from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
 from ..errors import ActorserveError, RequestError
 from .backend import Backend
+from .conditions import COMPARISONS
 from .engine_backend import EngineBackend
-from .expressions import Gen, Literal, flatten
+from .expressions import (
+    Gen,
+    Literal,
+    Repeat,
+    RoleBegin,
+    RoleEnd,
+    Select,
+    SeparateReasoning,
+    Var,
+    VarScopeBegin,
+    VarScopeEnd,
+    When,
+    flatten,
+)
 from .interpreter import Executor
 from .loop import Tasks
 from .model_template import model_template
@@ -39,20 +52,15 @@ from .remote import (
 )
 from .templates import ChatTemplate, chat_template_of
 from .variables import Slot
+from .work import Budget
 
+PLAIN: Final = (Literal, Select, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Var)
+"""Nodes that may be inside of others, as they are."""
 MOST_STATES: Final = 4096
 MOST_READ: Final = 1 << 24
 """Characters of variables that a program may read: it could double a text with each of its statements."""
-COMPARISONS: Final[dict[str, Callable[[Any, Any], Any]]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "contains": operator.contains,
-    "truth": lambda value, _: bool(value),
-}
+MOST_NODES: Final = 20_000
+"""That loops may run."""
 
 
 class ServedEngine(engine.Engine):
@@ -90,7 +98,7 @@ def _template_of(path: str, name: str) -> ChatTemplate:
 
 async def replay(request: ProgramRequest, backend: Backend) -> ProgramReply:
     """Run a program to its end. Errors of its parts are in the reply. Raises RequestError for wrong data."""
-    run = _Run(Executor(backend, request.defaults))
+    run = _Run(Executor(backend, request.defaults, budget=Budget(MOST_NODES, MOST_READ)))
     returned: list[Any] = []
     leaf, error = None, None
     try:
@@ -109,7 +117,7 @@ async def replay(request: ProgramRequest, backend: Backend) -> ProgramReply:
     return ProgramReply(
         root.context.text,
         root.context.messages,
-        {name: await _outcome(slot) for name, slot in root.slots.items()},
+        {name: found for name, slot in root.slots.items() if (found := await _outcome(slot)) is not None},
         leaf,
         returned,
         None if failed_state is None else failure_of(failed_state),
@@ -190,10 +198,10 @@ class _Run:
         match node:
             case Reference():
                 return flatten(await self.value(node))
-            case Gen(output_type=output_type) if output_type is not None:
-                raise _WrongProgramError("a Gen has an output_type: types are the client's")
             case Literal() if not node.text:
                 return ()
+            case _:
+                _check_node(node)
         return (node,)
 
     async def _holds(self, condition: Condition) -> bool:
@@ -207,8 +215,29 @@ class _Run:
         return self.states[number]
 
 
-async def _outcome(slot: Slot) -> Outcome:
+def _check_node(node: Any) -> None:
+    """Raises _WrongProgramError for what a server does not do, also inside of nodes."""
+    match node:
+        case Gen(output_type=None):
+            pass
+        case Gen():
+            raise _WrongProgramError("a Gen has an output_type: types are the client's")
+        case When(then=then, otherwise=otherwise):
+            for inner in (*then.items, *otherwise.items):
+                _check_node(inner)
+        case Repeat(bodies=bodies):
+            for body in bodies:
+                for inner in body.items:
+                    _check_node(inner)
+        case _ if not isinstance(node, PLAIN):
+            raise _WrongProgramError(f"{type(node).__name__} cannot be in a When or a Repeat")
+
+
+async def _outcome(slot: Slot) -> Outcome | None:
+    """None for a variable that was not made."""
     await slot.done.reached()
+    if slot.missing:
+        return None
     if slot.error is not None:
         return Outcome(error=failure_of(slot.error))
     return Outcome(slot.value, slot.meta)

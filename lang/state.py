@@ -79,7 +79,10 @@ class ProgramState:
         executor = self.stream_executor
         if name not in executor.slots:
             executor.idle.wait()
-        return name in executor.slots
+        slot = executor.slots.get(name)
+        if slot is not None and slot.optional:
+            slot.done.wait()
+        return slot is not None and not slot.missing
 
     def get_var(self, name: str) -> Any:
         """The variable's value. Raises KeyError if there is none, ProgramError if it could not be made."""

@@ -140,7 +140,7 @@ def test_the_introductions_programs_run(engine, monkeypatch):
             exec(block, names)
     finally:
         sgl.set_default_backend(None)
-    assert len(blocks) == 10 and names["trace"].reason is None
+    assert len(blocks) == 11 and names["trace"].reason is None
     assert names["piece"] and names["state"].local_reason is not None, "what the blocks left"
 
 
