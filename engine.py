@@ -187,6 +187,7 @@ class Engine:
         n: int = 1,
         cache_salt: str = "",
         priority: int = 0,
+        pin: int = 0,
         **overrides: Any,
     ) -> Output | list[Output]:
         """Continue a text or token ids, or each of a list of them, n times.
@@ -195,10 +196,10 @@ class Engine:
         dict or its JSON text) and `choice` (a list of texts), which each output then matches as a whole; beside a
         schema `json_whitespace` ("spaced", "compact", {"any": n} or {"indent": n}). Returns one
         Output for one prompt and n 1, otherwise a list, prompt by prompt with n each. Cancelling the call stops the
-        work.
+        work. `pin`: of Client.new_pin, for programs that come back to what this call leaves in the prefix cache.
         """
         prompts, is_batch = self._prompts(prompt)
-        stream = self._submit(prompts, params, overrides, n, cache_salt, priority)
+        stream = self._submit(prompts, params, overrides, n, cache_salt, priority, pin)
         return await collect(stream, is_batch or n > 1)
 
     def stream(
@@ -292,12 +293,13 @@ class Engine:
         n: int,
         cache_salt: str,
         priority: int,
+        pin: int = 0,
     ) -> Stream:
         if n < 1:
             raise RequestError("n must be at least 1", param="n")
         grammar = grammar_spec({name: overrides.pop(name, None) for name in GIVEN})
         checked = _sampling(params, overrides)
-        return self._client.submit_all([Submission(p, checked, n, grammar) for p in prompts], cache_salt, priority)
+        return self._client.submit_all([Submission(p, checked, n, grammar, pin) for p in prompts], cache_salt, priority)
 
 
 class _Guest(Actor):

@@ -70,6 +70,8 @@ class Submission:
     params: SamplingParams
     n: int = 1
     grammar: messages.GrammarSpec | None = None
+    pin: int = 0
+    """Of `Client.new_pin`: see messages.Generate."""
 
 
 @dataclass(slots=True, eq=False)
@@ -294,7 +296,17 @@ class Client:
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
             stream.requests.append(
                 messages.Generate(
-                    rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar, tenant=tenant, weight=weight
+                    rid,
+                    n,
+                    s.prompt,
+                    s.params,
+                    cache_salt,
+                    priority,
+                    arrival,
+                    s.grammar,
+                    tenant=tenant,
+                    weight=weight,
+                    pin=s.pin,
                 )
             )
         try:
@@ -346,6 +358,15 @@ class Client:
                 choice.aborted = True
                 with suppress(Gone):  # it is said again when there is a text actor
                     self._text.post(messages.Abort(choice.rid))
+
+    def new_pin(self) -> int:
+        """Return a number for Submission.pin; its owner calls `unpin` in the end."""
+        return self._take_rids(1) + 1  # never 0, which is none
+
+    def unpin(self, pins: Sequence[int]) -> None:
+        """Nobody comes back to what these hold."""
+        with suppress(Gone):  # with the text actor the pins are gone
+            self._text.post(messages.Unpin(memoryview(array("q", pins)).cast("B")))
 
     def fail_all(self, error: ActorserveError) -> None:
         """End every live request with an error: its engine is gone, or the front stops."""

@@ -150,6 +150,9 @@ class Generate(Message, frozen=True, tag=10):
     weight: float = 1.0
     resumed: list[Resumed] | None = None
     """Asked again after a text actor's death: the choices that have not ended. None: all n begin."""
+    pin: int = 0
+    """What the first choice leaves in the prefix cache stays there until the next request with this number has left
+    something, or Unpin; 0: nothing is pinned. Numbers are the front's own request ids."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -157,6 +160,13 @@ class Cancel(Message, frozen=True, tag=11):
 
     rid: int
     n: int
+
+
+class Unpin(Message, frozen=True, tag=16):
+    """A front, and text for it: nobody comes back to what these pins hold (Generate.pin). Nothing is owed."""
+
+    pins: memoryview
+    """int64"""
 
 
 class Tokenize(Message, frozen=True, tag=12):
@@ -221,6 +231,8 @@ class Submit(Message, frozen=True, tag=20):
     weight: float = 1.0
     generated: memoryview = NOTHING
     """int32, what a scheduler or text actor that died had seen of the output: it goes on behind."""
+    pin: int = 0
+    """See Generate."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -733,11 +745,13 @@ FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
 FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
 TextInbox: TypeAlias = (
-    SystemMessage | Generate | Cancel | Abort | FrontQuestion
+    SystemMessage | Generate | Cancel | Abort | Unpin | FrontQuestion
     | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
-SchedulerInbox: TypeAlias = SystemMessage | Submit | Abort | Order | Look | ExecutorReady | StepOut | GrammarNews
+SchedulerInbox: TypeAlias = (
+    SystemMessage | Submit | Abort | Unpin | Order | Look | ExecutorReady | StepOut | GrammarNews
+)
 ExecutorInbox: TypeAlias = SystemMessage | Plan
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage

@@ -112,6 +112,7 @@ class Prompts:
                 grammar=grammar,
                 tenant=request.tenant,
                 weight=request.weight,
+                pin=0 if i else request.pin,
             )
             for i in range(request.n)
         ]

@@ -78,6 +78,8 @@ class Request:
     """The same where the fsm actor follows the grammar: then it draws only when a mask has come."""
     scores: PromptScores | None = None
     """What it wants to know of its prompt's logprobs."""
+    pin: int = 0
+    """What it leaves in the prefix cache is held under this number (kvstore/pins.py); 0: it is not."""
     opening: bool | None = None
     """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     _ids: np.ndarray | None = None

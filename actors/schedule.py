@@ -116,6 +116,15 @@ class Schedule:
             self._end(request, keep=True)
         return request is not None
 
+    def unpin(self, pins: list[int]) -> None:
+        """Nobody comes back to what these hold, nor to what requests under these numbers will leave."""
+        gone = set(pins)
+        for request in self.requests.values():
+            if request.pin in gone:
+                request.pin = 0
+        for pin in gone:
+            self.tree.pins.release(pin)
+
     def abort_all(self) -> None:
         """End all requests, whose ids may come again: nothing that windows in flight bring is anybody's."""
         for rid in list(self.requests):
@@ -403,7 +412,9 @@ class Schedule:
             uncached = len(request.tokens) - match.length
             if self.chunk_tokens <= 0 and window.chunks and uncached > window.budget:
                 return True
-            if not self._fits(request, match, reserved):
+            while not (fits := self._fits(request, match, reserved)) and self._unpins():
+                match = self._match(request)
+            if not fits:
                 break
             self._seat(window, request, match)
             suspected = suspected or request.suspect
@@ -425,6 +436,11 @@ class Schedule:
             if shared > max(reach, other.confirmed):
                 reach = shared
         return reach > 0 and reach - self._matched(request) >= IN_BATCH_PREFIX
+
+    def _unpins(self) -> bool:
+        """Give up a pin, so that a request fits: while others run only of the half that pins have beyond their half."""
+        pins = self.tree.pins
+        return (self.slots.empty or 2 * pins.pages() > self.pool.num_pages) and pins.drop()
 
     def _fits(self, request: Request, match: Match, reserved: int) -> bool:
         """Whether its prompt fits now, and what everybody is expected to generate fits as well."""
@@ -500,6 +516,8 @@ class Schedule:
     def _make_room(self, rows: np.ndarray) -> np.ndarray:
         """Retract requests until every decoding row can have its next page; return the rows that are left."""
         while self._pages_needed(rows, 1) > self._obtainable():
+            if self.tree.pins.drop():
+                continue
             self.retract(self._retraction_victim())
             rows = self.slots.decoding_rows()
         return rows
@@ -554,10 +572,12 @@ class Schedule:
         request.node = done.node
         self.tree_state += 1
 
-    def _keep_pages(self, request: Request) -> None:
-        """Give what is computed to the tree, free the rest, drop the lock."""
+    def _keep_pages(self, request: Request, pin: int = 0) -> None:
+        """Give what is computed to the tree, free the rest, drop the lock; `pin` gets one of its own."""
         if request.computed and self.tree.enabled:
             self._insert(request, request.ids()[: request.computed])
+            if pin and request.node is not None:
+                self.tree.pins.hold(pin, request.node)
         self._drop_pages(request)
 
     def _drop_pages(self, request: Request) -> None:
@@ -581,7 +601,7 @@ class Schedule:
             del self.waiting[request.rid]
         else:
             if keep:
-                self._keep_pages(request)
+                self._keep_pages(request, request.pin)
             else:
                 self._drop_pages(request)
             self._leave_slot(request)

@@ -58,6 +58,7 @@ from .messages import (
     Tokens,
     Translated,
     Unmatch,
+    Unpin,
 )
 from .prompt_scores import prompt_scores
 from .ref import Gone
@@ -169,6 +170,8 @@ class Scheduler(Actor):
                 self._submit(message)
             case Abort():
                 self._abort(message.rid)
+            case Unpin():
+                self._unpin(message)
             case Compiled() | Translated():
                 for request in self.grammars.compiled(message):
                     self._add(request)
@@ -230,6 +233,7 @@ class Scheduler(Actor):
             scores=prompt_scores(m.params, prompt_length),
             tenant=m.tenant,
             weight=m.weight,
+            pin=m.pin,
         )
         if m.grammar is None:
             self._add(request)
@@ -287,6 +291,10 @@ class Scheduler(Actor):
             known = len(self.early) < before
         if known:
             self._to_text(Ended(rid, 0, "aborted", "aborted"))
+
+    def _unpin(self, m: Unpin) -> None:
+        if self.schedule is not None:
+            self.schedule.unpin(m.pins.cast("q").tolist())
 
     def _order(self, m: Order) -> None:
         """Carry out an order of a front."""
@@ -356,6 +364,7 @@ class Scheduler(Actor):
                 self._to_fsm(Discard(handle))
             if self.schedule is not None:
                 self.schedule.abort_all()
+                self.schedule.tree.pins.clear()
 
     # ------------------------------------------------------------------ results
 

@@ -9,6 +9,7 @@ unless the front cancelled it or died; and after its final message an id is unkn
 import math
 import os
 import time
+from array import array
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
@@ -53,6 +54,7 @@ from .messages import (
     Tokenized,
     TokenLogprob,
     Tokens,
+    Unpin,
 )
 from .output import Output
 from .prompts import Encoded, Prompts
@@ -92,6 +94,8 @@ class Text(Actor):
         self.stats = NO_STATS
         """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
+        self.pins: dict[str, set[int]] = {}
+        """Of each front, what a scheduler may hold for it."""
         self._changed: dict[str, dict[int, Output]] = {}
         """By front: outputs with something new."""
         self._detokenizers: Detokenizers | None = None
@@ -123,6 +127,8 @@ class Text(Actor):
                 self._generate(message, source)
             case Cancel():
                 self._cancel(message, source)
+            case Unpin():
+                self._unpin(message, source)
             case Started():
                 if (output := self.outputs.get(message.rid)) is not None:
                     output.cached_tokens = message.cached_tokens
@@ -202,6 +208,8 @@ class Text(Actor):
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
+        if m.pin:
+            self.pins.setdefault(front, set()).add(m.pin)
         resumed = None if m.resumed is None else {one.rid: one for one in m.resumed}
         for submit in submits:
             if resumed is None or submit.rid in resumed:
@@ -231,6 +239,11 @@ class Text(Actor):
             self._changed.get(front, {}).pop(rid, None)
             if self._forget(rid) is not None:
                 self._to_scheduler(Abort(rid))
+
+    def _unpin(self, m: Unpin, front: str) -> None:
+        pins = memoryview(bytes(m.pins))  # the message lies in the ring
+        self.pins.get(front, set()).difference_update(pins.cast("q"))
+        self._to_scheduler(Unpin(pins))
 
     def _abort(self, m: Abort) -> None:
         """A front's wish; an output that has ended or is not tokenized yet is not known."""
@@ -415,6 +428,8 @@ class Text(Actor):
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)
             self._to_scheduler(Abort(output.rid))
+        if pins := self.pins.pop(name, None):
+            self._to_scheduler(Unpin(memoryview(array("q", pins)).cast("B")))
 
     def _forget(self, rid: int) -> Output | None:
         output = self.outputs.pop(rid, None)
@@ -431,12 +446,14 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | Order | Look) -> None:
+    def _to_scheduler(self, message: Abort | Submit | Unpin | Order | Look) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
         if self.scheduler_up:
             self._post(SCHEDULER, message)
 
-    def _post(self, name: str, message: Abort | Submit | Chunks | Refused | Stats | Order | Look | FrontAnswer) -> None:
+    def _post(
+        self, name: str, message: Abort | Submit | Unpin | Chunks | Refused | Stats | Order | Look | FrontAnswer
+    ) -> None:
         """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:
             self.context.ref(name).post(message)

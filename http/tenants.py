@@ -116,6 +116,14 @@ class TenantClient:
         """As Client.abort, but for others' requests, which only an admin's key can abort."""
         self._client.abort(name, None if self._tenant.admin else self._tenant.streams)
 
+    def new_pin(self) -> int:
+        """As Client.new_pin."""
+        return self._client.new_pin()
+
+    def unpin(self, pins: Sequence[int]) -> None:
+        """As Client.unpin."""
+        self._client.unpin(pins)
+
     def close(self) -> tuple[int, int]:
         """The request has ended: settle what it used. Returns (prompt tokens, generated tokens)."""
         self._settle(self._streams)

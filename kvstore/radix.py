@@ -19,6 +19,7 @@ import numpy as np
 from .eviction import LRU, EvictionPolicy
 from .nodes import GONE, TOKEN_BYTES, Inserted, Match, Node, NodeView, Statistics
 from .pages import Float32Array, Int32Array, PagePool
+from .pins import Pins
 
 __all__ = ["Inserted", "Match", "Node", "NodeView", "RadixTree", "Statistics"]
 
@@ -53,6 +54,7 @@ class RadixTree:
         self.enabled = enabled
         self.num_pages = 0  # owned by the tree
         self.num_evictable = 0  # of these, in unlocked nodes
+        self.pins = Pins(self)
         self._pool = pool
         self._policy: EvictionPolicy = LRU() if policy is None else policy
         self._page_bytes = page_size * TOKEN_BYTES
@@ -193,7 +195,8 @@ class RadixTree:
         return num_pages - missing
 
     def clear(self) -> None:
-        """Frees every page. Raises ValueError, and frees none, while a node is locked."""
+        """Frees every page, pinned ones too. Raises ValueError, and frees none, while a node is locked otherwise."""
+        self.pins.clear()
         if self.num_evictable != self.num_pages:
             raise ValueError(f"{self.num_pages - self.num_evictable} pages are locked by running requests")
         self.evict(self.num_pages)

@@ -81,6 +81,9 @@ class Backend:
     async def commit(self, context: Context) -> None:
         """Compute the context's text into the prefix cache; without effect where there is none to talk to."""
 
+    def leave(self, context: Context) -> None:
+        """A branch has been joined: nobody is expected to go on with its text."""
+
     async def cache_prefix(self, text: str) -> None:
         """The same for a text."""
 

@@ -50,7 +50,7 @@ class EngineBackend(Backend):
         self.most_calls = max(1, running.config.max_queued_requests // 2)
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
-        outputs = await self._outputs(context.text, n=sampling.n or 1, **_request(sampling))
+        outputs = await self._outputs(context.text, self._pin(context), n=sampling.n or 1, **_request(sampling))
         first = outputs[0]
         return Reply([o.text for o in outputs], meta_info(first, first.logprobs, sampling, first.prompt_logprobs))
 
@@ -68,7 +68,7 @@ class EngineBackend(Backend):
     ) -> ChoicesDecision:
         if temperature > 1e-5:
             raise RequestError("select chooses by probability: its temperature must be 0", param="temperature")
-        (prompt,) = await self._outputs(context.text, max_new_tokens=0)
+        (prompt,) = await self._outputs(context.text, self._pin(context), max_new_tokens=0)
         given = (context.text, prompt.prompt_tokens)
         scores = await _gathered([partial(self._score, *given, choice) for choice in choices])
         unconditional = None
@@ -77,7 +77,7 @@ class EngineBackend(Backend):
         return method.decide(choices, scores, unconditional)
 
     async def commit(self, context: Context) -> None:
-        await self.cache_prefix(context.text)
+        await self._outputs(context.text, self._pin(context), max_new_tokens=0)
 
     async def cache_prefix(self, text: str) -> None:
         if text:
@@ -87,8 +87,14 @@ class EngineBackend(Backend):
         info: dict[str, Any] = msgspec.to_builtins(self._engine.model)
         return info | {"settings": msgspec.to_builtins(self._engine.config)}
 
-    async def _outputs(self, prompt: engine.PromptLike, **options: Any) -> list[Output]:
+    def _pin(self, context: Context) -> int:
+        """Under which number the engine keeps the context's text until the next call; 0: as it likes."""
+        return context.pin
+
+    async def _outputs(self, prompt: engine.PromptLike, pin: int = 0, **options: Any) -> list[Output]:
         """Continue one prompt. An engine that is full is waited for: its load is this program's own."""
+        if pin:
+            options["pin"] = pin
         while True:
             try:
                 return await self._engine.generate([prompt], **options)

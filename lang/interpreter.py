@@ -434,6 +434,7 @@ class Executor:
     async def _gather(self, gather: Gather) -> None:
         for branch in gather.branches:
             await branch.idle.reached()
+            self.backend.leave(branch.context)
         if gather.mode == "concate_and_append":
             for branch in gather.branches:
                 if branch.error is not None:

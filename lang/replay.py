@@ -16,6 +16,7 @@ from ..config import EngineConfig, ModelInfo
 from ..errors import ActorserveError, RequestError
 from .backend import Backend
 from .conditions import COMPARISONS
+from .context import Context
 from .engine_backend import EngineBackend
 from .expressions import (
     Gen,
@@ -72,9 +73,12 @@ class ServedEngine(engine.Engine):
         self._model = model
 
     @property
-    def _client(self) -> Client:
+    def client(self) -> Client:
+        """The front's, or what stands for it (http/tenants.py)."""
         client: Client = self._served
         return client
+
+    _client = client
 
     @property
     def model(self) -> ModelInfo:
@@ -82,13 +86,43 @@ class ServedEngine(engine.Engine):
 
 
 class ServedBackend(EngineBackend):
-    """The engine of a front, for one program: its tasks are of the front's loop, and end with `loop.cancel()`."""
+    """The engine of a front, for one program: its tasks are of the front's loop, and end with `close`.
+
+    The engine knows what the program will come back to: what a state's call leaves in the prefix cache is pinned until
+    its next one, the text before a fork until all of its branches have been joined.
+    """
 
     def __init__(self, running: ServedEngine, template: ChatTemplate | None) -> None:
         Backend.__init__(self, running.model.name, template or _template_of(running.model.path, running.model.name))
         self.loop = Tasks()
         self._engine = running
+        self._pins: set[int] = set()
         self.most_calls = max(1, running.config.max_queued_requests // 2)
+
+    def leave(self, context: Context) -> None:
+        if context.pin:
+            self._pins.discard(context.pin)
+            self._client.unpin([context.pin])
+            context.pin = 0
+
+    async def close(self) -> None:
+        """End the program's tasks, and keep nothing for it any more."""
+        await self.loop.end()
+        if self._pins:
+            self._client.unpin(sorted(self._pins))
+            self._pins.clear()
+
+    def _pin(self, context: Context) -> int:
+        if not context.pin:
+            context.pin = self._client.new_pin()
+            self._pins.add(context.pin)
+        return context.pin
+
+    @property
+    def _client(self) -> Client:
+        served = self._engine
+        assert isinstance(served, ServedEngine)
+        return served.client
 
 
 @cache

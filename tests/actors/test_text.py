@@ -47,6 +47,7 @@ from actorserve.actors.messages import (
     Tokenize,
     TokenPrompt,
     Tokens,
+    Unpin,
 )
 from actorserve.actors.output import MOST_ENTRIES
 from actorserve.actors.prompts import INLINE_CHARS, derived_seed
@@ -644,6 +645,23 @@ def test_a_front_dies(world: World, tokenizer: Tokenizer) -> None:
     assert list(world.text.outputs) == [3]
     world.row((1, 5), (3, tokenizer.encode("a")[0]))
     assert [c.rid for c in world.chunks("front.1")] == [3]
+
+
+def test_pins_are_passed_on_and_go_with_their_front(world: World) -> None:
+    for rid, front in ((1, "front.0"), (3, "front.1")):
+        asked = Generate(rid, 2, TextPrompt("Hello"), SamplingParams(), pin=rid + 10)
+        world.fronts[front].ref("text").post(asked)
+    world.settle()
+    assert [(m.rid, m.pin) for m in world.scheduler()] == [(1, 11), (2, 0), (3, 13), (4, 0)], "the first choice's"
+    world.fronts["front.1"].ref("text").post(Unpin(view("q", [13, 99])))
+    world.settle()
+    assert [bytes(m.pins) for m in world.scheduler()] == [bytes(view("q", [13, 99]))]
+    for front in ("front.0", "front.1"):
+        disconnect(world.context, world.fronts[front])
+        world.context.inbox.put_system(PeerDown(front, 1, "killed"))
+    world.settle()
+    unpinned = [m for m in world.scheduler() if isinstance(m, Unpin)]
+    assert [bytes(m.pins) for m in unpinned] == [bytes(view("q", [11]))]
 
 
 def test_a_front_that_lags_gets_joined_chunks(

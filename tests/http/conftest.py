@@ -45,6 +45,7 @@ from actorserve.actors.messages import (
     Tokenized,
     TokenLogprob,
     TokenPrompt,
+    Unpin,
 )
 from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.http.front import HttpFront
@@ -128,7 +129,9 @@ class FakeText(Actor):
             asyncio.get_running_loop().call_soon(self._say, self.script(message))
         if isinstance(message, Tokenize | Detokenize | Order | Look) and not (self.mute and isinstance(message, Look)):
             asyncio.get_running_loop().call_soon(self.say, self.answer(message))
-        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look):
+        if isinstance(message, Unpin):
+            message = replace(message, pins=memoryview(bytes(message.pins)).cast("q"))
+        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look | Unpin):
             self.got.append(message)
             self.arrived.set()
 
