@@ -104,6 +104,23 @@ def planned(request: Request, slots: SlotTable, room: int) -> tuple[list[int], i
     return ([last, *forced], after) if forced else None
 
 
+def closing(request: Request, slots: SlotTable) -> tuple[list[int], int] | None:
+    """(the tokens that are left, the one that ends the output) if the grammar leaves nothing else.
+
+    Then no forward is needed: what comes behind the output is another request's prompt, which computes these tokens
+    with its own. What windows in flight draw for it is the same, and nobody's. Not with logprobs: forwards tell those.
+    """
+    constraint, params = request.constraint, request.params
+    if constraint is None or params.logprobs is not None or not slots.jumps[request.slot]:
+        return None
+    left = request.limit - len(request.tokens) - 1
+    forced, state = constraint.run(constraint.state, left, params.stop_token_ids)
+    end = constraint.grammar.ending(state)
+    if end < 0 or request.generated + len(forced) < params.min_new_tokens:
+        return None
+    return forced, end
+
+
 def most_steps(k: int, rows: np.ndarray, slots: SlotTable, step_us: float, adaptive: bool) -> int:
     """k, or less of it where rows may jump."""
     if not slots.jumps[rows].any():

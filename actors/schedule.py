@@ -26,7 +26,7 @@ from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
 from .request import Request, Stage, common_prefix
 from .slot_table import SlotTable
-from .window import Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
+from .window import Closed, Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
 
 IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
@@ -80,6 +80,8 @@ class Schedule:
         """Tokens of prompts whose logprobs came with the last report."""
         self.complete: list[int] = []
         """Rows of the last report with whose token the output matches its grammar."""
+        self.closed: list[Closed] = []
+        """Requests that ended without a draw and nobody was told of yet; who tells empties it."""
         self.since = 0
         """The first window that can be of the present requests; those before were of others, maybe of the same ids."""
         self._last_k = 1
@@ -221,12 +223,31 @@ class Schedule:
             if request is not None:
                 self._end(request, keep=finish[ended] != Finish.POISON)
         complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
+        for rid in rids:
+            request = requests.get(rid)
+            if request is not None and request.constraint is not None:
+                self._close(request)
         self.counters.generated_tokens += len(rids)
         self.counters.steps += 1
         self.ratio.decay()
         if step == current.k - 1:
             self.in_flight.popleft()
         return complete
+
+    def _close(self, request: Request) -> bool:
+        """End it without a draw if its grammar leaves nothing but the end; whether it has ended."""
+        found = jumps.closing(request, self.slots) if request.stage is Stage.DECODE else None
+        if found is None:
+            return False
+        forced, end = found
+        self._end(request, keep=True)
+        for token in (*forced, end):
+            request.append(token)
+        self.closed.append(Closed(request, forced, end))
+        self.counters.jumps += bool(forced)
+        self.counters.forced_tokens += len(forced)
+        self.counters.generated_tokens += len(forced) + 1
+        return True
 
     def _land(self, landed: list[Landed]) -> None:
         self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]

@@ -66,7 +66,7 @@ from .request import Request
 from .schedule import Schedule
 from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
 from .view import seen
-from .window import Landed, Window
+from .window import Closed, Landed, Window
 
 STATS_SECONDS: Final = 0.25
 FSM: Final = "fsm"
@@ -385,10 +385,20 @@ class Scheduler(Actor):
             self._to_text(forced_tokens_of(schedule.landed, m.scores))
         if rids and m.window >= schedule.since:
             self._to_text(tokens_of(m, schedule.complete))
+        for closed in schedule.closed:
+            self._tell_closed(closed)
+        schedule.closed.clear()
         for request in complete:
             self._complete_without_token(request)
         if rids and not has_chunks:
             schedule.step_took(m.step_ns / 1000)
+
+    def _tell_closed(self, closed: Closed) -> None:
+        if closed.forced:
+            self._to_text(forced_tokens_of([Landed(closed.request, closed.forced)], None))
+        rid = memoryview(array("q", [closed.request.rid]).tobytes())
+        finish = memoryview(bytes([Finish.STOP]))
+        self._to_text(Tokens(rid, int32([closed.end]), finish, NOTHING, 0, NOTHING, NOTHING, complete=int32([0])))
 
     def _complete_without_token(self, request: Request) -> None:
         """max_new_tokens 0: the final row has the token id -1."""

@@ -60,6 +60,16 @@ class Landed:
 
 
 @dataclass(slots=True)
+class Closed:
+    """A request that ended without a draw, since its grammar left nothing but the end (jumps.py)."""
+
+    request: Request
+    forced: list[int]
+    """The tokens before the end, whose KV nobody needs."""
+    end: int
+
+
+@dataclass(slots=True)
 class Scored:
     """Tokens of a prompt whose logprobs came with the last report."""
 
