@@ -327,7 +327,7 @@ class _Guest(Actor):
 def _sampling(params: SamplingParams | None, overrides: dict[str, Any]) -> SamplingParams:
     """Return `params` with `overrides`; raises RequestError for a name or type that is wrong."""
     fields = msgspec.structs.asdict(params or SamplingParams()) | overrides
-    for name, wrap in (("stop", str), ("stop_token_ids", int)):
+    for name, wrap in (("stop", str), ("stop_regex", str), ("stop_token_ids", int)):
         if isinstance(fields.get(name), wrap):
             fields[name] = (fields[name],)
     try:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
+from ..models.stop_regex import PatternMatcher
 from ..sampler.params import SamplingParams
 from .messages import Chunk, Finish, Resumed, Submit, TokenLogprob
 
@@ -89,7 +90,7 @@ class Output:
         self.matched: int | str | None = None
         self._submit = submit
         self._detokenizer = detokenizer
-        self._stop = StopMatcher(params.stop, trim=not params.no_stop_trim) if params.stop else None
+        self._stop = _stop_matcher(params)
         self._keep_stop = params.no_stop_trim
         self._new_text = ""
         self._new_ids: list[int] = []
@@ -265,3 +266,10 @@ class Output:
         everything = self._detokenizer is None or (self.finish is not None and not cut)
         while self._logprobs and (everything or self._logprobs[0][0] < self._shown):
             self._new_logprobs.append(self._logprobs.popleft()[1])
+
+
+def _stop_matcher(params: SamplingParams) -> StopMatcher | PatternMatcher | None:
+    trim = not params.no_stop_trim
+    if params.stop_regex:
+        return PatternMatcher(params.stop, params.stop_regex, trim)
+    return StopMatcher(params.stop, trim) if params.stop else None

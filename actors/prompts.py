@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
 from ..models.reasoning_parser import opens_reasoning
+from ..models.stop_regex import automaton_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
@@ -89,8 +90,11 @@ class Prompts:
         """
         params = request.params
         params.check(self._vocab_size)
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; this server runs without one", param="stop")
+        if (params.stop or params.stop_regex) and self._tokenizer is None:
+            param = "stop" if params.stop else "stop_regex"
+            raise RequestError("stop strings need a tokenizer; this server runs without one", param=param)
+        for pattern in params.stop_regex:
+            automaton_of(pattern)
         ids, grammar = prompt.ids, request.grammar
         if prompt.thinking and grammar is not None and grammar.thoughts is not None:
             opened = msgspec.structs.replace(grammar.thoughts, opened=True)
@@ -183,4 +187,6 @@ def choice_seed(seed: int, choice: int) -> int:
 def _resolved(params: SamplingParams, max_new_tokens: int, seed: int) -> SamplingParams:
     """For the scheduler: stop strings stay with the text actor."""
     least = min(params.min_new_tokens, max_new_tokens)
-    return msgspec.structs.replace(params, max_new_tokens=max_new_tokens, min_new_tokens=least, seed=seed, stop=())
+    return msgspec.structs.replace(
+        params, max_new_tokens=max_new_tokens, min_new_tokens=least, seed=seed, stop=(), stop_regex=()
+    )

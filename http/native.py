@@ -240,6 +240,7 @@ def _sampling(wire: NativeSampling, logprobs: dict[str, Any]) -> SamplingParams:
     for name in ("n", *GRAMMAR_FIELDS, *GRAMMAR_UNSUPPORTED):
         del fields[name]
     fields["stop"] = (wire.stop,) if isinstance(wire.stop, str) else wire.stop or ()
+    fields["stop_regex"] = (wire.stop_regex,) if isinstance(wire.stop_regex, str) else wire.stop_regex or ()
     fields["stop_token_ids"] = wire.stop_token_ids or ()
     fields["logit_bias"] = wire.logit_bias or {}
     return SamplingParams(**(fields | logprobs))

@@ -178,11 +178,12 @@ def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | No
         value = getattr(request, name)
         if value is not None:
             given[name] = value
-    stop = request.stop
+    stop, patterns = request.stop, request.stop_regex
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_new_tokens=request.min_tokens or 0,
         stop=(stop,) if isinstance(stop, str) else stop or (),
+        stop_regex=(patterns,) if isinstance(patterns, str) else patterns or (),
         seed=request.seed,
         logprobs=logprobs,
         **given,

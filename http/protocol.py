@@ -62,6 +62,7 @@ class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     presence_penalty: Penalty = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
     stop: StopString | StopStrings | None = None
+    stop_regex: StopString | StopStrings | None = None
     stop_token_ids: StopIds | None = None
     ignore_eos: bool = False
     no_stop_trim: bool = False
@@ -195,6 +196,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Tokens | None = None
+    stop_regex: StopString | StopStrings | None = None
     stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = None
     no_stop_trim: bool | None = None

@@ -28,7 +28,7 @@ from .templates import chat_template_of, get_chat_template
 T = TypeVar("T")
 SAME_NAME: Final = (
     "max_new_tokens min_new_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty"
-    " stop stop_token_ids ignore_eos seed logit_bias regex json_schema ebnf".split()
+    " stop stop_regex stop_token_ids ignore_eos seed logit_bias regex json_schema ebnf".split()
 )
 """Parameters that the engine has under the same names."""
 FULL_SECONDS: Final = 0.02
@@ -198,9 +198,7 @@ def meta_info(
 
 
 def _request(sampling: Sampling) -> dict[str, Any]:
-    """The engine's parameters. Raises RequestError for what it does not have."""
-    if sampling.stop_regex is not None:
-        raise RequestError("the engine has no stop_regex yet", param="stop_regex", code="unsupported_value")
+    """The engine's parameters."""
     given = {name: value for name in SAME_NAME if (value := getattr(sampling, name)) is not None}
     if sampling.return_logprob:
         given["logprobs"] = sampling.top_logprobs_num or 0

@@ -28,8 +28,8 @@ CHECKS: Final = 3
 """Calls for a text that must match a regular expression on a server that cannot be told to."""
 NOT_OPENAI: Final = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "min_new_tokens": 0}
 """Parameters that OpenAI does not have, and their values without effect."""
-NEVER: Final = ("stop_regex", "stop_token_ids", "priority")
-LANGUAGES: Final = ("regex", "ebnf")
+NEVER: Final = ("stop_token_ids", "priority")
+BEYOND: Final = ("regex", "ebnf", "stop_regex")
 """Parameters that servers with `continues` take beyond OpenAI's."""
 
 
@@ -201,10 +201,11 @@ class OpenAI(Backend):
             if not self._continues:
                 raise self._cannot(f"take {name}")
             body["min_tokens" if name == "min_new_tokens" else name] = value
-        if sampling.ebnf is not None and not self._continues:
-            raise self._cannot("take ebnf (a server that does is told by continues=True)")
+        for name in ("ebnf", "stop_regex"):
+            if getattr(sampling, name) and not self._continues:
+                raise self._cannot(f"take {name} (a server that does is told by continues=True)")
         if self._continues:
-            body |= {name: getattr(sampling, name) for name in LANGUAGES}
+            body |= {name: getattr(sampling, name) or None for name in BEYOND}
         if sampling.tools is not None:
             tools = msgspec.json.decode(sampling.tools)
             body |= {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}

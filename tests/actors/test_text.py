@@ -227,6 +227,8 @@ def test_a_conversation_is_rendered(world: World, tokenizer: Tokenizer) -> None:
         (b'{"messages": [{"role": "user", "content": 3}]}', {}, "messages", "invalid_value"),
         ("ok", {"temperature": -1.0}, "temperature", "invalid_value"),
         ("ok", {"stop_token_ids": (VOCAB,)}, "stop_token_ids", "invalid_value"),
+        ("ok", {"stop_regex": ("(",)}, "stop_regex", "invalid_value"),
+        ("ok", {"stop_regex": ("a*",)}, "stop_regex", "invalid_value"),
     ],
 )
 def test_bad_requests_are_refused(world: World, prompt: Any, params: dict[str, Any], param: str, code: str) -> None:
@@ -350,6 +352,17 @@ def test_stop_strings_over_tokens(world: World, tokenizer: Tokenizer, keep: bool
     world.sched.ref("text").post(Ended(1, 0, "aborted", "aborted"))
     world.settle()
     assert world.front() == []  # exactly one final message
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pattern_ends_an_output(world: World, tokenizer: Tokenizer, keep: bool) -> None:
+    world.ask(1, stop=("nothing",), stop_regex=("[A-Z]{2}[0-9]+;", "b+"), no_stop_trim=keep)
+    (submit,) = world.scheduler()
+    assert submit.params.stop_regex == (), "not the scheduler's affair"
+    chunks = world.say(1, tokenizer.encode("a XY12; c"))
+    assert whole(chunks) == ("a XY12;" if keep else "a ")
+    assert (chunks[-1].finish, chunks[-1].matched) == ("stop", "[A-Z]{2}[0-9]+;")
+    assert world.scheduler() == [Abort(1)] and not world.text.outputs
 
 
 def test_a_stop_string_and_the_end_in_one_row(world: World, tokenizer: Tokenizer) -> None:

@@ -251,7 +251,9 @@ def test_what_the_api_does_not_have_is_refused(api):
     for name, value in (("top_k", 5), ("stop_token_ids", [3]), ("stop_regex", "a"), ("ignore_eos", True)):
         with pytest.raises(sgl.ProgramError, match=f"cannot take {name}"):
             ask.run(backend=openai(api), **{name: value})["a"]
-    assert ask.run(backend=openai(api, continues=True), top_k=5)["a"] and api.bodies[-1]["top_k"] == 5
+    beyond = {"top_k": 5, "stop_regex": "b+"}
+    assert ask.run(backend=openai(api, continues=True), **beyond)["a"] and api.bodies[-1]["top_k"] == 5
+    assert api.bodies[-1]["stop_regex"] == ["b+"]
 
 
 def test_grammars_of_our_own_kind(api):

@@ -53,19 +53,12 @@ def test_a_full_engine_is_waited_for():
 def test_parameters_reach_the_engine_by_its_names():
     engine = FakeEngine()
     asked = {"dtype": int, "return_logprob": True, "top_logprobs_num": 3, "logprob_start_len": 2}
-    assert answer(engine, n=2, max_tokens=5, **asked) == ["four", "four"]
+    assert answer(engine, n=2, max_tokens=5, stop_regex="a+", **asked) == ["four", "four"]
     prompt, options = engine.asked[0]
     expected = {"n": 2, "max_new_tokens": 5, "temperature": 1.0, "logprobs": 3, "priority": 0}
-    expected |= {"logprob_start_len": 2}
+    expected |= {"logprob_start_len": 2, "stop_regex": ("a+",)}
     assert prompt == ["2+2="] and expected.items() <= options.items() and options["regex"].startswith("[-+]?")
     assert not {"dtype", "return_logprob", "json_schema"} & set(options)
-
-
-def test_what_the_engine_does_not_have_is_refused():
-    engine = FakeEngine()
-    with pytest.raises(sgl.ProgramError, match="stop_regex"):
-        answer(engine, stop_regex="a+")
-    assert engine.asked == []
 
 
 class TokenEngine(FakeEngine):
