@@ -27,7 +27,7 @@ from .api import (
     video,
     when,
 )
-from .backend import flush_cache, get_server_info, set_default_backend
+from .backend import aflush_cache, aget_server_info, flush_cache, get_server_info, set_default_backend
 from .choices import greedy_token_selection, token_length_normalized, unconditional_likelihood_normalized
 from .program import SglFunction, function
 from .state import ProgramState, ProgramStateGroup
@@ -54,6 +54,8 @@ __all__ = [
     "RuntimeEndpoint",
     "SglFunction",
     "ToolCall",
+    "aflush_cache",
+    "aget_server_info",
     "assistant",
     "assistant_begin",
     "assistant_end",

@@ -28,8 +28,7 @@ CHECKS: Final = 3
 """Calls for a text that must match a regular expression on a server that cannot be told to."""
 NOT_OPENAI: Final = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "min_new_tokens": 0}
 """Parameters that OpenAI does not have, and their values without effect."""
-NEVER: Final = ("stop_token_ids", "priority")
-BEYOND: Final = ("regex", "ebnf", "stop_regex")
+BEYOND: Final = ("regex", "ebnf", "stop_regex", "stop_token_ids", "priority")
 """Parameters that servers with `continues` take beyond OpenAI's."""
 
 
@@ -179,9 +178,6 @@ class OpenAI(Backend):
         return "/chat/completions" + self._query, body | {"messages": messages}
 
     def _parameters(self, sampling: Sampling) -> dict[str, Any]:
-        for name in NEVER:
-            if getattr(sampling, name):
-                raise self._cannot(f"take {name}")
         body: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -201,7 +197,7 @@ class OpenAI(Backend):
             if not self._continues:
                 raise self._cannot(f"take {name}")
             body["min_tokens" if name == "min_new_tokens" else name] = value
-        for name in ("ebnf", "stop_regex"):
+        for name in BEYOND[1:]:
             if getattr(sampling, name) and not self._continues:
                 raise self._cannot(f"take {name} (a server that does is told by continues=True)")
         if self._continues:

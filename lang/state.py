@@ -251,6 +251,12 @@ class ProgramStateGroup:
         """
         self.src_state.stream_executor.join([state.stream_executor for state in self.states], mode)
 
+    def __await__(self) -> Generator[Any, None, "ProgramStateGroup"]:
+        """`await forks`: until all that was appended to the branches is done, or has failed."""
+        for state in self.states:
+            yield from state.__await__()
+        return self
+
     def __getitem__(self, index: int) -> ProgramState:
         return self.states[index]
 

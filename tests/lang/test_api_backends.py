@@ -251,9 +251,10 @@ def test_what_the_api_does_not_have_is_refused(api):
     for name, value in (("top_k", 5), ("stop_token_ids", [3]), ("stop_regex", "a"), ("ignore_eos", True)):
         with pytest.raises(sgl.ProgramError, match=f"cannot take {name}"):
             ask.run(backend=openai(api), **{name: value})["a"]
-    beyond = {"top_k": 5, "stop_regex": "b+"}
+    beyond = {"top_k": 5, "stop_regex": "b+", "stop_token_ids": [3], "priority": 2}
     assert ask.run(backend=openai(api, continues=True), **beyond)["a"] and api.bodies[-1]["top_k"] == 5
-    assert api.bodies[-1]["stop_regex"] == ["b+"]
+    sent = [api.bodies[-1][name] for name in ("stop_regex", "stop_token_ids", "priority")]
+    assert sent == [["b+"], [3], 2] and "ebnf" not in api.bodies[-1]
 
 
 def test_grammars_of_our_own_kind(api):
