@@ -174,6 +174,20 @@ def test_forwards_of_the_papers_pattern(engine: Any, smollm: str) -> None:
         before = after
 
 
+def test_a_programs_text_behind_a_constrained_output_needs_no_forward_of_its_own(engine: Any) -> None:
+    """Forced tokens at an output's end, the program's text, and what is forced at the next one's start: one prefill."""
+    before = settled(engine)
+    begin = "A wizard:"
+    first = engine.generate(begin, temperature=0, regex=r" (Harry|Hermione|Ron) \(a wizard who is ")
+    text = begin + first.text + "said to be "
+    second = engine.generate(text, temperature=0, regex=r"about [0-9]{2} years old\)")
+    after = settled(engine)
+    assert (first.finish_reason, second.finish_reason, first.valid, second.valid) == ("stop", "stop", True, True)
+    drawn = [len(output.ids) - output.forced_tokens - 1 for output in (first, second)]  # the end is not drawn
+    assert after.steps - before.steps == sum(drawn) and first.forced_tokens > 4 < second.forced_tokens
+    assert after.jumps - before.jumps == 3, "two ends, and one start"
+
+
 def settled(engine: Any) -> Any:
     """The scheduler's counters, once they have come: a few times a second."""
     while True:
