@@ -194,6 +194,8 @@ def separate_reasoning(expr: Any = None, model_type: str | None = None) -> Seque
     if model_type is None:
         raise RequestError("separate_reasoning needs model_type, such as 'deepseek-r1'", param="model_type")
     inner = _optional(expr)
+    if any(isinstance(node, When | Repeat) for node in inner.items):
+        raise RequestError("separate_reasoning goes inside of sgl.when and sgl.repeat, around what they append")
     names = tuple(node.name for node in inner.items if isinstance(node, Gen) and node.name is not None)
     return sequence((inner, SeparateReasoning(names, model_type)))
 

@@ -1,20 +1,25 @@
 """`when`, `repeat` and `var`: what they mean on a client, and that a server makes the same of them as data."""
 
 import itertools
+import zlib
 from dataclasses import dataclass
 
 import msgspec
 import pydantic
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from program_server import ProgramServer, both
 from scripted_backend import ScriptedBackend, echo
 
 import actorserve.lang as sgl
 from actorserve.errors import RequestError
+from actorserve.lang.expressions import sequence
 from actorserve.lang.loop import LOOP
 from actorserve.lang.recording import record
 from actorserve.lang.remote import ProgramRequest
 from actorserve.lang.replay import replay
+from examples import examples
 
 
 @pytest.fixture
@@ -313,6 +318,7 @@ def test_a_value_read_before_is_what_a_part_appends(server):
         (lambda: "a" in sgl.var("x"), r"\.contains"),
         (lambda: bool(sgl.var("x")), "decides in Python"),
         (lambda: sgl.var("x") == object(), "compared with a object"),
+        (lambda: sgl.separate_reasoning(sgl.when(sgl.var("x"), sgl.gen("y")), "deepseek-r1"), "goes inside of"),
     ],
 )
 def test_what_is_no_condition(make, message):
@@ -370,6 +376,117 @@ def test_loops_that_are_none_are_not_decoded(times, bodies):
     loop = {"type": "Repeat", "times": times, "bodies": [{"type": "Sequence", "items": [TEXT]}] * bodies}
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"program": [{"type": "Append", "state": 0, "nodes": [loop]}]}, ProgramRequest)
+
+
+NAMES = ("x", "y", "z")
+
+
+def reply(text: str) -> str:
+    """What the model says: a digit that depends on all before it."""
+    return str(zlib.crc32(text.encode()) % 3)
+
+
+tests_of = st.recursive(
+    st.tuples(st.sampled_from(["eq", "lt"]), st.sampled_from(NAMES), st.integers(0, 2)),
+    lambda inner: st.tuples(st.sampled_from(["and", "or"]), inner, inner) | st.tuples(st.just("not"), inner),
+    max_leaves=3,
+)
+parts = st.recursive(
+    st.sampled_from([("text", "a"), ("text", "b ")])
+    | st.tuples(st.just("gen"), st.sampled_from(NAMES))
+    | st.tuples(st.just("var"), st.sampled_from(NAMES)),
+    lambda inner: (
+        st.tuples(st.just("when"), tests_of, st.lists(inner, max_size=3), st.lists(inner, max_size=2))
+        | st.tuples(st.just("repeat"), st.lists(inner, max_size=3), st.integers(1, 3), st.none() | tests_of)
+    ),
+    max_leaves=12,
+)
+
+
+def holds(test, values):
+    """The slow reference of a condition."""
+    match test:
+        case ("and", a, b):
+            return holds(a, values) and holds(b, values)
+        case ("or", a, b):
+            return holds(a, values) or holds(b, values)
+        case ("not", a):
+            return not holds(a, values)
+        case (op, name, value):
+            return int(values[name]) == value if op == "eq" else int(values[name]) < value
+
+
+def said_by(part, text, values):
+    """The slow reference of an expression: the text behind it; `values` change."""
+    match part:
+        case ("text", more):
+            return text + more
+        case ("gen", name):
+            values[name] = reply(text)
+            return text + values[name]
+        case ("var", name):
+            return text + values[name]
+        case ("when", test, then, otherwise):
+            for inner in then if holds(test, values) else otherwise:
+                text = said_by(inner, text, values)
+        case ("repeat", body, times, until):
+            for _ in range(times):
+                for inner in body:
+                    text = said_by(inner, text, values)
+                if until is not None and holds(until, values):
+                    break
+    return text
+
+
+def condition_of(test):
+    match test:
+        case ("and", a, b):
+            return condition_of(a) & condition_of(b)
+        case ("or", a, b):
+            return condition_of(a) | condition_of(b)
+        case ("not", a):
+            return ~condition_of(a)
+        case (op, name, value):
+            return sgl.var(name) == value if op == "eq" else sgl.var(name) < value
+
+
+def expr(part):
+    match part:
+        case ("text", more):
+            return more
+        case ("gen", name):
+            return sgl.gen(name)
+        case ("var", name):
+            return sgl.var(name)
+        case ("when", test, then, otherwise):
+            return sgl.when(condition_of(test), joined(then), joined(otherwise))
+        case ("repeat", body, times, until):
+            return sgl.repeat(joined(body), times, None if until is None else condition_of(until))
+
+
+def joined(items):
+    return sequence([expr(item) for item in items])
+
+
+@settings(max_examples=examples(1000, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(items=st.lists(parts, max_size=4))
+def test_any_program_does_what_the_slow_reference_does(server, items):
+    server.answer = lambda text, *_: reply(text)
+    values = dict.fromkeys(NAMES, "1")
+    text = "start "
+    for item in items:
+        text = said_by(item, text, values)
+
+    @sgl.function
+    def program(s):
+        for name in NAMES:
+            s[name] = "1"
+        s += "start "
+        for item in items:
+            s += expr(item)
+
+    said, _, variables, _ = both(program, server)
+    assert said == text and variables == values
 
 
 def test_traces_have_them_as_data():
