@@ -207,6 +207,7 @@ class Schedule:
             of_prompts = self._learn(current, scores)
             self._land(jumps.landed(chunks, current.jumps, of_prompts))
         self.complete = []
+        followed: list[Request] = []
         for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
             if request is None:
@@ -216,6 +217,7 @@ class Schedule:
                 request.suspect, request.crashes = False, 0
             if request.constraint is not None or request.guided is not None:  # no call: this is run for each token
                 request.follow(token)
+                followed.append(request)
                 if request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
@@ -223,9 +225,8 @@ class Schedule:
             if request is not None:
                 self._end(request, keep=finish[ended] != Finish.POISON)
         complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
-        for rid in rids:
-            request = requests.get(rid)
-            if request is not None and request.constraint is not None:
+        for request in followed:
+            if request.stage is Stage.DECODE:
                 self._close(request)
         self.counters.generated_tokens += len(rids)
         self.counters.steps += 1
@@ -234,11 +235,11 @@ class Schedule:
             self.in_flight.popleft()
         return complete
 
-    def _close(self, request: Request) -> bool:
-        """End it without a draw if its grammar leaves nothing but the end; whether it has ended."""
-        found = jumps.closing(request, self.slots) if request.stage is Stage.DECODE else None
+    def _close(self, request: Request) -> None:
+        """End it without a draw if its grammar leaves nothing but the end."""
+        found = jumps.closing(request, self.slots)
         if found is None:
-            return False
+            return
         forced, end = found
         self._end(request, keep=True)
         for token in (*forced, end):
@@ -247,7 +248,6 @@ class Schedule:
         self.counters.jumps += bool(forced)
         self.counters.forced_tokens += len(forced)
         self.counters.generated_tokens += len(forced) + 1
-        return True
 
     def _land(self, landed: list[Landed]) -> None:
         self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
