@@ -4,6 +4,7 @@ Routed by app.py. Invariant: nothing here starts a generation; health comes from
 probe request.
 """
 
+import functools
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -165,6 +166,7 @@ async def _reply_health(exchange: Exchange, state: Health) -> None:
     await exchange.reply(encode(state), 200 if state.status == "ok" else 503, headers=headers)
 
 
+@functools.cache
 def package_version() -> str:
     """Return the version of this package."""
     try:
