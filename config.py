@@ -160,6 +160,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float, Meta(gt=0, description="time to compile a request's grammar; one that needs more is refused")
     ] = 1.0
     disable_radix_cache: Annotated[bool, Meta(description="compute every prompt from its first token")] = False
+    kv_checksums: Annotated[
+        bool, Meta(description="check that KV pages hold what was written when they are used again (CPU; costs time)")
+    ] = False
     eviction_policy: Annotated[Literal["lru", "lfu"], Meta(description="which cached prefix goes first")] = "lru"
 
     placement: Annotated[
