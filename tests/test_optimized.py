@@ -7,7 +7,6 @@ from pathlib import Path
 NO_SUCH_WARNING = "ignore:assertions not in test modules or plugins will be ignored"
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = [
-    "tests/actors/test_client.py",
     "tests/http/test_limits.py",
     "tests/kvstore/test_pages.py",
     "tests/sampler/test_params.py",
