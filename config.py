@@ -61,8 +61,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 30000
-    max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
-    max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
     api_key: Annotated[str | None, Meta(description="key that every request must bring, but those for health")] = None
     api_key_file: Annotated[
         str | None,
@@ -85,8 +83,31 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     data_dir: Annotated[
         str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
     ] = None
-    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
+    max_queued_tokens: Annotated[Positive, Meta(description="prompt tokens in the engine before 429")] = 16 << 20
+    max_queued_bytes: Annotated[
+        Positive, Meta(description="bytes that the requests of a front may come to, at worst, before 429")
+    ] = 4 << 30
+    max_batch_prompts: Annotated[Positive, Meta(description="prompts in one request")] = 1024
+    max_n: Annotated[int, Meta(ge=1, le=128, description="continuations of one prompt: n, best_of")] = 128
+    max_logprobs: Annotated[int, Meta(ge=0, le=20, description="top logprobs of one token")] = 20
+    max_grammar_bytes: Annotated[Positive, Meta(description="largest schema, pattern or grammar of a request")] = (
+        1 << 20
+    )
+    max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
+    max_headers: Annotated[Positive, Meta(description="headers of an HTTP request before 431")] = 100
+    max_header_bytes: Annotated[Positive, Meta(description="largest address and headers before 431")] = 32 << 10
+    max_connections: Annotated[
+        Positive | None,
+        Meta(description="open connections of a front before 503; default: what its open files allow, 16384 at most"),
+    ] = None
+    client_timeout: Annotated[
+        float,
+        Meta(gt=0, description="seconds for a request's headers, and for a client that sends or reads below 1 KiB/s"),
+    ] = 30.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
     tp_size: Annotated[Positive, Meta(description="tensor parallel ranks")] = 1
@@ -146,6 +167,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float, Meta(gt=0, description="time to compile a request's grammar; one that needs more is refused")
     ] = 1.0
     disable_radix_cache: Annotated[bool, Meta(description="compute every prompt from its first token")] = False
+    kv_checksums: Annotated[
+        bool, Meta(description="check that KV pages hold what was written when they are used again (CPU; costs time)")
+    ] = False
     eviction_policy: Annotated[Literal["lru", "lfu"], Meta(description="which cached prefix goes first")] = "lru"
 
     placement: Annotated[

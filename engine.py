@@ -19,8 +19,9 @@ import msgspec
 import trio
 
 from .actors.actor import Actor, Context
+from .actors.admission import Submission
 from .actors.attach import Attachment, Detached, drive
-from .actors.client import Client, LoopWakeup, Stream, Submission, token_prompt
+from .actors.client import Client, LoopWakeup, Stream, token_prompt
 from .actors.conversation import ChatMessage, chat_prompt
 from .actors.embedded_host import Root
 from .actors.grammar_fields import GIVEN, grammar_spec

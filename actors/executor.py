@@ -20,8 +20,10 @@ import numpy as np
 import trio
 
 from ..config import EngineConfig
+from ..errors import StartupError
 from ..models.decoder import Decoder
 from ..models.kv_cache import KVCache, kv_dtype
+from ..models.kv_checksums import KVChecksums
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Step, Stepper, StepRows
 from ..models.weights import load_decoder
@@ -104,6 +106,7 @@ class Executor(Actor):
         """Slots that draw in each step, in the order in which they joined; on a GPU some of them may be done."""
         self.launched: deque[Launched] = deque()
         self.waiter: DeviceWaiter | None = None
+        self.checksums: KVChecksums | None = None
         self._last_done_ns = 0
 
     async def start(self) -> None:
@@ -142,6 +145,10 @@ class Executor(Actor):
         dtype = kv_dtype(config, decoder.dtype)
         kv = KVCache(decoder.spec, pages + 1, config.page_size, device, dtype, decoder.dtype)
         self.runner = Runner(decoder, kv, slots, per_slot)
+        if config.kv_checksums:
+            if device.type != "cpu":
+                raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
+            self.checksums = KVChecksums(kv)
         self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         self.ready = ExecutorReady(pages, slots, per_slot, kind)
@@ -224,6 +231,8 @@ class Executor(Actor):
             rows = self.decoding if number else [*self.decoding, *sorted(once - chunked)]
             started = time.perf_counter_ns()
             step = self.stepper.launch(np.array(rows, dtype=np.int64), work)
+            if self.checksums is not None and self.runner is not None:
+                self.checksums.written(self.runner.written_slots(np.array(rows, dtype=np.int64), work))
             rids = np.array([self.rid_of[s] for s in step.slots.tolist()], dtype=np.int64)
             self.launched.append(Launched(plan.window, number, rids, step, started))
             self.decoding += [c.slot for c in work if c.draws and c.slot not in once]
@@ -239,9 +248,13 @@ class Executor(Actor):
             self.decoding = [s for s in self.decoding if s not in released]
         if len(plan.copies):
             runner.kv.copy_pages(ints(plan.copies).reshape(-1, 3))
+            if self.checksums is not None:
+                self.checksums.copied(ints(plan.copies).reshape(-1, 3))
         for a in plan.admits:
             self.rid_of[a.slot] = a.rid
             runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
+            if self.checksums is not None:
+                self.checksums.verify(ints(a.pages), a.cached)
         sampler.sync(plan.window, plan.sampler_changes)
         runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))
         runner.slots.flush()

@@ -44,6 +44,8 @@ class Prompts:
         self._context_length = model.context_length
         self._tokenizer = tokenizer
         self._template = template
+        chars = None if tokenizer is None else tokenizer.chars_per_token
+        self._most_chars = None if chars is None else chars * model.context_length
 
     def is_long(self, prompt: Prompt) -> bool:
         """Whether `encode` would stall the loop."""
@@ -58,8 +60,11 @@ class Prompts:
                 assert_never(prompt)
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """The prompt's token ids, a copy, that fit the model. Raises RequestError naming the field."""
-        encoded, field = self._encoded(prompt)
+        """The prompt's token ids, a copy, that fit the model. Raises RequestError naming the field.
+
+        A text that cannot fit, whatever its tokens are, is not tokenized.
+        """
+        encoded, field = self._encoded(prompt, most_chars=self._most_chars)
         self._check(encoded.ids, field)
         return encoded
 
@@ -67,7 +72,9 @@ class Prompts:
         """The prompt's token ids, however many. Raises RequestError naming the field."""
         return self._encoded(prompt, add_special_tokens)[0].ids
 
-    def _encoded(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[Encoded, str]:
+    def _encoded(
+        self, prompt: Prompt, add_special_tokens: bool = True, most_chars: int | None = None
+    ) -> tuple[Encoded, str]:
         """(the prompt, the field that it came in)"""
         match prompt:
             case TokenPrompt():
@@ -75,9 +82,10 @@ class Prompts:
                     raise RequestError("input_ids are not int32", param="input_ids")
                 return Encoded(np.frombuffer(prompt.ids, dtype=np.int32).copy()), "input_ids"
             case TextPrompt():
+                _check_chars(prompt.text, most_chars, "prompt")
                 return Encoded(np.array(self._text_ids(prompt, add_special_tokens), dtype=np.int32)), "prompt"
             case ChatPrompt():
-                chat, thinking = self._chat(prompt)
+                chat, thinking = self._chat(prompt, most_chars)
                 return Encoded(np.array(chat, dtype=np.int32), thinking), "messages"
             case _:
                 assert_never(prompt)
@@ -129,7 +137,7 @@ class Prompts:
         except RequestError as error:
             raise RequestError(error.message, param="prompt") from error
 
-    def _chat(self, prompt: ChatPrompt) -> tuple[list[int], bool]:
+    def _chat(self, prompt: ChatPrompt, most_chars: int | None) -> tuple[list[int], bool]:
         """(token ids, whether it ends in one of `opens`)"""
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="messages")
@@ -140,11 +148,12 @@ class Prompts:
             )
         try:
             text = self._template.render(decode_chat(prompt.payload))
+            _check_chars(text, most_chars, "messages")
             return self._tokenizer.encode_chat(text), opens_reasoning(
                 prompt.opens, self._tokenizer.control.unmask(text)
             )
         except RequestError as error:
-            raise RequestError(error.message, param=error.param or "messages") from error
+            raise RequestError(error.message, param=error.param or "messages", code=error.code) from error
 
     def _check(self, ids: NDArray[np.int32], field: str) -> None:
         if not len(ids):
@@ -158,6 +167,13 @@ class Prompts:
                 param=field,
                 code="context_length_exceeded",
             )
+
+
+def _check_chars(text: str, most: int | None, field: str) -> None:
+    """Raise RequestError for a text that is longer than any that fits the context."""
+    if most is not None and len(text) > most:
+        what = f"the prompt has {len(text)} characters; no text of more than {most} fits the model's context"
+        raise RequestError(what, param=field, code="context_length_exceeded")
 
 
 def check_start(params: SamplingParams, tokens: int) -> None:

@@ -223,7 +223,10 @@ class Schedule:
         for ended in np.flatnonzero(finish):
             request = requests.get(rids[ended])
             if request is not None:
-                self._end(request, keep=finish[ended] != Finish.POISON)
+                poisoned = finish[ended] == Finish.POISON
+                self._end(request, keep=not poisoned)
+                if poisoned:
+                    self._expel(request)
         complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
         for request in followed:
             if request.stage is Stage.DECODE:
@@ -248,6 +251,11 @@ class Schedule:
         self.counters.jumps += bool(forced)
         self.counters.forced_tokens += len(forced)
         self.counters.generated_tokens += len(forced) + 1
+
+    def _expel(self, request: Request) -> None:
+        """What it used of the tree may be the cause, and what it gave to it is wrong: others compute it afresh."""
+        self.counters.expelled_pages += self.tree.expel(request.ids(), request.namespace)
+        self.tree_state += 1
 
     def _land(self, landed: list[Landed]) -> None:
         self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
@@ -581,7 +589,12 @@ class Schedule:
         return pages
 
     def _insert(self, request: Request, ids: np.ndarray) -> None:
-        """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there."""
+        """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there.
+
+        Not what was computed behind pages that were expelled meanwhile.
+        """
+        if request.node is not None and request.node.namespace != request.namespace:
+            return
         count = -(-len(ids) // self.page)
         done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
         if request.scores is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import trio
 from msgspec.structs import replace
 
-from ..errors import ActorserveError, EngineDown, RequestError, StartupError
+from ..errors import ActorserveError, EngineDown, Overloaded, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.template import ChatTemplate
 from ..models.tokenizer import Tokenizer, load_tokenizer
@@ -83,6 +83,8 @@ class Text(Actor):
         super().__init__(context)
         self.outputs: dict[int, Output] = {}
         """Running requests by id."""
+        self.prompt_tokens = 0
+        """Of their prompts."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
         self.ordered: dict[int, tuple[str, Order | Look]] = {}
@@ -205,6 +207,8 @@ class Text(Actor):
             if isinstance(prompt, ActorserveError):
                 raise prompt
             submits = self.prompts.submits(m, prompt)
+            if m.resumed is None:
+                self._check_room(len(prompt.ids) * m.n)
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
@@ -219,7 +223,16 @@ class Text(Actor):
                 if m.params.wants_prompt:
                     output.push_prompt([self._first_of_prompt(prompt.ids, m.params)])
                 self.outputs[submit.rid] = output
+                self.prompt_tokens += output.prompt_tokens
                 self._to_scheduler(output.submission())
+
+    def _check_room(self, tokens: int) -> None:
+        """Raise Overloaded where a new request's prompts are too many for now, RequestError where they always are."""
+        most = self.context.config.max_queued_tokens
+        if tokens > most:
+            raise RequestError(f"n prompts of {tokens} tokens in all; the most is {most}", param="n", code="too_large")
+        if self.prompt_tokens + tokens > most:
+            raise Overloaded(f"prompts of {self.prompt_tokens} tokens are in the engine, the most is {most}; try again")
 
     def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
         """Of the first token that is wanted: nothing is before it."""
@@ -256,7 +269,7 @@ class Text(Actor):
                 self._end_aborted(output)
 
     def _end_aborted(self, output: Output) -> None:
-        del self.outputs[output.rid]
+        self._drop(output.rid)
         output.abort()
         self._mark_changed(output)
 
@@ -322,7 +335,7 @@ class Text(Actor):
             output.push(ids[row], finish, logprob, complete=row in complete)
             self._mark_changed(output)
             if output.finish is not None:
-                del self.outputs[rid]
+                self._drop(rid)
                 if not finish:  # a stop string: the scheduler does not know yet
                     self._to_scheduler(Abort(rid))
 
@@ -432,9 +445,15 @@ class Text(Actor):
             self._to_scheduler(Unpin(memoryview(array("q", pins)).cast("B")))
 
     def _forget(self, rid: int) -> Output | None:
-        output = self.outputs.pop(rid, None)
+        output = self._drop(rid)
         if output is not None:
             self._unmark(output)
+        return output
+
+    def _drop(self, rid: int) -> Output | None:
+        output = self.outputs.pop(rid, None)
+        if output is not None:
+            self.prompt_tokens -= output.prompt_tokens
         return output
 
     def _mark_changed(self, output: Output) -> None:

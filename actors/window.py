@@ -123,3 +123,5 @@ class Counters:
     steps: int = 0
     forced_tokens: int = 0
     jumps: int = 0
+    expelled_pages: int = 0
+    """That a request with impossible numbers had used, or given to the cache."""

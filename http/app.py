@@ -43,8 +43,16 @@ from . import (
     score,
 )
 from .access import Access, access_log
-from .api_keys import KeyRing, read_keys
-from .error_replies import ANTHROPIC_ERRORS, OPENAI_ERRORS, ErrorShape, InternalError, error_body, route_error
+from .api_keys import Headers, KeyRing, read_keys
+from .error_replies import (
+    ANTHROPIC_ERRORS,
+    OPENAI_ERRORS,
+    ErrorShape,
+    InternalError,
+    error_body,
+    error_headers,
+    route_error,
+)
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
@@ -107,6 +115,11 @@ class Gate:
         self._client = client
         self._keys = keys
         self._tenants = tenants_of(keys)
+
+    def check_key(self, headers: Headers) -> None:
+        """Raise RequestError (401) where keys are needed and this request brings none."""
+        if self._keys:
+            self._keys.key_of(headers)
 
     def admit(self, exchange: Exchange, served: "Served") -> TenantClient:
         """Return the engine as the request may use it. Raises RequestError: 401, 403."""
@@ -240,9 +253,14 @@ def build_app(service: Service) -> ASGIApp:
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        service.metrics.count("none", error.status_code)
-        body = error_body(route_error(error.status_code, request.method, request.url.path))
-        return Response(body, error.status_code, headers=error.headers, media_type="application/json")
+        said: ActorserveError = route_error(error.status_code, request.method, request.scope["path"])
+        headers = dict(error.headers or {})
+        try:
+            gate.check_key(request.scope["headers"])
+        except RequestError as refusal:  # who brings no key learns nothing of the routes
+            said, headers = refusal, {name.decode(): value.decode() for name, value in error_headers(refusal)}
+        service.metrics.count("none", said.status)
+        return Response(error_body(said), said.status, headers=headers, media_type="application/json")
 
     routes = []
     for served in ROUTES:

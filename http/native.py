@@ -14,7 +14,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import UNSET
 
-from ..actors.client import Choice, Stream, Submission, token_prompt
+from ..actors.admission import Submission
+from ..actors.client import Choice, Stream, token_prompt
 from ..actors.grammar_fields import GIVEN as GRAMMAR_FIELDS
 from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
 from ..actors.grammar_fields import grammar_spec
@@ -137,6 +138,10 @@ async def generate(service: Service, exchange: Exchange) -> None:
     for name in NATIVE_REFUSED:
         if getattr(request, name):
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
+    for name in ("text", "input_ids"):
+        value = getattr(request, name)
+        if isinstance(value, list) and not isinstance(value[0] if value else 0, int):
+            service.check_batch(len(value), name)
     submissions, continuations, is_list = _plan(request, service.model.vocab_size)
     stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
     for choice, continuation in zip(stream.choices, continuations, strict=True):

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from ..actors.client import Stream, Submission, token_prompt
+from ..actors.admission import Submission
+from ..actors.client import Stream, token_prompt
 from ..actors.conversation import chat_prompt
 from ..actors.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
@@ -67,11 +68,14 @@ async def completions(service: Service, exchange: Exchange) -> None:
     n = request.n or 1
     best_of = _best_of(request, n)
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
+    service.check_batch(len(prompts), "prompt")
     echoes = await _echoes(service, request, prompts, texts)
     usage_frames = _usage_frames(request, len(prompts), best_of)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     grammar, grammar_names = requested_grammar(request)
+    if request.best_of is not None:
+        names["n"] = "best_of"
     with renamed(names | grammar_names):
         # The choice among candidates needs the logprobs of their tokens.
         params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)

@@ -349,9 +349,11 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     stream_reasoning: bool | None = None
     functions: Refusable = None
     audio: Refusable = None
+    chat_template: Refusable = None
+    """Templates are programs: which one is rendered is the operator's choice (--chat-template)."""
 
 
-CHAT_REFUSED = ("functions", "audio")
+CHAT_REFUSED = ("functions", "audio", "chat_template")
 
 
 class TopLogprob(Struct, frozen=True):

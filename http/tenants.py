@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from ..actors.client import Client, Stream, Submission
+from ..actors.admission import Submission
+from ..actors.client import Client, Stream
 from ..actors.messages import GrammarSpec, Prompt, Stats
 from ..actors.questions import Questions
 from ..errors import Overloaded, RequestError

@@ -69,6 +69,14 @@ class Runner:
         """Return slots [B] on the device, in the dtype that the steps use."""
         return upload(rows.astype(np.int64 if self.index_dtype == torch.int64 else np.int32), self.device)
 
+    def written_slots(self, host_rows: np.ndarray, chunks: list[ChunkWork]) -> np.ndarray:
+        """Return where the last forward put its tokens: KV slots int64 [n]. Only where the host's lengths are exact."""
+        places = [(c.slot, np.arange(c.start, c.start + len(c.ids))) for c in chunks]
+        places += [(row, self.lengths[row : row + 1] - 1) for row in host_rows.tolist()]
+        size, tables = self.page_size, self.slots.host_tables
+        parts = [tables[slot, at // size].astype(np.int64) * size + at % size for slot, at in places]
+        return np.concatenate([NOTHING, *parts])
+
     # ------------------------------------------------------------------ decode
 
     def decode(self, rows: Tensor, host_rows: np.ndarray | None) -> StepLogits:

@@ -29,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SLOW_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+COMPOSED: Final = 3
+"""Normalization to NFC makes one character of so many at most."""
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -71,6 +73,9 @@ class Tokenizer:
         self.pad_id = self._id("pad_token")
         self.eos_ids = files.eos_ids or tuple(i for i in (self._id("eos_token"),) if i is not None)
         self.scheme = byte_scheme(json.loads(_decoder_json(core)))
+        longest = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
+        self.chars_per_token = None if self.scheme is None else COMPOSED * longest
+        """Most characters of a text that can be behind one of its tokens; None: any number."""
         # Special tokens, and those that look like one (<|fim_prefix|>). Marks that models write themselves and
         # templates look for in old messages (<think>, <tool_call>) are ordinary text with an id of its own.
         self.control = ControlTokens(

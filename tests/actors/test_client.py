@@ -6,7 +6,8 @@ import anyio
 import pytest
 from msgspec.structs import replace
 
-from actorserve.actors.client import JOIN_EVERY, Client, LoopWakeup, Submission, token_prompt
+from actorserve.actors.admission import Submission
+from actorserve.actors.client import JOIN_EVERY, Client, LoopWakeup, token_prompt
 from actorserve.actors.messages import (
     Abort,
     Cancel,

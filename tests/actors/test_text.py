@@ -247,6 +247,30 @@ def test_broken_token_arrays_are_refused(world: World) -> None:
     assert refused.status == 400 and refused.param == "input_ids"
 
 
+def test_prompt_tokens_in_the_engine_are_bounded(folder: str) -> None:
+    """--max-queued-tokens counts each continuation's; what ends, however it ends, makes room again."""
+    world = World(folder, max_queued_tokens=20)
+    trio.run(world.start)
+    world.settle()
+    world.ask(1, [5] * 6, n=3)
+    assert len(world.scheduler()) == 3
+    world.ask(10, [5] * 3)
+    (refused,) = world.front()
+    assert (refused.rid, refused.status, refused.code) == (10, 429, "overloaded")
+    world.ask(11, [5] * 2)
+    world.ask(12, [5])
+    assert [m.rid for m in world.front()] == [12] and world.text.prompt_tokens == 20
+    world.row((1, 9, Finish.STOP))
+    world.row((2, 9, Finish.POISON))
+    world.fronts["front.0"].ref("text").post(Cancel(3, 1))
+    world.sched.ref("text").post(Ended(11, 503, "executor_crashed", "x"))
+    world.settle()
+    assert world.text.prompt_tokens == 0
+    world.ask(13, [5] * 7, n=3)
+    assert [(m.status, m.code) for m in world.front() if isinstance(m, Refused) and m.rid == 13] == [(400, "too_large")]
+    world.close()
+
+
 def test_a_tokenizer_that_raises_breaks_one_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(prompt: Any) -> None:
         raise ValueError("/secret/path")
