@@ -371,6 +371,29 @@ def test_a_server_looks_inside(node):
         LOOP.call(replay, request, ScriptedBackend())
 
 
+def nested(depth, inner, around):
+    for _ in range(depth):
+        inner = around(inner)
+    return inner
+
+
+CHECK = {"type": "Check", "left": {"type": "Var", "name": "x"}, "operator": "truth"}
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        nested(40, TEXT, lambda inner: turns(1, inside=inner)),
+        turns(1, TEXT) | {"until": nested(40, CHECK, lambda inner: {"type": "Not", "part": inner})},
+        turns(1, TEXT) | {"until": nested(40, CHECK, lambda inner: {"type": "AllOf", "parts": [inner, CHECK]})},
+    ],
+)
+def test_a_server_takes_no_towers(node):
+    request = msgspec.convert({"program": [{"type": "Append", "state": 0, "nodes": [node]}]}, ProgramRequest)
+    with pytest.raises(RequestError, match="nested more than 32 deep"):
+        LOOP.call(replay, request, ScriptedBackend())
+
+
 @pytest.mark.parametrize("times, bodies", [(0, 1), (10_001, 1), (3, 2), (1, 0)])
 def test_loops_that_are_none_are_not_decoded(times, bodies):
     loop = {"type": "Repeat", "times": times, "bodies": [{"type": "Sequence", "items": [TEXT]}] * bodies}
