@@ -611,7 +611,7 @@ class Schedule:
         """Give what is computed to the tree, free the rest, drop the lock; `pin` gets one of its own."""
         if request.computed and self.tree.enabled:
             self._insert(request, request.ids()[: request.computed])
-            if pin and request.node is not None:
+            if pin and request.node is not None and request.node.namespace == request.namespace:
                 self.tree.pins.hold(pin, request.node)
         self._drop_pages(request)
 
