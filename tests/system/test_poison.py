@@ -113,8 +113,8 @@ def test_a_flipped_bit_is_found_and_named(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_every_bit_counts(dtype: torch.dtype) -> None:
-    spec = tiny.decoder("llama").spec
+def test_every_bit_counts(folder: str, dtype: torch.dtype) -> None:
+    spec = tiny.load(folder).spec
     kv = KVCache(spec, 4, 16, torch.device("cpu"), dtype)
     bits = kv.storage.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize])
     bits.random_(0, 100)
