@@ -107,7 +107,7 @@ class Soak:
         first: list[str] = []
         async with httpx.AsyncClient(base_url=self.url, timeout=300) as http:
             while time.monotonic() < self.ends_at:
-                bodies = [{"prompt": f"canary {i}", "max_tokens": 32, "temperature": 0} for i in range(3)]
+                bodies = [{"prompt": f"canary {i}", "max_tokens": 32, "temperature": 0, "seed": i} for i in range(3)]
                 said = [(await http.post("/v1/completions", json=body)).json()["choices"][0]["text"] for body in bodies]
                 first = first or said
                 self.counts["canaries"] += 1
