@@ -298,6 +298,19 @@ class StubExecutor(Actor):
             logprobs.append(float("nan") if draw.params.logprobs is None else logprob_of(moved(state, token)))
         return ids, finishes, logprobs
 
+    def _listed(self, slots: list[int]) -> memoryview:
+        """Logprobs of the tokens that requests named, float32 [rows, widest]; empty if none did."""
+        assert self.sampler is not None
+        named = [self.sampler.draws[slot].params.token_ids_logprob for slot in slots]
+        widest = max(map(len, named), default=0)
+        if not widest:
+            return NOTHING
+        values = np.full((len(slots), widest), np.nan, np.float32)
+        for row, (slot, tokens) in enumerate(zip(slots, named, strict=True)):
+            state = self._hash(self.seats[slot])
+            values[row, : len(tokens)] = [logprob_of(moved(state, token)) for token in tokens]
+        return _raw(values)
+
     def _step_out(
         self, window: int, number: int, slots: list[int], ids: list[int], finish: list[int], logprobs: list[float],
         scores: list[float], pooled: Pooled | None, took_ns: int,
@@ -318,6 +331,7 @@ class StubExecutor(Actor):
             top_ids=top_ids,
             top_logprobs=top_logprobs,
             step_ns=took_ns,
+            listed=self._listed(slots) if asked else NOTHING,
             scores=Scores(_raw(np.array(scores, dtype=np.float32)), 0, NOTHING, NOTHING) if scores else None,
             pooled=pooled,
         )
