@@ -19,8 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: Annotated[
         str | None,
         Meta(
-            description="folder with config.json, a .gguf file, or a hub's name for one (org/name, org/name:Q4_K_M); "
-            "without it the embedded SmolLM2-135M chat model"
+            description="folder with config.json, a .gguf file, a hub's name for one (org/name, org/name:Q4_K_M), or "
+            "all-MiniLM-L6-v2; without it the embedded SmolLM2-135M chat model"
         ),
     ] = None
     revision: Annotated[str | None, Meta(description="branch, tag or commit of a hub's model")] = None
@@ -56,6 +56,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "it can be done and no --dtype is given; none: dequantise them"
         ),
     ] = "auto"
+    is_embedding: Annotated[
+        bool,
+        Meta(
+            description="serve embeddings instead of text; not needed for models that generate none: encoders, "
+            "sentence-transformers' folders, classification heads"
+        ),
+    ] = False
+    embedding_attention: Annotated[
+        Literal["auto", "causal", "bidirectional"],
+        Meta(description="what an embedding model's tokens see: those before them, or all; auto: as config.json says"),
+    ] = "auto"
     context_length: Annotated[Positive | None, Meta(description="default: the model's")] = None
     random_seed: Annotated[int, Meta(ge=0, description="base of the seeds of requests that bring none")] = 0
 
@@ -64,10 +75,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http_workers: Annotated[
         int, Meta(ge=1, le=64, description="processes that speak HTTP on this port; each has its own connections")
     ] = 1
-    max_queued_requests: Annotated[
-        Positive, Meta(description="requests in the engine before 429, of each http worker")
-    ] = 4096
-    max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
     api_key: Annotated[str | None, Meta(description="key that every request must bring, but those for health")] = None
     api_key_file: Annotated[
         str | None,
@@ -93,7 +100,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     data_dir: Annotated[
         str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
     ] = None
-    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     profile_dir: Annotated[
         str | None, Meta(description="folder for the traces of /start_profile; without it there are none")
     ] = None
@@ -102,6 +108,30 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="folder in which the models of /update_weights_from_disk must lie; without it: none"),
     ] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
+    max_queued_tokens: Annotated[Positive, Meta(description="prompt tokens in the engine before 429")] = 16 << 20
+    max_queued_bytes: Annotated[
+        Positive, Meta(description="bytes that the requests of a front may come to, at worst, before 429")
+    ] = 4 << 30
+    max_batch_prompts: Annotated[Positive, Meta(description="prompts in one request")] = 1024
+    max_n: Annotated[int, Meta(ge=1, le=128, description="continuations of one prompt: n, best_of")] = 128
+    max_logprobs: Annotated[int, Meta(ge=0, le=20, description="top logprobs of one token")] = 20
+    max_grammar_bytes: Annotated[Positive, Meta(description="largest schema, pattern or grammar of a request")] = (
+        1 << 20
+    )
+    max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
+    max_headers: Annotated[Positive, Meta(description="headers of an HTTP request before 431")] = 100
+    max_header_bytes: Annotated[Positive, Meta(description="largest address and headers before 431")] = 32 << 10
+    max_connections: Annotated[
+        Positive | None,
+        Meta(description="open connections of a front before 503; default: what its open files allow, 16384 at most"),
+    ] = None
+    client_timeout: Annotated[
+        float,
+        Meta(gt=0, description="seconds for a request's headers, and for a client that sends or reads below 1 KiB/s"),
+    ] = 30.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
     tp_size: Annotated[Positive, Meta(description="tensor parallel ranks")] = 1
@@ -161,6 +191,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float, Meta(gt=0, description="time to compile a request's grammar; one that needs more is refused")
     ] = 1.0
     disable_radix_cache: Annotated[bool, Meta(description="compute every prompt from its first token")] = False
+    kv_checksums: Annotated[
+        bool, Meta(description="check that KV pages hold what was written when they are used again (CPU; costs time)")
+    ] = False
     eviction_policy: Annotated[Literal["lru", "lfu"], Meta(description="which cached prefix goes first")] = "lru"
 
     placement: Annotated[
@@ -191,6 +224,35 @@ class Thoughts(msgspec.Struct, frozen=True, array_like=True):
     """The output begins amid thoughts."""
 
 
+class Pooling(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model that generates nothing makes one vector of a prompt (models/pooling.py)."""
+
+    kind: Literal["last", "mean", "cls"]
+    """Which hidden states it is made of: the last token's, the mean of all, the first token's."""
+    task: Literal["embed", "classify"]
+    """What it is: the pooled hidden state, or what a classification head makes of that, a logit for each label."""
+    width: int
+    """Numbers in it."""
+    normalize: bool = True
+    """Embeddings have length 1 unless a request wants otherwise."""
+    causal: bool = True
+    """A token sees only those before it, so that the KV of a prompt's beginning can be shared."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes."""
+    several: bool = False
+    """More than one class may hold: their probabilities are apart, and do not sum to 1."""
+
+    @property
+    def whole(self) -> bool:
+        """Prompts are computed in one forward each."""
+        return not self.causal
+
+    @property
+    def reuses(self) -> bool:
+        """What is cached of a prompt's beginning need not be computed again."""
+        return self.causal and self.kind == "last"
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What everybody must know of the model before it is loaded; read from its folder by the root, without torch."""
 
@@ -207,3 +269,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the family in which it marks thoughts (models/reasoning_parser.py)."""
     thoughts: Thoughts | None = None
     """The tags of that family, if each is a token."""
+    pooling: Pooling | None = None
+    """None: it generates text."""

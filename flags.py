@@ -15,6 +15,7 @@ from .config import EngineConfig
 GROUPS = {
     "model": "model",
     "host": "server",
+    "max_queued_requests": "limits",
     "device": "device and memory",
     "schedule_policy": "scheduling",
     "placement": "actors",

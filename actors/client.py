@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Final, Protocol, Self, assert_never
 
 import anyio
@@ -24,6 +24,7 @@ from ..config import EngineConfig, ModelInfo
 from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
 from ..sampler.params import SamplingParams
 from . import messages
+from .admission import Admission, Submission
 from .questions import Questions, Wakeup, refusal
 from .ref import Gone
 
@@ -62,18 +63,6 @@ class LoopWakeup:
         await self._future
 
 
-@dataclass(slots=True, frozen=True)
-class Submission:
-    """One prompt of a request, how to continue it, and how often."""
-
-    prompt: messages.Prompt
-    params: SamplingParams
-    n: int = 1
-    grammar: messages.GrammarSpec | None = None
-    name: str = ""
-    """What the client calls it: `abort` and `Questions.timelines` find it by this."""
-
-
 @dataclass(slots=True, eq=False)
 class Choice:
     """One continuation on its way. Times are CLOCK_MONOTONIC ns, taken when the front received the chunk."""
@@ -82,6 +71,8 @@ class Choice:
     stream: "Stream"
     pending: list[messages.Chunk]
     arrival_ns: int
+    cost: int
+    """Bytes; see Admission."""
     first_ns: int = 0
     last_ns: int = 0
     last: messages.Chunk | None = None
@@ -127,18 +118,23 @@ class Stream:
         "requests", "rid",
     )  # fmt: skip
 
-    def __init__(self, client: "Client", rid: int, counts: Sequence[int], priority: int = 0) -> None:
-        """`counts`: the number of choices of each prompt; their ids are `rid` and those that follow."""
+    def __init__(
+        self, client: "Client", rid: int, counts: Sequence[int], costs: Sequence[int], priority: int = 0
+    ) -> None:
+        """`counts`: the number of choices of each prompt; their ids are `rid` and those that follow.
+
+        `costs`: what a choice of each prompt comes to; see Admission.
+        """
         now = time.monotonic_ns()
-        count = sum(counts)
         self.requests: list[messages.Generate] = []
         """What was asked, prompt by prompt."""
         self.rid = rid
         self.priority = priority
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
-        self.choices = [Choice(rid + i, self, [], now, asked_ns=now) for i in range(count)]
-        self.open = count
+        each = chain.from_iterable([cost] * n for cost, n in zip(costs, counts, strict=True))
+        self.choices = [Choice(rid + i, self, [], now, cost, asked_ns=now) for i, cost in enumerate(each)]
+        self.open = len(self.choices)
         """Choices whose final chunk has not arrived; 0 also once the stream was cancelled or failed."""
         self._client = client
         self._ready: list[Choice] = []
@@ -249,9 +245,8 @@ class Client:
         self._text = text
         self._text_died = False
         """And is not back yet."""
-        self._limit = config.max_queued_requests
+        self.admission = Admission(config, model)
         self._fronts = config.http_workers
-        self._vocab_size = model.vocab_size
         self._on_end = on_end
         # A restarted front must not reuse an id that the scheduler still knows from the life before.
         self._next_rid = index << INDEX_SHIFT | (epoch & 0xFF) << EPOCH_SHIFT
@@ -268,7 +263,7 @@ class Client:
         name: str = "",
     ) -> Stream:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
-        return self.submit_all([Submission(prompt, params, n, grammar, name)], cache_salt, priority)
+        return self.submit_all([Submission(prompt, params, n, grammar, name=name)], cache_salt, priority)
 
     def submit_all(
         self,
@@ -283,11 +278,10 @@ class Client:
         Raises RequestError for bad parameters, Overloaded above the limit or while draining, EngineDown before there
         is a text actor; then nothing of it runs. While one is restarted the request waits for it.
         """
-        for submission in submissions:
-            submission.params.check(self._vocab_size)
-        count = sum(s.n for s in submissions)
-        self._check_room(count)
-        stream = Stream(self, self._take_rids(count), [s.n for s in submissions], priority)
+        if self.draining:
+            raise Overloaded("the server is shutting down", status=503)
+        costs, counts = self.admission.admit(submissions), [s.n for s in submissions]
+        stream = Stream(self, self._take_rids(sum(counts)), counts, costs, priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
         arrival = stream.choices[0].arrival_ns
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
@@ -295,7 +289,19 @@ class Client:
                 choice.name = s.name
             stream.requests.append(
                 messages.Generate(
-                    rid, n, s.prompt, s.params, cache_salt, priority, arrival, s.grammar, tenant, weight, name=s.name
+                    rid=rid,
+                    n=n,
+                    prompt=s.prompt,
+                    params=s.params,
+                    cache_salt=cache_salt,
+                    priority=priority,
+                    arrival_ns=arrival,
+                    grammar=s.grammar,
+                    tenant=tenant,
+                    weight=weight,
+                    pin=s.pin,
+                    pooled=s.pooled,
+                    name=s.name,
                 )
             )
         try:
@@ -334,7 +340,7 @@ class Client:
     def forget(self, stream: Stream) -> None:
         """Drop a stream; where the engine still works for it, tell the engine to stop."""
         for rid, n in stream.groups:
-            live = [i for i in range(rid, rid + n) if self.table.pop(i, None) is not None]
+            live = [i for i in range(rid, rid + n) if self._take(i) is not None]
             if live:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
@@ -353,10 +359,20 @@ class Client:
                 with suppress(Gone):  # it is said again when there is a text actor
                     self._text.post(messages.Abort(choice.rid))
 
+    def new_pin(self) -> int:
+        """Return a number for Submission.pin; its owner calls `unpin` in the end."""
+        return self._take_rids(1) + 1  # never 0, which is none
+
+    def unpin(self, pins: Sequence[int]) -> None:
+        """Nobody comes back to what these hold."""
+        with suppress(Gone):  # with the text actor the pins are gone
+            self._text.post(messages.Unpin(memoryview(array("q", pins)).cast("B")))
+
     def fail_all(self, error: ActorserveError) -> None:
         """End every live request with an error: its engine is gone, or the front stops."""
         streams = {id(choice.stream): choice.stream for choice in self.table.values()}
-        self.table.clear()
+        for rid in list(self.table):
+            self._take(rid)
         for stream in streams.values():
             stream.fail(error)
         self.questions.fail_all(error)
@@ -423,13 +439,12 @@ class Client:
         self._next_rid += count
         return rid
 
-    def _check_room(self, count: int) -> None:
-        if count > self._limit:
-            raise RequestError(f"one request may ask for at most {self._limit} continuations", code="too_many")
-        if self.draining:
-            raise Overloaded("the server is shutting down", status=503)
-        if len(self.table) + count > self._limit:
-            raise Overloaded(f"{len(self.table)} requests are in the engine, the most is {self._limit}; try again")
+    def _take(self, rid: int) -> Choice | None:
+        """Remove a choice that is over; None if it is not there (any more)."""
+        choice = self.table.pop(rid, None)
+        if choice is not None:
+            self.admission.leave(choice.cost)
+        return choice
 
     def _deliver(self, chunks: list[messages.Chunk]) -> None:
         while self.orphans:
@@ -444,7 +459,7 @@ class Client:
             choice.last_ns = now
             choice.received(chunk)
             if chunk.finish is not None:
-                del self.table[chunk.rid]
+                self._take(chunk.rid)
                 if self._on_end is not None:
                     self._on_end(choice)
             choice.stream.push(choice, chunk)
@@ -452,9 +467,27 @@ class Client:
     def _refuse(self, refused: messages.Refused) -> None:
         # One prompt's failure fails the whole request: its reader gets one answer, and the rest is cancelled.
         rids = range(refused.rid, refused.rid + refused.n)
-        ended = [choice for rid in rids if (choice := self.table.pop(rid, None)) is not None]
+        ended = [choice for rid in rids if (choice := self._take(rid)) is not None]
         for choice in ended:
             choice.stream.cancel(refusal(refused))
+
+
+def truncated(prompt: messages.Prompt, wanted: int | None, longest: int) -> messages.Prompt:
+    """Return a prompt of which only the first `wanted` tokens are taken; -1: as many as the model takes; None: all.
+
+    Raises RequestError for another number, or more than `longest`.
+    """
+    if wanted is None:
+        return prompt
+    most = longest if wanted == -1 else wanted
+    if not 1 <= most <= longest:
+        raise RequestError(
+            f"truncate_prompt_tokens must be from 1 to {longest}, or -1 for that", param="truncate_prompt_tokens"
+        )
+    if isinstance(prompt, messages.TextPrompt):
+        return replace(prompt, most=most)
+    assert isinstance(prompt, messages.TokenPrompt)
+    return messages.TokenPrompt(prompt.ids[: 4 * most])
 
 
 def token_prompt(ids: Sequence[int], vocab_size: int, param: str = "input_ids") -> messages.TokenPrompt:
@@ -486,4 +519,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.thinking,
         last.valid,
         [logprob for chunk in chunks for logprob in chunk.prompt_logprobs],
+        last.vector,
     )

@@ -12,6 +12,7 @@ from typing import Final
 
 import trio
 
+from .environment import child_environment
 from .fsm_worker import LENGTH, Answer, Failed, Job, Ready, Result, Setup, decode_answer, framed
 from .messages import GrammarSpec
 
@@ -84,7 +85,7 @@ class Worker:
                 [sys.executable, "-P", "-c", _ENTRY, str(theirs.fileno()), str(os.getpid()), f"--worker={self.name}"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=child_environment(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1"),
             )
         except BaseException:
             ours.close()

@@ -27,6 +27,7 @@ class Grammar:
     """int16 [S, K]; -1: the token can't come."""
     canonical: np.ndarray
     """int32 [S]: the only token of a state, or -1."""
+    _ender: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +47,15 @@ class Grammar:
     def ends(self, token: int) -> bool:
         """Whether it is one of the tokens that end an output."""
         return bool(self.token_class.item(token) == END)
+
+    def ending(self, state: int) -> int:
+        """The token that ends the output if nothing else may come; -1 if something may, or if several tokens end it."""
+        if not self.final(state) or np.count_nonzero(self.transitions[state] >= 0) > 1:
+            return -1
+        if self._ender is None:
+            enders = np.flatnonzero(self.token_class == END)
+            self._ender = int(enders[0]) if len(enders) == 1 else -1
+        return self._ender
 
     def forced(self, state: int) -> int:
         """The only token that may come, -1 if there is a choice."""

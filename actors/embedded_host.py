@@ -4,11 +4,14 @@ Invariant: after `close` the root is gone, process or thread; a process that doe
 children die with it.
 """
 
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import anyio
@@ -41,8 +44,9 @@ class Root:
             with guest, lifeline_end:
                 fds = [guest.fileno(), lifeline_end.fileno()]
                 # -P: nothing in the host's working directory may shadow a module.
-                command = [sys.executable, "-P", "-c", _ENTRY, *map(str, fds), msgspec.json.encode(config).decode()]
-                self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+                command = [sys.executable, "-P", "-c", _ENTRY, *map(str, fds)]
+                with memory_file(msgspec.json.encode(config)) as settings:  # the process list is for everybody
+                    self._process = subprocess.Popen(command, pass_fds=fds, stdin=settings)
 
     @property
     def pid(self) -> int | None:
@@ -78,6 +82,17 @@ class Root:
                 self._process.wait()
         if self._thread is not None:
             self._thread.join(max(0.2, deadline - time.monotonic()))
+
+
+@contextmanager
+def memory_file(content: bytes) -> Iterator[int]:
+    """A descriptor of a nameless file with this content."""
+    descriptor = os.memfd_create("settings", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(descriptor, content, 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _run_in_thread(config: EngineConfig, guest: socket.socket, lifeline_end: socket.socket) -> None:

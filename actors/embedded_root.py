@@ -85,13 +85,13 @@ async def _supervise(supervisor: Supervisor, lifeline: socket.socket) -> None:
 
 
 def main() -> None:
-    """Entry of the process: `python -c "...; main()" GUEST_FD LIFELINE_FD CONFIG_JSON`. Exit code 0."""
+    """Entry of the process: `python -c "...; main()" GUEST_FD LIFELINE_FD < config.json`. Exit code 0."""
     # The host's terminal sends Ctrl-C to us too; the host decides what it means.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     guest, lifeline = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
-    config = msgspec.json.decode(sys.argv[3], type=EngineConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     configure_logging("root", config.log_level)
     trio.run(run_root, config, guest, lifeline)
     sys.stderr.flush()

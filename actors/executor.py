@@ -27,6 +27,8 @@ from ..errors import ActorserveError, RequestError, StartupError
 from ..models.decoder import Decoder
 from ..models.gguf import KEPT_FILE
 from ..models.kv_cache import KVCache, kv_dtype
+from ..models.kv_checksums import KVChecksums
+from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Step, Stepper, StepRows
 from ..models.weights import DTYPES, load_decoder
@@ -36,6 +38,7 @@ from .memory import batch_slots, keep_freed_memory, kv_pages
 from .messages import (
     NOTHING,
     Carried,
+    ChunkEnd,
     Drain,
     ExecutorInbox,
     ExecutorReady,
@@ -43,6 +46,7 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
+    Pooled,
     Scores,
     StepOut,
 )
@@ -122,6 +126,7 @@ class Executor(Actor):
         """Slots that draw in each step, in the order in which they joined; on a GPU some of them may be done."""
         self.launched: deque[Launched] = deque()
         self.waiter: DeviceWaiter | None = None
+        self.checksums: KVChecksums | None = None
         self.profiler = Profiler(context.config.profile_dir, context.name)
         self.loaded: tuple[str, Decoder] | None = None
         """Weights beside those in use, and their folder."""
@@ -157,19 +162,30 @@ class Executor(Actor):
         device = decoder.device
         slots = batch_slots(config, device.type)
         self.sampler = self._sampler()
-        self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
+        if model.pooling is None:
+            self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
+        else:
+            self.sampler.prepare(slots, 1, (), device)  # it draws nothing
         pages = kv_pages(config, decoder, model)
         per_slot = min(pages, -(-model.context_length // config.page_size))
         dtype = kv_dtype(config, decoder.dtype)
         kv = KVCache(decoder.spec, pages + 1, config.page_size, device, dtype, decoder.dtype)
         self._make_runner(decoder, kv, slots, per_slot)
+        if config.kv_checksums:
+            if device.type != "cpu":
+                raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
+            self.checksums = KVChecksums(kv)
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         self.ready = ExecutorReady(pages, slots, per_slot, kind)
 
     def _make_runner(self, decoder: Decoder, kv: KVCache, slots: int, per_slot: int) -> None:
         assert self.sampler is not None
         self.runner = Runner(decoder, kv, slots, per_slot)
-        self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
+        pooling = self.context.model.pooling
+        if pooling is not None:
+            self.stepper = Stepper(self.runner, self.sampler, None, Pooler(pooling, decoder, slots))
+        else:
+            self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
 
     def _graphs(self, runner: Runner, sampler: Sampler, slots: int) -> Any:
         config = self.context.config
@@ -184,8 +200,10 @@ class Executor(Actor):
     def _load(self) -> Decoder:
         set_threads(self.context.config)
         keep_freed_memory()
-        config, path = self.context.config, self.context.model.path
-        return load_decoder(path, config, lambda fraction: self.context.report("weights", fraction))
+        config, model = self.context.config, self.context.model
+        return load_decoder(
+            model.path, config, lambda fraction: self.context.report("weights", fraction), model.pooling
+        )
 
     # ------------------------------------------------------------------ messages
 
@@ -262,7 +280,7 @@ class Executor(Actor):
             name = next(name for name, dtype in DTYPES.items() if dtype == now.dtype)
             config = replace(config, dtype=name)
         try:
-            decoder = load_decoder(folder, config, lambda fraction: None)
+            decoder = load_decoder(folder, config, lambda fraction: None, self.context.model.pooling)
         except torch.OutOfMemoryError:
             raise StartupError("there is no memory for a second set of weights") from None
         if decoder.spec != now.spec or decoder.dtype != now.dtype:
@@ -304,6 +322,8 @@ class Executor(Actor):
             rows = self.decoding if number else [*self.decoding, *sorted(once - chunked)]
             started = time.perf_counter_ns()
             step = self.stepper.launch(np.array(rows, dtype=np.int64), work)
+            if self.checksums is not None and self.runner is not None:
+                self.checksums.written(self.runner.written_slots(np.array(rows, dtype=np.int64), work))
             rids = np.array([self.rid_of[s] for s in step.slots.tolist()], dtype=np.int64)
             self.launched.append(Launched(plan.window, number, rids, step, started))
             self.decoding += [c.slot for c in work if c.draws and c.slot not in once]
@@ -325,16 +345,23 @@ class Executor(Actor):
             self.decoding = [s for s in self.decoding if s not in released]
         if len(plan.copies):
             runner.kv.copy_pages(ints(plan.copies).reshape(-1, 3))
+            if self.checksums is not None:
+                self.checksums.copied(ints(plan.copies).reshape(-1, 3))
         for a in plan.admits:
             self.rid_of[a.slot] = a.rid
             runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
+            if self.checksums is not None:
+                self.checksums.verify(ints(a.pages), a.cached)
         sampler.sync(plan.window, plan.sampler_changes)
         runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))
         runner.slots.flush()
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
         work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), strict=True)
-        chunks = [ChunkWork(slot, start, ids, bool(draws)) for slot, start, ids, draws in work]
+        chunks = [
+            ChunkWork(slot, start, ids, draws=end == ChunkEnd.DRAW, ends=end == ChunkEnd.POOL)
+            for slot, start, ids, end in work
+        ]
         if len(plan.chunk_scored):
             targets = np.split(ints(plan.score_ids), np.cumsum(ints(plan.chunk_scored))[:-1])
             for chunk, score_from, wanted in zip(chunks, ints(plan.score_starts).tolist(), targets, strict=True):
@@ -354,7 +381,7 @@ class Executor(Actor):
         if rows is None:
             scores = scores_of(step.scores)
             rest = (NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took, scores)
-            self._publish(StepOut(item.window, item.number, *rest))
+            self._publish(StepOut(item.window, item.number, *rest, pooled=pooled_of(item)))
             return
         rids = item.rids[rows.live]
         if rows.finish.any():
@@ -386,6 +413,12 @@ def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> 
         scores=scores_of(rows.scores),
         listed=raw(rows.listed),
     )
+
+
+def pooled_of(item: Launched) -> Pooled | None:
+    """Return a step's vectors as a message has them."""
+    vectors = item.step.vectors()
+    return None if vectors is None else Pooled(raw(item.rids), raw(vectors))
 
 
 def scores_of(given: Sampled | None) -> Scores | None:

@@ -69,11 +69,6 @@ def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk], row: int = 0) -
     return found
 
 
-def all_jump(rows: np.ndarray, slots: SlotTable) -> bool:
-    """Whether every decoding row may jump."""
-    return bool(len(rows)) and bool(slots.jumps[rows].all())
-
-
 def worth_waiting(rows: np.ndarray, slots: SlotTable, step_us: float) -> bool:
     """Whether the next window should be planned only when those in flight are reported: some rows may jump then.
 
@@ -107,6 +102,23 @@ def planned(request: Request, slots: SlotTable, room: int) -> tuple[list[int], i
     left = int(slots.cap[request.slot] - slots.horizon[request.slot])  # the last token of all is drawn, never forced
     forced, after = request.constraint.run(state, min(LONGEST, room - 1, left - 1), request.params.stop_token_ids)
     return ([last, *forced], after) if forced else None
+
+
+def closing(request: Request, slots: SlotTable) -> tuple[list[int], int] | None:
+    """(the tokens that are left, the one that ends the output) if the grammar leaves nothing else.
+
+    Then no forward is needed: what comes behind the output is another request's prompt, which computes these tokens
+    with its own. What windows in flight draw for it is the same, and nobody's. Not with logprobs: forwards tell those.
+    """
+    constraint, params = request.constraint, request.params
+    if constraint is None or params.logprobs is not None or not slots.jumps[request.slot]:
+        return None
+    left = request.limit - len(request.tokens) - 1
+    forced, state = constraint.run(constraint.state, left, params.stop_token_ids)
+    end = constraint.grammar.ending(state)
+    if end < 0 or request.generated + len(forced) < params.min_new_tokens:
+        return None
+    return forced, end
 
 
 def most_steps(k: int, rows: np.ndarray, slots: SlotTable, step_us: float, adaptive: bool) -> int:

@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 import trio
 
 from .control import ControlSocket, Failed, control_pair
+from .environment import child_environment
 from .node import innermost, run_node
 from .topology import NodeSpec
 
@@ -68,7 +69,7 @@ class ProcessLife:
                 [sys.executable, "-P", "-c", _ENTRY, str(theirs.fileno()), str(os.getpid()), f"--node={name}"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={"GOMP_SPINCOUNT": _SPIN_COUNT} | os.environ,
+                env={"GOMP_SPINCOUNT": _SPIN_COUNT} | child_environment(),
             )
         except OSError:
             self.control.close()

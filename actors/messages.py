@@ -6,7 +6,7 @@ request ids of int64. A decoded memoryview aliases the ring: whoever keeps it be
 No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
 
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
-    front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched
+    front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Pooled, Ended, Stats--  sched
                                                             sched  --Plan, Instruct-->  exec.r
                                                             sched  <--ExecutorReady, StepOut, Carried--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
@@ -35,6 +35,17 @@ class Finish(IntEnum):
     LENGTH = 2  # max_new_tokens, or the end of the context
     POISON = 3  # NaN or no token allowed: the request fails, its pages are not kept
     GRAMMAR = 4  # the grammar left no token: the request fails
+
+
+class ChunkEnd(IntEnum):
+    """What comes behind a prompt chunk."""
+
+    MORE = 0
+    """Another chunk; or nothing, if the request only fills the cache."""
+    DRAW = 1
+    """The prompt ends: a token is drawn, and the slot decodes from now on."""
+    POOL = 2
+    """The prompt ends, and its vector is in the step's Pooled."""
 
 
 NOTHING: Final = memoryview(b"")
@@ -75,6 +86,8 @@ class TextPrompt(Message, frozen=True, tag=4):
     """A prompt as text; special tokens in it are recognised, as SGLang does for /generate."""
 
     text: str
+    most: int = 0
+    """Of its tokens only the first are taken, so many with the special ones around them; 0: all."""
 
 
 class TokenPrompt(Message, frozen=True, tag=5):
@@ -151,6 +164,11 @@ class Generate(Message, frozen=True, tag=10):
     weight: float = 1.0
     resumed: list[Resumed] | None = None
     """Asked again after a text actor's death: the choices that have not ended. None: all n begin."""
+    pin: int = 0
+    """What the first choice leaves in the prefix cache stays there until the next request with this number has left
+    something, or Unpin; 0: nothing is pinned. Numbers are the front's own request ids."""
+    pooled: bool = False
+    """No output is wanted but the prompt's vector (ModelInfo.pooling), in the one Chunk that comes."""
     name: str = ""
     """What the client calls it; how AskTimelines finds it."""
 
@@ -160,6 +178,13 @@ class Cancel(Message, frozen=True, tag=11):
 
     rid: int
     n: int
+
+
+class Unpin(Message, frozen=True, tag=16):
+    """A front, and text for it: nobody comes back to what these pins hold (Generate.pin). Nothing is owed."""
+
+    pins: memoryview
+    """int64"""
 
 
 class Tokenize(Message, frozen=True, tag=12):
@@ -249,6 +274,10 @@ class Submit(Message, frozen=True, tag=20):
     weight: float = 1.0
     generated: memoryview = NOTHING
     """int32, what a scheduler or text actor that died had seen of the output: it goes on behind."""
+    pin: int = 0
+    """See Generate."""
+    pooled: bool = False
+    """The final message that is owed is a row of Pooled, or Ended; `max_new_tokens` is 0."""
     name: str = ""
     tokenized_ns: int = 0
     """CLOCK_MONOTONIC when its prompt was tokens."""
@@ -313,6 +342,16 @@ class PromptLogprobs(Message, frozen=True, tag=38):
     top_ids: memoryview
     top_logprobs: memoryview
     listed: memoryview
+
+
+class Pooled(Message, frozen=True, tag=39):
+    """The vectors of requests that wanted no output: their final message. Part of StepOut, too.
+
+    rids int64 [rows]; vectors float32 [rows, width], a Pooling's, not normalised.
+    """
+
+    rids: memoryview
+    vectors: memoryview
 
 
 class Started(Message, frozen=True, tag=31):
@@ -527,6 +566,8 @@ class Chunk(Message, frozen=True, tag=35):
     """In the last chunk of an output with a grammar: whether its text matches; None where that is not known."""
     prompt_logprobs: list[TokenLogprob] = []
     """The prompt's next tokens, where their logprobs were asked for: all before the output's first token."""
+    vector: bytes = b""
+    """float32, in the last chunk of a request that was `pooled`."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -600,7 +641,7 @@ class Plan(Message, frozen=True, tag=51):
     """[chunks] slots with tokens to compute."""
     chunk_lengths: memoryview
     chunk_last: memoryview
-    """[chunks] 1 where the chunk ends the prompt, so that a token is drawn and the slot decodes from now on."""
+    """[chunks] ChunkEnd"""
     chunk_ids: memoryview
     """The chunks' tokens, one after another."""
     chunk_starts: memoryview
@@ -754,6 +795,8 @@ class StepOut(Message, frozen=True, tag=61):
     scores: Scores | None = None
     """Of Plan.score_ids, in their order."""
     listed: memoryview = NOTHING
+    pooled: Pooled | None = None
+    """Of the chunks that end with ChunkEnd.POOL."""
 
 
 # ------------------------------------------------------------------ sched -> fsm
@@ -849,13 +892,14 @@ FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen | Timelines
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
 FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look | AskTimelines
 TextInbox: TypeAlias = (
-    SystemMessage | Generate | Cancel | Abort | AbortNamed | FrontQuestion
-    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Timelines | Refused
+    SystemMessage | Generate | Cancel | Abort | AbortNamed | Unpin | FrontQuestion
+    | Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Timelines | Refused
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
 SchedulerInbox: TypeAlias = (
-    SystemMessage | Submit | Abort | Order | Look | AskTimelines | ExecutorReady | StepOut | Carried | GrammarNews
-)
+    SystemMessage | Submit | Abort | Unpin | Order | Look | AskTimelines
+    | ExecutorReady | StepOut | Carried | GrammarNews
+)  # fmt: skip
 ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage

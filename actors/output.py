@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
+from ..models.stop_regex import PatternMatcher
 from ..sampler.params import SamplingParams
 from .messages import Chunk, Finish, Resumed, Submit, TokenLogprob
 
@@ -41,6 +42,7 @@ class Output:
         "_skip_ids",
         "_stop",
         "_submit",
+        "_vector",
         "aborted",
         "asked_ns",
         "cached_tokens",
@@ -89,7 +91,7 @@ class Output:
         self.matched: int | str | None = None
         self._submit = submit
         self._detokenizer = detokenizer
-        self._stop = StopMatcher(params.stop, trim=not params.no_stop_trim) if params.stop else None
+        self._stop = _stop_matcher(params)
         self._keep_stop = params.no_stop_trim
         self._new_text = ""
         self._new_ids: list[int] = []
@@ -106,6 +108,7 @@ class Output:
         """All places where the text matches its grammar come to be known."""
         self._ends: deque[int] = deque()
         """Where the text matches its grammar, in characters; all of them until the text there is shown."""
+        self._vector = b""
         self._skip_ids = self._skip_chars = 0
         """Of what comes next, the front has these already."""
 
@@ -163,6 +166,11 @@ class Output:
             self._may_end()
         if self._logprobs:
             self._release_logprobs()
+
+    def push_vector(self, vector: bytes) -> None:
+        """Take the prompt's vector, float32: the request wanted that and no output."""
+        self._vector = vector
+        self.finish = "stop"
 
     def push_prompt(self, logprobs: list[TokenLogprob]) -> None:
         """Take the next tokens of the prompt whose logprobs are wanted; those that were told before count once."""
@@ -237,6 +245,7 @@ class Output:
             thinking=self.thinking,
             valid=self._valid() if ends else None,
             prompt_logprobs=prompt,
+            vector=self._vector if ends else b"",
         )
 
     def _skip(self) -> None:
@@ -269,3 +278,10 @@ class Output:
         everything = self._detokenizer is None or (self.finish is not None and not cut)
         while self._logprobs and (everything or self._logprobs[0][0] < self._shown):
             self._new_logprobs.append(self._logprobs.popleft()[1])
+
+
+def _stop_matcher(params: SamplingParams) -> StopMatcher | PatternMatcher | None:
+    trim = not params.no_stop_trim
+    if params.stop_regex:
+        return PatternMatcher(params.stop, params.stop_regex, trim)
+    return StopMatcher(params.stop, trim) if params.stop else None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
 from ..models.reasoning_parser import opens_reasoning
+from ..models.stop_regex import automaton_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
@@ -42,8 +43,11 @@ class Prompts:
         self._seed = config.random_seed
         self._vocab_size = model.vocab_size
         self._context_length = model.context_length
+        self._pooled = model.pooling is not None
         self._tokenizer = tokenizer
         self._template = template
+        chars = None if tokenizer is None else tokenizer.chars_per_token
+        self._most_chars = None if chars is None else chars * model.context_length
 
     def is_long(self, prompt: Prompt) -> bool:
         """Whether `encode` would stall the loop."""
@@ -58,8 +62,11 @@ class Prompts:
                 assert_never(prompt)
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """The prompt's token ids, a copy, that fit the model. Raises RequestError naming the field."""
-        encoded, field = self._encoded(prompt)
+        """The prompt's token ids, a copy, that fit the model. Raises RequestError naming the field.
+
+        A text that cannot fit, whatever its tokens are, is not tokenized.
+        """
+        encoded, field = self._encoded(prompt, most_chars=self._most_chars)
         self._check(encoded.ids, field)
         return encoded
 
@@ -67,7 +74,9 @@ class Prompts:
         """The prompt's token ids, however many. Raises RequestError naming the field."""
         return self._encoded(prompt, add_special_tokens)[0].ids
 
-    def _encoded(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[Encoded, str]:
+    def _encoded(
+        self, prompt: Prompt, add_special_tokens: bool = True, most_chars: int | None = None
+    ) -> tuple[Encoded, str]:
         """(the prompt, the field that it came in)"""
         match prompt:
             case TokenPrompt():
@@ -75,9 +84,10 @@ class Prompts:
                     raise RequestError("input_ids are not int32", param="input_ids")
                 return Encoded(np.frombuffer(prompt.ids, dtype=np.int32).copy()), "input_ids"
             case TextPrompt():
+                _check_chars(prompt.text, None if prompt.most else most_chars, "prompt")
                 return Encoded(np.array(self._text_ids(prompt, add_special_tokens), dtype=np.int32)), "prompt"
             case ChatPrompt():
-                chat, thinking = self._chat(prompt)
+                chat, thinking = self._chat(prompt, most_chars)
                 return Encoded(np.array(chat, dtype=np.int32), thinking), "messages"
             case _:
                 assert_never(prompt)
@@ -90,14 +100,17 @@ class Prompts:
         """
         params = request.params
         params.check(self._vocab_size)
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; this server runs without one", param="stop")
+        if (params.stop or params.stop_regex) and self._tokenizer is None:
+            param = "stop" if params.stop else "stop_regex"
+            raise RequestError("stop strings need a tokenizer; this server runs without one", param=param)
+        for pattern in params.stop_regex:
+            automaton_of(pattern)
         ids, grammar = prompt.ids, request.grammar
         if prompt.thinking and grammar is not None and grammar.thoughts is not None:
             opened = msgspec.structs.replace(grammar.thoughts, opened=True)
             grammar = msgspec.structs.replace(grammar, thoughts=opened)
         check_start(params, len(ids))
-        room = self._context_length - len(ids)
+        room = 0 if request.pooled else self._context_length - len(ids)
         most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
         # The bytes outlive the ring; the scheduler and the codec want them as raw bytes.
@@ -114,6 +127,8 @@ class Prompts:
                 grammar=grammar,
                 tenant=request.tenant,
                 weight=request.weight,
+                pin=0 if i else request.pin,
+                pooled=request.pooled,
                 name=request.name,
                 tokenized_ns=now,
             )
@@ -124,11 +139,19 @@ class Prompts:
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="prompt")
         try:
-            return self._tokenizer.encode(prompt.text, add_special_tokens)
+            if prompt.most:
+                ids = self._tokenizer.encode_first(prompt.text, prompt.most)
+            else:
+                ids = self._tokenizer.encode(prompt.text, add_special_tokens)
         except RequestError as error:
             raise RequestError(error.message, param="prompt") from error
+        end = self._tokenizer.text_end if self._pooled and add_special_tokens else None
+        if end is not None and ids[-1:] != [end]:
+            room = prompt.most - 1 if prompt.most else len(ids)
+            ids = [*ids[:room], end]  # gte-Qwen2's own code does so, which is not run
+        return ids
 
-    def _chat(self, prompt: ChatPrompt) -> tuple[list[int], bool]:
+    def _chat(self, prompt: ChatPrompt, most_chars: int | None) -> tuple[list[int], bool]:
         """(token ids, whether it ends in one of `opens`)"""
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="messages")
@@ -139,11 +162,12 @@ class Prompts:
             )
         try:
             text = self._template.render(decode_chat(prompt.payload))
+            _check_chars(text, most_chars, "messages")
             return self._tokenizer.encode_chat(text), opens_reasoning(
                 prompt.opens, self._tokenizer.control.unmask(text)
             )
         except RequestError as error:
-            raise RequestError(error.message, param=error.param or "messages") from error
+            raise RequestError(error.message, param=error.param or "messages", code=error.code) from error
 
     def _check(self, ids: NDArray[np.int32], field: str) -> None:
         if not len(ids):
@@ -151,12 +175,22 @@ class Prompts:
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise RequestError(f"{field} has token {wrong}; ids are 0 to {self._vocab_size - 1}", param=field)
-        if len(ids) >= self._context_length:
+        if self._pooled and len(ids) > self._context_length:
+            text = f"{field} has {len(ids)} tokens; the model takes {self._context_length}"
+            raise RequestError(text, param=field, code="context_length_exceeded")
+        if not self._pooled and len(ids) >= self._context_length:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; with at least one new token the model takes {self._context_length}",
                 param=field,
                 code="context_length_exceeded",
             )
+
+
+def _check_chars(text: str, most: int | None, field: str) -> None:
+    """Raise RequestError for a text that is longer than any that fits the context."""
+    if most is not None and len(text) > most:
+        what = f"the prompt has {len(text)} characters; no text of more than {most} fits the model's context"
+        raise RequestError(what, param=field, code="context_length_exceeded")
 
 
 def check_start(params: SamplingParams, tokens: int) -> None:
@@ -186,4 +220,6 @@ def choice_seed(seed: int, choice: int) -> int:
 def _resolved(params: SamplingParams, max_new_tokens: int, seed: int) -> SamplingParams:
     """For the scheduler: stop strings stay with the text actor."""
     least = min(params.min_new_tokens, max_new_tokens)
-    return msgspec.structs.replace(params, max_new_tokens=max_new_tokens, min_new_tokens=least, seed=seed, stop=())
+    return msgspec.structs.replace(
+        params, max_new_tokens=max_new_tokens, min_new_tokens=least, seed=seed, stop=(), stop_regex=()
+    )

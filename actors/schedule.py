@@ -26,7 +26,7 @@ from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
 from .request import Request, Stage, common_prefix
 from .slot_table import SlotTable
-from .window import Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
+from .window import Closed, Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
 
 IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
@@ -46,11 +46,12 @@ class Schedule:
         chunk_tokens: int,
         window_ms: float,
         mixed_tokens: int | None = None,
+        reuses: bool = True,
     ) -> None:
         """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
 
         `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with decode rows, if
-        that is fewer and not more than CROWD tokens wait.
+        that is fewer and not more than CROWD tokens wait. `reuses`: KV of one prompt may serve another.
         """
         self.config = config
         self.window_ms = window_ms
@@ -59,7 +60,7 @@ class Schedule:
         self.mixed_tokens = mixed_tokens
         self.pool = PagePool(num_pages)
         policy = make_policy(config.eviction_policy)
-        self.tree = RadixTree(self.pool, self.page, policy, enabled=not config.disable_radix_cache)
+        self.tree = RadixTree(self.pool, self.page, policy, enabled=reuses and not config.disable_radix_cache)
         self.tree_state = 0
         self.slots = SlotTable(max_slots, jumps=not config.disable_jump_forward)
         self.requests: dict[int, Request] = {}
@@ -80,6 +81,8 @@ class Schedule:
         """Tokens of prompts whose logprobs came with the last report."""
         self.complete: list[int] = []
         """Rows of the last report with whose token the output matches its grammar."""
+        self.closed: list[Closed] = []
+        """Requests that ended without a draw and nobody was told of yet; who tells empties it."""
         self.since = 0
         """The first window that can be of the present requests; those before were of others, maybe of the same ids."""
         self._last_k = 1
@@ -115,6 +118,15 @@ class Schedule:
         if request is not None:
             self._end(request, keep=True)
         return request is not None
+
+    def unpin(self, pins: list[int]) -> None:
+        """Nobody comes back to what these hold, nor to what requests under these numbers will leave."""
+        gone = set(pins)
+        for request in self.requests.values():
+            if request.pin in gone:
+                request.pin = 0
+        for pin in gone:
+            self.tree.pins.release(pin)
 
     def abort_all(self) -> None:
         """End all requests, whose ids may come again: nothing that windows in flight bring is anybody's."""
@@ -203,6 +215,7 @@ class Schedule:
             of_prompts = self._learn(current, scores)
             self._land(jumps.landed(chunks, current.jumps, of_prompts))
         self.complete = []
+        followed: list[Request] = []
         for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
             if request is None:
@@ -212,19 +225,45 @@ class Schedule:
                 request.suspect, request.crashes = False, 0
             if request.constraint is not None or request.guided is not None:  # no call: this is run for each token
                 request.follow(token)
+                followed.append(request)
                 if request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
         for ended in np.flatnonzero(finish):
             request = requests.get(rids[ended])
             if request is not None:
-                self._end(request, keep=finish[ended] != Finish.POISON)
+                poisoned = finish[ended] == Finish.POISON
+                self._end(request, keep=not poisoned)
+                if poisoned:
+                    self._expel(request)
         complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
+        for request in followed:
+            if request.stage is Stage.DECODE:
+                self._close(request)
         self.counters.generated_tokens += len(rids)
         self.counters.steps += 1
         self.ratio.decay()
         if step == current.k - 1:
             self.in_flight.popleft()
         return complete
+
+    def _close(self, request: Request) -> None:
+        """End it without a draw if its grammar leaves nothing but the end."""
+        found = jumps.closing(request, self.slots)
+        if found is None:
+            return
+        forced, end = found
+        self._end(request, keep=True)
+        for token in (*forced, end):
+            request.append(token)
+        self.closed.append(Closed(request, forced, end))
+        self.counters.jumps += bool(forced)
+        self.counters.forced_tokens += len(forced)
+        self.counters.generated_tokens += len(forced) + 1
+
+    def _expel(self, request: Request) -> None:
+        """What it used of the tree may be the cause, and what it gave to it is wrong: others compute it afresh."""
+        self.counters.expelled_pages += self.tree.expel(request.ids(), request.namespace)
+        self.tree_state += 1
 
     def _land(self, landed: list[Landed]) -> None:
         self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
@@ -411,7 +450,9 @@ class Schedule:
             uncached = len(request.tokens) - match.length
             if self.chunk_tokens <= 0 and window.chunks and uncached > window.budget:
                 return True
-            if not self._fits(request, match, reserved):
+            while not (fits := self._fits(request, match, reserved)) and self._unpins():
+                match = self._match(request)
+            if not fits:
                 break
             self._seat(window, request, match)
             suspected = suspected or request.suspect
@@ -433,6 +474,11 @@ class Schedule:
             if shared > max(reach, other.confirmed):
                 reach = shared
         return reach > 0 and reach - self._matched(request) >= IN_BATCH_PREFIX
+
+    def _unpins(self) -> bool:
+        """Give up a pin, so that a request fits: while others run only of the half that pins have beyond their half."""
+        pins = self.tree.pins
+        return (self.slots.empty or 2 * pins.pages() > self.pool.num_pages) and pins.drop()
 
     def _fits(self, request: Request, match: Match, reserved: int) -> bool:
         """Whether its prompt fits now, and what everybody is expected to generate fits as well."""
@@ -508,6 +554,8 @@ class Schedule:
     def _make_room(self, rows: np.ndarray) -> np.ndarray:
         """Retract requests until every decoding row can have its next page; return the rows that are left."""
         while self._pages_needed(rows, 1) > self._obtainable():
+            if self.tree.pins.drop():
+                continue
             self.retract(self._retraction_victim())
             rows = self.slots.decoding_rows()
         return rows
@@ -550,7 +598,12 @@ class Schedule:
         return pages
 
     def _insert(self, request: Request, ids: np.ndarray) -> None:
-        """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there."""
+        """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there.
+
+        Not what was computed behind pages that were expelled meanwhile.
+        """
+        if request.node is not None and request.node.namespace != request.namespace:
+            return
         count = -(-len(ids) // self.page)
         done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
         if request.scores is not None:
@@ -562,10 +615,12 @@ class Schedule:
         request.node = done.node
         self.tree_state += 1
 
-    def _keep_pages(self, request: Request) -> None:
-        """Give what is computed to the tree, free the rest, drop the lock."""
+    def _keep_pages(self, request: Request, pin: int = 0) -> None:
+        """Give what is computed to the tree, free the rest, drop the lock; `pin` gets one of its own."""
         if request.computed and self.tree.enabled:
             self._insert(request, request.ids()[: request.computed])
+            if pin and request.node is not None and request.node.namespace == request.namespace:
+                self.tree.pins.hold(pin, request.node)
         self._drop_pages(request)
 
     def _drop_pages(self, request: Request) -> None:
@@ -589,7 +644,7 @@ class Schedule:
             del self.waiting[request.rid]
         else:
             if keep:
-                self._keep_pages(request)
+                self._keep_pages(request, request.pin)
             else:
                 self._drop_pages(request)
             self._leave_slot(request)

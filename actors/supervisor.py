@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
+from msgspec.structs import replace
 
 from ..config import EngineConfig, ModelInfo
 from ..errors import StartupError
@@ -292,7 +293,8 @@ class Supervisor:
         ]
         inside = [(lane.source, lane.target) for lane in self.topology.between(spec, spec)]
         names, fds = list(spec.files), list(spec.files.values())
-        boot = Boot(spec.name, node.epoch, actors, inside, self._codec, names, self.config, self.model)
+        config = self.config if "listen" in spec.files else replace(self.config, api_key=None, api_key_file=None)
+        boot = Boot(spec.name, node.epoch, actors, inside, self._codec, names, config, self.model)
         self._tell(node, boot, fds)
 
     def _ready(self, node: Node) -> None:

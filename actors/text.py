@@ -9,6 +9,7 @@ unless the front cancelled it or died; and after its final message an id is unkn
 import math
 import os
 import time
+from array import array
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
@@ -16,7 +17,7 @@ import numpy as np
 import trio
 from msgspec.structs import replace
 
-from ..errors import ActorserveError, EngineDown, RequestError, StartupError
+from ..errors import ActorserveError, EngineDown, Overloaded, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.template import ChatTemplate
 from ..models.tokenizer import Tokenizer, load_tokenizer
@@ -44,6 +45,7 @@ from .messages import (
     Order,
     PeerDown,
     PeerUp,
+    Pooled,
     PromptLogprobs,
     Refused,
     Seen,
@@ -56,6 +58,7 @@ from .messages import (
     Tokenized,
     TokenLogprob,
     Tokens,
+    Unpin,
 )
 from .output import Output
 from .prompts import Encoded, Prompts
@@ -85,6 +88,8 @@ class Text(Actor):
         super().__init__(context)
         self.outputs: dict[int, Output] = {}
         """Running requests by id."""
+        self.prompt_tokens = 0
+        """Of their prompts."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
         self.ordered: dict[int, tuple[str, Order | Look | AskTimelines]] = {}
@@ -96,6 +101,8 @@ class Text(Actor):
         self.stats = NO_STATS
         """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
+        self.pins: dict[str, set[int]] = {}
+        """Of each front, what a scheduler may hold for it."""
         self._changed: dict[str, dict[int, Output]] = {}
         """By front: outputs with something new."""
         self._detokenizers: Detokenizers | None = None
@@ -123,10 +130,14 @@ class Text(Actor):
                 self._tokens(message)
             case PromptLogprobs():
                 self._prompt_logprobs(message)
+            case Pooled():
+                self._pooled(message)
             case Generate():
                 self._generate(message, source)
             case Cancel():
                 self._cancel(message, source)
+            case Unpin():
+                self._unpin(message, source)
             case Started():
                 if (output := self.outputs.get(message.rid)) is not None:
                     output.cached_tokens = message.cached_tokens
@@ -207,9 +218,13 @@ class Text(Actor):
             if isinstance(prompt, ActorserveError):
                 raise prompt
             submits = self.prompts.submits(m, prompt)
+            if m.resumed is None:
+                self._check_room(len(prompt.ids) * m.n)
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
+        if m.pin:
+            self.pins.setdefault(front, set()).add(m.pin)
         resumed = None if m.resumed is None else {one.rid: one for one in m.resumed}
         for submit in submits:
             if resumed is None or submit.rid in resumed:
@@ -219,7 +234,16 @@ class Text(Actor):
                 if m.params.wants_prompt:
                     output.push_prompt([self._first_of_prompt(prompt.ids, m.params)])
                 self.outputs[submit.rid] = output
+                self.prompt_tokens += output.prompt_tokens
                 self._to_scheduler(output.submission())
+
+    def _check_room(self, tokens: int) -> None:
+        """Raise Overloaded where a new request's prompts are too many for now, RequestError where they always are."""
+        most = self.context.config.max_queued_tokens
+        if tokens > most:
+            raise RequestError(f"n prompts of {tokens} tokens in all; the most is {most}", param="n", code="too_large")
+        if self.prompt_tokens + tokens > most:
+            raise Overloaded(f"prompts of {self.prompt_tokens} tokens are in the engine, the most is {most}; try again")
 
     def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
         """Of the first token that is wanted: nothing is before it."""
@@ -240,6 +264,11 @@ class Text(Actor):
             if self._forget(rid) is not None:
                 self._to_scheduler(Abort(rid))
 
+    def _unpin(self, m: Unpin, front: str) -> None:
+        pins = memoryview(bytes(m.pins))  # the message lies in the ring
+        self.pins.get(front, set()).difference_update(pins.cast("q"))
+        self._to_scheduler(Unpin(pins))
+
     def _abort(self, m: Abort) -> None:
         """A front's wish; an output that has ended or is not tokenized yet is not known."""
         output = self.outputs.get(m.rid)
@@ -251,7 +280,7 @@ class Text(Actor):
                 self._end_aborted(output)
 
     def _end_aborted(self, output: Output) -> None:
-        del self.outputs[output.rid]
+        self._drop(output.rid)
         output.abort()
         self._mark_changed(output)
 
@@ -317,9 +346,23 @@ class Text(Actor):
             output.push(ids[row], finish, logprob, complete=row in complete)
             self._mark_changed(output)
             if output.finish is not None:
-                del self.outputs[rid]
+                self._drop(rid)
                 if not finish:  # a stop string: the scheduler does not know yet
                     self._to_scheduler(Abort(rid))
+
+    def _pooled(self, m: Pooled) -> None:
+        """Vectors are the last that their requests get."""
+        rids = np.frombuffer(m.rids, dtype=np.int64)
+        vectors = np.frombuffer(m.vectors, dtype=np.float32).reshape(len(rids), -1)
+        for rid, vector in zip(rids.tolist(), vectors, strict=True):
+            output = self._forget(rid)
+            if output is None:
+                continue  # cancelled
+            if np.isfinite(vector).all():
+                output.push_vector(vector.tobytes())
+                self._mark_changed(output)
+            else:
+                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[Finish.POISON]))
 
     def _prompt_logprobs(self, m: PromptLogprobs) -> None:
         output = self.outputs.get(m.rid)
@@ -423,11 +466,19 @@ class Text(Actor):
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)
             self._to_scheduler(Abort(output.rid))
+        if pins := self.pins.pop(name, None):
+            self._to_scheduler(Unpin(memoryview(array("q", pins)).cast("B")))
 
     def _forget(self, rid: int) -> Output | None:
-        output = self.outputs.pop(rid, None)
+        output = self._drop(rid)
         if output is not None:
             self._unmark(output)
+        return output
+
+    def _drop(self, rid: int) -> Output | None:
+        output = self.outputs.pop(rid, None)
+        if output is not None:
+            self.prompt_tokens -= output.prompt_tokens
         return output
 
     def _mark_changed(self, output: Output) -> None:
@@ -439,7 +490,7 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | Order | Look | AskTimelines) -> None:
+    def _to_scheduler(self, message: Abort | Submit | Unpin | Order | Look | AskTimelines) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
         if self.scheduler_up:
             self._post(SCHEDULER, message)
@@ -447,7 +498,7 @@ class Text(Actor):
     def _post(
         self,
         name: str,
-        message: Abort | Submit | Chunks | Refused | Stats | Order | Look | AskTimelines | FrontAnswer,
+        message: Abort | Submit | Unpin | Chunks | Refused | Stats | Order | Look | AskTimelines | FrontAnswer,
     ) -> None:
         """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:

@@ -60,6 +60,16 @@ class Landed:
 
 
 @dataclass(slots=True)
+class Closed:
+    """A request that ended without a draw, since its grammar left nothing but the end (jumps.py)."""
+
+    request: Request
+    forced: list[int]
+    """The tokens before the end, whose KV nobody needs."""
+    end: int
+
+
+@dataclass(slots=True)
 class Scored:
     """Tokens of a prompt whose logprobs came with the last report."""
 
@@ -115,3 +125,5 @@ class Counters:
     steps: int = 0
     forced_tokens: int = 0
     jumps: int = 0
+    expelled_pages: int = 0
+    """That a request with impossible numbers had used, or given to the cache."""

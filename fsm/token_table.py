@@ -214,7 +214,8 @@ def _rows(transitions: Int16Array, canonical: Int32Array) -> tuple[Int32Array, n
     padded[:, : bits.shape[1]] = bits[free]
     words = padded.view(np.uint64)
     number, first = numbered((words * random_words(words.shape[1])).sum(1))
-    assert (bits[free] == bits[free[first]][number]).all(), "two rows share a hash"
+    if (bits[free] != bits[free[first]][number]).any():
+        raise RuntimeError("two rows share a hash")
     row = np.zeros(len(canonical), np.int32)
     row[free] = number
     tokens, of_token = np.unique(canonical[canonical != NONE], return_inverse=True)

@@ -27,6 +27,8 @@ from . import (
     batches,
     control_routes,
     control_types,
+    embedding_types,
+    embeddings,
     engine_view,
     files,
     message_types,
@@ -44,8 +46,16 @@ from . import (
     timelines,
 )
 from .access import Access, access_log
-from .api_keys import KeyRing, read_keys
-from .error_replies import ANTHROPIC_ERRORS, OPENAI_ERRORS, ErrorShape, InternalError, error_body, route_error
+from .api_keys import Headers, KeyRing, read_keys
+from .error_replies import (
+    ANTHROPIC_ERRORS,
+    OPENAI_ERRORS,
+    ErrorShape,
+    InternalError,
+    error_body,
+    error_headers,
+    route_error,
+)
 from .exchange import ClientGone, Exchange
 from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
@@ -136,6 +146,11 @@ class Gate:
         self._keys = keys
         self._tenants = tenants_of(keys)
 
+    def check_key(self, headers: Headers) -> None:
+        """Raise RequestError (401) where keys are needed and this request brings none."""
+        if self._keys:
+            self._keys.key_of(headers)
+
     def admit(self, exchange: Exchange, served: "Served") -> TenantClient:
         """Return the engine as the request may use it. Raises RequestError: 401, 403."""
         if exchange.inside:
@@ -192,7 +207,7 @@ class Served(NamedTuple):
 
 
 GET, POST = ("GET",), ("POST",)
-_p, _c, _t = protocol, control_routes, control_types
+_p, _c, _t, _e = protocol, control_routes, control_types, embedding_types
 ROUTES: tuple[Served, ...] = (
     Served(
         ("/generate",), ("POST", "PUT"), native.generate, _p.GenerateRequest,
@@ -211,6 +226,16 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
     Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
     Served(("/v1/programs",), POST, programs.run, remote.ProgramRequest, remote.ProgramReply),
+    Served(("/v1/embeddings",), POST, embeddings.embeddings, _e.EmbeddingRequest, _e.EmbeddingReply),
+    Served(
+        ("/encode",), ("POST", "PUT"), embeddings.encode_prompts, _e.EncodeRequest,
+        _e.EncodeReply | list[_e.EncodeReply],
+    ),
+    Served(
+        ("/judge", "/classify"), ("POST", "PUT"), embeddings.judge, _e.JudgeRequest,
+        _e.EncodeReply | list[_e.EncodeReply],
+    ),
+    Served(("/v1/classify",), POST, embeddings.classify, _e.ClassifyRequest, _e.ClassifyReply),
     Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,
@@ -293,9 +318,14 @@ def build_app(service: Service) -> ASGIApp:
     gate = Gate(service.client, read_keys(config))
 
     async def no_route(request: Request, error: HTTPException) -> Response:
-        service.metrics.count("none", error.status_code)
-        body = error_body(route_error(error.status_code, request.method, request.url.path))
-        return Response(body, error.status_code, headers=error.headers, media_type="application/json")
+        said: ActorserveError = route_error(error.status_code, request.method, request.scope["path"])
+        headers = dict(error.headers or {})
+        try:
+            gate.check_key(request.scope["headers"])
+        except RequestError as refusal:  # who brings no key learns nothing of the routes
+            said, headers = refusal, {name.decode(): value.decode() for name, value in error_headers(refusal)}
+        service.metrics.count("none", said.status)
+        return Response(error_body(said), said.status, headers=headers, media_type="application/json")
 
     routes = []
     for served in ROUTES:

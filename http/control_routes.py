@@ -4,6 +4,7 @@ Routed by app.py. Invariant: nothing here starts a generation; health comes from
 probe request.
 """
 
+import functools
 import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
@@ -49,8 +50,11 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
     service.check_model(request.model)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
+    if request.chat_template is not None:
+        raise RequestError("chat_template is not supported", param="chat_template", code="unsupported_value")
     longest = service.model.context_length
     if isinstance(request.prompt, list):
+        service.check_batch(len(request.prompt), "prompt")
         lists = [await _ids(service, TextPrompt(text), request) for text in request.prompt]
         reply = TokenizeReply(lists, [len(ids) for ids in lists], longest)
     else:
@@ -65,6 +69,7 @@ async def detokenize(service: Service, exchange: Exchange) -> None:
     request = decode_body(_detokenize_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
     ids, lists = split_ids(request.tokens, "tokens")
+    service.check_batch(len(lists or ()), "tokens")
     for token in ids + [token for one in lists or () for token in one]:
         if not 0 <= token < service.model.vocab_size:
             raise RequestError(f"token ids must be between 0 and {service.model.vocab_size - 1}", param="tokens")
@@ -162,7 +167,7 @@ async def model_info(service: Service, exchange: Exchange) -> None:
             ModelDescription(
                 model_path=path,
                 tokenizer_path=config.tokenizer_path or path,
-                is_generation=True,
+                is_generation=info.pooling is None,
                 model_type=info.model_type,
                 vocab_size=info.vocab_size,
                 context_length=info.context_length,
@@ -218,6 +223,7 @@ async def _reply_health(exchange: Exchange, state: Health) -> None:
     await exchange.reply(encode(state), 200 if state.status == "ok" else 503, headers=headers)
 
 
+@functools.cache
 def package_version() -> str:
     """Return the version of this package."""
     try:

@@ -23,6 +23,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
+    chat_template: Refusable = None
 
 
 class TokenizeReply(Struct, frozen=True):

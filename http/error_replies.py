@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from ..errors import ActorserveError, RequestError
+from .json_depth import MAX_JSON_DEPTH, too_deep
 from .protocol import AnthropicErrorDetail, AnthropicErrorReply, ErrorDetail, ErrorReply, encode
 
 T = TypeVar("T")
@@ -84,6 +85,8 @@ def route_error(status: int, method: str, path: str) -> ActorserveError:
 
 def decode_body(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
     """Decode a request body; raises RequestError (400) that names the field, for all that can be wrong with it."""
+    if too_deep(body):
+        raise _too_deep()
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -91,9 +94,13 @@ def decode_body(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
     except msgspec.DecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
-        raise RequestError("the JSON body is nested too deeply", code="invalid_json") from None
+        raise _too_deep() from None
     except UnicodeDecodeError:
         raise RequestError("the body is not valid UTF-8", code="invalid_json") from None
+
+
+def _too_deep() -> RequestError:
+    return RequestError(f"the JSON body is nested more than {MAX_JSON_DEPTH} deep", code="invalid_json")
 
 
 def invalid_field(text: str) -> RequestError:

@@ -6,6 +6,7 @@ At the end running streams may finish until Drain's deadline, and get a last err
 """
 
 import asyncio
+import functools
 import os
 import socket
 import ssl
@@ -22,6 +23,7 @@ from ..actors.messages import Drain, FrontInbox
 from ..errors import Overloaded, StartupError
 from .app import build_app
 from .batch_runner import BatchRunner
+from .connection import limited
 from .data_store import DataStore
 from .metrics import Metrics
 from .service import Service
@@ -132,7 +134,7 @@ def server_config(service: Service) -> uvicorn.Config:
     config = uvicorn.Config(
         build_app(service),
         loop="none",
-        http="httptools",
+        http=limited(settings, functools.partial(service.metrics.count, "none")),
         ws="none",
         lifespan="off",
         interface="asgi3",

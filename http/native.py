@@ -14,7 +14,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from ..actors.client import Choice, Stream, Submission, token_prompt
+from ..actors.admission import Submission
+from ..actors.client import Choice, Stream, token_prompt
 from ..actors.grammar_fields import GIVEN as GRAMMAR_FIELDS
 from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
 from ..actors.grammar_fields import grammar_spec
@@ -140,6 +141,10 @@ async def generate(service: Service, exchange: Exchange) -> None:
     for name in NATIVE_REFUSED:
         if getattr(request, name):
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
+    for name in ("text", "input_ids"):
+        value = getattr(request, name)
+        if isinstance(value, list) and not isinstance(value[0] if value else 0, int):
+            service.check_batch(len(value), name)
     submissions, continuations, is_list = _plan(request, service.model.vocab_size)
     stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
     learn = _timelines(service, stream, continuations) if request.timeline else None
@@ -180,11 +185,11 @@ def _timelines(service: Service, stream: Stream, continuations: list[Continuatio
 
 def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
     """Return what to submit, one Continuation a choice, and whether the reply is a list."""
-    prompts, is_batch = _prompts(request, vocab_size)
+    prompts, is_batch = native_prompts(request.text, request.input_ids, vocab_size)
     count = len(prompts)
-    sampling = _per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
+    sampling = per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
     logprobs = _logprobs(request, count)
-    rids = _per_prompt(request.rid, count, "", "rid", spread=not is_batch)
+    rids = per_prompt(request.rid, count, "", "rid", spread=not is_batch)
     submissions: list[Submission] = []
     continuations: list[Continuation] = []
     is_list = is_batch or sampling[0].n > 1
@@ -192,7 +197,7 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
         params = _sampling(sampling[i], logprobs[i])
         grammar = _grammar(sampling[i])
         rid = rids[i] or uuid.uuid4().hex
-        submissions.append(Submission(prompt, params, sampling[i].n, grammar, rid))
+        submissions.append(Submission(prompt, params, sampling[i].n, grammar, name=rid))
         for _ in range(sampling[i].n):
             index = len(continuations) if is_list else None
             with_text = request.return_text_in_logprobs
@@ -202,27 +207,29 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
 
 def _logprobs(request: GenerateRequest, count: int) -> list[dict[str, Any]]:
     """Return what each prompt's SamplingParams say about logprobs: nothing without `return_logprob`."""
-    wanted = _per_prompt(request.return_logprob, count, False, "return_logprob")
-    num_top = _per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
-    starts = _per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")
+    wanted = per_prompt(request.return_logprob, count, False, "return_logprob")
+    num_top = per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
+    starts = per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")
     ids, lists = split_ids(request.token_ids_logprob or [], "token_ids_logprob")
-    listed = [ids] * count if lists is None else _per_prompt(lists, count, ids, "token_ids_logprob")
+    listed = [ids] * count if lists is None else per_prompt(lists, count, ids, "token_ids_logprob")
     return [
         {"logprobs": top, "logprob_start_len": start, "token_ids_logprob": tuple(named)} if asked else {}
         for asked, top, start, named in zip(wanted, num_top, starts, listed, strict=True)
     ]
 
 
-def _prompts(request: GenerateRequest, vocab_size: int) -> tuple[list[Prompt], bool]:
+def native_prompts(
+    text: str | list[str] | None, input_ids: list[int | list[int]] | None, vocab_size: int
+) -> tuple[list[Prompt], bool]:
     """Return the prompts, and whether the client sent a list of them."""
-    if (request.text is None) == (request.input_ids is None):
-        raise RequestError("give either text or input_ids", param="text" if request.text is None else "input_ids")
-    if isinstance(request.text, str):
-        return [TextPrompt(request.text)], False
-    if request.text is not None:
-        prompts: list[Prompt] = [TextPrompt(text) for text in request.text]
+    if (text is None) == (input_ids is None):
+        raise RequestError("give either text or input_ids", param="text" if text is None else "input_ids")
+    if isinstance(text, str):
+        return [TextPrompt(text)], False
+    if text is not None:
+        prompts: list[Prompt] = [TextPrompt(item) for item in text]
         return _not_empty(prompts, "text"), True
-    ids, lists = split_ids(request.input_ids or [], "input_ids")
+    ids, lists = split_ids(input_ids or [], "input_ids")
     if lists is None:
         return [token_prompt(ids, vocab_size)], False
     return _not_empty([token_prompt(item, vocab_size) for item in lists], "input_ids"), True
@@ -243,7 +250,7 @@ def _not_empty(prompts: list[Prompt], param: str) -> list[Prompt]:
     return prompts
 
 
-def _per_prompt(value: T | list[T] | None, count: int, default: T, param: str, spread: bool = True) -> list[T]:
+def per_prompt(value: T | list[T] | None, count: int, default: T, param: str, spread: bool = True) -> list[T]:
     """Return one value a prompt, from a single value or a list as long as the batch.
 
     Without `spread` a single value cannot serve several prompts (an id).
@@ -265,6 +272,7 @@ def _sampling(wire: NativeSampling, logprobs: dict[str, Any]) -> SamplingParams:
     for name in ("n", *GRAMMAR_FIELDS, *GRAMMAR_UNSUPPORTED):
         del fields[name]
     fields["stop"] = (wire.stop,) if isinstance(wire.stop, str) else wire.stop or ()
+    fields["stop_regex"] = (wire.stop_regex,) if isinstance(wire.stop_regex, str) else wire.stop_regex or ()
     fields["stop_token_ids"] = wire.stop_token_ids or ()
     fields["logit_bias"] = wire.logit_bias or {}
     return SamplingParams(**(fields | logprobs))

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from ..actors.client import Stream, Submission, token_prompt
+from ..actors.admission import Submission
+from ..actors.client import Stream, token_prompt
 from ..actors.conversation import chat_prompt
 from ..actors.messages import ChatPrompt, Chunk, Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
@@ -68,18 +69,21 @@ async def completions(service: Service, exchange: Exchange) -> None:
     n = request.n or 1
     best_of = _best_of(request, n)
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
+    service.check_batch(len(prompts), "prompt")
     echoes = await _echoes(service, request, prompts, texts)
     usage_frames = _usage_frames(request, len(prompts), best_of)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
     grammar, grammar_names = requested_grammar(request)
+    if request.best_of is not None:
+        names["n"] = "best_of"
     with renamed(names | grammar_names):
         # The choice among candidates needs the logprobs of their tokens.
         params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
         if request.echo and request.logprobs is not None:
             params = msgspec.structs.replace(params, logprob_start_len=0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        submissions = [Submission(prompt, params, best_of, grammar, head.id) for prompt in prompts]
+        submissions = [Submission(prompt, params, best_of, grammar, name=head.id) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
         await send_output(exchange, stream, writer, bool(request.stream), at_end=_timeline(service, request, head))
@@ -186,11 +190,12 @@ def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | No
         value = getattr(request, name)
         if value is not None:
             given[name] = value
-    stop = request.stop
+    stop, patterns = request.stop, request.stop_regex
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_new_tokens=request.min_tokens or 0,
         stop=(stop,) if isinstance(stop, str) else stop or (),
+        stop_regex=(patterns,) if isinstance(patterns, str) else patterns or (),
         seed=request.seed,
         logprobs=logprobs,
         **given,

@@ -54,6 +54,9 @@ async def run(service: Service, exchange: Exchange) -> None:
     engine = ServedEngine(service.client, service.config, service.model)
     backend = ServedBackend(engine, request.template)
     running = _Running(asyncio.create_task(replay(request, backend)), backend.loop)
-    async with exchange.watched(running):
-        reply = await running.result()
+    try:
+        async with exchange.watched(running):
+            reply = await running.result()
+    finally:
+        await backend.close()
     await exchange.reply(encode(reply))

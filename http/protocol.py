@@ -63,6 +63,7 @@ class NativeSampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     presence_penalty: Penalty = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
     stop: StopString | StopStrings | None = None
+    stop_regex: StopString | StopStrings | None = None
     stop_token_ids: StopIds | None = None
     ignore_eos: bool = False
     no_stop_trim: bool = False
@@ -200,6 +201,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Tokens | None = None
+    stop_regex: StopString | StopStrings | None = None
     stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = None
     no_stop_trim: bool | None = None
@@ -355,9 +357,11 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     stream_reasoning: bool | None = None
     functions: Refusable = None
     audio: Refusable = None
+    chat_template: Refusable = None
+    """Templates are programs: which one is rendered is the operator's choice (--chat-template)."""
 
 
-CHAT_REFUSED = ("functions", "audio")
+CHAT_REFUSED = ("functions", "audio", "chat_template")
 
 
 class TopLogprob(Struct, frozen=True):

@@ -10,7 +10,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ..actors.client import Submission, token_prompt
+from ..actors.admission import Submission
+from ..actors.client import token_prompt
 from ..actors.messages import Chunk, Prompt, TextPrompt
 from ..errors import EngineDown, RequestError
 from ..sampler.params import SamplingParams
@@ -20,6 +21,9 @@ from .openai import renamed
 from .openai_replies import usage
 from .protocol import Usage, encode
 from .service import Service
+
+MAX_REPEATED: Final = 64 << 20
+"""Of a query, all its copies together: a body of a few bytes an item must not become a gigabyte."""
 
 
 class ScoreRequest(Struct, frozen=True, kw_only=True):
@@ -61,6 +65,7 @@ async def score(service: Service, exchange: Exchange) -> None:
         logprobs=0,
         token_ids_logprob=tuple(request.label_token_ids),
     )
+    service.check_batch(1 if isinstance(request.items, str) else len(request.items), "items")
     prompts = _prompts(request, service.model.vocab_size)
     with renamed({"token_ids_logprob": "label_token_ids", "prompt": "items", "input_ids": "items"}):
         stream = service.client.submit_all([Submission(prompt, params) for prompt in prompts])
@@ -74,6 +79,9 @@ def _prompts(request: ScoreRequest, vocab_size: int) -> list[Prompt]:
     query, items = request.query, [request.items] if isinstance(request.items, str) else request.items
     if not items:
         raise RequestError("items is empty", param="items")
+    if len(query) * len(items) > MAX_REPEATED:
+        what = f"the query is repeated for {len(items)} items, which may come to {MAX_REPEATED} characters or tokens"
+        raise RequestError(what, param="items", code="too_large")
     if isinstance(query, str):
         texts = [item for item in items if isinstance(item, str)]
         if len(texts) < len(items):

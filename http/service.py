@@ -62,6 +62,12 @@ class Service:
                 status=404,
             )
 
+    def check_batch(self, count: int, param: str) -> None:
+        """Raise RequestError for a list of too many prompts."""
+        most = self.config.max_batch_prompts
+        if count > most:
+            raise RequestError(f"{param} has {count} entries; the most is {most}", param=param, code="too_many")
+
     def health(self) -> Health:
         """Return "ok" when text actor, scheduler and executor are up."""
         reason = self.client.reason_down()

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from ..actors.client import Client, Stream, Submission
+from ..actors.admission import Submission
+from ..actors.client import Client, Stream
 from ..actors.messages import GrammarSpec, Prompt, Stats, TimelineView
 from ..actors.questions import Questions
 from ..errors import Overloaded, RequestError
@@ -99,7 +100,7 @@ class TenantClient:
         name: str = "",
     ) -> Stream:
         """As Client.submit; raises for the tenant's limits, too."""
-        return self.submit_all([Submission(prompt, params, n, grammar, name)], cache_salt, priority)
+        return self.submit_all([Submission(prompt, params, n, grammar, name=name)], cache_salt, priority)
 
     def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
         """As Client.submit_all; raises for the tenant's limits, too."""
@@ -126,6 +127,14 @@ class TenantClient:
     async def timelines(self, name: str) -> list[TimelineView]:
         """As Questions.timelines; others' only for an admin's key."""
         return await self.questions.timelines(name, None if self._tenant.admin else self._tenant.name)
+
+    def new_pin(self) -> int:
+        """As Client.new_pin."""
+        return self._client.new_pin()
+
+    def unpin(self, pins: Sequence[int]) -> None:
+        """As Client.unpin."""
+        self._client.unpin(pins)
 
     def close(self) -> tuple[int, int]:
         """The request has ended: settle what it used. Returns (prompt tokens, generated tokens)."""

@@ -19,9 +19,11 @@ import numpy as np
 from .eviction import LRU, EvictionPolicy
 from .nodes import GONE, TOKEN_BYTES, Inserted, Match, Node, NodeView, Statistics
 from .pages import Float32Array, Int32Array, PagePool
+from .pins import Pins
 
 __all__ = ["Inserted", "Match", "Node", "NodeView", "RadixTree", "Statistics"]
 
+_NO_TEXT = "\ud800"  # half a surrogate pair: no client can name a namespace so
 _NO_PAGES: Int32Array = np.zeros(0, np.int32)
 
 
@@ -53,6 +55,7 @@ class RadixTree:
         self.enabled = enabled
         self.num_pages = 0  # owned by the tree
         self.num_evictable = 0  # of these, in unlocked nodes
+        self.pins = Pins(self)
         self._pool = pool
         self._policy: EvictionPolicy = LRU() if policy is None else policy
         self._page_bytes = page_size * TOKEN_BYTES
@@ -193,10 +196,45 @@ class RadixTree:
         return num_pages - missing
 
     def clear(self) -> None:
-        """Frees every page. Raises ValueError, and frees none, while a node is locked."""
+        """Frees every page, pinned ones too. Raises ValueError, and frees none, while a node is locked otherwise."""
+        self.pins.clear()
         if self.num_evictable != self.num_pages:
             raise ValueError(f"{self.num_pages - self.num_evictable} pages are locked by running requests")
         self.evict(self.num_pages)
+
+    def expel(self, tokens: Int32Array, namespace: str = "") -> int:
+        """Let nobody match any more what the tree has of `tokens`, nor what else begins with their first page.
+
+        For KV that may be wrong: whatever was computed behind it may be, too. Unlocked pages are freed now, the others
+        when they are unlocked, for they are evicted as all are. Locks stay valid; a node of it has another `namespace`
+        from now on, and its owner must not insert what it computed. Returns the number of pages that were expelled.
+        """
+        root = self._roots.get(namespace)
+        if root is None:
+            return 0
+        key = _key(tokens)
+        walk = self._walk(key, root)
+        top = walk.edge or (walk.node if walk.node is not root else self._beyond(key, walk)[0])
+        if top is None:
+            return 0
+        while top.parent is not root:
+            assert top.parent is not None
+            top = top.parent
+        self._take_out(root, top)
+        hidden = Node(next(self._numbers), None, b"", _NO_PAGES, f"{_NO_TEXT}{top.id}")
+        first = top.key[: self._page_bytes]
+        hidden.children[first], hidden.order[:] = top, [first]
+        hidden.locks, hidden.hits, top.parent = top.locks, top.hits, hidden
+        root.locks -= top.locks
+        self._roots[hidden.namespace] = hidden
+        nodes = list(_subtree(top))
+        expelled = sum(len(node.pages) for node in nodes)
+        for node in nodes:
+            node.namespace = hidden.namespace
+        freed = [self._remove(node) for node in reversed(nodes) if not node.locks]
+        if freed:
+            self._pool.free(np.concatenate(freed))
+        return expelled
 
     def snapshot(self, limit: int = 1000) -> list[NodeView]:
         """Up to `limit` nodes, level by level, for metrics or a picture; O(limit + roots). Holds no token ids."""
@@ -380,19 +418,22 @@ class RadixTree:
 
     def _remove(self, leaf: Node) -> Int32Array:
         """Takes an unlocked leaf out; returns its pages, which are nobody's until the caller frees them."""
-        parent = leaf.parent
-        assert parent is not None and not leaf.children and not leaf.locks
-        first = leaf.key[: self._page_bytes]
-        del parent.children[first]
-        del parent.order[bisect_left(parent.order, first)]
-        if parent.parent is None and not parent.children:
-            del self._roots[parent.namespace]
+        assert leaf.parent is not None and not leaf.children and not leaf.locks
+        self._take_out(leaf.parent, leaf)
         self._policy.remove(leaf)
         self._num_nodes -= 1
         self.num_pages -= len(leaf.pages)
         self.num_evictable -= len(leaf.pages)
         leaf.parent, leaf.locks = None, GONE
         return leaf.pages
+
+    def _take_out(self, parent: Node, child: Node) -> None:
+        """Undoes the parent's side of their bond; a root without children is no root."""
+        first = child.key[: self._page_bytes]
+        del parent.children[first]
+        del parent.order[bisect_left(parent.order, first)]
+        if parent.parent is None and not parent.children:
+            del self._roots[parent.namespace]
 
     def _trim(self, leaf: Node, pages: int) -> Int32Array:
         """Takes the last `pages` pages from an unlocked leaf that has more; returns them."""
@@ -442,3 +483,12 @@ def _common_bytes(a: bytes, b: bytes) -> int:
     differ = np.frombuffer(a, np.int32, n) != np.frombuffer(b, np.int32, n)
     first = int(differ.argmax()) if n else 0
     return (first if n and differ[first] else n) * TOKEN_BYTES
+
+
+def _subtree(top: Node) -> Iterator[Node]:
+    """A node and all below it, parents first."""
+    waiting = deque([top])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        waiting.extend(node.children.values())

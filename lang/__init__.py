@@ -14,6 +14,7 @@ from .api import (
     gen_int,
     gen_string,
     image,
+    repeat,
     select,
     separate_reasoning,
     system,
@@ -22,9 +23,11 @@ from .api import (
     user,
     user_begin,
     user_end,
+    var,
     video,
+    when,
 )
-from .backend import flush_cache, get_server_info, set_default_backend
+from .backend import aflush_cache, aget_server_info, flush_cache, get_server_info, set_default_backend
 from .choices import greedy_token_selection, token_length_normalized, unconditional_likelihood_normalized
 from .program import SglFunction, function
 from .state import ProgramState, ProgramStateGroup
@@ -51,6 +54,8 @@ __all__ = [
     "RuntimeEndpoint",
     "SglFunction",
     "ToolCall",
+    "aflush_cache",
+    "aget_server_info",
     "assistant",
     "assistant_begin",
     "assistant_end",
@@ -63,6 +68,7 @@ __all__ = [
     "greedy_token_selection",
     "image",
     "register_chat_template",
+    "repeat",
     "select",
     "separate_reasoning",
     "set_default_backend",
@@ -74,7 +80,9 @@ __all__ = [
     "user",
     "user_begin",
     "user_end",
+    "var",
     "video",
+    "when",
 ]
 
 _HOMES = {

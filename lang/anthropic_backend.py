@@ -11,6 +11,7 @@ import msgspec
 
 from ..errors import RequestError
 from .backend import Backend, Reply
+from .checks import matching
 from .context import Context
 from .expressions import Sampling
 from .http_calls import Http
@@ -28,7 +29,7 @@ IDLE: Final = {
     "n": 1,
 }
 """Parameters that the API does not have, and their values without effect."""
-NEVER: Final = "stop_regex ebnf stop_token_ids priority seed logit_bias regex json_schema return_logprob".split()
+NEVER: Final = "stop_regex ebnf stop_token_ids priority seed logit_bias return_logprob".split()
 
 
 class Anthropic(Backend):
@@ -55,7 +56,13 @@ class Anthropic(Backend):
         self._http = Http(address, headers, timeout, max_retries)
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
-        answer = await self._http.post("/v1/messages", self._body(context, sampling))
+        body = self._body(context, sampling)
+        if sampling.regex is not None or sampling.json_schema is not None:
+            return await matching(lambda: self._call(body), sampling)
+        return await self._call(body)
+
+    async def _call(self, body: dict[str, Any]) -> Reply:
+        answer = await self._http.post("/v1/messages", body)
         calls = [call_text(part["name"], part["input"]) for part in answer["content"] if part["type"] == "tool_use"]
         text = calls[0] if calls else "".join(part["text"] for part in answer["content"] if part["type"] == "text")
         return Reply([text], {"id": answer.get("id"), **_meta(answer.get("stop_reason"), answer.get("usage") or {})})
@@ -63,6 +70,8 @@ class Anthropic(Backend):
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         if sampling.tools is not None:
             raise self._cannot("stream calls of tools")
+        if sampling.regex is not None or sampling.json_schema is not None:
+            raise RequestError("a stream cannot be checked against a regular expression or a schema", param="stream")
         reason: str | None = None
         usage: dict[str, Any] = {}
         async for event in self._http.events("/v1/messages", self._body(context, sampling) | {"stream": True}):

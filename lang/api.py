@@ -10,16 +10,23 @@ from typing import Any, Final
 from ..errors import RequestError
 from .choices import ChoicesMethod, token_length_normalized
 from .expressions import (
+    MOST_TIMES,
+    AnyTest,
+    Check,
     Expr,
     Gen,
     Image,
+    Repeat,
     RoleBegin,
     RoleEnd,
     Sampling,
     Select,
     SeparateReasoning,
     Sequence,
+    Test,
+    Var,
     Video,
+    When,
     sequence,
 )
 from .structured import schema_of
@@ -186,9 +193,52 @@ def separate_reasoning(expr: Any = None, model_type: str | None = None) -> Seque
     """
     if model_type is None:
         raise RequestError("separate_reasoning needs model_type, such as 'deepseek-r1'", param="model_type")
-    inner = sequence(() if expr is None else (expr,))
+    inner = _optional(expr)
+    if any(isinstance(node, When | Repeat) for node in inner.items):
+        raise RequestError("separate_reasoning goes inside of sgl.when and sgl.repeat, around what they append")
     names = tuple(node.name for node in inner.items if isinstance(node, Gen) and node.name is not None)
     return sequence((inner, SeparateReasoning(names, model_type)))
+
+
+def var(name: str) -> Var:
+    """The variable of that name as it is when the program comes here: append it, or compare it for `when` and `repeat`.
+
+    `var("x")[0]` is an item of a list, `var("x")["age"]` a member of JSON.
+    """
+    return Var(name)
+
+
+def when(test: "Test | Var", then: Any, otherwise: Any = None) -> Expr:
+    """One of two expressions, by a condition on variables: `when(var("answer") == "yes", sgl.gen("why"), "So be it.")`.
+
+    It is decided when the state comes to it, in each branch for itself, and nobody waits for it. A variable that is
+    made in the part that is not taken keeps its value, if it has one. A bare `var` holds if it is not empty.
+    """
+    return When(_test(test), _optional(then), _optional(otherwise))
+
+
+def repeat(body: Any, times: int, until: "Test | Var | None" = None) -> Expr:
+    """An expression up to `times` times (1 to 10,000), until a condition holds after a turn.
+
+    `body` may be a function of the turn's number, from 0 on, which is called for all turns beforehand. Variables have
+    the values of the last turn that made them. Raises RequestError.
+    """
+    if not isinstance(times, int) or isinstance(times, bool) or not 1 <= times <= MOST_TIMES:
+        raise RequestError(f"times must be a number from 1 to {MOST_TIMES}; conditions are `until`'s", param="times")
+    bodies = tuple(sequence((body(i),)) for i in range(times)) if callable(body) else (sequence((body,)),)
+    return Repeat(bodies, times, None if until is None else _test(until))
+
+
+def _test(given: Any) -> AnyTest:
+    if isinstance(given, Var):
+        return Check(given, "truth")
+    if not isinstance(given, Test):
+        raise RequestError("a condition is made of sgl.var(...), as in sgl.var('x') == 'yes'")
+    return given  # type: ignore[return-value]  # every Test is one of the union
+
+
+def _optional(expr: Any) -> Sequence:
+    return sequence(() if expr is None else (expr,))
 
 
 def strings(given: "str | Texts[str] | None") -> tuple[str, ...] | None:

@@ -81,6 +81,9 @@ class Backend:
     async def commit(self, context: Context) -> None:
         """Compute the context's text into the prefix cache; without effect where there is none to talk to."""
 
+    def leave(self, context: Context) -> None:
+        """A branch has been joined: nobody is expected to go on with its text."""
+
     async def cache_prefix(self, text: str) -> None:
         """The same for a text."""
 
@@ -149,6 +152,16 @@ def flush_cache(backend: Any = None, empty_cache: bool = True) -> bool:
     return LOOP.call(resolve(backend).flush_cache, empty_cache)
 
 
+async def aflush_cache(backend: Any = None, empty_cache: bool = True) -> bool:
+    """As `flush_cache`, in any event loop."""
+    return await LOOP.acall(resolve(backend).flush_cache, empty_cache)
+
+
 def get_server_info(backend: Any = None) -> dict[str, Any]:
     """What the backend's server says of itself."""
     return LOOP.call(resolve(backend).get_server_info)
+
+
+async def aget_server_info(backend: Any = None) -> dict[str, Any]:
+    """As `get_server_info`, in any event loop."""
+    return await LOOP.acall(resolve(backend).get_server_info)

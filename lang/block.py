@@ -138,4 +138,4 @@ async def _one_by_one(block: Block, backend: Backend, context: Context) -> None:
         several = (part.sampling.n or 1) > 1
         meta = reply.meta | {"speculation": context.speculation.report()}
         values = [instance(text, part.output_type) for text in reply.texts]
-        part.slot.fill(values if several else values[0], meta)
+        part.slot.fill(values if several else values[0], meta, reply.texts if several else reply.texts[0])

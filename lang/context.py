@@ -34,6 +34,8 @@ class Context:
     ahead: Ahead | None = None
     """What the model has said beyond the program's text (speculation.py)."""
     speculation: Speculation = field(default_factory=Speculation)
+    pin: int = 0
+    """Under which number the backend keeps this text in its prefix cache between two calls; 0: under none."""
 
     def branch(self) -> "Context":
         """A copy that goes on alone. What is ahead was drawn once: branches that draw at random share none of it."""
@@ -44,6 +46,7 @@ class Context:
             fork_begin=len(self.text),
             ahead=self.ahead.copy() if self.ahead is not None and self.ahead.greedy else None,
             speculation=replace(self.speculation),
+            pin=0,
         )
 
     def fill(self, text: str) -> None:

@@ -48,7 +48,7 @@ class RuntimeEndpoint(Backend):
         """Asks the server what it serves. Raises EngineDown if it cannot be reached."""
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = Http(base_url, headers, timeout, verify=verify if verify is not None else True)
-        self.model_info: dict[str, Any] = LOOP.call(self._http.get, "/get_model_info")
+        self.model_info: dict[str, Any] = LOOP.call(self._told, "model_info")
         name = str(self.model_info["model_path"])
         super().__init__(name, get_chat_template(chat_template_name) if chat_template_name else chat_template_of(name))
         self.takes_programs = bool(self.model_info.get("runs_programs"))
@@ -92,7 +92,16 @@ class RuntimeEndpoint(Backend):
         return True
 
     async def get_server_info(self) -> dict[str, Any]:
-        info: dict[str, Any] = await self._http.get("/get_server_info")
+        return await self._told("server_info")
+
+    async def _told(self, what: str) -> dict[str, Any]:
+        """What the server says of itself; SGLang's older ones under another name."""
+        try:
+            info: dict[str, Any] = await self._http.get(f"/{what}")
+        except RequestError as error:
+            if error.status != 404:
+                raise
+            info = await self._http.get(f"/get_{what}")
         return info
 
     async def _prompt_scores(self, prompt: str, choices: Sequence[str], tokens: int) -> list[list[TokenScore]]:

@@ -28,7 +28,7 @@ from .templates import chat_template_of, get_chat_template
 T = TypeVar("T")
 SAME_NAME: Final = (
     "max_new_tokens min_new_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty"
-    " stop stop_token_ids ignore_eos seed logit_bias regex json_schema ebnf".split()
+    " stop stop_regex stop_token_ids ignore_eos seed logit_bias regex json_schema ebnf".split()
 )
 """Parameters that the engine has under the same names."""
 FULL_SECONDS: Final = 0.02
@@ -50,7 +50,7 @@ class EngineBackend(Backend):
         self.most_calls = max(1, running.config.max_queued_requests // 2)
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
-        outputs = await self._outputs(context.text, n=sampling.n or 1, **_request(sampling))
+        outputs = await self._outputs(context.text, self._pin(context), n=sampling.n or 1, **_request(sampling))
         first = outputs[0]
         return Reply([o.text for o in outputs], meta_info(first, first.logprobs, sampling, first.prompt_logprobs))
 
@@ -68,7 +68,7 @@ class EngineBackend(Backend):
     ) -> ChoicesDecision:
         if temperature > 1e-5:
             raise RequestError("select chooses by probability: its temperature must be 0", param="temperature")
-        (prompt,) = await self._outputs(context.text, max_new_tokens=0)
+        (prompt,) = await self._outputs(context.text, self._pin(context), max_new_tokens=0)
         given = (context.text, prompt.prompt_tokens)
         scores = await _gathered([partial(self._score, *given, choice) for choice in choices])
         unconditional = None
@@ -77,7 +77,7 @@ class EngineBackend(Backend):
         return method.decide(choices, scores, unconditional)
 
     async def commit(self, context: Context) -> None:
-        await self.cache_prefix(context.text)
+        await self._outputs(context.text, self._pin(context), max_new_tokens=0)
 
     async def cache_prefix(self, text: str) -> None:
         if text:
@@ -87,8 +87,14 @@ class EngineBackend(Backend):
         info: dict[str, Any] = msgspec.to_builtins(self._engine.model)
         return info | {"settings": msgspec.to_builtins(self._engine.config)}
 
-    async def _outputs(self, prompt: engine.PromptLike, **options: Any) -> list[Output]:
+    def _pin(self, context: Context) -> int:
+        """Under which number the engine keeps the context's text until the next call; 0: as it likes."""
+        return context.pin
+
+    async def _outputs(self, prompt: engine.PromptLike, pin: int = 0, **options: Any) -> list[Output]:
         """Continue one prompt. An engine that is full is waited for: its load is this program's own."""
+        if pin:
+            options["pin"] = pin
         while True:
             try:
                 return await self._engine.generate([prompt], **options)
@@ -192,9 +198,7 @@ def meta_info(
 
 
 def _request(sampling: Sampling) -> dict[str, Any]:
-    """The engine's parameters. Raises RequestError for what it does not have."""
-    if sampling.stop_regex is not None:
-        raise RequestError("the engine has no stop_regex yet", param="stop_regex", code="unsupported_value")
+    """The engine's parameters."""
     given = {name: value for name in SAME_NAME if (value := getattr(sampling, name)) is not None}
     if sampling.return_logprob:
         given["logprobs"] = sampling.top_logprobs_num or 0

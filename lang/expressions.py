@@ -5,7 +5,8 @@ Invariant: nodes never change; `+` makes a Sequence, flat, in the order in which
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
+from typing import Literal as OneOf
 
 import msgspec
 
@@ -181,6 +182,156 @@ class Sequence(Expr, frozen=True):
     items: tuple["Node", ...]
 
 
+Operator: TypeAlias = OneOf["eq", "ne", "lt", "le", "gt", "ge", "contains", "startswith", "endswith", "truth"]
+Scalar: TypeAlias = str | int | float | bool | None
+MOST_TIMES: Final = 10_000
+"""Turns of a loop."""
+
+
+class Test(msgspec.Struct, frozen=True, tag=True):
+    """A condition on variables, decided when the program comes to it; `&`, `|` and `~` join and turn them."""
+
+    def __and__(self, other: "Test") -> "AllOf":
+        return AllOf((self, other))  # type: ignore[arg-type]  # every Test is one of the union
+
+    def __or__(self, other: "Test") -> "AnyOf":
+        return AnyOf((self, other))  # type: ignore[arg-type]
+
+    def __invert__(self) -> "Not":
+        return Not(self)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        raise RequestError(
+            "a condition on sgl.var(...) is decided when the program comes to it: use sgl.when or sgl.repeat, and for"
+            " Python's `if` read the variable, s[...]"
+        )
+
+
+class Var(Expr, frozen=True, eq=False):
+    """A variable of the state, as its value is when the program comes here: to be appended, or compared in a Test.
+
+    `path`: of a list the item at an index, of JSON the member of a name. Comparisons make Tests.
+    """
+
+    name: str
+    path: tuple[int | str, ...] = ()
+
+    def __getitem__(self, key: int | str) -> "Var":
+        return Var(self.name, (*self.path, key))
+
+    def __eq__(self, other: object) -> "Check":  # type: ignore[override]
+        return self._check("eq", other)
+
+    def __ne__(self, other: object) -> "Check":  # type: ignore[override]
+        return self._check("ne", other)
+
+    def __lt__(self, other: object) -> "Check":
+        return self._check("lt", other)
+
+    def __le__(self, other: object) -> "Check":
+        return self._check("le", other)
+
+    def __gt__(self, other: object) -> "Check":
+        return self._check("gt", other)
+
+    def __ge__(self, other: object) -> "Check":
+        return self._check("ge", other)
+
+    def contains(self, other: object) -> "Check":
+        """The text has this in it, or the list."""
+        return self._check("contains", other)
+
+    def startswith(self, other: object) -> "Check":
+        """The text begins with this."""
+        return self._check("startswith", other)
+
+    def endswith(self, other: object) -> "Check":
+        """The text ends with this."""
+        return self._check("endswith", other)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __bool__(self) -> bool:
+        self._refuse("decides in Python")
+
+    def __iter__(self) -> Iterator[Any]:
+        self._refuse("is walked through")
+
+    def __contains__(self, item: Any) -> bool:
+        self._refuse("is searched (write .contains(...))")
+
+    def __format__(self, spec: str) -> str:
+        self._refuse("is put into a string (write text + sgl.var(...))")
+
+    def __str__(self) -> str:
+        self._refuse("becomes a string (write text + sgl.var(...))")
+
+    def _check(self, operator: Operator, other: object) -> "Check":
+        if isinstance(other, Var):
+            return Check(self, operator, other=other)
+        if other is not None and not isinstance(other, str | int | float | bool):
+            raise RequestError(f"sgl.var({self.name!r}) is compared with a {type(other).__name__}")
+        return Check(self, operator, other)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RequestError(f"sgl.var({self.name!r}) {what}, but its value is known only when the program comes to it")
+
+
+class Check(Test, frozen=True):
+    """A variable compared with a constant, or with `other`. "truth": it is not empty. See conditions.py."""
+
+    left: Var
+    operator: Operator
+    value: Scalar = None
+    other: Var | None = None
+
+
+class AllOf(Test, frozen=True):
+    parts: tuple["AnyTest", ...]
+
+
+class AnyOf(Test, frozen=True):
+    parts: tuple["AnyTest", ...]
+
+
+class Not(Test, frozen=True):
+    part: "AnyTest"
+
+
+AnyTest: TypeAlias = Check | AllOf | AnyOf | Not
+
+
+class When(Expr, frozen=True):
+    """One of two expressions, by a condition."""
+
+    test: AnyTest
+    then: Sequence
+    otherwise: Sequence = Sequence(())
+
+
+class Repeat(Expr, frozen=True):
+    """An expression again and again: `times` turns at most, and none after one behind which `until` holds.
+
+    `bodies`: one for all turns, or one for each.
+    """
+
+    bodies: tuple[Sequence, ...]
+    times: int
+    until: AnyTest | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if not 1 <= self.times <= MOST_TIMES:
+            raise ValueError(f"times must be 1 to {MOST_TIMES}, not {self.times}")
+        if len(self.bodies) not in (1, self.times):
+            raise ValueError(f"a loop of {self.times} turns has 1 body, or as many, not {len(self.bodies)}")
+
+    def body(self, turn: int) -> Sequence:
+        """Of a turn, from 0 on."""
+        return self.bodies[turn % len(self.bodies)]
+
+
 class Untraceable(RequestError):
     """The program does something with a value that is known only when it runs."""
 
@@ -203,6 +354,9 @@ Node: TypeAlias = (
     | Join
     | Argument
     | Variable
+    | Var
+    | When
+    | Repeat
 )
 Appendable: TypeAlias = "Expr | str | int | float"
 """What may stand on the right of `s +=`; numbers are their text."""

@@ -14,7 +14,9 @@ import msgspec
 from ..errors import RequestError
 from .backend import Backend, Reply, constrained, method_named
 from .block import Block, run_block
+from .conditions import made_by, read_by
 from .context import Context
+from .control import Control
 from .expressions import (
     Argument,
     Commit,
@@ -24,15 +26,18 @@ from .expressions import (
     Join,
     Literal,
     Node,
+    Repeat,
     RoleBegin,
     RoleEnd,
     Sampling,
     Select,
     SeparateReasoning,
+    Var,
     Variable,
     VarScopeBegin,
     VarScopeEnd,
     Video,
+    When,
     flatten,
 )
 from .images import load
@@ -42,7 +47,7 @@ from .reasoning import split
 from .speculation import ahead_of, beyond, may_speculate
 from .structured import instance
 from .variables import ProgramError, Slot, failure, filled
-from .work import QUICK, Elsewhere, Flush, Gather, Inherit, Item, Point
+from .work import QUICK, Budget, Elsewhere, Flush, Gather, Inherit, Item, Point
 
 RUN_DEFAULTS: Final = Sampling(
     max_new_tokens=128,
@@ -74,8 +79,10 @@ class Executor:
         eager: bool = False,
         life: Signal | None = None,
         branch: str = "",
+        budget: Budget | None = None,
     ) -> None:
-        """`spec_tokens`: see speculation.py. `eager`: every statement ends before the next one begins."""
+        """`spec_tokens`: see speculation.py. `eager`: every statement ends before the next one begins. `budget`: of
+        the loops of this state and its branches; None is no limit."""
         if stream and spec_tokens is not None:
             raise RequestError("stream and num_api_spec_tokens exclude each other", param="stream")
         self.backend = backend
@@ -85,6 +92,7 @@ class Executor:
         self.eager = eager
         self.life = life or Signal()
         self.branch = branch
+        self.budget = budget
         self._records = backend.is_chat_model and spec_tokens is not None
         self.context = Context(backend.chat_template)
         self.slots: dict[str, Slot] = {}
@@ -96,7 +104,7 @@ class Executor:
         self.idle.set()
         self._queue: deque[Item] = deque()
         self._block: Block | None = None
-        self._gathered: dict[str, Slot] = {}
+        self.gathered: dict[str, Slot] = {}
         """Variables of joins, which nothing declares before they are done."""
         self._lock = threading.Lock()
         self.life.when_set(self.notify)
@@ -124,6 +132,7 @@ class Executor:
                 eager=self.eager,
                 life=self.life,
                 branch=name,
+                budget=self.budget,
             )
             branch.slots = dict(self.slots)
             branch._put([Item(Inherit(point), line)])
@@ -168,7 +177,7 @@ class Executor:
     def _fail(self, cause: Exception, what: str, line: str) -> None:
         """What comes after fails with this cause."""
         if self.error is None:
-            what = f"{what}{self._where()}"
+            what = f"{what}{self.where}"
             self.error = cause if isinstance(cause, ProgramError) else failure(cause, what, line)
         self.notify()
 
@@ -190,7 +199,9 @@ class Executor:
             raise self.error
         raise KeyError(f"the program has no variable {name!r}; it has {', '.join(self.slots) or 'none'}")
 
-    def _where(self) -> str:
+    @property
+    def where(self) -> str:
+        """Which branch this is, for errors."""
         return f" in branch {self.branch}" if self.branch else ""
 
     def _item(self, node: Node, line: str) -> Item:
@@ -201,11 +212,15 @@ class Executor:
                 raw = tuple(self.slots[name] for name in names)
                 made = [self._declare(made, line) for name in names for made in (name, f"{name}_reasoning_content")]
                 return Item(node, line, tuple(made), raw)
+            case When() | Repeat() | Var():
+                may_make = dict.fromkeys(made_by([node]))
+                known = {name: self.slots[name] for name in (*may_make, *read_by([node])) if name in self.slots}
+                return Item(node, line, tuple(self._declare(name, line, True) for name in may_make), known=known)
             case _:
                 return Item(node, line)
 
-    def _declare(self, name: str | None, line: str) -> Slot:
-        slot = Slot(name or "", line, self._where())
+    def _declare(self, name: str | None, line: str, optional: bool = False) -> Slot:
+        slot = Slot(name or "", line, self.where, optional)
         if name is not None:
             self.slots[name] = slot
         return slot
@@ -295,7 +310,7 @@ class Executor:
             case Video():
                 raise RequestError(f"{self.backend.name} takes no videos", param="video", code="unsupported_value")
             case Point() as point:
-                point.context, point.gathered = context.branch(), dict(self._gathered)
+                point.context, point.gathered = context.branch(), dict(self.gathered)
                 point.reached.set()
             case Inherit(point=point):
                 self._inherit(point)
@@ -306,10 +321,26 @@ class Executor:
             case _:
                 raise AssertionError(f"{item.work} is not quick")
 
+    async def do(self, item: Item) -> None:
+        """Do a part of the work that is being done (control.py). Raises what goes wrong."""
+        if self._is_quick(item):
+            self._do_quick(item)
+        else:
+            await self._run_slow(item)
+
+    async def end_block(self) -> None:
+        """Let a block of a chat model that is open answer now, and go on with a new one."""
+        if self._block is not None:
+            await self._end_block()
+            self._open_block()
+
     async def _run_slow(self, item: Item) -> None:
         if self._block is not None:
             await self._end_block()
         match item.work:
+            case When() | Repeat() | Var() as node:
+                self._open_block()
+                await Control(self, item).run(node)
             case Gen() as gen:
                 await self._generate(gen, item.slots[0])
             case Select(choices=choices, temperature=temperature, method=method):
@@ -346,7 +377,8 @@ class Executor:
             self.context.ahead = None
         self.context.text += reply.texts[0]
         values = [instance(text, gen.output_type) for text in reply.texts]
-        slot.fill(values if (sampling.n or 1) > 1 else values[0], reply.meta)
+        several = (sampling.n or 1) > 1
+        slot.fill(values if several else values[0], reply.meta, reply.texts if several else reply.texts[0])
 
     async def _stream(self, gen: Gen, sampling: Sampling, slot: Slot) -> None:
         if (sampling.n or 1) > 1:
@@ -356,7 +388,7 @@ class Executor:
                 self.context.text += piece
                 slot.grow(piece, meta)
                 self.notify()
-        slot.fill(instance(slot.text, gen.output_type), slot.meta)
+        slot.fill(instance(slot.text, gen.output_type), slot.meta, slot.text)
 
     async def _ahead(self, sampling: Sampling) -> Reply:
         """Answer from what the model has said beyond the program, or call for more than is asked."""
@@ -402,29 +434,34 @@ class Executor:
     async def _gather(self, gather: Gather) -> None:
         for branch in gather.branches:
             await branch.idle.reached()
+            self.backend.leave(branch.context)
         if gather.mode == "concate_and_append":
             for branch in gather.branches:
                 if branch.error is not None:
                     raise branch.error
             self.context.fill("".join(b.context.text[b.context.fork_begin :] for b in gather.branches))
             return
-        known = gather.known | self._gathered.keys()
+        known = gather.known | self.gathered.keys()
         names = dict.fromkeys(name for branch in gather.branches for name in branch.slots if name not in known)
         for name in names:
             made = [branch.slots[name] for branch in gather.branches if name in branch.slots]
+            made = [slot for slot in made if not slot.missing]
+            if not made:
+                continue
             slot = Slot(name)
             failed = next((s.error for s in made if s.error is not None), None)
             if failed is not None:
                 slot.error = failed
-            slot.fill([s.value for s in made], {"branches": [s.meta for s in made]})
-            self.slots[name] = self._gathered[name] = slot
+            said = [s.value if s.said is None else s.said for s in made]
+            slot.fill([s.value for s in made], {"branches": [s.meta for s in made]}, said)
+            self.slots[name] = self.gathered[name] = slot
 
     def _inherit(self, point: Point) -> None:
         if point.error is not None:
             raise point.error
         assert point.context is not None
         self.context = point.context.branch()
-        self._gathered = dict(point.gathered)
+        self.gathered = dict(point.gathered)
         for name, slot in point.gathered.items():
             self.slots.setdefault(name, slot)
         self._open_block()

@@ -34,6 +34,12 @@ class Tasks:
         for task in tuple(self._tasks):
             task.cancel()
 
+    async def end(self) -> None:
+        """Cancel them, and wait until all have ended."""
+        while self._tasks:
+            self.cancel()
+            await asyncio.wait(self._tasks)
+
 
 class LoopThread(Tasks):
     """Starts at the first use, and ends with the program: its thread is a daemon."""

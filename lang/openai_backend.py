@@ -14,6 +14,7 @@ import msgspec
 
 from ..errors import RequestError
 from .backend import Backend, Reply
+from .checks import matching
 from .choices import ChoicesDecision, ChoicesMethod, TokenScore, greedy_token_selection
 from .context import Context
 from .expressions import Sampling
@@ -24,12 +25,9 @@ from .tools import call_text
 COMPLETION_MODELS: Final = ("gpt-3.5-turbo-instruct", "davinci-002", "babbage-002")
 NEW_LIMIT: Final = re.compile(r"^(o\d|gpt-5)")
 """Models that name their limit max_completion_tokens."""
-CHECKS: Final = 3
-"""Calls for a text that must match a regular expression on a server that cannot be told to."""
 NOT_OPENAI: Final = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "min_new_tokens": 0}
 """Parameters that OpenAI does not have, and their values without effect."""
-NEVER: Final = ("stop_regex", "stop_token_ids", "priority")
-LANGUAGES: Final = ("regex", "ebnf")
+BEYOND: Final = ("regex", "ebnf", "stop_regex", "stop_token_ids", "priority")
 """Parameters that servers with `continues` take beyond OpenAI's."""
 
 
@@ -77,18 +75,15 @@ class OpenAI(Backend):
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
         path, body = self._request(context, sampling)
-        pattern = None if sampling.regex is None or self._continues else re.compile(sampling.regex)
-        for _ in range(1 if pattern is None else CHECKS):
-            reply = _reply(await self._http.post(path, body))
-            if pattern is None or all(pattern.fullmatch(text) for text in reply.texts):
-                return reply
-            if (sampling.temperature or 0.0) < 1e-6:
-                break  # it would say the same again
-        raise RequestError(f"the model did not say what matches {sampling.regex!r}", param="regex", code="no_match")
+
+        async def generate() -> Reply:
+            return _reply(await self._http.post(path, body))
+
+        return await (matching(generate, sampling) if self._must_check(sampling) else generate())
 
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        if sampling.regex is not None and not self._continues:
-            raise RequestError("a stream cannot be checked against a regular expression", param="regex")
+        if self._must_check(sampling):
+            raise RequestError("a stream cannot be checked against a regular expression or a schema", param="stream")
         if sampling.tools is not None:
             raise self._cannot("stream calls of tools")
         path, body = self._request(context, sampling)
@@ -149,6 +144,12 @@ class OpenAI(Backend):
             raise self._cannot("score choices: the server does not echo prompts with logprobs")
         return found
 
+    def _must_check(self, sampling: Sampling) -> bool:
+        """Whether the server cannot be told what the output must match."""
+        return not self._continues and (
+            sampling.regex is not None or (sampling.json_schema is not None and not self.is_chat_model)
+        )
+
     def _head(self) -> dict[str, Any]:
         return {"model": self.name, **self._extra}
 
@@ -156,8 +157,8 @@ class OpenAI(Backend):
         """(path, body) of a call. Raises RequestError for what the API cannot do."""
         body = self._head() | self._parameters(sampling)
         if not self.is_chat_model:
-            if sampling.json_schema is not None and not self._continues:
-                raise self._cannot("constrain completions by a JSON schema")
+            if not self._continues:
+                body.pop("response_format", None)
             if sampling.return_logprob:
                 body["logprobs"] = sampling.top_logprobs_num or 0
             return "/completions" + self._query, body | {"prompt": context.text}
@@ -179,9 +180,6 @@ class OpenAI(Backend):
         return "/chat/completions" + self._query, body | {"messages": messages}
 
     def _parameters(self, sampling: Sampling) -> dict[str, Any]:
-        for name in NEVER:
-            if getattr(sampling, name):
-                raise self._cannot(f"take {name}")
         body: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -201,10 +199,11 @@ class OpenAI(Backend):
             if not self._continues:
                 raise self._cannot(f"take {name}")
             body["min_tokens" if name == "min_new_tokens" else name] = value
-        if sampling.ebnf is not None and not self._continues:
-            raise self._cannot("take ebnf (a server that does is told by continues=True)")
+        for name in BEYOND[1:]:
+            if getattr(sampling, name) and not self._continues:
+                raise self._cannot(f"take {name} (a server that does is told by continues=True)")
         if self._continues:
-            body |= {name: getattr(sampling, name) for name in LANGUAGES}
+            body |= {name: getattr(sampling, name) or None for name in BEYOND}
         if sampling.tools is not None:
             tools = msgspec.json.decode(sampling.tools)
             body |= {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}

@@ -7,16 +7,34 @@ itself (a tool, `int(...)`, an f-string) cannot be recorded. Invariant: a record
 or Untraceable is raised; a body that does not do the same in each run, or swallows the refusal, is noticed.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
 
 from ..errors import ActorserveError
-from .expressions import Expr, Gen, Image, Node, Select, SeparateReasoning, Untraceable, VarScopeEnd, Video, flatten
+from .conditions import made_by
+from .expressions import (
+    Expr,
+    Gen,
+    Image,
+    Node,
+    Operator,
+    Repeat,
+    Select,
+    SeparateReasoning,
+    Sequence,
+    Untraceable,
+    Var,
+    VarScopeEnd,
+    Video,
+    When,
+    flatten,
+)
 from .program_lines import program_line
-from .remote import Append, Assign, Branch, Condition, If, Merge, Operator, Reference, Return, Statement
+from .remote import Append, Assign, Branch, Condition, If, Merge, Reference, Return, Statement
 from .structured import instance
 from .tracing import TraceGroup, TraceState, run_body, tracing
 
@@ -32,6 +50,8 @@ class Kind(NamedTuple):
 
     length: int | None = None
     output_type: Any = None
+    optional: bool = False
+    """It is made in a part of `when` or `repeat`, and perhaps not at all."""
 
 
 @dataclass(slots=True)
@@ -221,6 +241,8 @@ class RecordState(TraceState):
         return self
 
     def __contains__(self, name: str) -> bool:
+        if name in self.kinds and self.kinds[name].optional:
+            self.recording.refuse(f"the program asks whether {name!r} is there, which is known only when it runs")
         return name in self.kinds
 
     def __getattr__(self, name: str) -> Any:
@@ -235,6 +257,8 @@ class RecordState(TraceState):
                 self.recording.refuse(f"s[{node.reference.name!r}], which is no text, is appended")
             case Image() | Video():
                 self.recording.refuse("pictures are not sent with a program")
+            case When() | Repeat():
+                return self._control(node, frozenset(made_by([node])))
             case Gen(name=name, sampling=sampling, output_type=output_type):
                 several = sampling.n if (sampling.n or 1) > 1 else None
                 self._declare(name, Kind(several, output_type))
@@ -246,6 +270,33 @@ class RecordState(TraceState):
                     self._declare(f"{name}_reasoning_content", Kind())
         return node
 
+    def _control(self, node: Any, made: frozenset[str]) -> Any:
+        """A node inside of When or Repeat as it is sent; `made`: the names that the outermost one makes."""
+        match node:
+            case When(then=then, otherwise=otherwise):
+                return When(node.test, self._inside(then, made), self._inside(otherwise, made))
+            case Repeat(bodies=bodies):
+                return msgspec.structs.replace(node, bodies=tuple(self._inside(body, made) for body in bodies))
+            case Value(reference=Reference(state=state, name=name, path=path), kind=kind):
+                if state != self.number or name in made or kind != Kind():
+                    self.recording.refuse(f"s[{name!r}] is used inside of sgl.when or sgl.repeat (write sgl.var there)")
+                return Var(name, path)
+        before = {name: self.kinds[name] for name in made_by([node]) if name in self.kinds}
+        node = self._node(node)
+        for name in made_by([node]):
+            self._declare_inside(name, before.get(name))
+        return node
+
+    def _inside(self, nodes: Sequence, made: frozenset[str]) -> Sequence:
+        return Sequence(tuple(self._control(node, made) for node in nodes.items))
+
+    def _declare_inside(self, name: str, before: Kind | None) -> None:
+        """What may be made or not is one thing either way, or the program is not sent."""
+        kind = self.kinds[name]
+        if before is not None and before[:2] != kind[:2]:
+            self.recording.refuse(f"{name!r} is of one kind or another, as sgl.when or sgl.repeat decides")
+        self.kinds[name] = kind._replace(optional=before is None or before.optional)
+
     def _declare(self, name: str | None, kind: Kind) -> None:
         if name is not None:
             self.kinds[name] = kind
@@ -254,7 +305,7 @@ class RecordState(TraceState):
 class RecordGroup(TraceGroup):
     """Stands for ProgramStateGroup."""
 
-    states: Sequence[RecordState]  # type: ignore[assignment]
+    states: Several[RecordState]  # type: ignore[assignment]
     joined = False
 
     def join(self, mode: str = "gather_variable") -> None:
@@ -268,7 +319,8 @@ class RecordGroup(TraceGroup):
         names = dict.fromkeys(name for state in self.states for name in state.kinds if name not in source.kinds)
         for name in names:
             having = [state.kinds[name] for state in self.states if name in state.kinds]
-            source.kinds[name] = Kind(len(having), having[0].output_type)
+            uncertain = any(kind.optional for kind in having)
+            source.kinds[name] = Kind(None if uncertain else len(having), having[0].output_type, uncertain)
 
 
 def record(body: Callable[..., Any], arguments: dict[str, Any]) -> Recorded:
@@ -277,7 +329,7 @@ def record(body: Callable[..., Any], arguments: dict[str, Any]) -> Recorded:
     return Recorded(_explore(body, arguments, [], leaves, []), leaves)
 
 
-def restored(leaf: Leaf, values: Sequence[Any]) -> Any:
+def restored(leaf: Leaf, values: Several[Any]) -> Any:
     """What the body returned, with values for the stand-ins. Raises RequestError for one that is no instance."""
     found = iter([typed(value, stand_in.kind.output_type) for stand_in, value in zip(leaf.values, values, strict=True)])
 

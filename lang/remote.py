@@ -1,12 +1,11 @@
 """Programs as data that a server runs, and what it sends back: the bodies of /v1/programs.
 
 A program is a list of statements over numbered states: 0 is the program's own, forks make further ones. Written by
-recording.py, sent by endpoint.py, run by replay.py. Invariant: nothing here is code; a program has no loops and no
-jumps back, so that it ends after at most as many statements as it has.
+recording.py, sent by endpoint.py, run by replay.py. Invariant: nothing here is code; statements run once, forwards, and
+what is repeated (Repeat) says how often at most, so that every program ends.
 """
 
 from typing import Any, TypeAlias
-from typing import Literal as OneOf
 
 import msgspec
 
@@ -15,13 +14,17 @@ from .context import ChatTurn
 from .expressions import (
     Gen,
     Literal,
+    Operator,
+    Repeat,
     RoleBegin,
     RoleEnd,
     Sampling,
     Select,
     SeparateReasoning,
+    Var,
     VarScopeBegin,
     VarScopeEnd,
+    When,
 )
 from .templates import ChatTemplate
 
@@ -35,9 +38,21 @@ class Reference(msgspec.Struct, frozen=True, tag=True):
 
 
 RemoteNode: TypeAlias = (
-    Literal | Gen | Select | RoleBegin | RoleEnd | VarScopeBegin | VarScopeEnd | SeparateReasoning | Reference
+    Literal
+    | Gen
+    | Select
+    | RoleBegin
+    | RoleEnd
+    | VarScopeBegin
+    | VarScopeEnd
+    | SeparateReasoning
+    | Reference
+    | Var
+    | When
+    | Repeat
 )
-"""What a program may append. No pictures: the server opens no files and no addresses."""
+"""What a program may append, and but for Reference what may be inside of When and Repeat. No pictures: the server opens
+no files and no addresses."""
 
 
 class Append(msgspec.Struct, frozen=True, tag=True):
@@ -71,9 +86,6 @@ class Assign(msgspec.Struct, frozen=True, tag=True):
     state: int
     name: str
     value: Any
-
-
-Operator: TypeAlias = OneOf["eq", "ne", "lt", "le", "gt", "ge", "contains", "truth"]
 
 
 class Condition(msgspec.Struct, frozen=True):

@@ -4,8 +4,7 @@ Used by http/programs.py. Invariant: a replayed program appends, waits and fails
 the data itself is a RequestError before or where it is met, never anything else.
 """
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -16,8 +15,27 @@ from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
 from ..errors import ActorserveError, RequestError
 from .backend import Backend
+from .conditions import COMPARISONS
+from .context import Context
 from .engine_backend import EngineBackend
-from .expressions import Gen, Literal, flatten
+from .expressions import (
+    AllOf,
+    AnyOf,
+    Check,
+    Gen,
+    Literal,
+    Not,
+    Repeat,
+    RoleBegin,
+    RoleEnd,
+    Select,
+    SeparateReasoning,
+    Var,
+    VarScopeBegin,
+    VarScopeEnd,
+    When,
+    flatten,
+)
 from .interpreter import Executor
 from .loop import Tasks
 from .model_template import model_template
@@ -39,20 +57,16 @@ from .remote import (
 )
 from .templates import ChatTemplate, chat_template_of
 from .variables import Slot
+from .work import Budget
 
+PLAIN: Final = (Literal, Select, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Var, Check)
+"""Nodes that may be inside of others, as they are."""
 MOST_STATES: Final = 4096
 MOST_READ: Final = 1 << 24
 """Characters of variables that a program may read: it could double a text with each of its statements."""
-COMPARISONS: Final[dict[str, Callable[[Any, Any], Any]]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "contains": operator.contains,
-    "truth": lambda value, _: bool(value),
-}
+MOST_DEPTH: Final = 32
+MOST_NODES: Final = 20_000
+"""That loops may run."""
 
 
 class ServedEngine(engine.Engine):
@@ -64,9 +78,12 @@ class ServedEngine(engine.Engine):
         self._model = model
 
     @property
-    def _client(self) -> Client:
+    def client(self) -> Client:
+        """The front's, or what stands for it (http/tenants.py)."""
         client: Client = self._served
         return client
+
+    _client = client
 
     @property
     def model(self) -> ModelInfo:
@@ -74,13 +91,43 @@ class ServedEngine(engine.Engine):
 
 
 class ServedBackend(EngineBackend):
-    """The engine of a front, for one program: its tasks are of the front's loop, and end with `loop.cancel()`."""
+    """The engine of a front, for one program: its tasks are of the front's loop, and end with `close`.
+
+    The engine knows what the program will come back to: what a state's call leaves in the prefix cache is pinned until
+    its next one, the text before a fork until all of its branches have been joined.
+    """
 
     def __init__(self, running: ServedEngine, template: ChatTemplate | None) -> None:
         Backend.__init__(self, running.model.name, template or _template_of(running.model.path, running.model.name))
         self.loop = Tasks()
         self._engine = running
+        self._pins: set[int] = set()
         self.most_calls = max(1, running.config.max_queued_requests // 2)
+
+    def leave(self, context: Context) -> None:
+        if context.pin:
+            self._pins.discard(context.pin)
+            self._client.unpin([context.pin])
+            context.pin = 0
+
+    async def close(self) -> None:
+        """End the program's tasks, and keep nothing for it any more."""
+        await self.loop.end()
+        if self._pins:
+            self._client.unpin(sorted(self._pins))
+            self._pins.clear()
+
+    def _pin(self, context: Context) -> int:
+        if not context.pin:
+            context.pin = self._client.new_pin()
+            self._pins.add(context.pin)
+        return context.pin
+
+    @property
+    def _client(self) -> Client:
+        served = self._engine
+        assert isinstance(served, ServedEngine)
+        return served.client
 
 
 @cache
@@ -90,7 +137,7 @@ def _template_of(path: str, name: str) -> ChatTemplate:
 
 async def replay(request: ProgramRequest, backend: Backend) -> ProgramReply:
     """Run a program to its end. Errors of its parts are in the reply. Raises RequestError for wrong data."""
-    run = _Run(Executor(backend, request.defaults))
+    run = _Run(Executor(backend, request.defaults, budget=Budget(MOST_NODES, MOST_READ)))
     returned: list[Any] = []
     leaf, error = None, None
     try:
@@ -109,7 +156,7 @@ async def replay(request: ProgramRequest, backend: Backend) -> ProgramReply:
     return ProgramReply(
         root.context.text,
         root.context.messages,
-        {name: await _outcome(slot) for name, slot in root.slots.items()},
+        {name: found for name, slot in root.slots.items() if (found := await _outcome(slot)) is not None},
         leaf,
         returned,
         None if failed_state is None else failure_of(failed_state),
@@ -190,10 +237,10 @@ class _Run:
         match node:
             case Reference():
                 return flatten(await self.value(node))
-            case Gen(output_type=output_type) if output_type is not None:
-                raise _WrongProgramError("a Gen has an output_type: types are the client's")
             case Literal() if not node.text:
                 return ()
+            case _:
+                _check_node(node)
         return (node,)
 
     async def _holds(self, condition: Condition) -> bool:
@@ -207,8 +254,35 @@ class _Run:
         return self.states[number]
 
 
-async def _outcome(slot: Slot) -> Outcome:
+def _check_node(node: Any, depth: int = 0) -> None:
+    """Raises _WrongProgramError for what a server does not do, also inside of nodes."""
+    if depth > MOST_DEPTH:
+        raise _WrongProgramError(f"When, Repeat and their conditions are nested more than {MOST_DEPTH} deep")
+    match node:
+        case Gen(output_type=None):
+            pass
+        case Gen():
+            raise _WrongProgramError("a Gen has an output_type: types are the client's")
+        case When(test=test, then=then, otherwise=otherwise):
+            for inner in (test, *then.items, *otherwise.items):
+                _check_node(inner, depth + 1)
+        case Repeat(bodies=bodies, until=until):
+            for inner in (*([] if until is None else [until]), *(item for body in bodies for item in body.items)):
+                _check_node(inner, depth + 1)
+        case AllOf(parts=parts) | AnyOf(parts=parts):
+            for part in parts:
+                _check_node(part, depth + 1)
+        case Not(part=part):
+            _check_node(part, depth + 1)
+        case _ if not isinstance(node, PLAIN):
+            raise _WrongProgramError(f"{type(node).__name__} cannot be in a When or a Repeat")
+
+
+async def _outcome(slot: Slot) -> Outcome | None:
+    """None for a variable that was not made."""
     await slot.done.reached()
+    if slot.missing:
+        return None
     if slot.error is not None:
         return Outcome(error=failure_of(slot.error))
     return Outcome(slot.value, slot.meta)

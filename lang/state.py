@@ -79,7 +79,10 @@ class ProgramState:
         executor = self.stream_executor
         if name not in executor.slots:
             executor.idle.wait()
-        return name in executor.slots
+        slot = executor.slots.get(name)
+        if slot is not None and slot.optional:
+            slot.done.wait()
+        return slot is not None and not slot.missing
 
     def get_var(self, name: str) -> Any:
         """The variable's value. Raises KeyError if there is none, ProgramError if it could not be made."""
@@ -247,6 +250,12 @@ class ProgramStateGroup:
         branch by branch (names that it had before stay). concate_and_append: their texts are appended to its text.
         """
         self.src_state.stream_executor.join([state.stream_executor for state in self.states], mode)
+
+    def __await__(self) -> Generator[Any, None, "ProgramStateGroup"]:
+        """`await forks`: until all that was appended to the branches is done, or has failed."""
+        for state in self.states:
+            yield from state.__await__()
+        return self
 
     def __getitem__(self, index: int) -> ProgramState:
         return self.states[index]

@@ -36,13 +36,21 @@ def failure(cause: Exception, what: str, line: str) -> ProgramError:
 class Slot:
     """One variable on its way. `line` is "file:line" of the program, `where` tells its branch in errors."""
 
-    __slots__ = ("changed", "done", "error", "line", "meta", "name", "text", "value", "where")
+    __slots__ = (
+        "changed", "done", "error", "line", "meta", "missing", "name", "optional", "said", "text", "value", "where"
+    )  # fmt: skip
 
-    def __init__(self, name: str, line: str = "", where: str = "") -> None:
+    def __init__(self, name: str, line: str = "", where: str = "", optional: bool = False) -> None:
         self.name = name
         self.line = line
         self.where = where
+        self.optional = optional
+        """It may come to nothing: it is made in a part of `when` or `repeat`."""
+        self.missing = False
+        """It has come to nothing."""
         self.value: Any = None
+        self.said: Any = None
+        """What the model said where the value is an instance of a type: its text, or a list of texts."""
         self.meta: dict[str, Any] | None = None
         self.error: ProgramError | None = None
         self.text = ""
@@ -57,9 +65,18 @@ class Slot:
         self.meta = meta
         self._notify()
 
-    def fill(self, value: Any, meta: dict[str, Any] | None = None) -> None:
+    def fill(self, value: Any, meta: dict[str, Any] | None = None, said: Any = None) -> None:
         self.value = value
         self.meta = meta
+        self.said = said
+        self._end()
+
+    def take(self, other: "Slot | None") -> None:
+        """Become what another one is, which is done; None: come to nothing."""
+        if other is None or other.missing:
+            self.missing = True
+        else:
+            self.error, self.value, self.meta, self.said = other.error, other.value, other.meta, other.said
         self._end()
 
     def fail(self, cause: Exception) -> None:
@@ -68,9 +85,11 @@ class Slot:
             self._end()
 
     def result(self) -> Any:
-        """The value of a variable that is done. Raises ProgramError where it failed."""
+        """The value of a variable that is done. Raises ProgramError where it failed, KeyError if it was not made."""
         if self.error is not None:
             raise self.error.with_traceback(None)
+        if self.missing:
+            raise KeyError(f"the program has not made the variable {self.name!r}: it did not come to its place")
         return self.value
 
     def _end(self) -> None:

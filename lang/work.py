@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from ..errors import RequestError
 from .context import Context
 from .expressions import (
     Image,
@@ -81,3 +82,20 @@ class Item:
     line: str
     slots: tuple[Slot, ...] = ()
     raw: tuple[Slot, ...] = ()
+    known: dict[str, Slot] = field(default_factory=dict)
+    """Of a node that reads variables when it runs, those that there were when it was queued."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What a program that came as data may do in its loops: so many nodes, and so many characters appended by them."""
+
+    nodes: int
+    characters: int
+
+    def take(self, text: str = "") -> None:
+        """Count a node, and the text that it appends. Raises RequestError when there is no more."""
+        self.nodes -= 1
+        self.characters -= len(text)
+        if self.nodes < 0 or self.characters < 0:
+            raise RequestError("the program's loops do more than a server lets them", param="program")

@@ -17,7 +17,6 @@ from ..config import EngineConfig
 from ..sampler.upload import upload
 from .spec import Spec
 
-
 ALIGNMENT: Final = 64
 """Bytes: a cache line, as torch's own memory has it."""
 

@@ -64,13 +64,16 @@ class TunedGemms:
         self._chosen = read_choices(self._file)
         self._weights: dict[Product, Weights] = {}
         """By product with no rows."""
-        self._plans: OrderedDict[Product, tuple[Plan, Algorithm | None]] = OrderedDict()
+        self._plans: OrderedDict[Product, tuple[Plan, Algorithm] | None] = OrderedDict()
+        """None: torch's."""
+        self._measured = False
 
     def register(self, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> None:
         """Tell of a weight that will be multiplied."""
         alike = self._weights.setdefault(product_of(0, weight, bias, result), [])
         if len(alike) < MOST_WEIGHTS:
             alike.append((weight, bias))
+        self._measured = False
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor | None:
         """x [rows, inputs] @ weight.T + bias in dtype `result`, or None where torch is to do it."""
@@ -78,16 +81,17 @@ class TunedGemms:
         if rows < FEWEST or not x.is_contiguous() or x.data_ptr() % 16:
             return None
         product = product_of(rows, weight, bias, result)
-        plan, algorithm = self._plan(product)
-        if algorithm is None:
+        chosen = self._plan(product)
+        if chosen is None:
             return None
+        plan, algorithm = chosen
         out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
         plan.run(algorithm, x, weight, bias, out)
         return out
 
     def tune_ahead(self) -> bool:
         """Measure one more product of a prefill, for about a second at most; False when all were."""
-        for rows in self.prefill_rows:
+        for rows in () if self._measured else self.prefill_rows:
             for kind, weights in self._weights.items():
                 product = replace(kind, rows=rows)
                 # The head, whose result is wider, multiplies one row of each prompt.
@@ -95,6 +99,7 @@ class TunedGemms:
                     self._tune(product, weights[: max(1, -(-COLD_BYTES // weights[0][0].nbytes))])
                     write_choices(self._file, self._chosen)
                     return True
+        self._measured = True
         return False
 
     # ------------------------------------------------------------------ measuring
@@ -133,20 +138,33 @@ class TunedGemms:
 
     # ------------------------------------------------------------------ plans
 
-    def _plan(self, product: Product) -> tuple[Plan, Algorithm | None]:
-        found = self._plans.get(product)
-        if found is None:
-            plan = Plan(self.library, product)
-            chosen = self._chosen.get(key_of(product), b"")
-            found = self._plans[product] = plan, plan.algorithm(chosen) if chosen else None
+    def _plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
+        if product not in self._plans:
+            self._plans[product] = self._new_plan(product)
             if len(self._plans) > PLANS:
-                self._plans.popitem(last=False)[1][0].close()
-        return found
+                self._close(self._plans.popitem(last=False)[1])
+        return self._plans[product]
+
+    def _new_plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
+        chosen = self._chosen.get(key_of(product), b"")
+        if not chosen:
+            return None
+        plan = Plan(self.library, product)
+        algorithm = plan.algorithm(chosen)
+        if algorithm is None:
+            plan.close()
+            return None
+        return plan, algorithm
+
+    @staticmethod
+    def _close(planned: tuple[Plan, Algorithm] | None) -> None:
+        if planned is not None:
+            planned[0].close()
 
     def _forget(self, key: str) -> None:
         """Plans of a choice that is new are made anew."""
         for product in [p for p in self._plans if key_of(p) == key]:
-            self._plans.pop(product)[0].close()
+            self._close(self._plans.pop(product))
 
 
 def product_of(rows: int, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Product:

@@ -48,6 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """With `logprobs`: those of the prompt's tokens behind this many are wanted too; -1: none of them."""
     token_ids_logprob: tuple[int, ...] = ()
     """With `logprobs`: also those of these tokens, at each place."""
+    stop_regex: tuple[str, ...] = ()
+    """As `stop`, by regular expressions (models/stop_regex.py): the output ends where the first match is complete."""
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +86,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings", param="stop")
         if any(not s or len(s) > MAX_STOP_CHARS for s in self.stop):
             raise RequestError(f"stop strings must have 1 to {MAX_STOP_CHARS} characters", param="stop")
+        if len(self.stop_regex) > MAX_STOP_STRINGS:
+            raise RequestError(f"at most {MAX_STOP_STRINGS} patterns in stop_regex", param="stop_regex")
+        if any(not s or len(s) > MAX_STOP_CHARS for s in self.stop_regex):
+            raise RequestError(f"patterns must have 1 to {MAX_STOP_CHARS} characters", param="stop_regex")
         if len(self.stop_token_ids) > MAX_STOP_IDS:
             raise RequestError(f"at most {MAX_STOP_IDS} stop_token_ids", param="stop_token_ids")
         if any(not 0 <= t < vocab_size for t in self.stop_token_ids):

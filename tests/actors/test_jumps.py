@@ -202,3 +202,62 @@ def test_a_dead_state_is_no_jump() -> None:
     constraint = Constraint(grammar, -1)
     assert constraint.foresee(1, ()) is None and constraint.run(-1, 10, ()) == ([], -1)
     assert grammar.step(0, 10_000) == -1 and grammar.step(-1, 5) == -1
+
+
+def ended(length: int, enders: int = 1) -> Grammar:
+    """A choice, `length` forced tokens 100, 101, ..., and the end."""
+    states = length + 2
+    token_class = np.full(200, 2, np.uint16)
+    token_class[:enders] = 1
+    transitions = np.full((states, 3), -1, np.int16)
+    transitions[:-1, 2] = np.arange(1, states)
+    transitions[-1, 1] = states - 1
+    canonical = np.concatenate([[-1], np.arange(length) + 100, [-1]]).astype(np.int32)
+    return Grammar(0, token_class, transitions, canonical)
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 100])
+def test_an_end_that_is_forced_needs_no_forward(length: int) -> None:
+    e = Engine(num_continuous_decode_steps=1, plans_in_flight=1)
+    r = e.add(prompt_of(1, 20), max_new=200, grammar=ended(length))
+    assert e.plan() and e.report()
+    assert r.stage is Stage.ENDED and not e.live, "with the choice all is said"
+    (closed,) = e.schedule.closed
+    assert (closed.forced, closed.end) == (list(range(100, 100 + length)), 0) and r.tokens[-1] == 0
+    assert e.executor.forwards == 1 and e.schedule.counters.generated_tokens == length + 2
+    assert e.schedule.tree.match_length(r.ids()) == 20, "the prompt's tokens have KV, and the choice's does not"
+    e.drain()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"disable_jump_forward": True},
+        {"params": SamplingParams(logprobs=0)},
+        {"params": SamplingParams(min_new_tokens=9)},
+        {"params": SamplingParams(stop_token_ids=(102,))},
+        {"max_new": 6},
+        {"enders": 2},
+    ],
+)
+def test_ends_that_are_drawn(changed: dict[str, object]) -> None:
+    settings = {name: changed[name] for name in changed if name.startswith("disable")}
+    options = {name: changed[name] for name in changed if name in ("params", "max_new")}
+    e = Engine(num_continuous_decode_steps=1, plans_in_flight=1, **settings)
+    grammar = ended(5, enders=int(str(changed.get("enders", 1))))
+    r = e.add(prompt_of(1, 20), **{"max_new": 50, "grammar": grammar, **options})  # type: ignore[arg-type]
+    assert e.plan() and e.report()
+    assert r.stage is Stage.DECODE and not e.schedule.closed
+
+
+def test_the_next_prompt_computes_what_was_forced_with_its_own() -> None:
+    """A program's constrained gen, its text behind it, and the next gen: two forwards to the third's first token."""
+    e = Engine(num_continuous_decode_steps=1)
+    first = e.add(prompt_of(1, 20), max_new=50, grammar=ended(5))
+    e.drain()
+    forwards = e.executor.forwards
+    e.add([*first.tokens[:-1].tolist(), *prompt_of(2, 7)], max_new=1, grammar=ended(5))
+    e.plan()
+    (chunk,) = e.schedule.in_flight[0].chunks
+    assert (chunk.start, chunk.end) == (20, 20 + 6 + 7) and e.executor.forwards == forwards + 1
+    e.drain()

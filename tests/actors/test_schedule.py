@@ -16,6 +16,7 @@ from actorserve.actors.request import Request, Stage
 from actorserve.actors.schedule import Schedule
 from actorserve.config import EngineConfig
 from actorserve.errors import RequestError
+from actorserve.kvstore import pins
 from actorserve.sampler.params import SamplingParams
 from examples import examples
 
@@ -34,13 +35,13 @@ class Engine:
 
     def add(
         self, prompt: list[int], max_new: int = 8, namespace: str = "", priority: int = 0,
-        grammar: Grammar | None = None, params: SamplingParams | None = None, tenant: str = "",
+        grammar: Grammar | None = None, params: SamplingParams | None = None, tenant: str = "", pin: int = 0,
     ) -> Request:  # fmt: skip
         rid = len(self.requests) + 1
         r = Request(
             rid=rid, tokens=array("i", prompt), prompt_length=len(prompt), params=params or SamplingParams(),
             namespace=namespace, priority=priority, arrival_ns=0, limit=len(prompt) + max_new,
-            constraint=None if grammar is None else Constraint(grammar), tenant=tenant,
+            constraint=None if grammar is None else Constraint(grammar), tenant=tenant, pin=pin,
         )  # fmt: skip
         self.schedule.add(r)
         self.requests[rid] = r
@@ -324,6 +325,92 @@ def test_a_request_that_was_running_in_two_crashes_is_given_up() -> None:
     assert r.stage is Stage.ENDED
 
 
+def flood(e: Engine, requests: int = 6) -> None:
+    """Let others use all pages, one after another."""
+    for i in range(requests):
+        e.add(prompt_of(100 + i, 15 * PAGE // 2), max_new=4)
+        e.drain()
+
+
+@pytest.mark.parametrize("pin", [0, 7])
+def test_what_is_pinned_is_there_when_its_owner_comes_back(pin: int) -> None:
+    e = Engine(pages=16)
+    first = e.add(prompt_of(1, 70), max_new=8, pin=pin)
+    e.drain()
+    flood(e)
+    computed = len(first.tokens) - 1
+    again = e.add([*first.tokens.tolist(), 5], max_new=8, pin=pin)
+    assert e.schedule._match(again).length == (computed if pin else 0)
+    e.drain()
+    assert len(e.schedule.tree.pins) == bool(pin), "the new one took the old one's place"
+    flood(e)
+    assert e.schedule._match(e.add(again.tokens.tolist(), max_new=1)).length == (len(again.tokens) - 1 if pin else 0)
+    e.drain()
+
+
+@pytest.mark.parametrize("when", ["before it ends", "after"])
+def test_what_is_unpinned_may_go(when: str) -> None:
+    e = Engine(pages=12)
+    first = e.add(prompt_of(1, 70), max_new=8, pin=7)
+    e.plan()
+    if when == "before it ends":
+        e.schedule.unpin([7, 8])
+    e.drain()
+    e.schedule.unpin([7])
+    assert not e.schedule.tree.pins
+    flood(e)
+    assert e.schedule.tree.match_length(first.ids()) == 0, "as without"
+
+
+def test_pins_give_way_to_what_could_not_run_at_all() -> None:
+    e = Engine(pages=12)
+    for pin in (1, 2):
+        e.add(prompt_of(pin, 40), max_new=4, pin=pin)
+    e.drain()
+    e.add(prompt_of(3, 8 * PAGE), max_new=4)
+    e.drain()
+    assert len(e.schedule.tree.pins) == 1, "the one used longest ago"
+    assert e.schedule.tree.match_length(e.requests[2].ids()) >= 40
+    e.add(prompt_of(4, 12 * PAGE - 8), max_new=8)
+    e.drain()
+    assert not e.schedule.tree.pins
+
+
+def test_pins_are_waited_for_while_others_run_and_given_up_before_those_are_retracted() -> None:
+    e = Engine(pages=12, schedule_conservativeness=0.0)
+    e.add(prompt_of(1, 40), max_new=4, pin=1)
+    e.drain()
+    e.add(prompt_of(2, 5 * PAGE), max_new=PAGE)
+    e.plan()
+    late = e.add(prompt_of(3, 5 * PAGE), max_new=4)
+    e.plan()
+    assert late.stage is Stage.WAITING and len(e.schedule.tree.pins) == 1
+    e.drain()
+    assert len(e.schedule.tree.pins) == 1 and e.schedule.counters.retractions == 0
+    e.add(prompt_of(4, 4 * PAGE), max_new=6 * PAGE)
+    e.drain()
+    assert not e.schedule.tree.pins and e.schedule.counters.retractions == 0
+
+
+def test_pins_go_with_the_cache() -> None:
+    e = Engine()
+    for lose in (e.schedule.flush_cache, e.schedule.executor_lost):
+        e.add(prompt_of(1, 70), max_new=8, pin=7)
+        e.drain()
+        assert len(e.schedule.tree.pins) == 1 and e.schedule.tree.pins.pages() == e.schedule.tree.num_pages
+        lose()
+        assert not e.schedule.tree.pins and not e.schedule.tree.num_pages
+
+
+def test_pins_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pins, "MOST_PINS", 3)
+    e = Engine()
+    for pin in range(1, 6):
+        e.add(prompt_of(pin, 20), max_new=1, pin=pin)
+        e.drain()
+    assert list(e.schedule.tree.pins._nodes) == [3, 4, 5]
+
+
 class Machine(RuleBasedStateMachine):
     """Requests come, are aborted, are retracted, the executor dies; windows are planned and reported in any order."""
 
@@ -351,15 +438,20 @@ class Machine(RuleBasedStateMachine):
     @rule(
         stem=st.integers(0, 2), n=st.integers(0, 50), tail=st.integers(1, 20), seed=st.integers(0, 3),
         max_new=st.integers(1, 40), namespace=st.sampled_from(["", "x"]), grammar=st.integers(-1, 3),
-        stops=st.sampled_from([(), (), (50, 51, 52)]),
+        stops=st.sampled_from([(), (), (50, 51, 52)]), pin=st.integers(0, 3),
     )  # fmt: skip
     def add(
         self, stem: int, n: int, tail: int, seed: int, max_new: int, namespace: str, grammar: int,
-        stops: tuple[int, ...],
+        stops: tuple[int, ...], pin: int,
     ) -> None:  # fmt: skip
         made = None if grammar < 0 else grammar_of(grammar)
         params = SamplingParams(stop_token_ids=stops) if made else None
-        self.e.add(prompt_of(stem, n) + prompt_of(10 + seed, tail), max_new, namespace, grammar=made, params=params)
+        prompt = prompt_of(stem, n) + prompt_of(10 + seed, tail)
+        self.e.add(prompt, max_new, namespace, grammar=made, params=params, pin=pin)
+
+    @rule(pin=st.integers(1, 3))
+    def unpin(self, pin: int) -> None:
+        self.e.schedule.unpin([pin])
 
     @rule(pick=st.integers(0, 10))
     def continue_a_finished_one(self, pick: int) -> None:

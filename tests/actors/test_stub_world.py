@@ -56,6 +56,30 @@ def test_what_kills_the_executor_is_found_and_refused() -> None:
     world.close()
 
 
+def test_poison_ends_one_and_its_pages_with_it() -> None:
+    """Several chunks of it are in the tree when its first token is drawn; others share a part of them."""
+    world = StubWorld(pages=60, slots=8, chunked_prefill_size=32)
+    stem = prompt_of(1, 64)
+    first = world.ask(stem + prompt_of(2, 20), params_of(1))
+    world.settle()
+    bad = world.ask(stem + prompt_of(3, 60), params_of(2))
+    world.poison(bad)
+    others = [world.ask(stem + prompt_of(4 + i, 20 * i), params_of(i, 60, ignore_eos=True)) for i in range(3)]
+    world.settle()
+    assert bad.end == "finish 3" and not bad.said
+    assert all(one.end in ("finish 1", "finish 2") for one in (first, *others))
+    schedule = world.schedule
+    assert schedule is not None and schedule.counters.expelled_pages > 0
+    asked = np.array(bad.submit.ids.cast("i"), dtype=np.int32)
+    assert schedule.tree.match_length(asked) <= 64, "nothing behind the stem, which others computed again"
+    again = world.ask(stem + prompt_of(3, 60), params_of(2))
+    world.settle()
+    assert again.end.startswith("finish") and again.end != "finish 3"
+    schedule.tree.clear()
+    assert schedule.pool.num_free == schedule.pool.num_pages
+    world.close()
+
+
 def test_an_executor_that_computes_no_step_is_accused() -> None:
     world = StubWorld(hang_seconds=1.0)
     accused: list[tuple[str, str]] = []
@@ -147,6 +171,11 @@ class Machine(RuleBasedStateMachine):
     def retract(self, pick: int) -> None:
         if (schedule := self.world.schedule) and (running := schedule.slots.running()):
             schedule.retract(running[pick % len(running)])
+
+    @rule(pick=st.integers(0, 10))
+    def poison(self, pick: int) -> None:
+        if live := self.world.live():
+            self.world.poison(live[pick % len(live)])
 
     @rule(pages=st.integers(1, 10))
     def evict(self, pages: int) -> None:

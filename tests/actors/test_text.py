@@ -47,6 +47,7 @@ from actorserve.actors.messages import (
     Tokenize,
     TokenPrompt,
     Tokens,
+    Unpin,
 )
 from actorserve.actors.output import MOST_ENTRIES
 from actorserve.actors.prompts import INLINE_CHARS, derived_seed
@@ -226,6 +227,8 @@ def test_a_conversation_is_rendered(world: World, tokenizer: Tokenizer) -> None:
         (b'{"messages": [{"role": "user", "content": 3}]}', {}, "messages", "invalid_value"),
         ("ok", {"temperature": -1.0}, "temperature", "invalid_value"),
         ("ok", {"stop_token_ids": (VOCAB,)}, "stop_token_ids", "invalid_value"),
+        ("ok", {"stop_regex": ("(",)}, "stop_regex", "invalid_value"),
+        ("ok", {"stop_regex": ("a*",)}, "stop_regex", "invalid_value"),
     ],
 )
 def test_bad_requests_are_refused(world: World, prompt: Any, params: dict[str, Any], param: str, code: str) -> None:
@@ -242,6 +245,30 @@ def test_broken_token_arrays_are_refused(world: World) -> None:
     world.settle()
     (refused,) = world.front()
     assert refused.status == 400 and refused.param == "input_ids"
+
+
+def test_prompt_tokens_in_the_engine_are_bounded(folder: str) -> None:
+    """--max-queued-tokens counts each continuation's; what ends, however it ends, makes room again."""
+    world = World(folder, max_queued_tokens=20)
+    trio.run(world.start)
+    world.settle()
+    world.ask(1, [5] * 6, n=3)
+    assert len(world.scheduler()) == 3
+    world.ask(10, [5] * 3)
+    (refused,) = world.front()
+    assert (refused.rid, refused.status, refused.code) == (10, 429, "overloaded")
+    world.ask(11, [5] * 2)
+    world.ask(12, [5])
+    assert [m.rid for m in world.front()] == [12] and world.text.prompt_tokens == 20
+    world.row((1, 9, Finish.STOP))
+    world.row((2, 9, Finish.POISON))
+    world.fronts["front.0"].ref("text").post(Cancel(3, 1))
+    world.sched.ref("text").post(Ended(11, 503, "executor_crashed", "x"))
+    world.settle()
+    assert world.text.prompt_tokens == 0
+    world.ask(13, [5] * 7, n=3)
+    assert [(m.status, m.code) for m in world.front() if isinstance(m, Refused) and m.rid == 13] == [(400, "too_large")]
+    world.close()
 
 
 def test_a_tokenizer_that_raises_breaks_one_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +376,17 @@ def test_stop_strings_over_tokens(world: World, tokenizer: Tokenizer, keep: bool
     world.sched.ref("text").post(Ended(1, 0, "aborted", "aborted"))
     world.settle()
     assert world.front() == []  # exactly one final message
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pattern_ends_an_output(world: World, tokenizer: Tokenizer, keep: bool) -> None:
+    world.ask(1, stop=("nothing",), stop_regex=("[A-Z]{2}[0-9]+;", "b+"), no_stop_trim=keep)
+    (submit,) = world.scheduler()
+    assert submit.params.stop_regex == (), "not the scheduler's affair"
+    chunks = world.say(1, tokenizer.encode("a XY12; c"))
+    assert whole(chunks) == ("a XY12;" if keep else "a ")
+    assert (chunks[-1].finish, chunks[-1].matched) == ("stop", "[A-Z]{2}[0-9]+;")
+    assert world.scheduler() == [Abort(1)] and not world.text.outputs
 
 
 def test_a_stop_string_and_the_end_in_one_row(world: World, tokenizer: Tokenizer) -> None:
@@ -644,6 +682,23 @@ def test_a_front_dies(world: World, tokenizer: Tokenizer) -> None:
     assert list(world.text.outputs) == [3]
     world.row((1, 5), (3, tokenizer.encode("a")[0]))
     assert [c.rid for c in world.chunks("front.1")] == [3]
+
+
+def test_pins_are_passed_on_and_go_with_their_front(world: World) -> None:
+    for rid, front in ((1, "front.0"), (3, "front.1")):
+        asked = Generate(rid, 2, TextPrompt("Hello"), SamplingParams(), pin=rid + 10)
+        world.fronts[front].ref("text").post(asked)
+    world.settle()
+    assert [(m.rid, m.pin) for m in world.scheduler()] == [(1, 11), (2, 0), (3, 13), (4, 0)], "the first choice's"
+    world.fronts["front.1"].ref("text").post(Unpin(view("q", [13, 99])))
+    world.settle()
+    assert [bytes(m.pins) for m in world.scheduler()] == [bytes(view("q", [13, 99]))]
+    for front in ("front.0", "front.1"):
+        disconnect(world.context, world.fronts[front])
+        world.context.inbox.put_system(PeerDown(front, 1, "killed"))
+    world.settle()
+    unpinned = [m for m in world.scheduler() if isinstance(m, Unpin)]
+    assert [bytes(m.pins) for m in unpinned] == [bytes(view("q", [11]))]
 
 
 def test_a_front_that_lags_gets_joined_chunks(

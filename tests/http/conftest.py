@@ -48,6 +48,7 @@ from actorserve.actors.messages import (
     Tokenized,
     TokenLogprob,
     TokenPrompt,
+    Unpin,
     WindowView,
 )
 from actorserve.config import EngineConfig, ModelInfo, Thoughts
@@ -134,7 +135,9 @@ class FakeText(Actor):
         asked = isinstance(message, Tokenize | Detokenize | Order | Look | AskTimelines)
         if asked and not (self.mute and isinstance(message, Look)):
             asyncio.get_running_loop().call_soon(self.say, self.answer(message))
-        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look | AskTimelines):
+        if isinstance(message, Unpin):
+            message = replace(message, pins=memoryview(bytes(message.pins)).cast("q"))
+        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look | AskTimelines | Unpin):
             self.got.append(message)
             self.arrived.set()
 

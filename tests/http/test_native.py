@@ -59,7 +59,7 @@ async def test_input_ids_become_int32(rig):
 async def test_all_sampling_parameters_arrive(rig):
     given = {
         "max_new_tokens": 5, "min_new_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1,
-        "frequency_penalty": 0.2, "presence_penalty": 0.3, "repetition_penalty": 1.1, "stop": "END",
+        "frequency_penalty": 0.2, "presence_penalty": 0.3, "repetition_penalty": 1.1, "stop": "END", "stop_regex": "a+",
         "stop_token_ids": [5, 6], "ignore_eos": True, "no_stop_trim": True, "skip_special_tokens": False,
         "spaces_between_special_tokens": False, "seed": 77, "logit_bias": {"3": -5}, "n": 2,
     }  # fmt: skip
@@ -69,8 +69,9 @@ async def test_all_sampling_parameters_arrive(rig):
     assert generate.arrival_ns > 0
     params = generate.params
     for name, value in given.items():
-        if name not in ("n", "stop", "logit_bias", "stop_token_ids"):
+        if name not in ("n", "stop", "stop_regex", "logit_bias", "stop_token_ids"):
             assert getattr(params, name) == value, name
+    assert params.stop_regex == ("a+",)
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("END",), (5, 6), {3: -5.0})
 
 

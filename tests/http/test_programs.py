@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from actorserve.actors.messages import Cancel, Generate, TextPrompt
+from actorserve.actors.messages import Cancel, Generate, TextPrompt, Unpin
 
 pytestmark = pytest.mark.anyio
 
@@ -41,6 +41,20 @@ async def test_a_program_is_one_request_and_many_of_the_engine(rig):
     assert (await rig.http.get("/model_info")).json()["runs_programs"] is True
 
 
+async def test_what_a_program_comes_back_to_is_pinned_until_it_does_not(rig):
+    used = set()
+    for _ in range(2):
+        rig.text.got.clear()
+        assert (await rig.http.post("/v1/programs", json=BRANCHES)).json()["error"] is None
+        pins = {m.prompt.text: m.pin for m in rig.text.generates}
+        top, *branches = [pins[text] for text in ("top: ", *(f"top: {SAID} {i}" for i in (1, 2, 3)))]
+        assert pins["top: " + SAID] == top, "the text before the branches takes the place of what led there"
+        released = [i for m in await rig.text.wait_for(Unpin, 4) for i in m.pins]
+        assert released == [*branches, top], "the branches' as soon as they are joined"
+        assert len(set(released)) == 4 and 0 not in released and used.isdisjoint(released)
+        used |= set(released)
+
+
 @pytest.mark.parametrize("setting", [{"max_queued_requests": 2}])
 async def test_a_program_waits_for_room_that_it_takes_itself(rig):
     reply = (await rig.http.post("/v1/programs", json=BRANCHES)).json()
@@ -58,6 +72,8 @@ async def test_a_client_that_leaves_ends_all_of_its_program(rig):
     cancels = await rig.text.wait_for(Cancel, 3)
     assert {c.rid for c in cancels} == {m.rid for m in rig.text.generates if m.prompt.text[-1].isdigit()}
     assert not rig.front.client.table
+    (unpin,) = await rig.text.wait_for(Unpin, 1)
+    assert set(unpin.pins) == {m.pin for m in rig.text.generates}, "nothing of it stays pinned"
 
 
 async def test_errors_are_in_the_reply_with_the_programs_line(rig):
@@ -86,11 +102,11 @@ async def test_bodies_that_are_wrong(rig, body, param):
     assert rig.text.got == []
 
 
-async def test_a_program_that_is_nested_too_deeply(rig):
+async def test_a_program_that_is_nested_as_deeply_as_a_body_may_be(rig):
     condition = (
         '{"type":"If","condition":{"left":{"type":"Reference","state":0,"name":"x"},"operator":"truth"},"then":['
     )
-    depth = 90
+    depth = 60
     body = '{"program":[' + condition * depth + "]}" * depth + "]}"
     reply = await rig.http.post("/v1/programs", content=body)
     assert reply.status_code == 200 and "no variable 'x'" in json.dumps(reply.json()["error"]), reply.text

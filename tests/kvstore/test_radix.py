@@ -603,6 +603,39 @@ def test_namespaces_share_nothing(engine: Engine) -> None:
     assert engine.match(chars("aaaabbbb1"), "two")[0].length == 9
 
 
+def test_expelled_pages_are_matched_no_more() -> None:
+    """All that begins with the first page; what is locked goes when it is unlocked."""
+    engine = Engine(4, 40)
+    tree, pool = engine.tree, engine.tree._pool
+    free = pool.num_free
+    for text in ("abcdefgh", "abcdijkl", "abcdefghmnop", "xbcdefgh"):
+        engine.run(chars(text))
+    held = tree.match(ids("abcdefgh"))
+    tree.lock(held.node)
+    mine = held.pages.tolist()
+    assert tree.expel(ids("abcdefghqqqq")) == 4
+    tree.check()
+    assert tree.match_length(ids("abcdefghmnop")) == 0 and tree.match_length(ids("xbcdefgh")) == 8
+    assert held.node.namespace != "" and not pool.is_free(np.array(mine)).any(), "its owner reads them still"
+    assert pool.num_free == free - 2 - 2
+    pages = pool.allocate(2)
+    done = tree.insert(ids("abcdefgh"), pages)
+    assert done.taken_from == 0 and tree.match(ids("abcdefgh")).pages.tolist() == pages.tolist()
+    tree.check()
+    tree.unlock(held.node)
+    assert tree.evict(100) == 6 and pool.num_free == free and tree.statistics().namespaces == 0
+    tree.check()
+
+
+def test_what_is_not_there_cannot_be_expelled() -> None:
+    engine = Engine(4, 40)
+    assert engine.tree.expel(ids("abcd")) == 0
+    engine.run(chars("abcdefgh"))
+    assert engine.tree.expel(ids("xbcdefgh")) == 0 and engine.tree.expel(ids("abcd"), "other") == 0
+    assert engine.tree.expel(ids("abxx")) == 2, "its page is what `abxx` would have copied from"
+    engine.tree.check()
+
+
 def test_root_may_go_while_a_request_without_prefix_runs(engine: Engine) -> None:
     """Locks on a root protect nothing, so they must not keep an empty namespace either, nor break the next one."""
     engine.run(chars("xxxx"))

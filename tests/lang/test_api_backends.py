@@ -211,10 +211,11 @@ def test_azure(api):
     assert api.paths == ["/openai/deployments/gpt/chat/completions?api-version=2024-10-21"]
 
 
-def test_schemas_and_regular_expressions(api):
-    class Point(msgspec.Struct):
-        x: int
+class Point(msgspec.Struct):
+    x: int
 
+
+def test_schemas_and_regular_expressions(api):
     @sgl.function
     def program(s, **how):
         s += sgl.user("hi")
@@ -231,6 +232,37 @@ def test_schemas_and_regular_expressions(api):
     assert number.run(backend=openai(api))["a"] == "12"
     with pytest.raises(sgl.ProgramError, match="did not say what matches"):
         number.run(backend=openai(api))["a"]
+
+
+@pytest.mark.parametrize("kind", ["completions", "anthropic"])
+@pytest.mark.parametrize("how", [{"json_schema": Point}, {"regex": r'\{"x": [0-9]\}'}])
+def test_what_an_api_cannot_be_told_is_checked_and_asked_for_again(api, kind, how):
+    program = sgl.function(lambda s: s.__iadd__(sgl.user("hi") + sgl.assistant("So:" + sgl.gen("a", **how))))
+    if kind == "anthropic":
+        backend = sgl.Anthropic("claude-x", base_url=api.url)
+        api.replies = lambda body: next(replies)
+    else:
+        backend = openai(api, is_chat_model=False)
+        api.script = lambda body: body["prompt"] + next(replies)
+    for said, found, calls in (
+        (['{"x": "no"}', '{"x": 5'], None, 3),
+        (['{"x": "no"}', '{"x": 5}'], "a", 2),
+        (['{"x": 5}'], "a", 1),
+    ):
+        replies, api.bodies[:] = iter([*said, *["nothing"] * 3]), []
+        if found is None:
+            with pytest.raises(sgl.ProgramError, match="did not say what matches"):
+                program.run(backend=backend)["a"]
+        else:
+            assert program.run(backend=backend)["a"] == (Point(5) if "json_schema" in how else '{"x": 5}')
+        assert len(api.bodies) == calls and "response_format" not in api.bodies[0]
+    replies = iter(["nothing"] * 3)
+    api.bodies.clear()
+    with pytest.raises(sgl.ProgramError, match="did not say what matches"):
+        program.run(backend=backend, temperature=0)["a"]
+    assert len(api.bodies) == 1, "the same would come again"
+    with pytest.raises(sgl.ProgramError, match="a stream cannot be checked"):
+        program.run(backend=backend, stream=True)["a"]
 
 
 def test_chat_models_choose_greedily_by_response_format(api):
@@ -251,7 +283,10 @@ def test_what_the_api_does_not_have_is_refused(api):
     for name, value in (("top_k", 5), ("stop_token_ids", [3]), ("stop_regex", "a"), ("ignore_eos", True)):
         with pytest.raises(sgl.ProgramError, match=f"cannot take {name}"):
             ask.run(backend=openai(api), **{name: value})["a"]
-    assert ask.run(backend=openai(api, continues=True), top_k=5)["a"] and api.bodies[-1]["top_k"] == 5
+    beyond = {"top_k": 5, "stop_regex": "b+", "stop_token_ids": [3], "priority": 2}
+    assert ask.run(backend=openai(api, continues=True), **beyond)["a"] and api.bodies[-1]["top_k"] == 5
+    sent = [api.bodies[-1][name] for name in ("stop_regex", "stop_token_ids", "priority")]
+    assert sent == [["b+"], [3], 2] and "ebnf" not in api.bodies[-1]
 
 
 def test_grammars_of_our_own_kind(api):

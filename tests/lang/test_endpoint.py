@@ -6,7 +6,7 @@ import pytest
 from openai_stand_in import tokens
 from served import served
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 import actorserve.lang as sgl
@@ -17,26 +17,36 @@ ALONE = {" sir": -4.0}
 
 
 class SglServer:
-    """`/generate` as SGLang answers it. A token is a word; its id is its length."""
+    """`/generate` as SGLang answers it, in shapes that its servers gave. A token is a word; its id is its length."""
 
     def __init__(self):
         self.bodies, self.flushed = [], 0
 
     async def info(self, request):
-        return JSONResponse({"model_path": "meta/Llama-3-8B-Instruct", "is_generation": True})
+        name = "meta/Llama-3-8B-Instruct"
+        return JSONResponse(
+            {"model_path": name, "tokenizer_path": name, "is_generation": True, "preferred_sampling_params": None,
+             "weight_version": "default", "has_image_understanding": False, "model_type": "llama"}
+        )  # fmt: skip
+
+    async def server_info(self, request):
+        return JSONResponse({"model_path": "meta/Llama-3-8B-Instruct", "tp_size": 1, "version": "0.5.3"})
 
     async def flush(self, request):
         self.flushed += 1
-        return JSONResponse({"success": True})
+        return PlainTextResponse("Cache flushed.\nPlease check backend logs for more details.\n")
 
     async def generate(self, request):
         body = await request.json()
         self.bodies.append(body)
         if body.get("return_logprob") and not body["sampling_params"]["max_new_tokens"]:
             return JSONResponse([self.scored(body, i) for i in range(len(body.get("text", body.get("input_ids"))))])
-        meta = {"prompt_tokens": len(tokens(body["text"])), "finish_reason": {"type": "stop"}}
+        meta = {
+            "id": "5c0a", "finish_reason": {"type": "stop", "matched": 128009}, "weight_version": "default",
+            "prompt_tokens": len(tokens(body["text"])), "completion_tokens": 2, "cached_tokens": 0, "e2e_latency": 0.03,
+        }  # fmt: skip
         if not body.get("stream"):
-            answer, n = {"text": " hello", "meta_info": meta}, body["sampling_params"].get("n", 1)
+            answer, n = {"text": " hello", "output_ids": [5, 9], "meta_info": meta}, body["sampling_params"].get("n", 1)
             return JSONResponse([answer] * n if n > 1 else answer)
         frames = [f"data: {json.dumps({'text': text, 'meta_info': meta})}\n\n" for text in (" he", " hello")]
         return StreamingResponse(iter([*frames, "data: [DONE]\n\n"]), media_type="text/event-stream")
@@ -51,11 +61,13 @@ class SglServer:
         return {"text": "", "meta_info": {"input_token_logprobs": rows}}
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(params=["", "get_"], ids=["new", "old"])
+def server(request):
+    """Routes under the names of today's servers, or of older ones."""
     server = SglServer()
     routes = [
-        Route("/get_model_info", server.info),
+        Route(f"/{request.param}model_info", server.info),
+        Route(f"/{request.param}server_info", server.server_info),
         Route("/generate", server.generate, methods=["POST"]),
         Route("/flush_cache", server.flush, methods=["POST"]),
     ]
@@ -79,6 +91,7 @@ def test_a_program_on_an_sglang_server(server):
     assert expected.items() <= body["sampling_params"].items() and "<|eot_id|>" in body["sampling_params"]["stop"]
     assert list(program.run(backend=backend, stream=True).text_iter("a")) in ([" he", "llo"], [" hello"])
     assert sgl.flush_cache(backend) is True and server.flushed == 1
+    assert sgl.get_server_info(backend)["version"] == "0.5.3" and not backend.takes_programs
     LOOP.call(backend.cache_prefix, "prefix")
     assert server.bodies[-1] == {"text": "prefix", "sampling_params": {"max_new_tokens": 0}}
 

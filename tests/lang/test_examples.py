@@ -65,9 +65,7 @@ def test_tree_of_thought(few):
     assert all(1 <= rating <= 5 for rating in found["ratings"])
 
 
-def test_self_consistency(few, thorough):
-    if not thorough:
-        pytest.skip("as the others, three times: --thorough")
+def test_self_consistency(few):
     s = self_consistency.vote.run(self_consistency.QUESTION, samples=3, **few)
     assert len(s["reasoning"]) == 3 and all(re.fullmatch("[0-9]{1,4}", answer) for answer in s["answer"])
     assert s["answer"].count(s.ret_value) == max(map(s["answer"].count, s["answer"]))

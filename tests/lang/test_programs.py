@@ -516,6 +516,10 @@ async def test_everything_can_be_awaited(backend, anyio_backend):
     assert plain.ret_value.endswith("<So:>")
     assert "".join([p async for p in (await two_turns.arun("hi", stream=True)).text_async_iter("b")]) == "<So:>"
     await two_turns.acache()
+    assert await sgl.aflush_cache() is True and (await sgl.aget_server_info())["model"] == "scripted"
+    forks = s.fork(2)
+    forks += " c " + sgl.gen("c")
+    assert [f.stream_executor.slots["c"].value for f in await forks] == ["<c>", "<c>"], "no further waiting"
     with pytest.raises(KeyError):
         await s.aget_var("z")
 

@@ -2,9 +2,11 @@
 
 import random
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
+from program_server import ProgramServer, both
 from scripted_backend import ScriptedBackend, echo
 
 import actorserve.lang as sgl
@@ -12,44 +14,13 @@ from actorserve.errors import EngineDown, RequestError
 from actorserve.examples import essay_judge, llm_judge, multi_turn, parallel_tips, react_agent, self_consistency
 from actorserve.lang.loop import LOOP
 from actorserve.lang.recording import record
-from actorserve.lang.remote import Append, Branch, If, Merge, ProgramReply, ProgramRequest, Return
+from actorserve.lang.remote import Append, Branch, If, Merge, ProgramRequest, Return
 from actorserve.lang.replay import replay
-
-
-class Server(ScriptedBackend):
-    """Runs programs, too, from their JSON and back."""
-
-    takes_programs = True
-
-    async def run_program(self, request):
-        self.sent = msgspec.json.encode(request)
-        reply = await replay(msgspec.json.decode(self.sent, type=ProgramRequest), self)
-        return msgspec.json.decode(msgspec.json.encode(reply), type=ProgramReply)
 
 
 @pytest.fixture
 def server():
-    return Server()
-
-
-def outcome(state):
-    """All that a reader can see of a state."""
-    slots = state.stream_executor.slots
-    return state.text(), state.messages(), {name: state[name] for name in slots}, state.ret_value
-
-
-def both(program, server, *args, **kwargs):
-    """The outcome, which is the same here and there."""
-    server.prompts.clear()
-    here = program.run(*args, backend=server, **kwargs)
-    expected, prompts = outcome(here), sorted(server.prompts)
-    server.prompts.clear()
-    there = program.run(*args, backend=server, remote=True, **kwargs)
-    assert outcome(there) == expected and sorted(server.prompts) == prompts
-    assert there.remote and there.local_reason is None and not here.remote
-    for name in there.stream_executor.slots:
-        assert there.get_meta_info(name) == here.get_meta_info(name)
-    return outcome(there)
+    return ProgramServer()
 
 
 def test_turns_branches_and_variables(server):
@@ -225,7 +196,7 @@ def test_what_cannot_be_sent_runs_here_and_says_why(server, body, reason):
         with pytest.raises(RequestError, match=reason):
             record(refused(body).func, {})
         return
-    assert not state.remote and not hasattr(server, "sent")
+    assert not state.remote and not server.sent
     assert re.search(reason, state.local_reason), state.local_reason
 
 
@@ -251,7 +222,7 @@ def test_loops_without_a_bound_and_swallowed_refusals(server):
         with pytest.raises(RequestError, match=reason):
             record(body, {})
     assert not react_agent.agent.run("q", most_steps=1, backend=server, remote=True).local_reason
-    state = react_agent.agent.run("q", most_steps=2, backend=Server(lambda *_: "1"), remote=True)
+    state = react_agent.agent.run("q", most_steps=2, backend=ProgramServer(lambda *_: "1"), remote=True)
     assert "asked for .strip" in state.local_reason and not state.remote
     state = self_consistency.vote.run("q", backend=server, remote=True)
     assert "is looked up" in state.local_reason and state.ret_value
@@ -377,3 +348,12 @@ def test_what_a_program_looks_like():
     assert (branch.branches, merge.mode) == ((1, 2), "gather_variable")
     assert isinstance(branch, Branch) and isinstance(merge, Merge) and isinstance(decision, If)
     assert [type(s) for s in decision.then] == [Append, Return] and decision.otherwise == (Return(1),)
+
+
+def test_the_introductions_data_is_a_program(server):
+    text = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r'```\n(\{"program".*?)```', text, re.DOTALL)
+    server.answer = lambda text, *_: "the end" if text.count("more") else "more"
+    reply = LOOP.call(replay, msgspec.json.decode(block, type=ProgramRequest), server)
+    assert reply.error is None and reply.text == "Two names:morethe end"
+    assert reply.variables["x"].value == ["more", "more"]

@@ -22,6 +22,7 @@ from actorserve.actors.messages import (
     Done,
     Ended,
     ExecutorInbox,
+    Finish,
     FsmInbox,
     GrammarSpec,
     Order,
@@ -85,6 +86,24 @@ class Asked:
         return replace(self.submit, generated=generated)
 
 
+class PoisonableExecutor(StubExecutor):
+    """Draws NaN for some requests."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.poison: set[int] = set()
+        """Request ids."""
+
+    def _draw(self, slots: list[int]) -> tuple[list[int], list[int], list[float]]:
+        ids, finishes, logprobs = super()._draw(slots)
+        bad = [self.seats[slot].rid in self.poison for slot in slots]
+        return (
+            [0 if b else i for b, i in zip(bad, ids, strict=True)],
+            [int(Finish.POISON) if b else f for b, f in zip(bad, finishes, strict=True)],
+            logprobs,
+        )
+
+
 class StubWorld:
     """See the module's text. `turn` lets everybody do a little; `settle` goes on until nothing runs."""
 
@@ -107,7 +126,7 @@ class StubWorld:
         inbox, sends_to = INBOXES[name]
         context = Context(name, self.config, MODEL, inbox, sends_to=sends_to, epoch=self.epoch)
         self.contexts[name] = context
-        kinds: dict[str, type[Actor]] = {"sched": Scheduler, "exec.0": StubExecutor, "sampler.0": StubSampler}
+        kinds: dict[str, type[Actor]] = {"sched": Scheduler, "exec.0": PoisonableExecutor, "sampler.0": StubSampler}
         if name in kinds:
             self.actors[name] = kinds[name](context)
         if name == "sampler.0":
@@ -201,6 +220,12 @@ class StubWorld:
         one.end = "left"
         self.post(Abort(one.submit.rid))
 
+    def poison(self, one: Asked) -> None:
+        """Its next token is not a number, if this executor lives so long."""
+        executor = self.actors["exec.0"]
+        assert isinstance(executor, PoisonableExecutor)
+        executor.poison.add(one.submit.rid)
+
     # ------------------------------------------------------------------ what happens
 
     def turn(self) -> bool:
@@ -268,7 +293,7 @@ class StubWorld:
             if one.end == "left":
                 continue
             assert not one.end, f"{rid} has ended by {one.end}, and says {token}"
-            if token >= 0:
+            if token >= 0 and finish != Finish.POISON:
                 one.said.append(token)
             if finish:
                 self._end(rid, f"finish {finish}")
@@ -288,7 +313,7 @@ class StubWorld:
         assert s.params.max_new_tokens is not None
         limit = min(len(prompt) + s.params.max_new_tokens, self.config.max_total_tokens or 0)
         want = expected(prompt, s.params, one.grammar, limit)
-        whole = one.end.startswith("finish")
+        whole = one.end.startswith("finish") and one.end != f"finish {int(Finish.POISON)}"
         assert one.said == (want if whole else want[: len(one.said)]), (one.end, one.said, want)
 
     def settle(self) -> None:
