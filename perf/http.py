@@ -5,8 +5,8 @@
 The engine runs the stub executor, so that everything but a model is there. Two figures of each number of fronts:
 events a core, which is all events over the CPU seconds that the fronts used for them (the other processes and the
 client share this machine's cores, so the wall clock would measure those); and the overhead on the time to first token
-while --streams others stream one event each --step-ms: what the client waited, less what passed in the scheduler
-between a request's arrival in its queue and its first token. In the same run, for the same events: a plain Starlette
+while --streams others stream one event each --step-ms: what the client waited, less what passed between the request's
+arrival in the front and its first token in the scheduler. In the same run, for the same events: a plain Starlette
 application under uvicorn that sends constant bytes, which is the reference, and uvicorn alone, which is the limit.
 """
 
@@ -141,7 +141,7 @@ async def first_tokens(url: str, requests: Sequence[bytes], probes: int) -> dict
             line = counter.tail[counter.tail.rindex(b'data: {"id"') :]
             (timeline,) = json.loads(line[6 : line.index(b"\n")])["timeline"]
             waits.append(1e3 * (counter.first - counter.sent))
-            overheads.append(waits[-1] - 1e3 * (timeline["first_token"] - timeline["queued"]))
+            overheads.append(waits[-1] - 1e3 * timeline["first_token"])
             await asyncio.sleep(PROBE_GAP)
     cuts = statistics.quantiles(overheads, n=100)
     return {"ttft_ms": statistics.median(waits), "ttft_overhead_ms": cuts[49], "ttft_overhead_p90_ms": cuts[89]}
