@@ -41,10 +41,10 @@ class Service:
 
     @property
     def data(self) -> DataStore:
-        """Where files and batches are kept; raises RequestError (501) without --data-dir."""
+        """Where files and batches are kept; raises RequestError (404) without --data-dir."""
         if self.store is None:
             what = "this server keeps no files and batches; start it with --data-dir FOLDER"
-            raise RequestError(what, code="no_data_dir", status=501)
+            raise RequestError(what, code="no_data_dir", status=404)
         return self.store
 
     @property
