@@ -55,7 +55,7 @@ def own_megabytes(pid: int) -> float:
 
 def test_disconnects(server: LiveServer, thorough: bool) -> None:
     """At random instants: amid the request, in the queue, in prefill, in the stream, at its end; by FIN and by RST."""
-    count, rng = 5000 if thorough else 250, random.Random(5)
+    count, rng = 5000 if thorough else 200, random.Random(5)
     generating = [(path, body) for method, path, body in VALID if method == "POST" and path in STREAMS]
     pids, front = server.children(), server.children()["front.0"]
     server.assert_pages_add_up()
@@ -144,7 +144,7 @@ def test_readers_that_hardly_read_are_cut(server: LiveServer, thorough: bool) ->
 def test_ten_times_too_many(server: LiveServer, thorough: bool) -> None:
     """What is accepted comes whole, what is not is told so at once; there is no less of it than without the crowd."""
     body = {"prompt": "z", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
-    seconds = 20.0 if thorough else 3.0
+    seconds = 20.0 if thorough else 1.5
 
     async def load(clients: int) -> tuple[float, list[float], int]:
         """(answers a second, seconds of each refusal, answers)"""
