@@ -70,7 +70,7 @@ def test_disconnects(server: LiveServer, thorough: bool) -> None:
         reader, writer = await asyncio.open_connection(*address(server))
         try:
             writer.write(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
-            async with asyncio.timeout(rng.choice([0, 0.002, 0.02, 0.1, 0.5])):
+            async with asyncio.timeout(rng.choice([0, 0.002, 0.02, 0.1, 0.1, 0.5, 3])):
                 while await reader.read(rng.choice([1, 100, 10_000])):
                     pass
         except TimeoutError:
@@ -95,7 +95,7 @@ def test_disconnects(server: LiveServer, thorough: bool) -> None:
     wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 10, "nobody is served")
     print(f"\n{left} of {count} left; idle {time.monotonic() - started:.2f} s after the last of them")
     server.assert_pages_add_up()
-    assert server.children() == pids and left > count // 4
+    assert server.children() == pids and left > count // 2
     wait_until(lambda: descriptors(front) <= before + 2, 10, "the front's descriptors are back")
     assert server.metrics()["actorserve_waiting_requests"] == 0
 
