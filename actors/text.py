@@ -10,6 +10,8 @@ import math
 import os
 import time
 from array import array
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
@@ -73,9 +75,11 @@ SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it go
 PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
 OURS: Final = -1
 """Id of an order of nobody's."""
-FAILURES: Final[dict[int, str]] = {
-    Finish.POISON: "the model's output for this request was not a number, or no token was allowed",
-    Finish.GRAMMAR: "the grammar left no token that could come next, as when it ends before min_new_tokens",
+POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
+DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
+FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
+    Finish.POISON: partial(ActorserveError, POISONED),
+    Finish.GRAMMAR: partial(RequestError, DEAD_END, code="grammar_dead_end"),
 }
 
 
@@ -334,7 +338,7 @@ class Text(Actor):
             finish = finishes[row]
             if finish in FAILURES:
                 self._forget(rid)
-                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[finish]))
+                self._refuse(rid, 1, output.front, FAILURES[finish]())
                 continue
             logprob = None
             if logprobs is not None and output.params.logprobs is not None and ids[row] >= 0:
@@ -362,7 +366,7 @@ class Text(Actor):
                 output.push_vector(vector.tobytes())
                 self._mark_changed(output)
             else:
-                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[Finish.POISON]))
+                self._refuse(rid, 1, output.front, FAILURES[Finish.POISON]())
 
     def _prompt_logprobs(self, m: PromptLogprobs) -> None:
         output = self.outputs.get(m.rid)
