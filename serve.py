@@ -129,15 +129,21 @@ def base_url(host: str, listener: socket.socket, scheme: str = "http") -> str:
 
 def greeting(model: ModelInfo, url: str) -> str:
     """What a user needs when the engine is up: the address, and a line to paste."""
-    body: dict[str, object] = {"model": model.name}
-    if model.has_chat_template:
-        path, body["messages"] = "chat/completions", [{"role": "user", "content": QUESTION}]
-    else:
-        path, body["prompt"] = "completions", "The capital of France is"
-    body |= {"temperature": 0, "stream": True}
-    data = json.dumps(body, ensure_ascii=False).replace("'", r"'\''")
+    path, body = example(model)
+    data = json.dumps({"model": model.name, **body}, ensure_ascii=False).replace("'", r"'\''")
+    page = f"a page to chat and to watch the engine; in a terminal: actorserve chat --url {url}"
     return (
         f"\nactorserve {__version__} serves {model.name} on {url}\n\n"
-        f"In a browser that is a page to chat and to watch the engine; in a terminal: actorserve chat --url {url}\n\n"
+        f"In a browser that is {page if model.pooling is None else 'a page to watch the engine'}\n\n"
         f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{data}'\n"
     )
+
+
+def example(model: ModelInfo) -> tuple[str, dict[str, object]]:
+    """Return a first request to a model: (path, body)."""
+    streamed: dict[str, object] = {"temperature": 0, "stream": True}
+    if model.pooling is not None:
+        return "embeddings" if model.pooling.task == "embed" else "classify", {"input": QUESTION}
+    if model.has_chat_template:
+        return "chat/completions", {"messages": [{"role": "user", "content": QUESTION}]} | streamed
+    return "completions", {"prompt": "The capital of France is"} | streamed
