@@ -59,11 +59,16 @@ class PackedLinear:
         return y
 
 
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this CPU: it wants AVX512 or AMX; elsewhere torch does, slowly."""
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
+
+
 def can_pack(weight: Tensor) -> bool:
     """Whether `PackedLinear` takes this weight: on the CPU, with oneDNN, in a dtype that it multiplies fast."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bfloat16()))
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
 from actorserve.models import weights
-from actorserve.models.layers import Linear, PackedLinear
+from actorserve.models.layers import Linear, PackedLinear, has_bfloat16
 from actorserve.models.weights import load_decoder, pick_device, pick_dtype
 
 IDS = tiny.prompt(20)
@@ -71,7 +71,7 @@ def test_bfloat16_checkpoint_in_float32(tmp_path: Path) -> None:
 
 def test_packing_changes_the_layout_only() -> None:
     generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, *([torch.bfloat16] if has_bfloat16() else [])):
         linear = Linear(
             torch.randn(48, 32, generator=generator).to(dtype), torch.randn(48, generator=generator).to(dtype)
         )
