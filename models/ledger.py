@@ -10,11 +10,11 @@ total, is for the transient part; where that needs more than the rest, the KV pa
 Invariant: the rows of a Ledger add up to its total.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..config import EngineConfig
-from ..errors import StartupError
+from .shard import sharded
 from .spec import Spec
 
 MIB: Final = 1 << 20
@@ -52,26 +52,6 @@ SLACK: Final = 1.1
 """The allocator rounds blocks up and leaves gaps between them."""
 
 Kind = Literal["static", "transient", "free"]
-
-
-def sharded(spec: Spec, ranks: int) -> Spec:
-    """The part of a model that one of `ranks` tensor parallel GPUs holds. Raises StartupError if it does not divide."""
-    if ranks == 1:
-        return spec
-    shares_kv = spec.kv_heads % ranks == 0 or ranks % spec.kv_heads == 0
-    if spec.heads % ranks or spec.inter % ranks or not shares_kv:
-        raise StartupError(
-            f"--tp-size {ranks} does not divide {spec.heads} attention heads, {spec.kv_heads} KV heads and the "
-            f"MLP's {spec.inter} columns"
-        )
-    return replace(
-        spec,
-        heads=spec.heads // ranks,
-        kv_heads=max(1, spec.kv_heads // ranks),
-        inter=spec.inter // ranks,
-        moe=spec.moe and replace(spec.moe, inter=-(-spec.moe.inter // ranks)),
-        vocab=-(-spec.vocab // ranks),
-    )
 
 
 def parameters(spec: Spec) -> int:

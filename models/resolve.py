@@ -13,10 +13,12 @@ from ..config import EngineConfig, ModelInfo, Thoughts
 from ..errors import StartupError
 from .cache import Progress, cache_folder, locked, no_progress, publish
 from .embedded import NAME, embedded_model
+from .families import spec_of
 from .gguf import FORMAT, convert
 from .hub import hub_model, is_hub_name
 from .parsers import guess, reasoning_family, tool_family
 from .reasoning_parser import ReasoningFamily
+from .shard import sharded
 from .tokenizer import chat_templates
 
 HEAD_BYTES = 1 << 20
@@ -28,9 +30,12 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
 
     Raises StartupError saying what is wrong and what to do.
     """
-    check_supported(config)
     folder, name = _folder(config, progress)
     facts = _read_json(folder / "config.json")
+    if config.tp_size > 1 and config.load_format != "stub":
+        if config.placement == "inline":
+            raise StartupError("--tp-size needs --placement process: ranks wait for each other")
+        sharded(spec_of(facts), config.tp_size)
     if config.load_format not in ("dummy", "stub"):
         _check_weights(folder)
     vocab_size = vocabulary(facts)
@@ -48,12 +53,6 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         has_chat_template=_has_chat_template(folder, config),
         **_parsers(folder, config),
     )
-
-
-def check_supported(config: EngineConfig) -> None:
-    """Refuse settings whose values are planned but not built yet."""
-    if config.tp_size > 1:
-        raise StartupError("--tp-size above 1 is not supported yet")
 
 
 def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
