@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ DEFAULTS: Final = {
     "NCCL_RUNTIME_CONNECT": "0",  # all connections at start, none amid the capture of a graph
 }
 """What the libraries are told by the environment, unless it says so already."""
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name and the old
 
 
 class DistributedGroup:
@@ -68,10 +69,10 @@ class DistributedGroup:
 
     def gather(self, x: Tensor) -> Tensor:
         """See Group."""
-        parts = x.new_zeros(self._size, *x.shape)
+        parts = x.new_zeros(self._size * len(x), *x.shape[1:])
         if not self._muted:
-            dist.all_gather_into_tensor(parts, x.contiguous())
-        return parts
+            _all_gather(parts, x.contiguous())
+        return parts.view(self._size, *x.shape)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """See Group."""
@@ -104,11 +105,11 @@ class DistributedGroup:
         self.least(0)
 
 
-def _store(meeting: int, rank: int, size: int) -> dist.Store:
+def _store(meeting: int, rank: int, size: int) -> Any:
     """The store on the listening socket: rank 0 serves it."""
     with socket.socket(fileno=os.dup(meeting)) as listening:
         port = listening.getsockname()[1]
     own = os.dup(meeting) if rank == 0 else None  # the store closes it
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         HOST, port, size, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False, master_listen_fd=own
     )
