@@ -43,6 +43,8 @@ SCRATCH_PAGES: Final = 1
 """Pages beside those of requests: padding rows write there."""
 CONTEXT_BYTES: Final = 768 * MIB
 """CUDA context, loaded kernels, cuBLAS workspace."""
+GROUP_BYTES: Final = 512 * MIB
+"""What NCCL keeps for its connections to other ranks."""
 WORKSPACE_BYTES: Final = 256 * MIB
 """Attention: FlashInfer's float and integer workspaces, partial results of split-KV decode."""
 GRAPH_NODE_BYTES: Final = 32 << 10
@@ -175,6 +177,11 @@ class Demand:
     """CUDA graphs that are kept; 0: none."""
 
     @property
+    def shared(self) -> bool:
+        """Whether other ranks have the rest of the model."""
+        return self.spec.vocab != self.vocab
+
+    @property
     def page_bytes(self) -> int:
         return page_bytes(self.spec, self.page_size, self.kv_itemsize)
 
@@ -245,8 +252,12 @@ def estimate(demand: Demand) -> list[Row]:
     weights = parameters(spec)
     arrays = slot_bytes(demand.slots + 1, demand.pages_per_request)
     kernels = graph_bytes(spec, demand.slots, demand.itemsize, demand.graphs)
+    libraries = CONTEXT_BYTES + GROUP_BYTES * demand.shared
+    logits = logit_bytes(demand.vocab, demand.slots)
+    if demand.shared:  # a rank's own, then all of them as they come, then in order
+        logits = 2 * logits + logit_bytes(spec.vocab, demand.slots)
     return [
-        Row("CUDA context, libraries", CONTEXT_BYTES, "static", "reserve"),
+        Row("CUDA context, libraries", libraries, "static", "reserve"),
         Row("weights", weights * demand.itemsize, "static", f"{weights:,} of {demand.itemsize} bytes"),
         Row("sampler tables", sampler_bytes(demand.vocab, demand.slots + 1), "static", "counts and masks per slot"),
         Row("slot arrays", arrays, "static", f"page tables of {demand.slots:,} slots"),
@@ -258,7 +269,7 @@ def estimate(demand: Demand) -> list[Row]:
         ),
         Row(
             "logits",
-            logit_bytes(demand.vocab, demand.slots),
+            logits,
             "transient",
             f"float32 [{demand.slots:,}, {demand.vocab:,}]",
         ),
