@@ -349,7 +349,8 @@ class Executor(Actor):
         return chunks
 
     @property
-    def _leaves_at_once(self) -> bool:
+    def leaves_at_once(self) -> bool:
+        """Whether who is done leaves the batch when that is known; see `decoding`."""
         assert self.stepper is not None
         return self.group is None or self.stepper.exact
 
@@ -369,7 +370,7 @@ class Executor(Actor):
             self._publish(StepOut(item.window, item.number, *rest))
             return
         rids = item.rids[rows.live]
-        if rows.finish.any() and self._leaves_at_once:
+        if rows.finish.any() and self.leaves_at_once:
             done = rows.finish != 0
             finished = dict(zip(rows.slots[done].tolist(), rids[done].tolist(), strict=True))
             # A slot that was given to another request meanwhile goes on.

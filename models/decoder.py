@@ -222,6 +222,8 @@ class Decoder:
             delta = self._norm(layer.o(attended), layer.attention_out_norm)
             if spec.layout == "parallel":
                 delta = delta + self._mlp(layer, x)
+                if self.group is not None:
+                    delta = self.group.sum(delta)
             residual = torch.add(residual, delta, alpha=spec.residual_scale)
             if spec.layout != "parallel":
                 delta = self._norm(self._mlp(layer, self._norm(residual, layer.mlp_norm)), layer.mlp_out_norm)

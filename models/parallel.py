@@ -2,9 +2,10 @@
 
 Used by the decoder, the loader and the executor; what a rank has is shard.py's, how it talks to the others a Group's
 (group.py). A rank computes its heads and its columns of each MLP from hidden states that all ranks have, and the
-results of the two projections are summed: two sums a layer, one for the embedding, whose rows are cut by token (a
-whole table on each rank would save the sum, a hundredth of a step, and cost up to a gigabyte). Logits are gathered;
-rank 0 draws, and sends what it drew to the others in the same step, so that a window of k steps needs no host.
+results of the two projections are summed: two sums a layer, one where attention and MLP are side by side, and one for
+the embedding, whose rows are cut by token (a whole table on each rank would save that sum, a hundredth of a step, and
+cost up to a gigabyte). Logits are gathered; rank 0 draws, and sends what it drew to the others in the same step, so
+that a window of k steps needs no host.
 Invariant: every rank calls the same operations of its Group in the same order with the same shapes.
 """
 

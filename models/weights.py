@@ -81,7 +81,7 @@ def load_decoder(
         _fill(places, folder, whole, names_of(facts), progress, blocks)
     ops = make_ops(config, device, spec, bool(blocks))
     pack(weights, ops)
-    if group is not None:
+    if group is not None and spec.layout != "parallel":  # there both are summed at once
         for layer in weights.layers:
             layer.o = add_up(layer.o, layer.mlp, group)
     progress(1.0)
