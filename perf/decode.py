@@ -165,7 +165,7 @@ def ranks(args: argparse.Namespace) -> Iterator[DistributedGroup | None]:
         place = meeting.fileno()
         for rank in range(1, args.tp_size):
             command = [sys.executable, "-m", "actorserve.perf.decode", *sys.argv[1:], "--rank", str(rank)]
-            command += ["--meeting", str(place)]
+            command += ["--meeting", str(place), "--bandwidth", "1", "--tflops", "1"]  # it prints nothing
             follower = subprocess.Popen(command, pass_fds=[place], stdout=subprocess.DEVNULL)
             stack.callback(follower.kill)
         yield DistributedGroup(place, 0, args.tp_size, device)
@@ -196,6 +196,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("perf.decode needs a GPU; perf.cpu is the CPU's")
+    if args.rank:
+        torch.cuda.set_device(args.rank)
     limits = limits_of(args)
     print(f"{torch.cuda.get_device_name()}, {told(limits)}")
     with tempfile.TemporaryDirectory() as folder, ranks(args) as group:
