@@ -26,7 +26,9 @@ PATIENCE: Final = timedelta(minutes=30)
 DEFAULTS: Final = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_RUNTIME_CONNECT": "0",  # all connections at start, none amid the capture of a graph
+    # Ranks capture graphs each in its own time, so nothing may be agreed on then: neither connections nor buffers.
+    "NCCL_RUNTIME_CONNECT": "0",
+    "NCCL_GRAPH_REGISTER": "0",
 }
 """What the libraries are told by the environment, unless it says so already."""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name and the old
