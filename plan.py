@@ -19,7 +19,7 @@ import msgspec
 from .config import EngineConfig
 from .errors import StartupError
 from .flags import add_config_flags
-from .models.families import spec_of
+from .models.families import pooled_spec, spec_of
 from .models.floors import GIB, GPUS, Gpu, decode_seconds, prefill_seconds
 from .models.ledger import FRACTION, ITEMSIZE, Ledger, balance, demand_of
 from .models.shapes import KNOWN, write_shape
@@ -121,7 +121,8 @@ def read_model(config: EngineConfig, gpu: Gpu) -> Subject:
         facts = json.loads((Path(model.path) / "config.json").read_bytes())
     own = str(facts.get("dtype") or facts.get("torch_dtype"))
     dtype = config.dtype if config.dtype != "auto" else own if own in ITEMSIZE else "bfloat16"
-    return Subject(model.name, spec_of(facts), dtype, model.context_length, config, gpu)
+    spec = spec_of(facts) if model.pooling is None else pooled_spec(facts, model.pooling)
+    return Subject(model.name, spec, dtype, model.context_length, config, gpu)
 
 
 def length_rows(subject: Subject, ledger: Ledger, lengths: list[int]) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,7 @@ from ..models.group import DistributedGroup
 from ..models.kv_cache import KVCache, kv_dtype
 from ..models.kv_checksums import KVChecksums
 from ..models.parallel import RankDrawer
+from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Drawer, Step, Stepper, StepRows
 from ..models.weights import load_decoder, pick_device
@@ -40,6 +41,7 @@ from .actor import Actor, Context
 from .memory import batch_slots, keep_freed_memory, kv_pages
 from .messages import (
     NOTHING,
+    ChunkEnd,
     Drain,
     ExecutorInbox,
     ExecutorReady,
@@ -47,6 +49,7 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
+    Pooled,
     Scores,
     StepOut,
 )
@@ -180,7 +183,9 @@ class Executor(Actor):
             if device.type != "cpu":
                 raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
             self.checksums = KVChecksums(kv)
-        self.stepper = Stepper(self.runner, drawer, self._graphs(self.runner, drawer, slots))
+        pooler = None if model.pooling is None else Pooler(model.pooling, decoder, slots)
+        graphs = self._graphs(self.runner, drawer, slots) if pooler is None else None
+        self.stepper = Stepper(self.runner, drawer, graphs, pooler)
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         self.ready = ExecutorReady(pages, slots, per_slot, kind)
 
@@ -188,7 +193,10 @@ class Executor(Actor):
         """What draws: the sampler, and on other ranks than 0 what it tells them."""
         if self.rank == 0:
             self.sampler = self._sampler()
-            self.sampler.prepare(slots, decoder.whole.vocab, self.context.model.eos_ids, decoder.device)
+            if self.context.model.pooling is None:
+                self.sampler.prepare(slots, decoder.whole.vocab, self.context.model.eos_ids, decoder.device)
+            else:
+                self.sampler.prepare(slots, 1, (), decoder.device)  # it draws nothing
             if self.group is None:
                 return self.sampler
         assert self.group is not None
@@ -214,7 +222,7 @@ class Executor(Actor):
         return StepGraphs(runner, drawer, min(slots, config.cuda_graph_max_bs or slots))
 
     def _load(self) -> Decoder:
-        config, path = self.context.config, self.context.model.path
+        config, model = self.context.config, self.context.model
         set_threads(config)
         keep_freed_memory()
         device = pick_device(config.device, self.rank, config.tp_size)
@@ -224,7 +232,7 @@ class Executor(Actor):
             self.group = DistributedGroup(self.context.files[MEETING], self.rank, config.tp_size, device)
             self.waiting = False
         progress = partial(self.context.report, "weights")
-        return load_decoder(path, config, progress, self.group, device)
+        return load_decoder(model.path, config, progress, model.pooling, self.group, device)
 
     # ------------------------------------------------------------------ messages
 
@@ -341,7 +349,10 @@ class Executor(Actor):
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
         work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), strict=True)
-        chunks = [ChunkWork(slot, start, ids, bool(draws)) for slot, start, ids, draws in work]
+        chunks = [
+            ChunkWork(slot, start, ids, draws=end == ChunkEnd.DRAW, ends=end == ChunkEnd.POOL)
+            for slot, start, ids, end in work
+        ]
         if len(plan.chunk_scored):
             targets = np.split(ints(plan.score_ids), np.cumsum(ints(plan.chunk_scored))[:-1])
             for chunk, score_from, wanted in zip(chunks, ints(plan.score_starts).tolist(), targets, strict=True):
@@ -367,7 +378,7 @@ class Executor(Actor):
         if rows is None:
             scores = scores_of(step.scores)
             rest = (NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took, scores)
-            self._publish(StepOut(item.window, item.number, *rest))
+            self._publish(StepOut(item.window, item.number, *rest, pooled=pooled_of(item)))
             return
         rids = item.rids[rows.live]
         if rows.finish.any() and self.leaves_at_once:
@@ -399,6 +410,12 @@ def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> 
         scores=scores_of(rows.scores),
         listed=raw(rows.listed),
     )
+
+
+def pooled_of(item: Launched) -> Pooled | None:
+    """Return a step's vectors as a message has them."""
+    vectors = item.step.vectors()
+    return None if vectors is None else Pooled(raw(item.rids), raw(vectors))
 
 
 def scores_of(given: Sampled | None) -> Scores | None:

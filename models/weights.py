@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import EngineConfig
+from ..config import EngineConfig, Pooling
 from ..errors import StartupError
 from .attention import make_backend
 from .cpu_attention import CpuAttention
@@ -26,14 +26,14 @@ from .cpu_decoder import CpuLayers, fits
 from .cpu_kernels import kernels
 from .cpu_ops import CpuOps
 from .decoder import Decoder, Weights, check_supported
-from .families import names_of, spec_of
+from .families import names_of, pooled_spec, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import DenseMlp, Linear, LinearMap, Ops, TorchOps
 from .ledger import CHUNK
 from .moe import Experts
-from .names import HEAD, Names, layer_of, pieces
+from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
 from .quantized import dequantise
@@ -55,17 +55,19 @@ def load_decoder(
     path: str,
     config: EngineConfig,
     progress: Progress,
+    pooling: Pooling | None = None,
     group: Group | None = None,
     device: torch.device | None = None,
 ) -> Decoder:
     """Load the model folder at `path` and return its Decoder; `progress` gets fractions from 0 to 1.
 
-    With a `group` it is this rank's part, on `device` (default: the configuration's). Raises StartupError for a model
-    that is not served, broken files, or tensors missing, left over or misshapen.
+    With `pooling` it ends in hidden states or in a classification head: it has no logits. With a `group` it is this
+    rank's part, on `device` (default: the configuration's).
+    Raises StartupError for a model that is not served, broken files, or tensors missing, left over or misshapen.
     """
     folder = Path(path)
     facts = read_config(folder)
-    whole = spec_of(facts)
+    whole = spec_of(facts) if pooling is None else pooled_spec(facts, pooling)
     check_supported(whole)
     share = Share(whole) if group is None else Share(whole, group.size, group.rank)
     spec = share.spec
@@ -78,7 +80,7 @@ def load_decoder(
     if config.load_format == "dummy":
         fill_dummy(places.values(), config.random_seed, device)
     else:
-        _fill(places, folder, whole, names_of(facts), progress, blocks)
+        _fill(places, folder, whole, names_of(facts, pooled=pooling is not None), progress, blocks)
     ops = make_ops(config, device, spec, bool(blocks))
     pack(weights, ops)
     if group is not None and spec.layout != "parallel":  # there both are summed at once
@@ -214,9 +216,9 @@ def pack(weights: Weights, ops: Ops) -> None:
         mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
         if mlp is not None:
             _pack_mlp(mlp, ops)
-    head = weights.head.product
-    if isinstance(head, Linear):
-        weights.head = Head(head, ops.head(head.weight))
+    head = weights.head
+    if head is not None and isinstance(head.product, Linear):
+        weights.head = Head(head.product, ops.head(head.product.weight))
 
 
 def _pack_mlp(mlp: DenseMlp, ops: Ops) -> None:
@@ -285,9 +287,14 @@ def _pieces(files: list[Path], spec: Spec, names: Names) -> Iterator[tuple[str, 
 
 
 def _needless(name: str, spec: Spec, names: Names) -> bool:
-    """Whether a decoder does without a tensor: a tied head, layers for predicting several tokens."""
+    """Whether a model does without a tensor: a head that is tied or not asked, layers for predicting several tokens."""
     layer = layer_of(name)
-    return (spec.tied and name == HEAD) or (names.more_layers and layer is not None and layer >= spec.layers)
+    return (
+        (name == HEAD and (spec.tied or not spec.lm_head))
+        or (name.startswith(SCORE) and spec.score is None)
+        or (names.more_layers and layer is not None and layer >= spec.layers)
+        or (names.unused is not None and re.search(names.unused, name) is not None)
+    )
 
 
 def uses_bulk_copy(device: torch.device) -> bool:

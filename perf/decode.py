@@ -207,7 +207,7 @@ def main() -> None:
             kv_cache_dtype=args.kv_cache_dtype, tp_size=args.tp_size,
         )  # fmt: skip
         started = time.perf_counter()
-        decoder = load_decoder(model, config, lambda _: None, group, None if group is None else group.device)
+        decoder = load_decoder(model, config, lambda _: None, None, group, None if group is None else group.device)
         torch.cuda.synchronize()
         print(f"{args.shape}: weights in {time.perf_counter() - started:.1f} s")
         results = measure(decoder, config, limits, args)

@@ -102,11 +102,11 @@ async def test_bodies_that_are_wrong(rig, body, param):
     assert rig.text.got == []
 
 
-async def test_a_program_that_is_nested_too_deeply(rig):
+async def test_a_program_that_is_nested_as_deeply_as_a_body_may_be(rig):
     condition = (
         '{"type":"If","condition":{"left":{"type":"Reference","state":0,"name":"x"},"operator":"truth"},"then":['
     )
-    depth = 90
+    depth = 60
     body = '{"program":[' + condition * depth + "]}" * depth + "]}"
     reply = await rig.http.post("/v1/programs", content=body)
     assert reply.status_code == 200 and "no variable 'x'" in json.dumps(reply.json()["error"]), reply.text

@@ -40,7 +40,7 @@ def one_thread() -> None:
 def load(folder: str, group: ThreadGroup, **fields: object) -> Decoder:
     """This rank's part of a tiny model."""
     config = EngineConfig(**{"dtype": "float32", "device": "cpu"} | fields)  # type: ignore[arg-type]
-    return load_decoder(folder, config, lambda fraction: None, group)
+    return load_decoder(folder, config, lambda fraction: None, group=group)
 
 
 def some_logits(decoder: Decoder) -> Tensor:

@@ -173,7 +173,7 @@ def test_ranks_have_parts_of_the_blocks(folder: str) -> None:
     expected = Driver.of(tiny.load(folder, dtype="auto")).logits(ids, [30, 10])
 
     def run(group: ThreadGroup) -> Tensor:
-        decoder = load_decoder(folder, EngineConfig(device="cpu"), lambda fraction: None, group)
+        decoder = load_decoder(folder, EngineConfig(device="cpu"), lambda fraction: None, group=group)
         kinds = []
         for layer in decoder.weights.layers:
             assert (
