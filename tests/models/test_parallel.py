@@ -78,6 +78,30 @@ def test_dummy_weights_are_those_of_one_rank(tmp_path: Path) -> None:
     assert (found - expected).abs().max() <= TOLERANCE * expected.std()
 
 
+@pytest.mark.parametrize("quantization", ["auto", "none"])
+def test_a_real_model_on_three_ranks(smollm: str, thorough: bool, quantization: str) -> None:
+    """SmolLM2 has 9 heads and 3 KV heads: its quantized blocks, cut between blocks, and dequantised."""
+    if not thorough:
+        pytest.skip("--thorough")
+    dtype = "auto" if quantization == "auto" else "float32"
+    config = EngineConfig(device="cpu", quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
+
+    def text(group: ThreadGroup | None) -> tuple[list[int], Tensor]:
+        driver = Driver.of(load_decoder(smollm, config, lambda fraction: None, group=group))
+        request = driver.request(tiny.prompt(24), room=12)
+        first = logits = driver.forward([(request, 24)])
+        while len(request.ids) < request.goal:
+            drawn = logits[-1].argmax()
+            request.ids.append(int(drawn if group is None else group.broadcast(drawn)))
+            logits = driver.forward([(request, 1)])
+        return request.ids, first
+
+    ids, logits = text(None)
+    ranks = on_ranks(3, text)
+    assert [found for found, _ in ranks] == [ids] * 3
+    assert (ranks[0][1] - logits).abs().max() < 1e-4 * logits.std()
+
+
 # ------------------------------------------------------------------ steps
 
 
