@@ -768,6 +768,10 @@ class ExecutorReady(Message, frozen=True, tag=60):
     """As in Stats."""
 
 
+class Forget(Message, frozen=True, tag=64):
+    """From rank 0's executor to the others: the scheduler whose plans these were died, and its batch with it."""
+
+
 class Scores(Message, frozen=True, tag=62):
     """The logprobs of tokens that were given, not drawn, one row a token; arrays as in Tokens."""
 
@@ -900,7 +904,7 @@ SchedulerInbox: TypeAlias = (
     SystemMessage | Submit | Abort | Unpin | Order | Look | AskTimelines
     | ExecutorReady | StepOut | Carried | GrammarNews
 )  # fmt: skip
-ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct
+ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct | Forget
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
 FsmInbox: TypeAlias = SystemMessage | Compile | Discard | Match | Unmatch
