@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .norms import qk_norm_, rms_norm
+from .part_maps import map_of
 from .rope import rotate_, rotation_table
 from .spec import Rope, Spec
+from .unpack import Part
 
 LinearMap = Callable[[Tensor], Tensor]
-"""[T, in] -> [T, out]. `Linear`, `PackedLinear`, and later quantised and tensor parallel ones."""
+"""[T, in] -> [T, out]. `Linear`, `PackedLinear`, and each device's own, of dense and quantized weights."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -136,6 +138,9 @@ class Ops(Protocol):
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
+
+    def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """Return the map of quantized weights under one another, for hidden states of `dtype`."""
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the product of the language model head: float32 [T, vocab] on a GPU; see head.py for a CPU's."""
@@ -285,6 +290,10 @@ class TorchOps:
         """See Ops."""
         plain = Linear(weight, bias)
         return PackedLinear(plain) if can_pack(weight) else plain
+
+    def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """See Ops; dense."""
+        return map_of(parts, bias, lambda part, own: None, lambda weight, own: self.linear(weight.to(dtype), own))
 
     def head(self, weight: Tensor) -> LinearMap:
         """See Ops."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StartupError
+from .assembly import Keeper
 from .decoder import LayerWeights, Weights
 from .head import Head
 from .layers import DenseMlp, Linear, LinearMap
@@ -48,18 +49,23 @@ class Place:
 
 
 def allocate(
-    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None
+    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None, keeper: Keeper | None = None
 ) -> tuple[Weights, dict[str, Place]]:
-    """Return weights, all that is not `blocks` uninitialised, and the places in them by our names."""
-    made = Allocation(spec, device, dtype, blocks or {})
+    """Return weights, all that is not `blocks` uninitialised, and the places in them by our names.
+
+    What `keeper` keeps quantized has no places: its assemblies take it.
+    """
+    made = Allocation(spec, device, dtype, blocks or {}, keeper)
     return made.weights(), made.places
 
 
 class Allocation:
     """Makes the parts of a model, and enters each of their places."""
 
-    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks) -> None:
-        self.spec, self.device, self.dtype, self.blocks = spec, device, dtype, blocks
+    def __init__(
+        self, spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks, keeper: Keeper | None
+    ) -> None:
+        self.spec, self.device, self.dtype, self.blocks, self.keeper = spec, device, dtype, blocks, keeper
         self.places: dict[str, Place] = {}
 
     def weights(self) -> Weights:
@@ -191,6 +197,8 @@ class Allocation:
             self._place(f"{prefix}{name}.bias", view)
         shapes = {f"{prefix}{name}.weight": (size, inputs) for name, size in parts.items()}
         kept = quantized_map(shapes, self.blocks, bias)
+        if kept is None and self.keeper is not None:
+            kept = self.keeper.map(shapes, bias)
         if kept is not None:
             return kept
         weight = self._new(sum(sizes), inputs)

@@ -2,7 +2,8 @@
 
 Used by the executor at start-up. Fused tensors are allocated first (places.py), on the device, and every checkpoint
 tensor is copied from the mapped file into its place, so memory peaks at the model plus one tensor. Where a GGUF's
-quantized blocks are kept (quantized.py), they take the place of the tensors of the same names.
+quantized blocks are kept (quantized.py), they take the place of the tensors of the same names. A quantized checkpoint's
+modules (quantization.py) stay so where the device multiplies with them (assembly.py), else they are dequantised here.
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..config import EngineConfig
 from ..errors import StartupError
+from .assembly import Assembly, Collector, Keeper, part_pieces
 from .attention import make_backend
 from .cpu_attention import CpuAttention
 from .cpu_decoder import CpuLayers, fits
@@ -35,16 +37,21 @@ from .ledger import CHUNK
 from .moe import Experts
 from .names import HEAD, Names, layer_of, pieces
 from .places import Blocks, Place, allocate, check_blocks
+from .quantization import ONLINE, Quantization, quantization_of
 from .quantized import dequantise
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
+from .unpack import Part
 
 Progress = Callable[[float], None]
 
 log = logging.getLogger("actorserve.weights")
 
-IGNORED = re.compile(r"rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)$|\.(attention|attn)\.(masked_)?bias$")
-"""Buffers that old exporters wrote beside the weights."""
+IGNORED = re.compile(
+    r"rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)$|\.(attention|attn)\.(masked_)?bias$|"
+    r"\.(k|v|q|kv|prob)_(scale|zero_point)$"
+)
+"""Buffers that old exporters wrote beside the weights; scales of an 8-bit KV cache, which ours does without."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DUMMY_STD = 0.02
 
@@ -60,15 +67,21 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     check_supported(spec)
     device = pick_device(config.device)
     blocks = kept_blocks(config, folder, device)
-    dtype = torch.float32 if blocks else pick_dtype(config.dtype, facts, device)
+    quantization = quantization_of(facts)
+    stays = stays_quantized(config, device, quantization)
+    on_cpu_kernels = bool(blocks) or (stays and device.type == "cpu")
+    dtype = torch.float32 if on_cpu_kernels else pick_dtype(config.dtype, facts, device)
     check_dtype(spec, device, dtype)
     progress(0.0)
-    weights, places = allocate(spec, device, dtype, blocks)
-    if config.load_format == "dummy":
-        fill_dummy(places.values(), config.random_seed, device)
+    ops = make_ops(config, device, spec, on_cpu_kernels)
+    source = Source(folder, spec, names_of(facts), quantization, device, config.load_format == "dummy")
+    keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
+    weights, places = allocate(spec, device, dtype, blocks, keeper)
+    assemblies = {} if keeper is None else keeper.assemblies
+    if source.dummy:
+        fill_dummy(places.values(), config.random_seed, device, assemblies.values(), quantization)
     else:
-        _fill(places, folder, spec, names_of(facts), progress, blocks)
-    ops = make_ops(config, device, spec, bool(blocks))
+        _fill(places, assemblies, source, progress, blocks)
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
@@ -171,7 +184,95 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     return dict(_tensors([path]))
 
 
-def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None:
+def stays_quantized(config: EngineConfig, device: torch.device, quantization: Quantization | None) -> bool:
+    """Resolve `EngineConfig.quantization` for a checkpoint's own quantization, or one that is made while loading.
+
+    On a CPU that is done by kernels for whole numbers, in float32; whatever else is quantized is dequantised there.
+    Raises StartupError for what cannot be had.
+    """
+    online = ONLINE.get(config.quantization)
+    if online is not None and quantization is not None:
+        raise StartupError(f"--quantization {config.quantization}: the checkpoint is quantized already; drop the flag")
+    if online is None and (quantization is None or config.quantization != "auto"):
+        return False
+    if device.type == "cuda":
+        return not config.enable_torch_compile
+    scheme = online or (quantization.usual if quantization is not None else None)
+    if scheme is None or scheme.is_float:
+        if online is not None:
+            raise StartupError("--quantization fp8: it is for GPUs; int8 is for CPUs too")
+        return False
+    allowed = ("auto", "float32") if online else ("auto",)
+    try:
+        if config.dtype not in allowed:
+            raise StartupError(f"it computes in float32; drop --dtype {config.dtype}")
+        kernels()
+    except StartupError as error:
+        if online is not None:
+            raise StartupError(f"--quantization {config.quantization}: {error}") from None
+        log.warning("quantized weights are dequantised: %s", error)
+        return False
+    return True
+
+
+class Source:
+    """A model's files, and how their tensors become our weights."""
+
+    def __init__(
+        self, folder: Path, spec: Spec, names: Names, quantization: Quantization | None, device: torch.device,
+        dummy: bool,
+    ) -> None:  # fmt: skip
+        self.spec, self.names, self.device, self.dummy = spec, names, device, dummy
+        self.files = [] if dummy else _files(folder)
+        self.collector: Collector | None = None
+        if quantization is not None and not dummy:
+            self.collector = Collector(quantization, _dtypes(self.files), device)
+
+    def keeper(self, config: EngineConfig, make: Callable[[list[Part], Tensor | None], LinearMap]) -> Keeper:
+        """Which of the model's linear maps stay, or become, quantized."""
+        names = None if self.collector is None else self.collector.weights(self.names)
+        return Keeper(make, self.device, names, ONLINE.get(config.quantization))
+
+    def weights(self) -> Iterator[tuple[str, Tensor | Part]]:
+        """All weights of the files under our names.
+
+        Raises StartupError for one that cannot be cut as its family's are.
+        """
+        for name, tensor in _tensors(self.files):
+            if IGNORED.search(name):
+                continue
+            made = None
+            if self.collector is not None and self.collector.takes(name):
+                made = self.collector.add(name, tensor)
+                if made is None:
+                    continue
+            try:
+                if made is None:
+                    yield from pieces(self.names, self.spec, name, tensor)
+                else:
+                    yield from part_pieces(self.names, self.spec, *made)
+            except (ValueError, RuntimeError) as error:
+                raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
+
+    def needless(self, name: str, weight: Tensor | Part) -> bool:
+        """Whether a decoder does without a tensor: a tied head, layers for predicting several tokens, and the zeros
+        that quantizers keep as biases of maps without."""
+        layer = layer_of(name)
+        zeros = self.collector is not None and name.endswith(".bias") and isinstance(weight, Tensor)
+        return (
+            (self.spec.tied and name == HEAD)
+            or (self.names.more_layers and layer is not None and layer >= self.spec.layers)
+            or (zeros and not weight.any())
+        )
+
+
+def fill_dummy(
+    places: Iterable[Place],
+    seed: int,
+    device: torch.device,
+    assemblies: Iterable[Assembly] = (),
+    quantization: Quantization | None = None,
+) -> None:
     """Fill all places with N(0, 0.02), norms with 1: a model of the right shape and speed that says nothing."""
     generator = torch.Generator(device).manual_seed(seed)
     for place in places:
@@ -179,6 +280,10 @@ def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None
             place.view.fill_(1.0)
         else:
             place.view.normal_(0.0, DUMMY_STD, generator=generator)
+    for assembly in assemblies:
+        scheme = assembly.online or (quantization.usual if quantization is not None else None)
+        if assembly.made is None and scheme is not None:  # it is there once for each of its weights
+            assembly.fill(scheme, DUMMY_STD, generator)
 
 
 def pack(weights: Weights, ops: Ops) -> None:
@@ -203,13 +308,20 @@ def _pack_mlp(mlp: DenseMlp, ops: Ops) -> None:
 
 
 def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
+    if isinstance(linear, Assembly):
+        assert linear.made is not None
+        return linear.made
     return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
-def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, progress: Progress, blocks: Blocks) -> None:
-    """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact."""
-    files = _files(folder)
-    total = sum(file.stat().st_size for file in files) or 1
+def _fill(
+    places: dict[str, Place], assemblies: dict[str, Assembly], source: Source, progress: Progress, blocks: Blocks
+) -> None:
+    """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact.
+
+    A weight of an assembly goes there.
+    """
+    total = sum(file.stat().st_size for file in source.files) or 1
     done = 0
 
     def moved(count: int) -> None:
@@ -221,26 +333,21 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, prog
         view = places[name].view
         check_blocks(name, blocks[name], places[name].shape)
         view.copy_(dequantise(blocks[name], view.shape[1]))
-    missing, extra = places.keys() - blocks.keys(), []
+    missing, extra = (places.keys() | assemblies.keys()) - blocks.keys(), []
     device = next(iter(places.values())).view.device
     with BulkCopy(device, moved) if uses_bulk_copy(device) else contextlib.nullcontext() as bulk:
-        for name, tensor in _pieces(files, spec, names):
+        for name, weight in source.weights():
             if name in blocks:
                 continue
-            place = places.get(name)
-            if place is None:
-                if not _needless(name, spec, names):
+            if name not in places and name not in assemblies:
+                if not source.needless(name, weight):
                     extra.append(name)
                 continue
-            _check_fits(name, tensor, place)
             if name not in missing:
                 raise StartupError(f"tensor {name} is in two files of the checkpoint")
-            if bulk is not None and can_copy(place.view, tensor):
-                bulk.add(place.view, tensor)
-            else:
-                place.view.copy_(tensor)
-                moved(tensor.nbytes)
             missing.discard(name)
+            size = _put(name, weight, places.get(name), assemblies.get(name), bulk)
+            moved(size)
     if missing:
         raise StartupError(f"the checkpoint lacks {_some(missing)}")
     if extra:
@@ -250,21 +357,29 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, prog
             place.view.add_(place.offset)
 
 
-def _pieces(files: list[Path], spec: Spec, names: Names) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the files under our names. Raises StartupError for one that cannot be cut as its family's are."""
-    for name, tensor in _tensors(files):
-        if IGNORED.search(name):
-            continue
-        try:
-            yield from pieces(names, spec, name, tensor)
-        except (ValueError, RuntimeError) as error:
-            raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
-
-
-def _needless(name: str, spec: Spec, names: Names) -> bool:
-    """Whether a decoder does without a tensor: a tied head, layers for predicting several tokens."""
-    layer = layer_of(name)
-    return (spec.tied and name == HEAD) or (names.more_layers and layer is not None and layer >= spec.layers)
+def _put(
+    name: str, weight: Tensor | Part, place: Place | None, assembly: Assembly | None, bulk: BulkCopy | None
+) -> int:
+    """Put a weight where it belongs; returns how many bytes are done, 0 where `bulk` counts them."""
+    size = weight.codes.nbytes if isinstance(weight, Part) else weight.nbytes
+    if assembly is not None:
+        if isinstance(weight, Tensor):
+            _check_dense(name, weight)
+            weight = weight.to(assembly.device)
+        assembly.take(name, weight)
+        return size
+    assert place is not None
+    if isinstance(weight, Part):
+        _check_shape(name, weight.shape, place)
+        place.view.copy_(weight.dequantise())
+        return size
+    _check_dense(name, weight)
+    _check_shape(name, tuple(weight.shape), place)
+    if bulk is not None and can_copy(place.view, weight):
+        bulk.add(place.view, weight)
+        return 0
+    place.view.copy_(weight)
+    return size
 
 
 def uses_bulk_copy(device: torch.device) -> bool:
@@ -272,11 +387,14 @@ def uses_bulk_copy(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _check_fits(name: str, tensor: Tensor, place: Place) -> None:
-    if not tensor.is_floating_point():
-        raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized checkpoints are not served yet")
-    if tuple(tensor.shape) != place.shape:
-        raise StartupError(f"tensor {name} is {list(tensor.shape)}, config.json asks for {list(place.shape)}")
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized, but quantization_config does not say how")
+
+
+def _check_shape(name: str, shape: tuple[int, ...], place: Place) -> None:
+    if shape != place.shape:
+        raise StartupError(f"tensor {name} is {list(shape)}, config.json asks for {list(place.shape)}")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -304,6 +422,18 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise StartupError("the model's folder holds no .safetensors files (other formats are not loaded)")
     return files
+
+
+def _dtypes(files: list[Path]) -> dict[str, str]:
+    """The dtypes of all tensors of the files, as safetensors calls them."""
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise StartupError(f"{file.name} is not a readable safetensors file: {error}") from None
+    return found
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
