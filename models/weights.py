@@ -81,7 +81,7 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     if source.dummy:
         fill_dummy(places.values(), config.random_seed, device, assemblies.values(), quantization)
     else:
-        _fill(places, assemblies, source, progress, blocks)
+        fill(places, assemblies, source, progress, blocks)
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
@@ -314,7 +314,7 @@ def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
     return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
-def _fill(
+def fill(
     places: dict[str, Place], assemblies: dict[str, Assembly], source: Source, progress: Progress, blocks: Blocks
 ) -> None:
     """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact.
