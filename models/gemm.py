@@ -151,8 +151,9 @@ def linear(
 ) -> Tensor:
     """x [rows, inputs] @ weight [outputs, inputs].T + bias, in `dtype` (x's); contiguous, `tile` fits.
 
-    A quantized weight is multiplied in steps of `tile.depth` words. One epilogue at most. With `act`, act(first half) * second half; with `add`, what an Unscaled holds; with `heads`,
-    the queries. `pdl`: launch before the predecessor ends.
+    A quantized weight is multiplied in steps of `tile.depth` words. One epilogue at most. With `act`, act(first half) *
+    second half; with `add`, what an Unscaled holds; with `heads`, the queries. `pdl`: launch before the predecessor
+    ends.
     """
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape
@@ -229,7 +230,8 @@ def can_multiply(weight: Tensor) -> bool:
 class TritonLinear:
     """x [T, in] -> [T, out] with weight [out, in]; float32 results with dtype=torch.float32; PDL up to `pdl_rows`.
 
-    A quantized weight comes with the `choices` of its own; where those end, it says itself how it is multiplied. The other methods are for as many rows as there is a `tile` for.
+    A quantized weight comes with `choices` of its own; where those end, it says itself how it is multiplied. The other
+    methods are for as many rows as there is a `tile` for.
     """
 
     __slots__ = ("arrived", "bias", "choices", "dtype", "pdl_rows", "tuned", "weight")

@@ -98,12 +98,12 @@ def operands_after(
     SWAP: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, ROTATE: tl.constexpr, LATE: tl.constexpr,
     D: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """What an epilogue reads, as `conclude` takes it: a tile of the residual, slots, rotations, norms' factors."""
-    old = residual
+    """What an epilogue reads: a tile of the residual, slots, rotations (both not with LATE), factors of a norm."""
+    old = 0.0
     if ADD and not LATE:
         old = residual_tile(residual, rn, rm, rows, n, SWAP)
     slot = 0
-    turn = table
+    turn = 0.0
     if HEADS:
         slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
         if ROTATE and not LATE:
@@ -116,8 +116,8 @@ def operands_after(
 
 @triton.jit
 def conclude(
-    acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles, add, heads,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
+    acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
+    add, heads, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
     NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, LATE: tl.constexpr,
     D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -254,6 +254,8 @@ def linear_kernel(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, SWAP, ADD, HEADS, ROTATE, LATE, D,
         SQUARES,
     )  # fmt: skip
+    if LATE:
+        old, turn = residual, table
     for j in tl.static_range(AHEAD):
         acc = _multiply(ahead[j], x_tiles[j], acc, BM, SWAP)
         if ACT != "":

@@ -30,7 +30,7 @@ def halves(words, zero, PLANE: tl.constexpr, KIND: tl.constexpr, BF16: tl.conste
     if KIND == "fp8":
         UP: tl.constexpr = 4 if BF16 else 7
         MASK: tl.constexpr = 0x07F0 if BF16 else 0x3F80
-        if PLANE == 0:
+        if PLANE == 0:  # noqa: SIM108 (a constant)
             bits = ((words << 8) & -0x8000) | ((words << UP) & MASK)
         else:
             bits = (words & -0x8000) | ((words >> (8 - UP)) & MASK)
@@ -246,7 +246,7 @@ def packed_kernel(
     up = acc
     for step in tl.range(begin, end, num_stages=STAGES):
         columns = inputs + (step - begin) * STEP
-        if EVEN:
+        if EVEN:  # noqa: SIM108
             words = tl.load(w_at)
         else:
             words = tl.load(w_at, (step * BK + column < width)[None, :], other=0)
@@ -256,14 +256,14 @@ def packed_kernel(
                 _x_tile(x_at, 2 * CHUNK, row_live, columns, k, EVEN),
                 _x_tile(x_at, 3 * CHUNK, row_live, columns, k, EVEN),
             )
-            xs = (xs[0], xs[1], more[0], more[1])
+            xs = (xs[0], xs[1], more[0], more[1])  # type: ignore[assignment]
         if SCALED:
             meta_at = meta + step * STEP // GROUP * stride + safe_n
             acc = _accumulate(words, _metas(meta_at, stride, GROUPS), xs, acc, KIND, BF16, ASM, GROUPS, SCALED)
         else:
             acc = _accumulate(words, metas, xs, acc, KIND, BF16, ASM, GROUPS, SCALED)
         if ACT != "":
-            if EVEN:
+            if EVEN:  # noqa: SIM108
                 words = tl.load(up_at)
             else:
                 words = tl.load(up_at, (step * BK + column < width)[None, :], other=0)
@@ -284,6 +284,8 @@ def packed_kernel(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, True, ADD, HEADS, ROTATE, LATE, D,
         SQUARES,
     )  # fmt: skip
+    if LATE:
+        old, turn = residual, table
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if ACT == "":
@@ -335,8 +337,8 @@ def quantise_rows_kernel(
 ):  # fmt: skip
     """x [T, k] to float8 out [T, width], in the order of the weights' bytes, and float32 scales.
 
-    scales [T]: a row's largest magnitude is 448 of them; or, with GROUP, [T, width / GROUP]: each group's. STATIC: `static`
-    float32 [] is the scale. One program a row, or, with GROUP, a row's BLOCK inputs of whole groups.
+    scales [T]: a row's largest magnitude is 448 of them; or, with GROUP, [T, width / GROUP]: each group's. STATIC:
+    `static` float32 [] is the scale. One program a row, or, with GROUP, a row's BLOCK inputs of whole groups.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -354,7 +356,7 @@ def quantise_rows_kernel(
         tl.store(scales + row * (width // GROUP) + group, scale, group < width // GROUP)
         value = tl.reshape(parts / scale[:, None], (BLOCK,))
     else:
-        if STATIC:
+        if STATIC:  # noqa: SIM108
             scale = tl.load(static)
         else:
             scale = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 448.0
@@ -384,7 +386,11 @@ def blockwise_kernel(
     groups = width // 128
     for group in tl.range(0, groups, num_stages=STAGES):
         part = tl.dot(tl.load(x_at), tl.load(w_at).T)
-        acc += part * tl.load(x_scales + safe_m * groups + group)[:, None] * tl.load(w_scales + group * n + safe_n)[None, :]
+        acc += (
+            part
+            * tl.load(x_scales + safe_m * groups + group)[:, None]
+            * tl.load(w_scales + group * n + safe_n)[None, :]
+        )
         x_at += 128
         w_at += 128
     if BIAS:

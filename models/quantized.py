@@ -1,7 +1,7 @@
 """Linear maps on a CPU whose weights stay quantized: the blocks of a GGUF file, or those made of other checkpoints.
 
-Used by weights.py and cpu_ops.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16 or 32. The
-kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, and no
+Used by weights.py and cpu_ops.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16 or
+32. The kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, and no
 activation is. Rows up to any number go through it, so no second copy of a weight is kept.
 Invariant: a QuantizedLinear is `dequantise(blocks) @ x` up to the rounding of float32 sums, and a row's result is the
 same bit for bit in every batch.
@@ -22,8 +22,8 @@ from .unpack import Part
 GROUP: Final = 32
 """Values of a row that share a scale."""
 KINDS: Final = {18: 0, 20: 1, 34: 2, 19: 3}
-"""Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0, and Q4_Z: as Q4_0, with a zero point of a byte after the
-scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded."""
+"""Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0, and Q4_Z: as Q4_0, with a zero point of a byte after
+the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded."""
 Q4_0, Q4_1, Q8_0, Q4_Z = KINDS.values()
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
@@ -85,10 +85,8 @@ def blocks_of(part: Part) -> Tensor | None:
     if not middle:
         heads.append(part.zeros.numpy()[:, index, None])
     codes = np.ascontiguousarray(part.codes.numpy()).reshape(outputs, len(index), GROUP)
-    if part.bits == 8:
-        values = codes ^ 128  # less 128, in two's complement
-    else:
-        values = codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4)
+    low, high = np.split(codes, 2, -1)
+    values = codes ^ 128 if part.bits == 8 else low | (high << 4)  # 8 bits: less 128, in two's complement
     return torch.from_numpy(np.concatenate([*heads, values], -1).reshape(outputs, -1))
 
 

@@ -69,8 +69,9 @@ class Part:
 
     def to(self, device: torch.device) -> "Part":
         """The same on a device."""
-        moved = {name: getattr(self, name) for name in ("codes", "scales", "zeros", "groups", "input_scale")}
-        return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
+        zeros, groups, limit = (t if t is None else t.to(device) for t in (self.zeros, self.groups, self.input_scale))
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        return replace(self, codes=codes, scales=scales, zeros=zeros, groups=groups, input_scale=limit)
 
 
 def join(parts: list[Part]) -> Part | None:
@@ -132,7 +133,9 @@ def _in_order(index: Tensor, group: int) -> bool:
     return torch.equal(index, torch.arange(len(index), device=index.device) // group)
 
 
-def _with_groups(part: Part, index: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> Part:
+def _with_groups(
+    part: Part, index: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)
+) -> Part:
     """Enter a checkpoint's g_idx, checked: whole numbers, one of the groups for each input."""
     inputs, count = part.codes.shape[1], part.scales.shape[1]
     if index is None or (index < 0).all():  # compressed-tensors fills it with -1 where nothing is ordered
@@ -150,8 +153,8 @@ def _with_groups(part: Part, index: Tensor | None, dtypes: tuple[torch.dtype, ..
 
 def _awq(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Part:
     def unpacked(words: Tensor) -> Tensor:
-        fields = from_words(words, 4).unflatten(-1, (-1, 8))
-        return fields[..., AWQ_PLACES].flatten(-2).t()
+        fields = from_words(words, 4).view(*words.shape, 8)
+        return fields[..., list(AWQ_PLACES)].flatten(-2).t()
 
     codes = unpacked(tensors["qweight"])
     zeros = unpacked(tensors["qzeros"]) if "qzeros" in tensors else None
@@ -195,9 +198,7 @@ def _marlin_order() -> Tensor:
 
 
 _GROUPED_SCALES: Final = torch.arange(64).view(8, 8).t().flatten()
-_SINGLE_SCALES: Final = (
-    torch.tensor([0, 1, 8, 9, 16, 17, 24, 25])[None, :] + 2 * torch.arange(4)[:, None]
-).flatten()
+_SINGLE_SCALES: Final = (torch.tensor([0, 1, 8, 9, 16, 17, 24, 25])[None, :] + 2 * torch.arange(4)[:, None]).flatten()
 
 
 def _packed(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Part:

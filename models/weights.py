@@ -225,13 +225,14 @@ class Source:
         self.spec, self.names, self.device, self.dummy = spec, names, device, dummy
         self.files = [] if dummy else _files(folder)
         self.collector: Collector | None = None
+        self.quantized: set[str] | None = None
         if quantization is not None and not dummy:
             self.collector = Collector(quantization, _dtypes(self.files), device)
+            self.quantized = self.collector.weights(names)
 
     def keeper(self, config: EngineConfig, make: Callable[[list[Part], Tensor | None], LinearMap]) -> Keeper:
         """Which of the model's linear maps stay, or become, quantized."""
-        names = None if self.collector is None else self.collector.weights(self.names)
-        return Keeper(make, self.device, names, ONLINE.get(config.quantization))
+        return Keeper(make, self.device, self.quantized, ONLINE.get(config.quantization))
 
     def weights(self) -> Iterator[tuple[str, Tensor | Part]]:
         """All weights of the files under our names.
@@ -258,11 +259,11 @@ class Source:
         """Whether a decoder does without a tensor: a tied head, layers for predicting several tokens, and the zeros
         that quantizers keep as biases of maps without."""
         layer = layer_of(name)
-        zeros = self.collector is not None and name.endswith(".bias") and isinstance(weight, Tensor)
+        biases = self.collector is not None and name.endswith(".bias")
         return (
             (self.spec.tied and name == HEAD)
             or (self.names.more_layers and layer is not None and layer >= self.spec.layers)
-            or (zeros and not weight.any())
+            or (biases and isinstance(weight, Tensor) and not weight.any())
         )
 
 
@@ -426,7 +427,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _dtypes(files: list[Path]) -> dict[str, str]:
     """The dtypes of all tensors of the files, as safetensors calls them."""
-    found = {}
+    found: dict[str, str] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:

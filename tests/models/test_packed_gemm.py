@@ -23,7 +23,7 @@ from actorserve.models.families import names_of, spec_of
 from actorserve.models.gemm import MAX_TILES, Tile, TritonLinear, arrivals, linear
 from actorserve.models.layers import TorchOps
 from actorserve.models.packed_gemm import CHUNK, Packed, Scratch, pack_part, quantise_rows
-from actorserve.models.packed_tiles import PACKED, by_rule, choices_for
+from actorserve.models.packed_tiles import PACKED, by_rule
 from actorserve.models.places import allocate
 from actorserve.models.quantization import Scheme, quantization_of
 from actorserve.models.triton_attention import TritonAttention

@@ -1,4 +1,4 @@
-"""Tiny models quantized in every format, through the whole loader, against transformers with the dequantised weights."""
+"""Tiny models quantized in every format, through the whole loader: as transformers with the dequantised weights."""
 
 import copy
 import json
@@ -106,19 +106,21 @@ def test_families(family: str, tmp_path: Path) -> None:
     check(tmp_path, quantised(tmp_path, case, family, **changed))
 
 
-@pytest.mark.parametrize(("family", "case"), [("qwen3-moe", "fp8-block"), ("deepseek-v3", "fp8-block"), ("mixtral", "awq")])
+@pytest.mark.parametrize(
+    ("family", "case"), [("qwen3-moe", "fp8-block"), ("deepseek-v3", "fp8-block"), ("mixtral", "awq")]
+)
 def test_experts_and_latents(family: str, case: str, tmp_path: Path) -> None:
     changed: dict[str, Any] = {"moe_intermediate_size": 64, "num_key_value_heads": 4} if family != "mixtral" else {}
     check(tmp_path, quantised(tmp_path, CASES[case], family, **changed))
 
 
-def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
+def test_16_bits_on_a_cpu(tmp_path: Path) -> None:
     """A dtype that is asked for is the weights': they are dequantised."""
     model = quantised(tmp_path, CASES["awq"])
     expected = tiny.reference_logits(model, IDS)
-    decoder = tiny.load(str(tmp_path), dtype="bfloat16")
+    decoder = tiny.load(str(tmp_path), dtype="float16")
     got = Driver.of(decoder).logits(IDS, [40]).float()
-    assert decoder.dtype == torch.bfloat16 and (got - expected).norm() < 0.03 * expected.norm()
+    assert decoder.dtype == torch.float16 and (got - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -129,7 +131,7 @@ def test_quantised_while_loading(tmp_path: Path) -> None:
     assert isinstance(decoder.weights.layers[0].qkv, QuantizedLinear)
     expected = tiny.reference_logits(model, IDS)
     got = Driver.of(decoder).logits(IDS, [40])
-    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.05
+    assert 1e-4 < (got - expected).norm() / expected.norm() < 0.1
     for fields, message in (
         ({"quantization": "fp8"}, "fp8: it is for GPUs"),
         ({"quantization": "int8", "dtype": "bfloat16"}, "drop --dtype bfloat16"),
@@ -164,7 +166,10 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     quantised(tmp_path, CASES["gptq"], num_hidden_layers=1)
     kept = (tmp_path / "model.safetensors").read_bytes()
     wrong: list[tuple[dict[str, torch.Tensor | None], str]] = [
-        ({"mlp__up_proj__scales": None}, r"module model\.layers\.0\.mlp\.up_proj cannot be read: its scales is missing"),
+        (
+            {"mlp__up_proj__scales": None},
+            r"module model\.layers\.0\.mlp\.up_proj cannot be read: its scales is missing",
+        ),
         ({"mlp__up_proj__qweight": None}, r"lacks model\.layers\.0\.mlp\.up_proj\.weight"),
         ({"mlp__up_proj__qweight": torch.zeros(16, 248, dtype=torch.int32)}, r"up_proj cannot be read: its scales are"),
         ({"self_attn__q_proj__bias": torch.ones(128)}, r"does not account for: .*q_proj\.bias"),
@@ -197,7 +202,9 @@ def test_modules_that_stay_dense(tmp_path: Path) -> None:
     held = {key: tensor for key, tensor in load_file(tmp_path / "model.safetensors").items() if name not in key}
     held[f"{name}weight"] = model.state_dict()[f"{name}weight"]
     save_file(held, tmp_path / "model.safetensors")
-    tiny.edit_config(str(tmp_path), quantization_config=case.config | {"modules_to_not_convert": ["layers.0.self_attn.k_proj"]})
+    tiny.edit_config(
+        str(tmp_path), quantization_config=case.config | {"modules_to_not_convert": ["layers.0.self_attn.k_proj"]}
+    )
     check(tmp_path, model)
     check(tmp_path, model, KERNEL, dtype="auto")
 
