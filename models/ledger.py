@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from ..config import EngineConfig
 from ..errors import StartupError
+from .quantization import ONLINE, Quantization, Scheme
 from .spec import Spec
 
 MIB: Final = 1 << 20
@@ -108,6 +109,59 @@ def _experts(spec: Spec) -> int:
     return moe.experts * (3 * h * moe.inter + h + moe.score_bias) + shared + h * moe.shared_gate
 
 
+def linear_parameters(spec: Spec) -> tuple[int, int]:
+    """(weights of the layers' linear maps, which are quantized if any are, their outputs).
+
+    Experts are not among them, nor what latent attention makes keys and values with: they are dequantised.
+    """
+    h, mla, heads = spec.hidden, spec.mla, spec.heads
+    if mla is None:
+        q, kv = heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        attention = [(h, q + 2 * kv), (q, h)]
+    else:
+        q = heads * (mla.nope + mla.rope)
+        attention = [(h, (q if mla.q_rank is None else mla.q_rank) + mla.kv_rank + mla.rope), (heads * mla.v, h)]
+        attention += [] if mla.q_rank is None else [(mla.q_rank, q)]
+    maps = attention * spec.layers
+    for layer in range(spec.layers):
+        inter = spec.inter
+        if spec.sparse(layer):
+            assert spec.moe is not None
+            inter = spec.moe.shared_inter
+        maps += [(h, inter * (2 if spec.gated else 1)), (inter, h)] if inter else []
+    return sum(inputs * outputs for inputs, outputs in maps), sum(outputs for _, outputs in maps)
+
+
+def weight_bytes(spec: Spec, itemsize: int, scheme: Scheme | None = None) -> int:
+    """Memory of the weights, linear maps as `scheme` has them."""
+    if scheme is None:
+        return parameters(spec) * itemsize
+    weights, outputs = linear_parameters(spec)
+    return (parameters(spec) - weights) * itemsize + int(scheme.bytes_of(weights, outputs))
+
+
+def quantized_bytes(spec: Spec, scheme: Scheme | None) -> float | None:
+    """Bytes of a weight of a linear map, its share of scales and zero points in it; None: they are not quantized."""
+    if scheme is None:
+        return None
+    weights, outputs = linear_parameters(spec)
+    return scheme.bytes_of(weights, outputs) / weights
+
+
+def scheme_of(config: EngineConfig, quantization: Quantization | None) -> Scheme | None:
+    """How a GPU holds the linear maps of a checkpoint with these rules; None: as they are, or dequantised."""
+    if config.quantization in ONLINE:
+        return ONLINE[config.quantization]
+    return quantization.usual if quantization is not None and config.quantization == "auto" else None
+
+
+def scratch_bytes(spec: Spec, itemsize: int, scheme: Scheme | None) -> int:
+    """The buffer into which whole numbers are unpacked for many rows: the largest linear map."""
+    if scheme is None or scheme.is_float:
+        return 0
+    return (2 if spec.gated else 1) * spec.inter * spec.hidden * itemsize
+
+
 def page_bytes(spec: Spec, page_size: int, itemsize: int) -> int:
     """Memory of one KV page over all layers, keys and values."""
     return spec.layers * page_size * spec.kv_parts * spec.kv_heads * spec.head_dim * itemsize
@@ -193,6 +247,8 @@ class Demand:
     context_length: int
     graphs: int
     """CUDA graphs that are kept; 0: none."""
+    scheme: Scheme | None = None
+    """How linear maps are quantized."""
 
     @property
     def page_bytes(self) -> int:
@@ -204,7 +260,9 @@ class Demand:
         return -(-self.context_length // self.page_size)
 
 
-def demand_of(spec: Spec, config: EngineConfig, dtype: str, context_length: int) -> Demand:
+def demand_of(
+    spec: Spec, config: EngineConfig, dtype: str, context_length: int, quantization: Quantization | None = None
+) -> Demand:
     """What `config` asks of each GPU, in the model's resolved `dtype`. Raises StartupError for a bad --tp-size."""
     slots = config.max_running_requests or SLOTS["cuda"]
     largest_graph = 0 if config.disable_cuda_graph else min(slots, config.cuda_graph_max_bs or slots)
@@ -219,6 +277,7 @@ def demand_of(spec: Spec, config: EngineConfig, dtype: str, context_length: int)
         forward_tokens=forward_tokens(config, slots),
         context_length=context_length,
         graphs=len(ladder(largest_graph)) + len(mixed_ladder(largest_graph)) if largest_graph else 0,
+        scheme=scheme_of(config, quantization),
     )
 
 
@@ -262,12 +321,18 @@ class Ledger:
 def estimate(demand: Demand) -> list[Row]:
     """The rows of a demand without its KV pages, by formula."""
     spec = demand.spec
-    weights = parameters(spec)
+    weights, scheme = parameters(spec), demand.scheme
+    note = f"{weights:,} of {demand.itemsize} bytes"
+    if scheme is not None:
+        of_maps = linear_parameters(spec)[0]
+        note = f"{weights:,}, {of_maps:,} of them of {scheme.bits} bits and scales"
+    scratch = scratch_bytes(spec, demand.itemsize, scheme)
     arrays = slot_bytes(demand.slots + 1, demand.pages_per_request)
     kernels = graph_bytes(spec, demand.slots, demand.itemsize, demand.graphs)
     return [
         Row("CUDA context, libraries", CONTEXT_BYTES, "static", "reserve"),
-        Row("weights", weights * demand.itemsize, "static", f"{weights:,} of {demand.itemsize} bytes"),
+        Row("weights", weight_bytes(spec, demand.itemsize, scheme), "static", note),
+        *([Row("unpacking buffer", scratch, "static", "the largest map of 16 bits")] if scratch else []),
         Row("sampler tables", sampler_bytes(demand.vocab, demand.slots + 1), "static", "counts and masks per slot"),
         Row("slot arrays", arrays, "static", f"page tables of {demand.slots:,} slots"),
         Row(

@@ -40,77 +40,98 @@ def halves(words, zero, PLANE: tl.constexpr, KIND: tl.constexpr, BF16: tl.conste
         bits = ((words >> (4 * PLANE)) & 15) | MAGIC
         return bits.to(tl.int16).to(FLOAT, bitcast=True) - zero
     else:
-        if PLANE % 2 == 0:
+        LOW: tl.constexpr = PLANE % 2 == 0
+        LESS: tl.constexpr = (128.0 if LOW else 384.0) if BF16 else (1024.0 if LOW else 1152.0)
+        if LOW:
             bits = ((words >> (4 * PLANE)) & 15) | (0x4300 if BF16 else 0x6400)
-            LESS: tl.constexpr = 128.0 if BF16 else 1024.0
         elif BF16:
             bits = ((words >> (4 * PLANE - 3)) & 0x78) | 0x4380
-            LESS: tl.constexpr = 384.0
         else:
             bits = ((words >> (4 * PLANE - 4)) & 0xF0) | 0x6400
-            LESS: tl.constexpr = 1152.0
         return bits.to(tl.int16).to(FLOAT, bitcast=True) - tl.full([], LESS, FLOAT)
 
 
+def _asm_of(kind: str, bf16: bool) -> str:
+    """PTX that makes all planes of two words, as `halves` does: outputs $0 on, the words, then int4's four zeros."""
+    both = lambda bits: f"0x{bits:04X}{bits:04X}"  # noqa: E731
+    magic, add = (0x4300, "sub.rn.bf16x2") if bf16 else (0x6400, "sub.rn.f16x2")
+    lines = [".reg .b32 s, t;"]
+    if kind == "int4":
+        for plane in range(4):
+            lines += [f"shr.u32 t, $4, {4 * plane};", f"lop3.b32 t, t, {both(15)}, {both(magic)}, 0xEA;"]
+            lines += [f"{add} ${plane}, t, ${5 + plane};"]
+    elif kind == "int8":
+        high, less, mask, back = (0x4380, 0x43C0, 0x78, 3) if bf16 else (0x6400, 0x6480, 0xF0, 4)
+        for byte in range(2):
+            lines += [f"shr.u32 t, $4, {8 * byte};", f"lop3.b32 t, t, {both(15)}, {both(magic)}, 0xEA;"]
+            lines += [f"mov.b32 s, {both(magic)};", f"{add} ${2 * byte}, t, s;"]
+            lines += [f"shr.u32 t, $4, {8 * byte + 4 - back};", f"lop3.b32 t, t, {both(mask)}, {both(high)}, 0xEA;"]
+            lines += [f"mov.b32 s, {both(less)};", f"{add} ${2 * byte + 1}, t, s;"]
+    else:
+        up, mask = (4, 0x07F0) if bf16 else (7, 0x3F80)
+        for plane, signs, rest in ((0, "shl.b32 s, $2, 8;", f"shl.b32 t, $2, {up};"), (1, "mov.b32 s, $2;", "")):
+            rest = rest or f"shr.u32 t, $2, {8 - up};"
+            lines += [signs, f"and.b32 s, s, {both(0x8000)};", rest, f"lop3.b32 ${plane}, t, {both(mask)}, s, 0xEA;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+INT4_BF16 = tl.constexpr(_asm_of("int4", True))
+INT4_FP16 = tl.constexpr(_asm_of("int4", False))
+INT8_BF16 = tl.constexpr(_asm_of("int8", True))
+INT8_FP16 = tl.constexpr(_asm_of("int8", False))
+FP8_BF16 = tl.constexpr(_asm_of("fp8", True))
+FP8_FP16 = tl.constexpr(_asm_of("fp8", False))
+
+
 @triton.jit
-def four_planes(words, zero, KIND: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """All planes of words of whole numbers, see `halves`; with ASM two words at a time, three instructions a plane."""
-    if ASM and KIND == "int4" and BF16:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t;
-            lop3.b32 t, $4, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $0, t, $5;
-            shr.u32 t, $4, 4;
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $1, t, $5;
-            shr.u32 t, $4, 8;
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $2, t, $5;
-            shr.u32 t, $4, 12;
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $3, t, $5;
-            }
-            """,
-            "=&r,=&r,=&r,=&r,r,r",
-            [words, zero],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
+def four_planes(words, zeros, KIND: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """All planes of words of whole numbers, see `halves`; zeros: one for each. ASM: two words at a time."""
+    if not ASM:
+        return (
+            halves(words, zeros[0], 0, KIND, BF16),
+            halves(words, zeros[1], 1, KIND, BF16),
+            halves(words, zeros[2], 2, KIND, BF16),
+            halves(words, zeros[3], 3, KIND, BF16),
         )
-    return (
-        halves(words, zero, 0, KIND, BF16),
-        halves(words, zero, 1, KIND, BF16),
-        halves(words, zero, 2, KIND, BF16),
-        halves(words, zero, 3, KIND, BF16),
-    )
+    elif KIND == "int4":
+        z0, z1 = tl.broadcast_to(zeros[0], words.shape), tl.broadcast_to(zeros[1], words.shape)
+        z2, z3 = tl.broadcast_to(zeros[2], words.shape), tl.broadcast_to(zeros[3], words.shape)
+        args = [words, z0, z1, z2, z3]
+        if BF16:
+            return tl.inline_asm_elementwise(
+                INT4_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args,
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                INT4_FP16, "=&r,=&r,=&r,=&r,r,r,r,r,r", args,
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+    elif BF16:
+        return tl.inline_asm_elementwise(
+            INT8_BF16, "=&r,=&r,=&r,=&r,r", [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            INT8_FP16, "=&r,=&r,=&r,=&r,r", [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
 def two_planes(words, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Both planes of words of float8, times 2 ** -120 (float16: 2 ** -8)."""
+    """Both planes of words of float8, see `halves`."""
     if ASM and BF16:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 s, t;
-            shl.b32 s, $2, 8;
-            and.b32 s, s, 0x80008000;
-            shl.b32 t, $2, 4;
-            lop3.b32 $0, t, 0x07F007F0, s, 0xEA;
-            and.b32 s, $2, 0x80008000;
-            shr.u32 t, $2, 4;
-            lop3.b32 $1, t, 0x07F007F0, s, 0xEA;
-            }
-            """,
-            "=&r,=&r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
+            FP8_BF16, "=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
-    return halves(words, 0.0, 0, "fp8", BF16), halves(words, 0.0, 1, "fp8", BF16)
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            FP8_FP16, "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        return halves(words, 0.0, 0, "fp8", BF16), halves(words, 0.0, 1, "fp8", BF16)
 
 
 @triton.jit
@@ -160,31 +181,33 @@ def _accumulate(
     EACH: tl.constexpr = PLANES // GROUPS  # planes of a group
     FLOAT: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     lift: tl.constexpr = 2.0**120 if BF16 else 2.0**8
-    if GROUPS == 1 and KIND == "int4":
-        scale, zero = scale_and_zero(metas[0], KIND, BF16)
-        planes = four_planes(words, tl.broadcast_to(zero[:, None], words.shape), KIND, BF16, ASM)
+    if KIND == "int4":
+        s0, z0 = scale_and_zero(metas[0], KIND, BF16)
+        scales, zeros = (s0,), (z0[:, None], z0[:, None], z0[:, None], z0[:, None])
+        if GROUPS > 1:
+            s1, z1 = scale_and_zero(metas[1], KIND, BF16)
+            scales, zeros = (s0, s1), (z0[:, None], z0[:, None], z1[:, None], z1[:, None])  # type: ignore[assignment]
+        if GROUPS > 2:
+            s2, z2 = scale_and_zero(metas[2], KIND, BF16)
+            s3, z3 = scale_and_zero(metas[3], KIND, BF16)
+            scales, zeros = (s0, s1, s2, s3), (z0[:, None], z1[:, None], z2[:, None], z3[:, None])  # type: ignore[assignment]
+        planes = four_planes(words, zeros, KIND, BF16, ASM)
     elif KIND == "int8":
-        planes = four_planes(words, 0.0, KIND, BF16, ASM)
-    elif KIND == "fp8":
+        scales = metas
+        planes = four_planes(words, (0.0, 0.0, 0.0, 0.0), KIND, BF16, ASM)
+    else:
+        scales = metas
         planes = two_planes(words, BF16, ASM)
     total = acc
     for plane in tl.static_range(PLANES):
-        if KIND == "int4" and GROUPS > 1:
-            scale, zero = scale_and_zero(metas[plane // EACH], KIND, BF16)
-            q = halves(words, zero[:, None], plane, KIND, BF16)
-        elif KIND == "fp8":
-            q = planes[plane] * tl.full([], lift, FLOAT)
-            scale = metas[plane // EACH]
-        elif KIND == "int8":
-            q = planes[plane]
-            scale = metas[plane // EACH]
-        else:
-            q = planes[plane]
+        q = planes[plane]
+        if KIND == "fp8":
+            q = q * tl.full([], lift, FLOAT)
         if SCALED and plane // EACH * EACH == plane:
             total = tl.zeros_like(acc)
         total = tl.dot(q, xs[plane // (2 if KIND == "int8" else 1)].T, total, input_precision="ieee")
         if SCALED and (plane + 1) // EACH * EACH == plane + 1:
-            acc += total * scale[:, None]
+            acc += total * scales[plane // EACH][:, None]
     return acc if SCALED else total
 
 
@@ -314,8 +337,7 @@ def unpack_kernel(
     live = (rn < n)[:, None]
     words = tl.load(w + rn.to(tl.int64)[:, None] * width + tl.program_id(1) * CHUNK + column[None, :], live, other=0)
     for plane in tl.static_range(PLANES):
-        OFFSET: tl.constexpr = CHUNK * (plane // 2 if KIND == "int8" else plane)
-        first = tl.program_id(1) * UNIT + OFFSET
+        first = tl.program_id(1) * UNIT + CHUNK * (plane // 2 if KIND == "int8" else plane)
         group = first // GROUP if GROUP > 0 else 0
         scale, zero = scale_and_zero(tl.load(meta + group * n + rn, rn < n, other=0), KIND, BF16)
         if KIND == "int4":

@@ -37,7 +37,7 @@ def choices_for(weight: Packed) -> Choices:
 def by_rule(weight: Packed, rows: int) -> Tile:
     """A tile for up to so many rows: 128 outputs, which whole heads fit into, and enough parts to keep a GPU busy."""
     outputs, width = weight.words.shape
-    depth = next(d for d in (4 * CHUNK, 2 * CHUNK, CHUNK) if weight.fits(d) and (d == CHUNK or weight.kind != "int4"))
+    depth = 2 * CHUNK if weight.kind != "int4" and weight.fits(2 * CHUNK) else CHUNK  # 128 inputs
     tiles = triton.cdiv(outputs, 128) * triton.cdiv(rows, 128)
     steps = triton.cdiv(width, depth)
     split = max(1, min(triton.cdiv(PROGRAMS, tiles), steps // FEWEST_STEPS))

@@ -1,8 +1,8 @@
 """Linear maps on a CPU whose weights stay quantized: the blocks of a GGUF file, or those made of other checkpoints.
 
-Used by weights.py and cpu_ops.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16 or
-32. The kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, and no
-activation is. Rows up to any number go through it, so no second copy of a weight is kept.
+Used by weights.py and cpu_ops.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16
+or 32. The kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, nor
+is an activation. Rows up to any number go through it, so no second copy of a weight is kept.
 Invariant: a QuantizedLinear is `dequantise(blocks) @ x` up to the rounding of float32 sums, and a row's result is the
 same bit for bit in every batch.
 Measured and not taken: torch's `_weight_int4pack_mm_for_cpu`. It rounds activations, scales and results to bfloat16;
