@@ -14,6 +14,8 @@ from .packed_gemm import CHUNK, Kind, Packed
 
 PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {}
 """By kind, and outputs and inputs of the weight."""
+LADDER: Final = (16, 32, 64, 128, 256)
+"""Most rows of each tile by rule."""
 PROGRAMS: Final = 264
 """That many at least keep an H200 busy: two for each SM."""
 FEWEST_STEPS: Final = 4
@@ -27,11 +29,11 @@ MOST_FLOAT8_ROWS: Final = 64
 def choices_for(weight: Packed) -> Choices:
     """The tiles of a weight by the number of rows; above the last, `Packed.multiply`."""
     outputs, inputs = weight.shape
-    measured = PACKED.get((weight.kind, outputs, inputs))
-    if measured is not None and all(tile is None or weight.fits(tile.depth) for _, tile in measured):
-        return measured
-    most = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS
-    return tuple((rows, by_rule(weight, rows)) for rows in (16, 32, 64, 128, 256) if rows <= most)
+    measured = PACKED.get((weight.kind, outputs, inputs), ())
+    if not all(tile is None or weight.fits(tile.depth) for _, tile in measured):
+        measured = ()
+    most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
+    return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)
 
 
 def by_rule(weight: Packed, rows: int) -> Tile:

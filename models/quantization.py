@@ -36,10 +36,9 @@ class Scheme:
         return self.packing == "fp8"
 
     def bytes_of(self, weights: int, outputs: int) -> float:
-        """Memory of a map of so many weights: codes, 16-bit scales of the groups, a byte for each zero point."""
+        """GPU memory of maps of so many weights: codes, and 4 bytes for each group's scale and zero point."""
         groups = weights // self.group if self.group else outputs
-        wide = 4 if self.is_float else 2
-        return weights * self.bits / 8 + groups * (wide + (0 if self.symmetric else 1))
+        return weights * self.bits / 8 + 4 * groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,9 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    if blocks and config.attention_backend == "auto":
+    if on_cpu_kernels and config.attention_backend == "auto":
         attention = CpuAttention(attention)
-    layers = CpuLayers(spec, weights) if blocks and fits(spec, weights) else None
+    layers = CpuLayers(spec, weights) if on_cpu_kernels and fits(spec, weights) else None
     return Decoder(spec, weights, attention, device, dtype, ops, layers)
 
 

@@ -1,10 +1,10 @@
 """Decode steps and prefill on a GPU against the physical floor: the executor's stepper, without the engine around it.
 
 `python -m actorserve.perf.decode [--shape qwen2-7b | --model FOLDER] [--batch 1 32 128 256] [--context 1024]
-[--prefill 896] [--chunk 384] [--quantization none w4a16 fp8] [--constrained] [--no-graph] [--attention-backend triton]
-[--trace] [--json FILE]`. Dummy weights of the shape unless a folder is given; with several kinds of --quantization they
-are measured one after another, and compared with the first at the end. A step is forward, draw and advance, at
-temperature 1 unless said; floors are those of models/floors.py.
+[--prefill 896] [--chunk 384] [--quantization none w4a16 fp8] [--tiles FILE] [--constrained] [--no-graph]
+[--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a folder is given; with several
+kinds of --quantization they are measured one after another, and compared with the first at the end. A step is forward,
+draw and advance, at temperature 1 unless said; floors are those of models/floors.py.
 """
 
 import argparse
@@ -26,11 +26,13 @@ from actorserve.models.floors import Limits, decode_seconds, prefill_seconds
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.kv_cache import KVCache, kv_dtype
 from actorserve.models.ledger import quantized_bytes
+from actorserve.models.packed_tiles import PACKED
 from actorserve.models.quantization import quantization_of
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.shapes import write_shape
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
+from actorserve.perf.gemm import packed_table
 from actorserve.perf.roofline import add_limit_flags, limits_of, told
 from actorserve.sampler.drawer import Drawer
 from actorserve.sampler.grammar import END, NONE
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--quantization", nargs="+", choices=QUANTIZED, default=["none"], help="of dummy weights")
+    parser.add_argument("--tiles", nargs="*", default=[], help="tiles for quantized weights: JSONs of perf.gemm")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--trace", action="store_true", help="print what a step is made of")
     parser.add_argument("--json", help="write the figures to this file")
@@ -179,6 +182,8 @@ def main() -> None:
         sys.exit("perf.decode needs a GPU; perf.cpu is the CPU's")
     limits = limits_of(args)
     print(f"{torch.cuda.get_device_name()}, {told(limits)}")
+    for path in args.tiles:
+        PACKED.update(packed_table(json.loads(Path(path).read_text())["results"]))
     results = []
     for kind in args.quantization:
         results.append({"quantization": kind} | one_kind(kind, limits, args))

@@ -4,7 +4,8 @@
 [--quantization w4a16] [--json FILE]`. Each figure is a CUDA graph of launches over rotating weights: QKV with rotation
 and KV write, output and down projection with residual and norm, gate-up with the activation, the head with float32
 logits. Prints the best tile of each beside cuBLAS (or what else multiplies quantized weights) and the same tile with
-kernels, then the table for models/gemm.py or packed_tiles.py; perf/layer.py takes the JSON. A tile that fails or is wrong is reported and left out. Shapes are measured in their order, until time is over.
+kernels, then the table for models/gemm.py or packed_tiles.py; perf/layer.py takes the JSON. A tile that fails or is
+wrong is reported and left out. Shapes are measured in their order, until time is over.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,7 +196,9 @@ def compile_all(bench: Bench, work: Work, threads: int, deadline: float) -> None
 def measure(bench: Bench, case: Case, rows: int, deadline: float) -> dict[str, Any]:
     """Time cuBLAS and the candidates of one case; microseconds."""
     inputs = bench.inputs(case, rows)
-    result: dict[str, Any] = asdict(case) | {"rows": rows, "failed": [], "bytes": bench.weights[0].nbytes}
+    first = bench.weights[0]
+    kind = first.kind if isinstance(first, Packed) else ""
+    result: dict[str, Any] = asdict(case) | {"rows": rows, "failed": [], "bytes": first.nbytes, "kind": kind}
     plain = bench.ops(case, rows, None)
     result["cublas_us"] = bench.microseconds(case, plain, inputs)
     if rows > 128:  # another library may choose kernels that need no memset before them
@@ -283,7 +286,16 @@ def table(results: list[dict[str, Any]]) -> dict[tuple[int, int], Choices]:
     return found
 
 
-def source(gemms: dict[tuple[int, int], Choices]) -> Iterator[str]:
+def packed_table(results: list[dict[str, Any]]) -> dict[tuple[Any, int, int], Choices]:
+    """PACKED of models/packed_tiles.py from results with quantized weights."""
+    found: dict[tuple[Any, int, int], Choices] = {}
+    for kind in {result["kind"] for result in results if result.get("kind")}:
+        own = [result for result in results if result.get("kind") == kind]
+        found |= {(kind, *key): choices for key, choices in table(own).items()}
+    return found
+
+
+def source(gemms: Mapping[Any, Choices]) -> Iterator[str]:
     """The table as Python."""
     for key, choices in gemms.items():
         inner = ", ".join(f"({most}, {'None' if tile is None else short(tile)})" for most, tile in choices)
@@ -292,7 +304,8 @@ def source(gemms: dict[tuple[int, int], Choices]) -> Iterator[str]:
 
 def read_table(path: str) -> dict[tuple[int, int], Choices]:
     """The table of a JSON that this benchmark wrote."""
-    return table(json.loads(Path(path).read_text())["results"])
+    results = json.loads(Path(path).read_text())["results"]
+    return table([result for result in results if not result.get("kind")])
 
 
 def chosen(shapes: list[str], only: list[str] | None) -> list[tuple[Case, list[int]]]:
@@ -344,7 +357,8 @@ def main() -> None:
                     print("  " + line(results[-1]), flush=True)
                 if args.json:
                     Path(args.json).write_text(json.dumps({"results": results}, indent=1) + "\n")
-    print("GEMMS = {", *source(table(results)), "}", sep="\n")
+    print("GEMMS = {", *source(table([result for result in results if not result["kind"]])), "}", sep="\n")
+    print("PACKED = {", *source(packed_table(results)), "}", sep="\n")
 
 
 if __name__ == "__main__":
