@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_kernels import linear_kernel
-from .packed_gemm import Packed
+from .packed_gemm import Float8Rows, Packed
 from .tuned_gemm import TunedGemms, by_torch
 
 EARLY_BYTES: Final = 32 << 20
@@ -261,7 +261,15 @@ class TritonLinear:
         """What this many rows are multiplied with, None for cuBLAS."""
         return choose(self.choices, rows) if rows else None
 
-    def __call__(self, x: Tensor | Unscaled) -> Tensor:
+    def float8_rows(self, rows: int) -> Packed | None:
+        """The weight, if it is multiplied with float8 inputs at this many rows."""
+        weight = self.weight
+        return weight if isinstance(weight, Packed) and weight.quantises and rows and self.tile(rows) is None else None
+
+    def __call__(self, x: Tensor | Unscaled | Float8Rows) -> Tensor:
+        if isinstance(x, Float8Rows):  # who makes them has asked whether they are wanted
+            assert isinstance(self.weight, Packed)
+            return self.weight.multiply_float8(x, self.bias, self.dtype or self.weight.dtype)
         if self.tile(len(x)) is not None:
             return self._run(x)
         assert isinstance(x, Tensor)  # who makes an Unscaled has asked for a tile

@@ -133,8 +133,8 @@ class Ops(Protocol):
         """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other.
         Without `into` it is a Tensor."""
 
-    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
-        """`act_mul` of gate_up(x)."""
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
+        """`act_mul` of gate_up(x), for `into` and no other, or `add_norm` with it. Without `into` it is a Tensor."""
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
@@ -201,10 +201,10 @@ class DenseMlp:
         """What the normed hidden states go into (see Ops.add_norm)."""
         return self.gate_up
 
-    def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Tensor:
-        """Normed hidden states [T, hidden] -> what `down` makes the result of, [T, inter]."""
+    def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Hidden:
+        """Normed hidden states [T, hidden] -> what `down`, or Ops.add_norm with it, makes the result of, [T, inter]."""
         if spec.gated:
-            return ops.gated(self.gate_up, x, spec.act)
+            return ops.gated(self.gate_up, x, spec.act, self.down)
         return ACTIVATIONS[spec.act](self.gate_up(x))
 
 
@@ -282,7 +282,7 @@ class TorchOps:
         """See Ops."""
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
 
-    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """See Ops."""
         return self.act_mul(gate_up(x), act)
 

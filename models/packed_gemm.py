@@ -43,6 +43,19 @@ class Scratch:
 
 
 @dataclass(slots=True)
+class Float8Rows:
+    """Inputs of a `Packed` that are quantized already."""
+
+    values: Tensor
+    """float8 [T, width], in the order of the weight's bytes."""
+    scales: Tensor
+    """float32 [T], or for each group [T, groups]."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(slots=True)
 class Packed:
     """A quantized weight [outputs, inputs], as packed_kernels.py reads it."""
 
@@ -106,7 +119,7 @@ class Packed:
         if not len(x):
             return x.new_empty(0, len(self), dtype=dtype)
         if self.quantises:
-            return self._multiply_float8(x.contiguous(), bias, dtype)
+            return self.multiply_float8(self.quantised(x), bias, dtype)
         weight = self.unpacked()
         if dtype == x.dtype:
             return F.linear(x, weight, bias)
@@ -124,12 +137,16 @@ class Packed:
         )  # fmt: skip
         return out
 
-    def _multiply_float8(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        values, scales = quantise_rows(x, 2 * self.words.shape[1], self.group, self.input_scale)
-        weight = self.words.view(FLOAT8)
+    def quantised(self, x: Tensor, act: str = "") -> Float8Rows:
+        """Inputs x [T, inputs] as float8; with `act`, act(first half) * second half of x [T, 2 * inputs]."""
+        return quantise_rows(x.contiguous(), 2 * self.words.shape[1], self.group, self.input_scale, act)
+
+    def multiply_float8(self, x: Float8Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x @ weight.T + bias in `dtype`, where `quantises`."""
+        values, scales, weight = x.values, x.scales, self.words.view(FLOAT8)
         rows, outputs = len(x), len(self)
         if self.group:
-            out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+            out = torch.empty(rows, outputs, dtype=dtype, device=values.device)
             block = 64 if rows <= 64 else 128
             blockwise_kernel[(triton.cdiv(rows, block) * triton.cdiv(outputs, 128),)](
                 values, weight, scales, self.meta, bias, out, rows, outputs, weight.shape[1],
@@ -145,20 +162,20 @@ class Packed:
         return y.to(dtype)
 
 
-def quantise_rows(x: Tensor, width: int, group: int, static: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x [T, k], contiguous, as (float8 [T, width] in the order of a float8 weight's bytes, float32 scales).
+def quantise_rows(x: Tensor, width: int, group: int, static: Tensor | None, act: str = "") -> Float8Rows:
+    """x [T, k], contiguous, as float8 [T, width]; scales are [T], or with `group` [T, width / group].
 
-    Scales are [T], or with `group` [T, width / group]; `static`: the one that is used, float32 [].
+    static: the scale that is used, float32 []. With `act` x is [T, 2 * k]; see Packed.quantised.
     """
-    rows, inputs = x.shape
+    rows, inputs = len(x), x.shape[1] // (2 if act else 1)
     values = torch.empty(rows, width, dtype=FLOAT8, device=x.device)
     scales = torch.empty((rows, width // group) if group else (rows,), dtype=torch.float32, device=x.device)
     block = 2048 if group else max(64, triton.next_power_of_2(width))
     quantise_rows_kernel[(rows, triton.cdiv(width, block))](
         x, values, scales, static, inputs, width, GROUP=group, BLOCK=block,
-        STATIC=static is not None, PDL=False, num_warps=max(1, min(16, block // 512)),
+        STATIC=static is not None, ACT=act, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
-    return values, scales
+    return Float8Rows(values, scales)
 
 
 # ------------------------------------------------------------------ packing

@@ -13,7 +13,9 @@ Invariant: results are a function of the row, the weight and the tile; `arrived`
 import triton
 import triton.language as tl
 
+from .gemm_epilogues import rounded
 from .gemm_kernels import conclude, operands_after
+from .layer_kernels import activate
 
 CHUNK: tl.constexpr = tl.constexpr(32)
 """Words that lie together: neighbours in a word are so many inputs apart."""
@@ -355,20 +357,22 @@ def unpack_kernel(
 
 @triton.jit
 def quantise_rows_kernel(
-    x, out, scales, static, k, width, GROUP: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr, PDL: tl.constexpr
+    x, out, scales, static, k, width, GROUP: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr, ACT: tl.constexpr
 ):  # fmt: skip
     """x [T, k] to float8 out [T, width], in the order of the weights' bytes, and float32 scales.
+
+    With ACT x is [T, 2 k], and what is quantized ACT(first half) * second half.
 
     scales [T]: a row's largest magnitude is 448 of them; or, with GROUP, [T, width / GROUP]: each group's. STATIC:
     `static` float32 [] is the scale. One program a row, or, with GROUP, a row's BLOCK inputs of whole groups.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
-    value = tl.load(x + row * k + column, column < k, other=0.0).to(tl.float32)
+    at = x + row * (k if ACT == "" else 2 * k) + column
+    value = tl.load(at, column < k, other=0.0).to(tl.float32)
+    if ACT != "":
+        value = rounded(activate(value, ACT) * tl.load(at + k, column < k, other=0.0).to(tl.float32), x)
     place = column // 64 * 64 + column % 32 * 2 + column % 64 // 32
     if GROUP > 0:
         parts = tl.reshape(value, (BLOCK // GROUP, GROUP))

@@ -204,10 +204,13 @@ class TritonOps:
             return ours.add(x, residual, residual_scale, weight, eps)
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
 
-    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """See Ops."""
         ours = self._fusing(gate_up, len(x))
-        return self.act_mul(gate_up(x), act) if ours is None else ours.gated(x, act)
+        if ours is not None:
+            return ours.gated(x, act)
+        wanted = into.float8_rows(len(x)) if self.fuse and isinstance(into, TritonLinear) else None
+        return self.act_mul(gate_up(x), act) if wanted is None else wanted.quantised(gate_up(x), act)
 
     def _fusing(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
         """`linear`, if it is a GEMM of ours at this many rows."""

@@ -21,8 +21,8 @@ from actorserve.config import EngineConfig
 from actorserve.models.decoder import Decoder
 from actorserve.models.families import names_of, spec_of
 from actorserve.models.gemm import MAX_TILES, Tile, TritonLinear, arrivals, linear
-from actorserve.models.layers import TorchOps
-from actorserve.models.packed_gemm import CHUNK, Packed, Scratch, pack_part, quantise_rows
+from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.packed_gemm import CHUNK, Float8Rows, Packed, Scratch, pack_part, quantise_rows
 from actorserve.models.packed_tiles import PACKED, by_rule
 from actorserve.models.places import allocate
 from actorserve.models.quantization import Scheme, quantization_of
@@ -130,8 +130,9 @@ def rounded_rows(x: Tensor, group: int, static: float | None = None) -> Tensor:
     return ((parts / scale).clamp(-448, 448).to(FLOAT8).float() * scale).view(x.shape)
 
 
-def straight(values: Tensor, scales: Tensor) -> Tensor:
+def straight(rows: Float8Rows) -> Tensor:
     """What quantise_rows says, in its inputs' order."""
+    values, scales = rows.values, rows.scales
     plain = values.float().view(len(values), -1, CHUNK, 2).transpose(2, 3).reshape(len(values), -1)
     wide = scales.view(len(values), -1)
     return plain * wide.repeat_interleave(plain.shape[1] // wide.shape[1], 1)
@@ -143,13 +144,19 @@ def test_quantised_rows(group: int, static: float | None) -> None:
     x = x_of(5, 256, torch.float16)
     x[3] = 0
     limit = None if static is None else torch.tensor(static, device=DEVICE)
-    values, scales = quantise_rows(x, 256, group, limit)
-    got, expected = straight(values, scales), rounded_rows(x, group, static)
+    rows = quantise_rows(x, 256, group, limit)
+    got, expected = straight(rows), rounded_rows(x, group, static)
     expected[3] = 0
     if CUDA:
         assert ((got - expected).abs() <= 2**-3 * expected.abs()).all()  # divisions may round to a neighbour
     assert (got != expected).float().mean() < (0.01 if CUDA else 0.1)
-    assert scales.shape == ((5, 2) if group else (5,))
+    assert rows.scales.shape == ((5, 2) if group else (5,))
+    gate_up = torch.cat((torch.full_like(x, 20.0), x / 20), 1)  # silu(20) is 20
+    fused = quantise_rows(gate_up, 256, group, limit, "silu")
+    product = 20 * (x / 20)
+    again = quantise_rows(product, 256, group, limit)
+    assert torch.equal(fused.values.view(torch.uint8), again.values.view(torch.uint8))
+    assert torch.equal(fused.scales, again.scales)
 
 
 @pytest.mark.parametrize("kind", ["fp8-row", "fp8-128"])
@@ -167,10 +174,26 @@ def test_float8_inputs(kind: str, static: float | None) -> None:
         x = x.to(torch.bfloat16)
     bias = torch.ones(outputs, device=DEVICE, dtype=x.dtype)
     got = weight.multiply(x, bias, x.dtype)
-    rounded = straight(*quantise_rows(x, 256, part.group if part.group < inputs else 0, part.input_scale))
+    rounded = straight(weight.quantised(x))
     exact = rounded @ part.dequantise().t() + 1
     assert error(got, exact) < TOLERANCE
     assert error(got, x.float() @ part.dequantise().t() + 1) < (0.05 if CUDA else 0.15)
+
+
+def test_activation_and_quantisation_at_once() -> None:
+    """Between gate-up and down of many rows there is one kernel, and the result is as with two."""
+    ops = TritonOps(DEVICE)
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    gate_up = Linear(x_of(128, 64, dtype) / 8, None)
+    parts = [part_of("fp8-row", 64, 64)]
+    down = ops.quantized(parts, None, torch.bfloat16)
+    assert isinstance(down, TritonLinear)
+    x = x_of(70, 64, dtype)
+    for rows in (3, 70):
+        hidden = ops.gated(gate_up, x[:rows], "silu", down)
+        assert isinstance(hidden, Float8Rows) == (rows == 70)
+    plain = ops.gated(gate_up, x, "silu")
+    assert error(down(hidden), down(plain).float()) < 1e-2
 
 
 def test_what_the_kernels_do_not_take() -> None:

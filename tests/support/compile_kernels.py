@@ -147,7 +147,7 @@ def quantized() -> Iterator[None]:
         yield build(packed_kernels.unpack_kernel, 4, False, types, KIND=kind, GROUP=group, BF16=True, BN=64)
     types = PACKED | {"out": "*fp8e4nv"}
     for group, block in ((0, 4096), (128, 2048)):
-        own = {"GROUP": group, "BLOCK": block, "STATIC": False, "static": None, "PDL": False}
+        own = {"GROUP": group, "BLOCK": block, "STATIC": False, "static": None, "ACT": "" if group else "silu"}
         yield build(packed_kernels.quantise_rows_kernel, 8, False, types, **own)
     types = PACKED | {"x": "*fp8e4nv", "w": "*fp8e4nv"}
     own = {"BM": 128, "BN": 128, "BIAS": False, "bias": None, "STAGES": 4}
