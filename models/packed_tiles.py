@@ -46,5 +46,5 @@ def by_rule(weight: Packed, rows: int) -> Tile:
     split = triton.cdiv(steps, triton.cdiv(steps, split))  # none is left without a step
     if split * tiles > MAX_TILES:
         split = 1
-    few = rows <= 32
+    few = rows <= 64
     return Tile(min(rows, 128), 128, depth, split, 4 if few else 8, 4 if few else 3)
