@@ -6,11 +6,13 @@ compressed-tensors, DeepSeek-V3's 128 x 128 blocks.
 Invariant: `Part.dequantise` is the definition of what a Part means; every back end equals it up to rounding.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .quantization import Packing, Scheme
@@ -58,14 +60,40 @@ class Part:
         return replace(self, codes=cut(self.codes), scales=cut(self.scales), zeros=zeros)
 
     def columns(self, start: int, end: int) -> "Part":
-        """The Part of inputs `start` to `end`, which begin and end with a group if there is no act-order."""
+        """The Part of inputs `start` to `end`; where that cuts through a group, of smaller groups."""
+        codes = self.codes[:, start:end]
         if self.groups is not None:
-            return replace(self, codes=self.codes[:, start:end], groups=self.groups[start:end])
-        if start % self.group or (end % self.group and end != self.codes.shape[1]):
-            raise ValueError(f"inputs {start} to {end} are not whole groups of {self.group}")
-        first, last = start // self.group, -(-end // self.group)
-        zeros = None if self.zeros is None else self.zeros[:, first:last]
-        return replace(self, codes=self.codes[:, start:end], scales=self.scales[:, first:last], zeros=zeros)
+            return replace(self, codes=codes, groups=self.groups[start:end])
+        if self.scales.shape[1] == 1:
+            return replace(self, codes=codes, group=end - start)
+        size = math.gcd(self.group, start)
+        first, last = start // size, -(-end // size)
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(self.group // size, 1)[:, first:last]
+
+        zeros = None if self.zeros is None else cut(self.zeros)
+        return replace(self, codes=codes, scales=cut(self.scales), zeros=zeros, group=size)
+
+    def padded(self, outputs: int, inputs: int) -> "Part":
+        """As many outputs, the last of them zeros, and inputs, whose last ones must be zeros."""
+        rows, columns = outputs - self.codes.shape[0], inputs - self.codes.shape[1]
+        if not rows and not columns:
+            return self
+        group = inputs if self.scales.shape[1] == 1 else self.group
+        groups = 0 if self.groups is not None else -(-inputs // group) - self.scales.shape[1]
+
+        def pad(tensor: Tensor, more: int) -> Tensor:
+            return F.pad(tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor, (0, more, 0, rows))
+
+        return replace(
+            self,
+            codes=pad(self.codes, columns).view(self.codes.dtype),
+            scales=pad(self.scales, groups),
+            zeros=None if self.zeros is None else pad(self.zeros, groups),
+            groups=None if self.groups is None else F.pad(self.groups, (0, columns)),
+            group=group,
+        )
 
     def to(self, device: torch.device) -> "Part":
         """The same on a device."""

@@ -37,14 +37,19 @@ def test_values_are_exact(name: str) -> None:
     assert torch.equal(straight.dequantise(), dense if order is None else dense[:, order])
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "packed-4-asym", "fp8-block"])
-def test_whole_groups_can_be_cut(name: str) -> None:
+@pytest.mark.parametrize("name", ["gptq", "awq", "packed-4-asym", "packed-8", "fp8", "fp8-block", "gptq-act-order"])
+def test_a_part_can_be_cut(name: str) -> None:
+    """By inputs, through groups too, and by outputs: what tensor parallel ranks have; and filled up with zeros."""
+    torch.manual_seed(0)
     tensors, dense = CASES[name].pack(weight())
     part = unpack(scheme_of(CASES[name]), tensors)
-    assert torch.equal(part.columns(128, 256).dequantise(), dense[:, 128:])
+    for start, end in ((128, 256), (0, 128), (16, 256), (40, 41), (0, 250)):
+        assert torch.equal(part.columns(start, end).dequantise(), dense[:, start:end])
     assert torch.equal(part.rows(lambda t: t[40:72]).dequantise(), dense[40:72])
-    with pytest.raises(ValueError, match="not whole groups"):
-        part.columns(16, 256)
+    wide = part.rows(lambda t: t[:40]).columns(64, 200).padded(48, 144)
+    assert wide.shape == (48, 144) and wide.padded(48, 144) is wide
+    values = wide.dequantise()
+    assert torch.equal(values[:40, :136], dense[:40, 64:200]) and not values[40:].any()
 
 
 def test_joined_parts() -> None:
