@@ -132,17 +132,14 @@ def quantized() -> Iterator[None]:
         no_add | heads | {"KIND": "int4", "GROUP": 128},
         no_heads | {"KIND": "int4", "GROUP": 128, "ADD": True, "SQUARES": 0, "squares": None},
         no_heads | no_add | {"KIND": "int4", "GROUP": 32, "ACT": "silu", "BN": 64, "SPLIT": 1, "parts": None},
-        no_heads | no_add | {"KIND": "int4", "GROUP": 0, "BM": 64, "BK": 64, "PDL": False, "EVEN": False},
-        no_heads | no_add | {"KIND": "int8", "GROUP": 0, "BK": 64, "ACT": "silu", "BN": 64},
-        no_heads | no_add | {"KIND": "fp8", "GROUP": 0, "BK": 128, "ACT": "silu", "BN": 64},
-        no_heads | {"KIND": "fp8", "GROUP": 128, "BK": 64, "ADD": True},
-        no_add | heads | {"KIND": "fp8", "GROUP": 0, "BM": 128, "BK": 64, "PDL": False},
+        no_heads | no_add | {"KIND": "int8", "GROUP": 0, "BK": 64, "BM": 64, "PDL": False, "EVEN": False},
+        no_heads | no_add | {"KIND": "fp8", "GROUP": 0, "BK": 64, "ACT": "silu", "BN": 64},
     ]
     for case in cases:
         own = plain | tile | ({} if case.get("BIAS") else {"BIAS": False, "bias": None}) | case
         types = PACKED | {"meta": "*i32" if own["KIND"] == "int4" else "*fp32"}
         yield build(packed_kernels.packed_kernel, 8 if own["BM"] > 32 else 4, own["PDL"], types, 4, **own)
-    for kind, group in (("int4", 128), ("int8", 0), ("fp8", 128)):
+    for kind, group in (("int4", 128), ("int8", 0)):
         types = PACKED | {"meta": "*i32" if kind == "int4" else "*fp32"}
         yield build(packed_kernels.unpack_kernel, 4, False, types, KIND=kind, GROUP=group, BF16=True, BN=64)
     types = PACKED | {"out": "*fp8e4nv"}
