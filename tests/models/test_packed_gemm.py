@@ -3,6 +3,7 @@
 In Triton's interpreter where there is no GPU (float16); on one also in bfloat16, larger, and in CUDA graphs.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,21 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from actorserve.config import EngineConfig
+from actorserve.models import packed_tiles
 from actorserve.models.decoder import Decoder
 from actorserve.models.families import names_of, spec_of
-from actorserve.models.gemm import MAX_TILES, Tile, TritonLinear, arrivals, linear
+from actorserve.models.gemm import MAX_TILES, Tile, TritonLinear, arrivals, fits, linear
 from actorserve.models.layers import Linear, TorchOps
 from actorserve.models.packed_gemm import CHUNK, Float8Rows, Packed, Scratch, pack_part, quantise_rows
-from actorserve.models.packed_tiles import PACKED, by_rule
+from actorserve.models.packed_tiles import PACKED, by_rule, choices_for
 from actorserve.models.places import allocate
 from actorserve.models.quantization import Scheme, quantization_of
 from actorserve.models.triton_attention import TritonAttention
 from actorserve.models.triton_ops import TritonOps
 from actorserve.models.unpack import FLOAT8, Part, random_part
 from actorserve.models.weights import Source, fill, pack, read_config
+from actorserve.perf.gemm import packed_table
+from actorserve.perf.gemm_tiles import cases, packed_candidates
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -231,6 +235,31 @@ def test_tiles_by_rule() -> None:
     for (kind, outputs, inputs), choices in PACKED.items():
         assert kind in ("int4", "int8", "fp8") and outputs % 16 == 0 and inputs % 128 == 0
         assert [most for most, _ in choices] == sorted({most for most, _ in choices})
+
+
+def test_tiles_that_are_measured() -> None:
+    """perf.gemm's candidates fit, and what it found takes the rule's place."""
+    for case in cases("qwen2-7b")[:4]:
+        for kind, group in (("int4", 128), ("int8", 0), ("fp8", 0), ("fp8", 128)):
+            unit = CHUNK * (4 if kind == "int4" else 2)
+            words = torch.empty(case.outputs, case.inputs // unit * CHUNK, dtype=torch.int16, device="meta")
+            name: Any = kind
+            weight = Packed(name, words, words, case.inputs, group, torch.bfloat16, False, None, Scratch(DEVICE))
+            for rows in (1, 32, 64, 128):
+                tiles = packed_candidates(case, rows, 132, kind, group)
+                assert tiles and all(weight.fits(tile.depth) and tile.rows >= min(rows, 128) for tile in tiles)
+                assert all(fits(tile, case.outputs, case.inputs, rows) for tile in tiles)
+    best = Tile(16, 64, 32, 2)
+    result = {"outputs": 64, "inputs": 256, "rows": 8, "cublas_us": 9.0, "tiles": [{"us": 5.0, "tile": asdict(best)}]}
+    found = packed_table([result | {"kind": "int4"}, result | {"kind": "", "rows": 1}])
+    assert found == {("int4", 64, 256): ((8, best),)}
+    weight = packed(part_of("int4-128", 64, 256), torch.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_tiles, "PACKED", found)
+        choices = choices_for(weight)
+        assert choices[0] == (8, best) and [most for most, _ in choices] == [8, 16, 32, 64, 128, 256]
+        patch.setattr(packed_tiles, "PACKED", {("int4", 64, 256): ((8, Tile(16, 64, 64)),)})
+        assert choices_for(weight)[0][0] == 16, "two chunks are two groups"
 
 
 # ------------------------------------------------------------------ whole models
