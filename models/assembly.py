@@ -18,7 +18,7 @@ from .layers import LinearMap
 from .names import Names, cut_rows, rewritten, weights_of
 from .quantization import Quantization, Scheme
 from .spec import Spec
-from .unpack import FORMATS, Part, quantise, random_part, unpack
+from .unpack import FORMATS, Cut, Part, quantise, random_part, unpack
 
 Make = Callable[[list[Part], Tensor | None], LinearMap]
 """A back end's: one linear map of Parts under one another, and a bias."""
@@ -94,30 +94,36 @@ class Assembly:
     """A linear map that waits for its parts; weights.pack puts what was `made` of them in its place."""
 
     shapes: dict[str, tuple[int, int]]
-    """Our name of each weight -> [outputs, inputs]."""
+    """Our name of each weight -> [outputs, inputs], as this rank has it."""
     bias: Tensor | None
     make: Make
     device: torch.device
     online: Scheme | None = None
     """What dense weights become on their way."""
+    cuts: Mapping[str, Cut | None] = field(default_factory=dict)
+    """What this rank has of the weights; those that it has whole need not be there."""
     parts: dict[str, Part] = field(default_factory=dict)
     made: LinearMap | None = None
 
     def take(self, name: str, weight: Part | Tensor) -> None:
-        """Take a weight; with the last one the map is made. Raises StartupError if it has another shape."""
-        if tuple(weight.shape) != self.shapes[name]:
-            raise StartupError(f"tensor {name} is {list(weight.shape)}, config.json asks for {list(self.shapes[name])}")
+        """Take a checkpoint's weight; with the last the map is made. Raises StartupError if it has another shape."""
+        shape, cut = self.shapes[name], self.cuts.get(name)
+        whole = list(shape)
+        if cut is not None:
+            whole[cut.axis] = cut.whole
+        if list(weight.shape) != whole:
+            raise StartupError(f"tensor {name} is {list(weight.shape)}, config.json asks for {whole}")
         if not isinstance(weight, Part):
             assert self.online is not None
             weight = quantise(self.online, weight)
-        self.parts[name] = weight
+        self.parts[name] = weight.of_rank(cut, *shape)
         if len(self.parts) == len(self.shapes):
             self.made = self.make([self.parts.pop(own) for own in self.shapes], self.bias)
 
     def fill(self, scheme: Scheme, std: float, generator: torch.Generator) -> None:
         """Take random weights."""
-        for name, (outputs, inputs) in self.shapes.items():
-            self.take(name, random_part(scheme, outputs, inputs, std, generator))
+        parts = [random_part(scheme, *shape, std, generator) for shape in self.shapes.values()]
+        self.made = self.make(parts, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         assert self.made is not None
@@ -136,13 +142,18 @@ class Keeper:
     assemblies: dict[str, Assembly] = field(default_factory=dict)
     """By the name of each weight."""
 
-    def map(self, shapes: dict[str, tuple[int, int]], bias: Tensor | None) -> Assembly | None:
-        """The map of these weights; None: it is dense, or has parts that are."""
+    def map(
+        self,
+        shapes: dict[str, tuple[int, int]],
+        bias: Tensor | None,
+        cuts: Mapping[str, Cut | None] | None = None,
+    ) -> Assembly | None:
+        """The map of these weights, of which this rank has `cuts`; None: it is dense, or has parts that are."""
         if self.names is None:
             if min(outputs for outputs, _ in shapes.values()) < FEWEST_OUTPUTS:
                 return None
         elif not all(name in self.names for name in shapes):
             return None
-        assembly = Assembly(shapes, bias, self.make, self.device, self.online)
+        assembly = Assembly(shapes, bias, self.make, self.device, self.online, cuts or {})
         self.assemblies.update(dict.fromkeys(shapes, assembly))
         return assembly

@@ -9,7 +9,7 @@ Invariant: `Part.dequantise` is the definition of what a Part means; every back 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,19 @@ from .quantization import Packing, Scheme
 AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 """In which of a word's eight places AWQ keeps each of eight neighbouring outputs."""
 FLOAT8: Final = torch.float8_e4m3fn
+
+
+class Cut(Protocol):
+    """What a tensor parallel rank has of a weight: [start, stop) of `whole` values of one of its axes."""
+
+    @property
+    def axis(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def whole(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -94,6 +107,14 @@ class Part:
             groups=None if self.groups is None else F.pad(self.groups, (0, columns)),
             group=group,
         )
+
+    def of_rank(self, cut: "Cut | None", outputs: int, inputs: int) -> "Part":
+        """A tensor parallel rank's part, filled up to the size that it has room for; None: it has the whole."""
+        if cut is None:
+            return self
+        start, stop = cut.start, cut.stop
+        ours = self.rows(lambda tensor: tensor[start:stop]) if cut.axis == 0 else self.columns(start, stop)
+        return ours.padded(outputs, inputs)
 
     def to(self, device: torch.device) -> "Part":
         """The same on a device."""

@@ -1,5 +1,7 @@
 """Quantized weights of checkpoints, bit for bit against packers that follow each format's definition."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from packers import CASES, Case, words
@@ -16,6 +18,16 @@ def scheme_of(case: Case) -> Scheme:
     scheme = quantization.scheme("model.layers.0.mlp.up_proj")
     assert scheme is not None and quantization.scheme("lm_head") is None
     return scheme
+
+
+@dataclass
+class Half:
+    """A cut."""
+
+    axis: int
+    start: int
+    stop: int
+    whole: int
 
 
 def weight(outputs: int = 128, inputs: int = 256, seed: int = 0) -> Tensor:
@@ -48,6 +60,9 @@ def test_a_part_can_be_cut(name: str) -> None:
     assert torch.equal(part.rows(lambda t: t[40:72]).dequantise(), dense[40:72])
     wide = part.rows(lambda t: t[:40]).columns(64, 200).padded(48, 144)
     assert wide.shape == (48, 144) and wide.padded(48, 144) is wide
+    for cut, expected in ((Half(0, 64, 128, 128), dense[64:]), (Half(1, 0, 120, 256), dense[:, :120])):
+        assert torch.equal(part.of_rank(cut, *expected.shape).dequantise(), expected)
+    assert part.of_rank(None, 128, 256) is part
     values = wide.dequantise()
     assert torch.equal(values[:40, :136], dense[:40, 64:200]) and not values[40:].any()
 
