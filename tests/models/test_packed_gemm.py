@@ -296,4 +296,4 @@ def test_a_model(name: str, tmp_path: Path, thorough: bool) -> None:
     ids = tiny.prompt(3)
     expected = Driver.of(plain).logits(ids, [3])
     got = Driver.of(made).logits(ids, [2, 1]).float().cpu()
-    assert (got - expected).norm() < 0.02 * expected.norm()
+    assert (got - expected).norm() < (0.1 if CUDA else 0.02) * expected.norm()  # bfloat16 throughout, as other families
