@@ -7,7 +7,8 @@
 
 ARGS ?=
 QUIET := actors/test_inbox.py actors/test_lane.py actors/test_node.py actors/test_spin.py actors/test_supervisor.py \
-	perf/test_whole_engine.py system/test_death.py system/test_drain.py system/test_gpu_equality.py system/test_server.py test_cli.py
+	perf/test_whole_engine.py system/test_bad_clients.py system/test_death.py system/test_drain.py system/test_fuzz.py \
+	system/test_gpu_equality.py system/test_server.py test_cli.py
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ DEV_EXTRA := $(if $(GPU),[dev$(comma)gpu],[dev])
 TORCH_VERSION := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help run test chaos lint types fmt perf size clean
+.PHONY: help run test chaos fuzz soak lint types fmt perf size clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1 \t/p' Makefile
 
@@ -34,7 +35,14 @@ test: $(VENV)/installed-dev ## the whole test suite; ARGS="tests/kvstore -q" for
 		$(BIN)/python -m pytest -q $(addprefix tests/,$(QUIET)); fi
 
 chaos: $(VENV)/installed-dev ## actors die under live streams, hundreds of times; random tests of the scheduler at full length
-	@$(BIN)/python -m pytest -q -s --thorough tests/system/test_chaos.py tests/actors/test_stub_world.py $(ARGS)
+	@$(BIN)/python -m pytest -q -s --thorough tests/system/test_chaos.py tests/actors/test_stub_world.py \
+		tests/actors/test_many_steps.py $(ARGS)
+
+fuzz: $(VENV)/installed-dev ## ten thousand malformed requests, thousands of clients that leave, do not read, are too many
+	@$(BIN)/python -m pytest -q -s --thorough tests/system/test_fuzz.py tests/system/test_bad_clients.py $(ARGS)
+
+soak: $(VENV)/installed-dev ## half an hour of mixed load, and what grows meanwhile; ARGS="--minutes 600 --flags ''"
+	@$(BIN)/python -m actorserve.perf.soak $(ARGS)
 
 lint: types ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig as EngineConfig
     from .engine import Engine as Engine
+    from .outputs import Classification as Classification
     from .outputs import Delta as Delta
+    from .outputs import Embedding as Embedding
     from .outputs import Output as Output
     from .sampler.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Delta", "Engine", "EngineConfig", "Output", "SamplingParams", "__version__"]
+__all__ = [
+    "Classification", "Delta", "Embedding", "Engine", "EngineConfig", "Output", "SamplingParams", "__version__",
+]  # fmt: skip
 
 _HOMES = {
+    "Classification": ".outputs",
     "Delta": ".outputs",
+    "Embedding": ".outputs",
     "Engine": ".engine",
     "EngineConfig": ".config",
     "Output": ".outputs",

@@ -19,8 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: Annotated[
         str | None,
         Meta(
-            description="folder with config.json, a .gguf file, or a hub's name for one (org/name, org/name:Q4_K_M); "
-            "without it the embedded SmolLM2-135M chat model"
+            description="folder with config.json, a .gguf file, a hub's name for one (org/name, org/name:Q4_K_M), or "
+            "all-MiniLM-L6-v2; without it the embedded SmolLM2-135M chat model"
         ),
     ] = None
     revision: Annotated[str | None, Meta(description="branch, tag or commit of a hub's model")] = None
@@ -56,6 +56,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "CPU: if no --dtype is given, in float32); none: dequantise them; gguf: a GGUF file's, CPU only, or an "
             "error; fp8 (GPU), int8: quantise the layers of one that is not quantized, while loading"
         ),
+    ] = "auto"
+    is_embedding: Annotated[
+        bool,
+        Meta(
+            description="serve embeddings instead of text; not needed for models that generate none: encoders, "
+            "sentence-transformers' folders, classification heads"
+        ),
+    ] = False
+    embedding_attention: Annotated[
+        Literal["auto", "causal", "bidirectional"],
+        Meta(description="what an embedding model's tokens see: those before them, or all; auto: as config.json says"),
     ] = "auto"
     context_length: Annotated[Positive | None, Meta(description="default: the model's")] = None
     random_seed: Annotated[int, Meta(ge=0, description="base of the seeds of requests that bring none")] = 0
@@ -201,6 +212,35 @@ class Thoughts(msgspec.Struct, frozen=True, array_like=True):
     """The output begins amid thoughts."""
 
 
+class Pooling(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model that generates nothing makes one vector of a prompt (models/pooling.py)."""
+
+    kind: Literal["last", "mean", "cls"]
+    """Which hidden states it is made of: the last token's, the mean of all, the first token's."""
+    task: Literal["embed", "classify"]
+    """What it is: the pooled hidden state, or what a classification head makes of that, a logit for each label."""
+    width: int
+    """Numbers in it."""
+    normalize: bool = True
+    """Embeddings have length 1 unless a request wants otherwise."""
+    causal: bool = True
+    """A token sees only those before it, so that the KV of a prompt's beginning can be shared."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes."""
+    several: bool = False
+    """More than one class may hold: their probabilities are apart, and do not sum to 1."""
+
+    @property
+    def whole(self) -> bool:
+        """Prompts are computed in one forward each."""
+        return not self.causal
+
+    @property
+    def reuses(self) -> bool:
+        """What is cached of a prompt's beginning need not be computed again."""
+        return self.causal and self.kind == "last"
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What everybody must know of the model before it is loaded; read from its folder by the root, without torch."""
 
@@ -217,3 +257,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the family in which it marks thoughts (models/reasoning_parser.py)."""
     thoughts: Thoughts | None = None
     """The tags of that family, if each is a token."""
+    pooling: Pooling | None = None
+    """None: it generates text."""

@@ -19,17 +19,18 @@ import msgspec
 import trio
 
 from .actors.actor import Actor, Context
-from .actors.admission import Submission
+from .actors.admission import Submission, check_task
 from .actors.attach import Attachment, Detached, drive
-from .actors.client import Client, LoopWakeup, Stream, token_prompt
+from .actors.client import Client, LoopWakeup, Stream, token_prompt, truncated
 from .actors.conversation import ChatMessage, chat_prompt
 from .actors.embedded_host import Root
 from .actors.grammar_fields import GIVEN, grammar_spec
 from .actors.lifeline import Failed, Progress, Up
-from .actors.messages import FrontInbox, PeerUp, Prompt, Stats, TextPrompt
-from .config import EngineConfig, ModelInfo
+from .actors.messages import Chunk, FrontInbox, PeerUp, Prompt, Stats, TextPrompt
+from .config import EngineConfig, ModelInfo, Pooling
 from .errors import EngineDown, RequestError, StartupError
-from .outputs import Deltas, Output, collect
+from .models.pooling import embedding_of, probabilities
+from .outputs import Classification, Deltas, Embedding, Output, collect, collect_vectors
 from .sampler.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -263,6 +264,113 @@ class Engine:
         """As `chat`, but give out the output as it comes."""
         prompt, params, overrides = _conversation(messages, params, options)
         return Deltas(self._client, self._submit([prompt], params, overrides, n, cache_salt, priority))
+
+    @overload
+    async def embed(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self,
+        prompt: PromptLike,
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> Embedding: ...
+
+    @overload
+    async def embed(
+        self,
+        prompt: Sequence[PromptLike],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> list[Embedding]: ...
+
+    async def embed(
+        self,
+        prompt: PromptLike | Sequence[PromptLike],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> Embedding | list[Embedding]:
+        """Return the vector of a text or token ids, or of each of a list of them.
+
+        `dimensions`: only so many numbers of it, for models trained so. `normalize`: to length 1; None: as the model's
+        folder says. `truncate_prompt_tokens`: only the first of them, -1 for as many as the model takes; longer prompts
+        are refused else. The engine's model must be an embedding model, or `is_embedding=True` given.
+        """
+        pooling = self._pooling("embed")
+        if dimensions is not None and not 1 <= dimensions <= pooling.width:
+            raise RequestError(f"dimensions must be from 1 to {pooling.width}", param="dimensions")
+        chunks, is_batch = await self._vectors(prompt, cache_salt, priority, truncate_prompt_tokens)
+        found = [
+            Embedding(
+                index=i,
+                vector=embedding_of(chunk.vector, pooling, dimensions, normalize),
+                prompt_tokens=chunk.prompt_tokens,
+                cached_tokens=chunk.cached_tokens,
+            )
+            for i, chunk in enumerate(chunks)
+        ]
+        return found if is_batch else found[0]
+
+    @overload
+    async def classify(  # type: ignore[overload-overlap]
+        self, prompt: PromptLike, *, cache_salt: str = "", priority: int = 0
+    ) -> Classification: ...
+
+    @overload
+    async def classify(
+        self, prompt: Sequence[PromptLike], *, cache_salt: str = "", priority: int = 0
+    ) -> list[Classification]: ...
+
+    async def classify(
+        self, prompt: PromptLike | Sequence[PromptLike], *, cache_salt: str = "", priority: int = 0
+    ) -> Classification | list[Classification]:
+        """Return what the model's classification or reward head says of a prompt, or of each of a list of them."""
+        pooling = self._pooling("classify")
+        chunks, is_batch = await self._vectors(prompt, cache_salt, priority)
+        found = []
+        for i, chunk in enumerate(chunks):
+            logits = embedding_of(chunk.vector, pooling)
+            probs = probabilities(logits, pooling)
+            found.append(
+                Classification(
+                    index=i,
+                    label=pooling.labels[int(probs.argmax())],
+                    logits=logits,
+                    probabilities=probs,
+                    labels=pooling.labels,
+                    prompt_tokens=chunk.prompt_tokens,
+                    cached_tokens=chunk.cached_tokens,
+                )
+            )
+        return found if is_batch else found[0]
+
+    def _pooling(self, task: Literal["embed", "classify"]) -> Pooling:
+        """How the model makes vectors. Raises RequestError for one that does not do this task."""
+        pooling = self.model.pooling
+        check_task(pooling, pooled=True)
+        assert pooling is not None
+        if pooling.task != task:
+            use = "labels: use classify" if task == "embed" else "embeddings: use embed"
+            raise RequestError(f"the model gives {use}", param="model", code="unsupported_model")
+        return pooling
+
+    async def _vectors(
+        self, prompt: PromptLike | Sequence[PromptLike], cache_salt: str, priority: int, most: int | None = None
+    ) -> tuple[list[Chunk], bool]:
+        """(a chunk with a vector for each prompt, whether they were a list)"""
+        given, is_batch = self._prompts(prompt)
+        prompts = [truncated(one, most, self.model.context_length) for one in given]
+        submissions = [Submission(p, SamplingParams(max_new_tokens=0), pooled=True) for p in prompts]
+        return await collect_vectors(self._client.submit_all(submissions, cache_salt, priority)), is_batch
 
     async def stats(self) -> Stats:
         """Return the scheduler's last report: requests, pages, token counts. Raises EngineDown without any."""

@@ -6,10 +6,13 @@ Invariant: a request whose result nobody waits for any more, however that came a
 from typing import Any, Literal, Self
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from .actors.client import Client, Stream
 from .actors.messages import Chunk
 from .actors.messages import TokenLogprob as TokenLogprob
+from .errors import EngineDown
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +42,32 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
 class Output(Delta, frozen=True, kw_only=True):
     """A whole continuation; `index` is its place in the list that came back."""
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt's vector; `index` is its place in the list that came back."""
+
+    index: int
+    vector: NDArray[np.float32]
+    """float32 [dimensions]; of length 1 unless the model's folder or the call says otherwise."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+
+
+class Classification(msgspec.Struct, frozen=True, kw_only=True):
+    """What a classification or reward head says of a prompt."""
+
+    index: int
+    label: str
+    """The likeliest."""
+    logits: NDArray[np.float32]
+    """float32 [labels]; of a reward model its one score."""
+    probabilities: NDArray[np.float64]
+    """float64 [labels]; they sum to 1 unless several labels may hold."""
+    labels: tuple[str, ...]
+    prompt_tokens: int
+    cached_tokens: int
 
 
 class Deltas:
@@ -84,6 +113,17 @@ async def collect(stream: Stream, as_list: bool) -> Output | list[Output]:
     finally:
         stream.cancel()
     return outputs if as_list else outputs[0]
+
+
+async def collect_vectors(stream: Stream) -> list[Chunk]:
+    """Wait for all vectors of a request: chunks that have one each."""
+    try:
+        chunks = await stream.collect()
+    finally:
+        stream.cancel()
+    if not all(chunk.vector for chunk in chunks):
+        raise EngineDown("the request was cancelled", code="cancelled")
+    return chunks
 
 
 def _fields(stream: Stream, chunk: Chunk) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import msgspec
 from .config import EngineConfig
 from .errors import StartupError
 from .flags import add_config_flags
-from .models.families import spec_of
+from .models.families import pooled_spec, spec_of
 from .models.floors import GIB, GPUS, Gpu, decode_seconds, prefill_seconds
 from .models.ledger import FRACTION, ITEMSIZE, Ledger, balance, demand_of, quantized_bytes
 from .models.quantization import Quantization, quantization_of
@@ -125,7 +125,8 @@ def read_model(config: EngineConfig, gpu: Gpu) -> Subject:
     own = str(facts.get("dtype") or facts.get("torch_dtype"))
     dtype = config.dtype if config.dtype != "auto" else own if own in ITEMSIZE else "bfloat16"
     rules = quantization_of(facts)
-    return Subject(model.name, spec_of(facts), dtype, model.context_length, config, gpu, rules)
+    spec = spec_of(facts) if model.pooling is None else pooled_spec(facts, model.pooling)
+    return Subject(model.name, spec, dtype, model.context_length, config, gpu, rules)
 
 
 def length_rows(subject: Subject, ledger: Ledger, lengths: list[int]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from .actors.messages import Stats
 from .config import ModelInfo
 from .engine import Engine, Message, PromptLike
 from .errors import EngineDown
-from .outputs import Delta, Deltas, Output
+from .outputs import Classification, Delta, Deltas, Embedding, Output
 from .sampler.params import SamplingParams
 
 
@@ -96,6 +96,29 @@ class SyncEngine:
     ) -> Iterator[Delta]:
         """Answer a conversation, piece by piece."""
         return self._iterate(partial(self._engine.chat_stream, messages, params, **options))
+
+    @overload
+    def embed(self, prompt: PromptLike, **options: Any) -> Embedding: ...
+
+    @overload
+    def embed(self, prompt: Sequence[PromptLike], **options: Any) -> list[Embedding]: ...
+
+    def embed(self, prompt: Any, **options: Any) -> Embedding | list[Embedding]:
+        """Return the vector of a prompt, or of each of a list."""
+        result: Embedding | list[Embedding] = self._running.call(partial(self._engine.embed, prompt, **options))
+        return result
+
+    @overload
+    def classify(self, prompt: PromptLike, **options: Any) -> Classification: ...
+
+    @overload
+    def classify(self, prompt: Sequence[PromptLike], **options: Any) -> list[Classification]: ...
+
+    def classify(self, prompt: Any, **options: Any) -> Classification | list[Classification]:
+        """Return what a classification head says of a prompt, or of each of a list."""
+        call = partial(self._engine.classify, prompt, **options)
+        result: Classification | list[Classification] = self._running.call(call)
+        return result
 
     def stats(self) -> Stats:
         """Return the scheduler's last report."""

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..config import EngineConfig, ModelInfo
+from ..config import EngineConfig, ModelInfo, Pooling
 from ..errors import Overloaded, RequestError
 from ..sampler.params import SamplingParams
 from . import messages
 
 TOKEN_BYTES: Final = 8
 """Of an output token: its id, and its text in a front."""
+VECTOR_BYTES: Final = 32
+"""Of a number in a vector: as float32, and on its way to JSON as a Python object."""
 LOGPROB_BYTES: Final = 160
 """Of one logprob that waits for its reader: the value, the token and its bytes, as Python objects."""
 
@@ -30,6 +32,8 @@ class Submission:
     grammar: messages.GrammarSpec | None = None
     pin: int = 0
     """Of `Client.new_pin`: see messages.Generate."""
+    pooled: bool = False
+    """Its vector is wanted, and no continuation."""
 
 
 class Admission:
@@ -47,6 +51,7 @@ class Admission:
         Raises RequestError for what is never admitted, Overloaded for what does not fit now; then nothing is counted.
         """
         for submission in submissions:
+            check_task(self._model.pooling, submission.pooled)
             submission.params.check(self._model.vocab_size)
             self._check(submission)
         costs = [self._cost(submission) for submission in submissions]
@@ -97,7 +102,18 @@ class Admission:
             beside = 1 + params.logprobs + len(params.token_ids_logprob)
             logprobs = (most + (min(tokens, context) if params.wants_prompt else 0)) * beside
         grammar = 0 if submission.grammar is None else len(submission.grammar.text)
-        return size + grammar + most * TOKEN_BYTES + logprobs * LOGPROB_BYTES
+        vector = 0 if self._model.pooling is None else self._model.pooling.width * VECTOR_BYTES
+        return size + grammar + most * TOKEN_BYTES + logprobs * LOGPROB_BYTES + vector
+
+
+def check_task(pooling: Pooling | None, pooled: bool) -> None:
+    """Raise RequestError for a text of a model that has none to give, or a vector of one that generates."""
+    if pooled and pooling is None:
+        text = "this server's model generates text; for embeddings start it with --is-embedding"
+        raise RequestError(text, param="model", code="unsupported_model")
+    if not pooled and pooling is not None:
+        what = "embeddings" if pooling.task == "embed" else "scores of a classification head"
+        raise RequestError(f"this server's model gives {what}, no text", param="model", code="unsupported_model")
 
 
 def _utf8_length(text: str) -> int:

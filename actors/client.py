@@ -290,17 +290,18 @@ class Client:
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
             stream.requests.append(
                 messages.Generate(
-                    rid,
-                    n,
-                    s.prompt,
-                    s.params,
-                    cache_salt,
-                    priority,
-                    arrival,
-                    s.grammar,
+                    rid=rid,
+                    n=n,
+                    prompt=s.prompt,
+                    params=s.params,
+                    cache_salt=cache_salt,
+                    priority=priority,
+                    arrival_ns=arrival,
+                    grammar=s.grammar,
                     tenant=tenant,
                     weight=weight,
                     pin=s.pin,
+                    pooled=s.pooled,
                 )
             )
         try:
@@ -462,6 +463,24 @@ class Client:
             choice.stream.cancel(refusal(refused))
 
 
+def truncated(prompt: messages.Prompt, wanted: int | None, longest: int) -> messages.Prompt:
+    """Return a prompt of which only the first `wanted` tokens are taken; -1: as many as the model takes; None: all.
+
+    Raises RequestError for another number, or more than `longest`.
+    """
+    if wanted is None:
+        return prompt
+    most = longest if wanted == -1 else wanted
+    if not 1 <= most <= longest:
+        raise RequestError(
+            f"truncate_prompt_tokens must be from 1 to {longest}, or -1 for that", param="truncate_prompt_tokens"
+        )
+    if isinstance(prompt, messages.TextPrompt):
+        return replace(prompt, most=most)
+    assert isinstance(prompt, messages.TokenPrompt)
+    return messages.TokenPrompt(prompt.ids[: 4 * most])
+
+
 def token_prompt(ids: Sequence[int], vocab_size: int, param: str = "input_ids") -> messages.TokenPrompt:
     """Return a prompt of token ids; raises RequestError when it is empty or has an id outside the vocabulary."""
     if not ids:
@@ -491,4 +510,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.thinking,
         last.valid,
         [logprob for chunk in chunks for logprob in chunk.prompt_logprobs],
+        last.vector,
     )

@@ -24,13 +24,26 @@ from ..errors import StartupError
 from ..models.decoder import Decoder
 from ..models.kv_cache import KVCache, kv_dtype
 from ..models.kv_checksums import KVChecksums
+from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Step, Stepper, StepRows
 from ..models.weights import load_decoder
 from ..sampler.reference import Sampled
 from .actor import Actor, Context
 from .memory import batch_slots, keep_freed_memory, kv_pages
-from .messages import NOTHING, Drain, ExecutorInbox, ExecutorReady, PeerDown, PeerUp, Plan, Scores, StepOut
+from .messages import (
+    NOTHING,
+    ChunkEnd,
+    Drain,
+    ExecutorInbox,
+    ExecutorReady,
+    PeerDown,
+    PeerUp,
+    Plan,
+    Pooled,
+    Scores,
+    StepOut,
+)
 from .ref import Gone
 from .sampler import Sampler
 
@@ -139,7 +152,10 @@ class Executor(Actor):
         device = decoder.device
         slots = batch_slots(config, device.type)
         self.sampler = self._sampler()
-        self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
+        if model.pooling is None:
+            self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
+        else:
+            self.sampler.prepare(slots, 1, (), device)  # it draws nothing
         pages = kv_pages(config, decoder, model)
         per_slot = min(pages, -(-model.context_length // config.page_size))
         dtype = kv_dtype(config, decoder.dtype)
@@ -149,7 +165,10 @@ class Executor(Actor):
             if device.type != "cpu":
                 raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
             self.checksums = KVChecksums(kv)
-        self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
+        if model.pooling is not None:
+            self.stepper = Stepper(self.runner, self.sampler, None, Pooler(model.pooling, decoder, slots))
+        else:
+            self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         self.ready = ExecutorReady(pages, slots, per_slot, kind)
 
@@ -166,8 +185,10 @@ class Executor(Actor):
     def _load(self) -> Decoder:
         set_threads(self.context.config)
         keep_freed_memory()
-        config, path = self.context.config, self.context.model.path
-        return load_decoder(path, config, lambda fraction: self.context.report("weights", fraction))
+        config, model = self.context.config, self.context.model
+        return load_decoder(
+            model.path, config, lambda fraction: self.context.report("weights", fraction), model.pooling
+        )
 
     # ------------------------------------------------------------------ messages
 
@@ -261,7 +282,10 @@ class Executor(Actor):
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
         parts = np.split(ints(plan.chunk_ids), np.cumsum(lengths)[:-1]) if len(lengths) else []
         work = zip(slots.tolist(), ints(plan.chunk_starts).tolist(), parts, last.tolist(), strict=True)
-        chunks = [ChunkWork(slot, start, ids, bool(draws)) for slot, start, ids, draws in work]
+        chunks = [
+            ChunkWork(slot, start, ids, draws=end == ChunkEnd.DRAW, ends=end == ChunkEnd.POOL)
+            for slot, start, ids, end in work
+        ]
         if len(plan.chunk_scored):
             targets = np.split(ints(plan.score_ids), np.cumsum(ints(plan.chunk_scored))[:-1])
             for chunk, score_from, wanted in zip(chunks, ints(plan.score_starts).tolist(), targets, strict=True):
@@ -281,7 +305,7 @@ class Executor(Actor):
         if rows is None:
             scores = scores_of(step.scores)
             rest = (NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING, NOTHING, took, scores)
-            self._publish(StepOut(item.window, item.number, *rest))
+            self._publish(StepOut(item.window, item.number, *rest, pooled=pooled_of(item)))
             return
         rids = item.rids[rows.live]
         if rows.finish.any():
@@ -313,6 +337,12 @@ def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> 
         scores=scores_of(rows.scores),
         listed=raw(rows.listed),
     )
+
+
+def pooled_of(item: Launched) -> Pooled | None:
+    """Return a step's vectors as a message has them."""
+    vectors = item.step.vectors()
+    return None if vectors is None else Pooled(raw(item.rids), raw(vectors))
 
 
 def scores_of(given: Sampled | None) -> Scores | None:

@@ -92,6 +92,8 @@ def largest_forward(config: EngineConfig, decoder: Decoder, slots: int) -> Calla
     All its tokens share one KV page, so that it needs no pool; what it computes means nothing.
     """
     tokens = ledger.forward_tokens(config, slots, decoder.device.type)
+    if not decoder.spec.causal:
+        tokens = max(tokens, config.max_prefill_tokens)  # prompts come whole
     dtype = kv_dtype(config, decoder.dtype)
     kv = KVCache(decoder.spec, 1, config.page_size, decoder.device, dtype, decoder.dtype)
     pages = torch.zeros(-(-tokens // config.page_size), dtype=torch.int32, device=decoder.device)
@@ -99,7 +101,10 @@ def largest_forward(config: EngineConfig, decoder: Decoder, slots: int) -> Calla
     batch.logit_rows = torch.arange(min(slots, tokens), device=decoder.device)
 
     def run() -> None:
-        decoder.forward(batch, kv)
+        if decoder.spec.lm_head:
+            decoder.forward(batch, kv)
+        else:
+            decoder.hidden(batch, kv)
 
     return run
 

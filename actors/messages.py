@@ -7,7 +7,7 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
 
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
     front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched  --Plan-->  exec.r
-                                                            sched  <--ExecutorReady, StepOut--  exec.0
+                                        text  <--Pooled--  sched  <--ExecutorReady, StepOut--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
     front  --Tokenize, Detokenize, Order, Look-->  text  --Order, Look-->  sched
     front  <--Tokenized, Detokenized, Done, Seen--  text  <--Done, Seen, Refused--  sched
@@ -34,6 +34,17 @@ class Finish(IntEnum):
     LENGTH = 2  # max_new_tokens, or the end of the context
     POISON = 3  # NaN or no token allowed: the request fails, its pages are not kept
     GRAMMAR = 4  # the grammar left no token: the request fails
+
+
+class ChunkEnd(IntEnum):
+    """What comes behind a prompt chunk."""
+
+    MORE = 0
+    """Another chunk; or nothing, if the request only fills the cache."""
+    DRAW = 1
+    """The prompt ends: a token is drawn, and the slot decodes from now on."""
+    POOL = 2
+    """The prompt ends, and its vector is in the step's Pooled."""
 
 
 NOTHING: Final = memoryview(b"")
@@ -74,6 +85,8 @@ class TextPrompt(Message, frozen=True, tag=4):
     """A prompt as text; special tokens in it are recognised, as SGLang does for /generate."""
 
     text: str
+    most: int = 0
+    """Of its tokens only the first are taken, so many with the special ones around them; 0: all."""
 
 
 class TokenPrompt(Message, frozen=True, tag=5):
@@ -153,6 +166,8 @@ class Generate(Message, frozen=True, tag=10):
     pin: int = 0
     """What the first choice leaves in the prefix cache stays there until the next request with this number has left
     something, or Unpin; 0: nothing is pinned. Numbers are the front's own request ids."""
+    pooled: bool = False
+    """No output is wanted but the prompt's vector (ModelInfo.pooling), in the one Chunk that comes."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -233,6 +248,8 @@ class Submit(Message, frozen=True, tag=20):
     """int32, what a scheduler or text actor that died had seen of the output: it goes on behind."""
     pin: int = 0
     """See Generate."""
+    pooled: bool = False
+    """The final message that is owed is a row of Pooled, or Ended; `max_new_tokens` is 0."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -284,6 +301,16 @@ class PromptLogprobs(Message, frozen=True, tag=38):
     top_ids: memoryview
     top_logprobs: memoryview
     listed: memoryview
+
+
+class Pooled(Message, frozen=True, tag=39):
+    """The vectors of requests that wanted no output: their final message. Part of StepOut, too.
+
+    rids int64 [rows]; vectors float32 [rows, width], a Pooling's, not normalised.
+    """
+
+    rids: memoryview
+    vectors: memoryview
 
 
 class Started(Message, frozen=True, tag=31):
@@ -453,6 +480,8 @@ class Chunk(Message, frozen=True, tag=35):
     """In the last chunk of an output with a grammar: whether its text matches; None where that is not known."""
     prompt_logprobs: list[TokenLogprob] = []
     """The prompt's next tokens, where their logprobs were asked for: all before the output's first token."""
+    vector: bytes = b""
+    """float32, in the last chunk of a request that was `pooled`."""
 
 
 class Chunks(Message, frozen=True, tag=40):
@@ -526,7 +555,7 @@ class Plan(Message, frozen=True, tag=51):
     """[chunks] slots with tokens to compute."""
     chunk_lengths: memoryview
     chunk_last: memoryview
-    """[chunks] 1 where the chunk ends the prompt, so that a token is drawn and the slot decodes from now on."""
+    """[chunks] ChunkEnd"""
     chunk_ids: memoryview
     """The chunks' tokens, one after another."""
     chunk_starts: memoryview
@@ -650,6 +679,8 @@ class StepOut(Message, frozen=True, tag=61):
     scores: Scores | None = None
     """Of Plan.score_ids, in their order."""
     listed: memoryview = NOTHING
+    pooled: Pooled | None = None
+    """Of the chunks that end with ChunkEnd.POOL."""
 
 
 # ------------------------------------------------------------------ sched -> fsm
@@ -746,7 +777,7 @@ FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
 FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
 TextInbox: TypeAlias = (
     SystemMessage | Generate | Cancel | Abort | Unpin | FrontQuestion
-    | Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused
+    | Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Refused
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
 SchedulerInbox: TypeAlias = (

@@ -42,6 +42,7 @@ class Output:
         "_skip_ids",
         "_stop",
         "_submit",
+        "_vector",
         "aborted",
         "asked_ns",
         "cached_tokens",
@@ -107,6 +108,7 @@ class Output:
         """All places where the text matches its grammar come to be known."""
         self._ends: deque[int] = deque()
         """Where the text matches its grammar, in characters; all of them until the text there is shown."""
+        self._vector = b""
         self._skip_ids = self._skip_chars = 0
         """Of what comes next, the front has these already."""
 
@@ -160,6 +162,11 @@ class Output:
             self._may_end()
         if self._logprobs:
             self._release_logprobs()
+
+    def push_vector(self, vector: bytes) -> None:
+        """Take the prompt's vector, float32: the request wanted that and no output."""
+        self._vector = vector
+        self.finish = "stop"
 
     def push_prompt(self, logprobs: list[TokenLogprob]) -> None:
         """Take the next tokens of the prompt whose logprobs are wanted; those that were told before count once."""
@@ -234,6 +241,7 @@ class Output:
             thinking=self.thinking,
             valid=self._valid() if ends else None,
             prompt_logprobs=prompt,
+            vector=self._vector if ends else b"",
         )
 
     def _skip(self) -> None:

@@ -42,6 +42,7 @@ class Prompts:
         self._seed = config.random_seed
         self._vocab_size = model.vocab_size
         self._context_length = model.context_length
+        self._pooled = model.pooling is not None
         self._tokenizer = tokenizer
         self._template = template
         chars = None if tokenizer is None else tokenizer.chars_per_token
@@ -82,7 +83,7 @@ class Prompts:
                     raise RequestError("input_ids are not int32", param="input_ids")
                 return Encoded(np.frombuffer(prompt.ids, dtype=np.int32).copy()), "input_ids"
             case TextPrompt():
-                _check_chars(prompt.text, most_chars, "prompt")
+                _check_chars(prompt.text, None if prompt.most else most_chars, "prompt")
                 return Encoded(np.array(self._text_ids(prompt, add_special_tokens), dtype=np.int32)), "prompt"
             case ChatPrompt():
                 chat, thinking = self._chat(prompt, most_chars)
@@ -108,7 +109,7 @@ class Prompts:
             opened = msgspec.structs.replace(grammar.thoughts, opened=True)
             grammar = msgspec.structs.replace(grammar, thoughts=opened)
         check_start(params, len(ids))
-        room = self._context_length - len(ids)
+        room = 0 if request.pooled else self._context_length - len(ids)
         most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
         # The bytes outlive the ring; the scheduler and the codec want them as raw bytes.
@@ -125,6 +126,7 @@ class Prompts:
                 tenant=request.tenant,
                 weight=request.weight,
                 pin=0 if i else request.pin,
+                pooled=request.pooled,
             )
             for i in range(request.n)
         ]
@@ -133,9 +135,17 @@ class Prompts:
         if self._tokenizer is None:
             raise RequestError("this server runs without a tokenizer: send input_ids", param="prompt")
         try:
-            return self._tokenizer.encode(prompt.text, add_special_tokens)
+            if prompt.most:
+                ids = self._tokenizer.encode_first(prompt.text, prompt.most)
+            else:
+                ids = self._tokenizer.encode(prompt.text, add_special_tokens)
         except RequestError as error:
             raise RequestError(error.message, param="prompt") from error
+        end = self._tokenizer.text_end if self._pooled and add_special_tokens else None
+        if end is not None and ids[-1:] != [end]:
+            room = prompt.most - 1 if prompt.most else len(ids)
+            ids = [*ids[:room], end]  # gte-Qwen2's own code does so, which is not run
+        return ids
 
     def _chat(self, prompt: ChatPrompt, most_chars: int | None) -> tuple[list[int], bool]:
         """(token ids, whether it ends in one of `opens`)"""
@@ -161,7 +171,10 @@ class Prompts:
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise RequestError(f"{field} has token {wrong}; ids are 0 to {self._vocab_size - 1}", param=field)
-        if len(ids) >= self._context_length:
+        if self._pooled and len(ids) > self._context_length:
+            text = f"{field} has {len(ids)} tokens; the model takes {self._context_length}"
+            raise RequestError(text, param=field, code="context_length_exceeded")
+        if not self._pooled and len(ids) >= self._context_length:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; with at least one new token the model takes {self._context_length}",
                 param=field,

@@ -80,6 +80,10 @@ class Request:
     """What it wants to know of its prompt's logprobs."""
     pin: int = 0
     """What it leaves in the prefix cache is held under this number (kvstore/pins.py); 0: it is not."""
+    pooled: bool = False
+    """It wants its prompt's vector and no tokens."""
+    reuses: bool = True
+    """It may begin with KV from the cache."""
     opening: bool | None = None
     """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     _ids: np.ndarray | None = None
@@ -136,7 +140,7 @@ class Request:
     @property
     def reusable(self) -> int:
         """Leading tokens whose KV may come from the cache: never all, since one must be computed to draw the next."""
-        most = len(self.tokens) - 1
+        most = len(self.tokens) - 1 if self.reuses else 0
         return most if self.scores is None else self.scores.reusable(most)
 
     @property

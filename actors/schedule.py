@@ -46,11 +46,12 @@ class Schedule:
         chunk_tokens: int,
         window_ms: float,
         mixed_tokens: int | None = None,
+        reuses: bool = True,
     ) -> None:
         """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
 
         `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with decode rows, if
-        that is fewer and not more than CROWD tokens wait.
+        that is fewer and not more than CROWD tokens wait. `reuses`: KV of one prompt may serve another.
         """
         self.config = config
         self.window_ms = window_ms
@@ -59,7 +60,7 @@ class Schedule:
         self.mixed_tokens = mixed_tokens
         self.pool = PagePool(num_pages)
         policy = make_policy(config.eviction_policy)
-        self.tree = RadixTree(self.pool, self.page, policy, enabled=not config.disable_radix_cache)
+        self.tree = RadixTree(self.pool, self.page, policy, enabled=reuses and not config.disable_radix_cache)
         self.tree_state = 0
         self.slots = SlotTable(max_slots, jumps=not config.disable_jump_forward)
         self.requests: dict[int, Request] = {}
@@ -610,7 +611,7 @@ class Schedule:
         """Give what is computed to the tree, free the rest, drop the lock; `pin` gets one of its own."""
         if request.computed and self.tree.enabled:
             self._insert(request, request.ids()[: request.computed])
-            if pin and request.node is not None:
+            if pin and request.node is not None and request.node.namespace == request.namespace:
                 self.tree.pins.hold(pin, request.node)
         self._drop_pages(request)
 

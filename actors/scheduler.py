@@ -24,6 +24,7 @@ from .messages import (
     NOTHING,
     Abort,
     Admit,
+    ChunkEnd,
     Compile,
     Compiled,
     CompileFailed,
@@ -43,6 +44,7 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
+    Pooled,
     PromptLogprobs,
     Refused,
     SamplerMessage,
@@ -66,7 +68,7 @@ from .request import Request
 from .schedule import Schedule
 from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
 from .view import seen
-from .window import Closed, Landed, Window
+from .window import Closed, Landed, PrefillChunk, Window
 
 STATS_SECONDS: Final = 0.25
 FSM: Final = "fsm"
@@ -133,6 +135,13 @@ def jumps_of(window: Window) -> GrammarStates:
         counted=int32([len(tokens) for tokens in counted]),
         counted_ids=int32(list(chain.from_iterable(counted))),
     )
+
+
+def chunk_end(chunk: PrefillChunk) -> ChunkEnd:
+    """Return what comes behind a prompt chunk."""
+    if chunk.draws:
+        return ChunkEnd.DRAW
+    return ChunkEnd.POOL if chunk.request.pooled and chunk.end == chunk.request.target else ChunkEnd.MORE
 
 
 class Scheduler(Actor):
@@ -221,6 +230,7 @@ class Scheduler(Actor):
         prompt_length = len(ids)
         ids.frombytes(m.generated)
         assert m.params.max_new_tokens is not None, "the text actor resolves it"
+        pooling = self.context.model.pooling
         request = Request(
             rid=m.rid,
             tokens=ids,
@@ -234,6 +244,8 @@ class Scheduler(Actor):
             tenant=m.tenant,
             weight=m.weight,
             pin=m.pin,
+            pooled=m.pooled,
+            reuses=pooling is None or pooling.reuses,
         )
         if m.grammar is None:
             self._add(request)
@@ -320,7 +332,9 @@ class Scheduler(Actor):
         for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
             self._abort(rid)
 
-    def _to_text(self, message: Tokens | PromptLogprobs | Started | Ended | Stats | Done | Seen | Refused) -> None:
+    def _to_text(
+        self, message: Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Refused
+    ) -> None:
         try:
             self.context.ref("text").post(message)
         except Gone:
@@ -340,8 +354,12 @@ class Scheduler(Actor):
             chunk, mixed = config.chunked_prefill_size, None
             if chunk is None:
                 chunk, mixed = CHUNK[m.device], MIXED_CHUNK[m.device]
+            pooling = self.context.model.pooling
+            if pooling is not None and pooling.whole:
+                chunk, mixed = 0, None
             window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms
-            self.schedule = Schedule(config, m.num_pages, m.max_slots, chunk, window_ms, mixed)
+            reuses = pooling is None or pooling.reuses
+            self.schedule = Schedule(config, m.num_pages, m.max_slots, chunk, window_ms, mixed, reuses)
             early, self.early = self.early, []
             for request in early:
                 self._add(request)
@@ -388,8 +406,11 @@ class Scheduler(Actor):
         for closed in schedule.closed:
             self._tell_closed(closed)
         schedule.closed.clear()
+        if m.pooled is not None:
+            self._pooled(m.pooled, {request.rid for request in complete})
         for request in complete:
-            self._complete_without_token(request)
+            if not request.pooled:
+                self._complete_without_token(request)
         if rids and not has_chunks:
             schedule.step_took(m.step_ns / 1000)
 
@@ -399,6 +420,14 @@ class Scheduler(Actor):
         rid = memoryview(array("q", [closed.request.rid]).tobytes())
         finish = memoryview(bytes([Finish.STOP]))
         self._to_text(Tokens(rid, int32([closed.end]), finish, NOTHING, 0, NOTHING, NOTHING, complete=int32([0])))
+
+    def _pooled(self, m: Pooled, complete: set[int]) -> None:
+        """Pass on the vectors of these requests: one that was retracted meanwhile is computed again."""
+        rids = np.frombuffer(m.rids, dtype=np.int64)
+        rows = [row for row, rid in enumerate(rids.tolist()) if rid in complete]
+        if rows:
+            vectors = np.frombuffer(m.vectors, dtype=np.float32).reshape(len(rids), -1)
+            self._to_text(Pooled(memoryview(rids[rows].tobytes()), memoryview(vectors[rows].tobytes())))
 
     def _complete_without_token(self, request: Request) -> None:
         """max_new_tokens 0: the final row has the token id -1."""
@@ -468,8 +497,8 @@ class Scheduler(Actor):
         admits = [Admit(a.request.slot, a.request.rid, int32(a.pages), a.cached, a.request.limit) for a in w.admits]
         prompts = (c.request.tokens[c.start : c.end] for c in w.chunks)
         ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
-        chunks = [(c.request.slot, c.start, c.end - c.start, int(c.draws)) for c in w.chunks]
-        chunks += [(j.request.slot, j.start, len(j.tokens), 1) for j in w.jumps]
+        chunks = [(c.request.slot, c.start, c.end - c.start, chunk_end(c)) for c in w.chunks]
+        chunks += [(j.request.slot, j.start, len(j.tokens), ChunkEnd.DRAW) for j in w.jumps]
         return Plan(
             window=w.number,
             k=w.k,
@@ -480,7 +509,7 @@ class Scheduler(Actor):
             grow_pages=int32(w.grow_pages),
             chunk_slots=int32([slot for slot, _, _, _ in chunks]),
             chunk_lengths=int32([length for _, _, length, _ in chunks]),
-            chunk_last=int32([draws for _, _, _, draws in chunks]),
+            chunk_last=int32([end for _, _, _, end in chunks]),
             chunk_ids=memoryview(ids.tobytes()),
             chunk_starts=int32([start for _, start, _, _ in chunks]),
             sampler_changes=sampler_changes,

@@ -97,3 +97,8 @@ class Draw:
             found = np.flatnonzero(reach[grammar.token_class]) if self.state >= 0 else np.empty(0, dtype=np.int64)
             self.allowed[self.state] = found
         return found
+
+
+def vector_of(state: int, width: int) -> np.ndarray:
+    """Return a sequence's made-up vector: float32 [width], each number from -1 to 1."""
+    return np.array([mix(state + i & MASK) >> 40 for i in range(1, width + 1)], dtype=np.float32) / (1 << 23) - 1

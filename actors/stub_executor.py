@@ -21,6 +21,7 @@ from .changes import WindowChanges
 from .constraint import Grammar
 from .messages import (
     NOTHING,
+    ChunkEnd,
     Drain,
     DropGrammar,
     ExecutorInbox,
@@ -31,6 +32,7 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
+    Pooled,
     SamplerInbox,
     SamplerMessage,
     Scores,
@@ -39,7 +41,7 @@ from .messages import (
     StepOut,
 )
 from .ref import Gone
-from .stub_draw import START, Draw, logprob_of, moved
+from .stub_draw import START, Draw, logprob_of, moved, vector_of
 
 POOL_TOKENS: Final = 1 << 20
 SLOTS: Final = 256
@@ -70,6 +72,8 @@ class Chunk:
     slot: int
     tokens: list[int]
     draws: bool
+    ends: bool
+    """The prompt ends here, and its vector is wanted."""
     score_from: int
     targets: list[int]
     """Given tokens whose logprobs are wanted, the first of them behind the place `score_from`; see Plan.score_ids."""
@@ -214,11 +218,13 @@ class StubExecutor(Actor):
             for slot in rows:
                 self._write(slot, self.seats[slot].last)
             scores = [score for c in work for score in self._compute(c)]
+            pooled = self._pooled([c.slot for c in work if c.ends])
             drawing = [*rows, *(c.slot for c in work if c.draws)]
             out = self._draw(drawing)
             ended = {slot for slot, finish in zip(drawing, out[1], strict=True) if finish}
             self.decoding = [s for s in drawing if s not in ended and s not in once]
-            yield self._step_out(window, number, drawing, *out, scores, time.perf_counter_ns() - started)
+            took_ns = time.perf_counter_ns() - started
+            yield self._step_out(window, number, drawing, *out, scores, pooled, took_ns)
 
     def _apply(self, plan: Plan) -> list[Chunk]:
         """Change the batch by the plan's deltas, in the order of its fields; return its chunks."""
@@ -244,7 +250,8 @@ class StubExecutor(Actor):
             if start != self.seats[slot].length:
                 raise RuntimeError(f"slot {slot} has {self.seats[slot].length} tokens, its chunk starts at {start}")
             tokens, wanted = list(islice(ids, length)), list(islice(targets, scored[i]))
-            chunks.append(Chunk(slot, tokens, bool(last[i]), score_from[i], wanted))
+            end = ChunkEnd(last[i])
+            chunks.append(Chunk(slot, tokens, end == ChunkEnd.DRAW, end == ChunkEnd.POOL, score_from[i], wanted))
         return chunks
 
     def _hash(self, seat: Seat) -> int:
@@ -266,6 +273,15 @@ class StubExecutor(Actor):
         before = states[chunk.score_from : chunk.score_from + len(chunk.targets)]
         return [logprob_of(moved(state, token)) for state, token in zip(before, chunk.targets, strict=True)]
 
+    def _pooled(self, slots: list[int]) -> Pooled | None:
+        """The vectors of prompts that are all there."""
+        pooling = self.context.model.pooling
+        if not slots or pooling is None:
+            return None
+        seats = [self.seats[slot] for slot in slots]
+        vectors = np.stack([vector_of(self._hash(seat), pooling.width) for seat in seats])
+        return Pooled(_raw(np.array([seat.rid for seat in seats], dtype=np.int64)), _raw(vectors))
+
     def _draw(self, slots: list[int]) -> tuple[list[int], list[int], list[float]]:
         """(tokens, Finish values, logprobs: NaN where not asked) of the rows"""
         assert self.sampler is not None
@@ -282,9 +298,22 @@ class StubExecutor(Actor):
             logprobs.append(float("nan") if draw.params.logprobs is None else logprob_of(moved(state, token)))
         return ids, finishes, logprobs
 
+    def _listed(self, slots: list[int]) -> memoryview:
+        """Logprobs of the tokens that requests named, float32 [rows, widest]; empty if none did."""
+        assert self.sampler is not None
+        named = [self.sampler.draws[slot].params.token_ids_logprob for slot in slots]
+        widest = max(map(len, named), default=0)
+        if not widest:
+            return NOTHING
+        values = np.full((len(slots), widest), np.nan, np.float32)
+        for row, (slot, tokens) in enumerate(zip(slots, named, strict=True)):
+            state = self._hash(self.seats[slot])
+            values[row, : len(tokens)] = [logprob_of(moved(state, token)) for token in tokens]
+        return _raw(values)
+
     def _step_out(
         self, window: int, number: int, slots: list[int], ids: list[int], finish: list[int], logprobs: list[float],
-        scores: list[float], took_ns: int,
+        scores: list[float], pooled: Pooled | None, took_ns: int,
     ) -> StepOut:  # fmt: skip
         assert self.sampler is not None
         wanted = [-1 if (n := self.sampler.draws[s].params.logprobs) is None else n for s in slots]
@@ -302,7 +331,9 @@ class StubExecutor(Actor):
             top_ids=top_ids,
             top_logprobs=top_logprobs,
             step_ns=took_ns,
+            listed=self._listed(slots) if asked else NOTHING,
             scores=Scores(_raw(np.array(scores, dtype=np.float32)), 0, NOTHING, NOTHING) if scores else None,
+            pooled=pooled,
         )
 
     def _top(self, ids: list[int], logprobs: np.ndarray, top_n: int) -> tuple[memoryview, memoryview]:

@@ -43,6 +43,7 @@ from .messages import (
     Order,
     PeerDown,
     PeerUp,
+    Pooled,
     PromptLogprobs,
     Refused,
     Seen,
@@ -125,6 +126,8 @@ class Text(Actor):
                 self._tokens(message)
             case PromptLogprobs():
                 self._prompt_logprobs(message)
+            case Pooled():
+                self._pooled(message)
             case Generate():
                 self._generate(message, source)
             case Cancel():
@@ -338,6 +341,20 @@ class Text(Actor):
                 self._drop(rid)
                 if not finish:  # a stop string: the scheduler does not know yet
                     self._to_scheduler(Abort(rid))
+
+    def _pooled(self, m: Pooled) -> None:
+        """Vectors are the last that their requests get."""
+        rids = np.frombuffer(m.rids, dtype=np.int64)
+        vectors = np.frombuffer(m.vectors, dtype=np.float32).reshape(len(rids), -1)
+        for rid, vector in zip(rids.tolist(), vectors, strict=True):
+            output = self._forget(rid)
+            if output is None:
+                continue  # cancelled
+            if np.isfinite(vector).all():
+                output.push_vector(vector.tobytes())
+                self._mark_changed(output)
+            else:
+                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[Finish.POISON]))
 
     def _prompt_logprobs(self, m: PromptLogprobs) -> None:
         output = self.outputs.get(m.rid)

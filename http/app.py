@@ -27,6 +27,8 @@ from . import (
     batches,
     control_routes,
     control_types,
+    embedding_types,
+    embeddings,
     engine_view,
     files,
     message_types,
@@ -174,7 +176,7 @@ class Served(NamedTuple):
 
 
 GET, POST = ("GET",), ("POST",)
-_p, _c, _t = protocol, control_routes, control_types
+_p, _c, _t, _e = protocol, control_routes, control_types, embedding_types
 ROUTES: tuple[Served, ...] = (
     Served(
         ("/generate",), ("POST", "PUT"), native.generate, _p.GenerateRequest,
@@ -193,6 +195,16 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/responses/{id}",), ("DELETE",), responses.delete, reply=response_types.DeletedResponse),
     Served(("/v1/responses/{id}/cancel",), POST, responses.cancel, reply=response_types.Response),
     Served(("/v1/programs",), POST, programs.run, remote.ProgramRequest, remote.ProgramReply),
+    Served(("/v1/embeddings",), POST, embeddings.embeddings, _e.EmbeddingRequest, _e.EmbeddingReply),
+    Served(
+        ("/encode",), ("POST", "PUT"), embeddings.encode_prompts, _e.EncodeRequest,
+        _e.EncodeReply | list[_e.EncodeReply],
+    ),
+    Served(
+        ("/judge", "/classify"), ("POST", "PUT"), embeddings.judge, _e.JudgeRequest,
+        _e.EncodeReply | list[_e.EncodeReply],
+    ),
+    Served(("/v1/classify",), POST, embeddings.classify, _e.ClassifyRequest, _e.ClassifyReply),
     Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,

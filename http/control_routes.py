@@ -110,7 +110,7 @@ async def model_info(service: Service, exchange: Exchange) -> None:
             ModelDescription(
                 model_path=path,
                 tokenizer_path=config.tokenizer_path or path,
-                is_generation=True,
+                is_generation=info.pooling is None,
                 model_type=info.model_type,
                 vocab_size=info.vocab_size,
                 context_length=info.context_length,

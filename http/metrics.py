@@ -77,7 +77,7 @@ class Metrics:
         )
         self._ttft = self._histogram("time_to_first_token", "From arrival to the first token", _SECONDS)
         self._tpot = self._histogram("time_per_output_token", "Mean time of a token after the first", _TOKEN_SECONDS)
-        self._e2e = self._histogram("request", "From arrival to the last token", _SECONDS)
+        self._e2e = self._histogram("request", "From arrival to the last token, or the vector", _SECONDS)
 
     def count(self, route: str, status: int) -> None:
         """Count a reply; 499: the client left before it."""
@@ -85,6 +85,8 @@ class Metrics:
 
     def observe(self, choice: Choice) -> None:
         """Take the latencies of a choice that came to its end."""
+        if choice.last is not None and choice.last.vector:
+            self._e2e.observe((choice.last_ns - choice.arrival_ns) / 1e9)
         if not choice.first_ns or choice.last is None:
             return
         self._ttft.observe((choice.first_ns - choice.arrival_ns) / 1e9)

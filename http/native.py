@@ -160,11 +160,11 @@ async def generate(service: Service, exchange: Exchange) -> None:
 
 def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
     """Return what to submit, one Continuation a choice, and whether the reply is a list."""
-    prompts, is_batch = _prompts(request, vocab_size)
+    prompts, is_batch = native_prompts(request.text, request.input_ids, vocab_size)
     count = len(prompts)
-    sampling = _per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
+    sampling = per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
     logprobs = _logprobs(request, count)
-    rids = _per_prompt(request.rid, count, "", "rid", spread=not is_batch)
+    rids = per_prompt(request.rid, count, "", "rid", spread=not is_batch)
     submissions: list[Submission] = []
     continuations: list[Continuation] = []
     is_list = is_batch or sampling[0].n > 1
@@ -182,27 +182,29 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
 
 def _logprobs(request: GenerateRequest, count: int) -> list[dict[str, Any]]:
     """Return what each prompt's SamplingParams say about logprobs: nothing without `return_logprob`."""
-    wanted = _per_prompt(request.return_logprob, count, False, "return_logprob")
-    num_top = _per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
-    starts = _per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")
+    wanted = per_prompt(request.return_logprob, count, False, "return_logprob")
+    num_top = per_prompt(request.top_logprobs_num, count, 0, "top_logprobs_num")
+    starts = per_prompt(request.logprob_start_len, count, -1, "logprob_start_len")
     ids, lists = split_ids(request.token_ids_logprob or [], "token_ids_logprob")
-    listed = [ids] * count if lists is None else _per_prompt(lists, count, ids, "token_ids_logprob")
+    listed = [ids] * count if lists is None else per_prompt(lists, count, ids, "token_ids_logprob")
     return [
         {"logprobs": top, "logprob_start_len": start, "token_ids_logprob": tuple(named)} if asked else {}
         for asked, top, start, named in zip(wanted, num_top, starts, listed, strict=True)
     ]
 
 
-def _prompts(request: GenerateRequest, vocab_size: int) -> tuple[list[Prompt], bool]:
+def native_prompts(
+    text: str | list[str] | None, input_ids: list[int | list[int]] | None, vocab_size: int
+) -> tuple[list[Prompt], bool]:
     """Return the prompts, and whether the client sent a list of them."""
-    if (request.text is None) == (request.input_ids is None):
-        raise RequestError("give either text or input_ids", param="text" if request.text is None else "input_ids")
-    if isinstance(request.text, str):
-        return [TextPrompt(request.text)], False
-    if request.text is not None:
-        prompts: list[Prompt] = [TextPrompt(text) for text in request.text]
+    if (text is None) == (input_ids is None):
+        raise RequestError("give either text or input_ids", param="text" if text is None else "input_ids")
+    if isinstance(text, str):
+        return [TextPrompt(text)], False
+    if text is not None:
+        prompts: list[Prompt] = [TextPrompt(item) for item in text]
         return _not_empty(prompts, "text"), True
-    ids, lists = split_ids(request.input_ids or [], "input_ids")
+    ids, lists = split_ids(input_ids or [], "input_ids")
     if lists is None:
         return [token_prompt(ids, vocab_size)], False
     return _not_empty([token_prompt(item, vocab_size) for item in lists], "input_ids"), True
@@ -223,7 +225,7 @@ def _not_empty(prompts: list[Prompt], param: str) -> list[Prompt]:
     return prompts
 
 
-def _per_prompt(value: T | list[T] | None, count: int, default: T, param: str, spread: bool = True) -> list[T]:
+def per_prompt(value: T | list[T] | None, count: int, default: T, param: str, spread: bool = True) -> list[T]:
     """Return one value a prompt, from a single value or a list as long as the batch.
 
     Without `spread` a single value cannot serve several prompts (an id).

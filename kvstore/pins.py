@@ -15,7 +15,10 @@ MOST_PINS: Final = 4096
 
 
 class Pins:
-    """Pinned nodes by the owner's number, the one used longest ago first."""
+    """Pinned nodes by the owner's number, the one used longest ago first.
+
+    A node that is expelled (RadixTree.expel) stays locked, for nothing, until its pin holds another one.
+    """
 
     def __init__(self, tree: "RadixTree") -> None:
         self._tree = tree

@@ -19,8 +19,12 @@ from .conditions import COMPARISONS
 from .context import Context
 from .engine_backend import EngineBackend
 from .expressions import (
+    AllOf,
+    AnyOf,
+    Check,
     Gen,
     Literal,
+    Not,
     Repeat,
     RoleBegin,
     RoleEnd,
@@ -55,11 +59,12 @@ from .templates import ChatTemplate, chat_template_of
 from .variables import Slot
 from .work import Budget
 
-PLAIN: Final = (Literal, Select, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Var)
+PLAIN: Final = (Literal, Select, RoleBegin, RoleEnd, VarScopeBegin, VarScopeEnd, SeparateReasoning, Var, Check)
 """Nodes that may be inside of others, as they are."""
 MOST_STATES: Final = 4096
 MOST_READ: Final = 1 << 24
 """Characters of variables that a program may read: it could double a text with each of its statements."""
+MOST_DEPTH: Final = 32
 MOST_NODES: Final = 20_000
 """That loops may run."""
 
@@ -249,20 +254,26 @@ class _Run:
         return self.states[number]
 
 
-def _check_node(node: Any) -> None:
+def _check_node(node: Any, depth: int = 0) -> None:
     """Raises _WrongProgramError for what a server does not do, also inside of nodes."""
+    if depth > MOST_DEPTH:
+        raise _WrongProgramError(f"When, Repeat and their conditions are nested more than {MOST_DEPTH} deep")
     match node:
         case Gen(output_type=None):
             pass
         case Gen():
             raise _WrongProgramError("a Gen has an output_type: types are the client's")
-        case When(then=then, otherwise=otherwise):
-            for inner in (*then.items, *otherwise.items):
-                _check_node(inner)
-        case Repeat(bodies=bodies):
-            for body in bodies:
-                for inner in body.items:
-                    _check_node(inner)
+        case When(test=test, then=then, otherwise=otherwise):
+            for inner in (test, *then.items, *otherwise.items):
+                _check_node(inner, depth + 1)
+        case Repeat(bodies=bodies, until=until):
+            for inner in (*([] if until is None else [until]), *(item for body in bodies for item in body.items)):
+                _check_node(inner, depth + 1)
+        case AllOf(parts=parts) | AnyOf(parts=parts):
+            for part in parts:
+                _check_node(part, depth + 1)
+        case Not(part=part):
+            _check_node(part, depth + 1)
         case _ if not isinstance(node, PLAIN):
             raise _WrongProgramError(f"{type(node).__name__} cannot be in a When or a Repeat")
 

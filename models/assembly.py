@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import StartupError
 from .layers import LinearMap
-from .names import Names, cut_rows, rewritten, weights_of
+from .names import Names, cut_rows, layer_of, rewritten, weights_of
 from .quantization import Quantization, Scheme
 from .spec import Spec
 from .unpack import FORMATS, Cut, Part, quantise, random_part, unpack
@@ -150,7 +150,8 @@ class Keeper:
     ) -> Assembly | None:
         """The map of these weights, of which this rank has `cuts`; None: it is dense, or has parts that are."""
         if self.names is None:
-            if min(outputs for outputs, _ in shapes.values()) < FEWEST_OUTPUTS:
+            few = min(outputs for outputs, _ in shapes.values()) < FEWEST_OUTPUTS
+            if few or any(layer_of(name) is None for name in shapes):
                 return None
         elif not all(name in self.names for name in shapes):
             return None

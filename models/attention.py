@@ -13,6 +13,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,6 +129,36 @@ class PrefillChunk:
         return attended[..., : spec.value_dim].permute(2, 0, 1, 3).reshape(len(q), -1)
 
 
+@dataclass(slots=True)
+class WholePrompts:
+    """N prompts of S tokens at most, whose tokens all see each other. Padding is each prompt's first token."""
+
+    rows: Tensor | slice
+    padded: Tensor
+    """int64 [N * S], which of the rows"""
+    slots: Tensor
+    """int64 [N * S]"""
+    mask: Tensor | None
+    """[N, 1, 1, S] added to the scores; None where all have S tokens."""
+    places: Tensor | None
+    """int64 [rows], where in N * S each row is; None: in this order."""
+    count: int
+
+    def run(self, cache: Tensor, q: Tensor, spec: Spec) -> Tensor:
+        shape = (self.count, -1, spec.kv_parts, spec.kv_heads, spec.head_dim)
+        keys, values = halves(gather(cache, self.slots, q.dtype).view(shape).permute(2, 0, 3, 1, 4))
+        # Without an order among the keys a KV head's query heads are just more queries.
+        by_head = q.index_select(0, self.padded).view(self.count, -1, spec.kv_heads, spec.group, spec.head_dim)
+        queries = by_head.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        if spec.attn_softcap is not None:
+            attended = softmax_attention(queries, keys, values, self.mask, spec)
+        else:
+            attended = F.scaled_dot_product_attention(queries, keys, values, self.mask, scale=spec.attention_scale)
+        split = attended.view(self.count, spec.kv_heads, spec.group, -1, spec.head_dim)
+        attended = split.permute(0, 3, 1, 2, 4).reshape(len(self.padded), -1)
+        return attended if self.places is None else attended.index_select(0, self.places)
+
+
 class TorchPlan:
     """The parts of a batch, per distinct window."""
 
@@ -173,6 +204,8 @@ def softmax_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
 
 def _parts(batch: Batch, kv: KVCache, spec: Spec, window: int | None) -> list[Part]:
     """The groups of a batch for layers with this window, in token order where it matters."""
+    if not spec.causal:
+        return _whole_prompts(batch, kv)
     parts: list[Part] = []
     if batch.num_decode:
         parts += _decode_groups(batch, kv, spec, window)
@@ -269,6 +302,36 @@ def _chunk_group(chunk: Chunk, first: int, kv: KVCache, spec: Spec, window: int 
     return PrefillChunk(slice(first, first + chunk.length), slots, mask)
 
 
+def _whole_prompts(batch: Batch, kv: KVCache) -> list[Part]:
+    """Group prompts by length. Each call of the kernel costs more than some padding."""
+    if not batch.chunks:
+        return []
+    assert not batch.num_decode and all(c.start == 0 for c in batch.chunks), "who sees all tokens has them at once"
+    device, lengths = batch.ids.device, [c.length for c in batch.chunks]
+    firsts = np.cumsum([0, *lengths[:-1]])
+    groups = group_by_length(lengths)
+    parts: list[Part] = []
+    for group in groups:
+        count, width = len(group), max(lengths[i] for i in group)
+        own, column = np.array([lengths[i] for i in group])[:, None], np.arange(width)
+        real = column < own
+        tokens = torch.from_numpy((firsts[group][:, None] + np.where(real, column, 0)).ravel()).to(device)
+        mask = places = None
+        rows: Tensor | slice = slice(0, len(batch.ids))
+        padded = tokens
+        if not real.all():
+            beyond = torch.from_numpy(~real).to(device)[:, None, None]
+            mask = torch.zeros(beyond.shape, dtype=kv.read_dtype, device=device).masked_fill_(beyond, float("-inf"))
+            places = torch.from_numpy(np.flatnonzero(real)).to(device)
+        if len(groups) > 1:
+            rows = tokens if places is None else tokens.index_select(0, places)
+            starts = np.concatenate([[0], np.cumsum(own[:-1, 0])])[:, None]
+            padded = torch.from_numpy((starts + np.where(real, column, 0)).ravel()).to(device)
+        slots = batch.kv_slots.long().index_select(0, tokens)
+        parts.append(WholePrompts(rows, padded, slots, mask, places, count))
+    return parts
+
+
 def _head_rows(slots: Tensor, spec: Spec) -> Tensor:
     """`MatmulDecode.head_rows` of slots [N, L]."""
     rows = spec.kv_parts * spec.kv_heads
@@ -290,6 +353,10 @@ def make_backend(name: str, device: torch.device, spec: Spec, dtype: torch.dtype
         return TorchAttention()
     if device.type != "cuda":
         raise StartupError(f"--attention-backend {name} needs a GPU")
+    if not spec.causal:
+        if name != "auto":
+            raise StartupError(f"--attention-backend {name}: not for models that look ahead; take auto")
+        return TorchAttention()
     if spec.mla is not None:
         from .latent_attention import LatentAttention
 

@@ -19,7 +19,7 @@ from .attention import AttentionBackend, AttentionPlan
 from .batch import Batch
 from .head import Head
 from .kv_cache import KVCache
-from .layers import DenseMlp, Hidden, LinearMap, Ops, TorchOps
+from .layers import DenseMlp, Hidden, Linear, LinearMap, Ops, TorchOps
 from .mla import Latent, attend
 from .moe import Experts
 from .norms import NormWeights, is_head_rms, layer_norm, plain_qk_norm_
@@ -45,6 +45,14 @@ class LayerWeights:
 
 
 @dataclass(slots=True)
+class ScoreWeights:
+    """See spec.Score; float32 whatever the model's dtype."""
+
+    dense: Linear | None
+    labels: Linear
+
+
+@dataclass(slots=True)
 class Weights:
     """A whole model."""
 
@@ -52,9 +60,13 @@ class Weights:
     """[vocab, hidden]"""
     positions: Tensor | None
     """[learned_positions, hidden]"""
+    token_types: Tensor | None
+    """[token_types, hidden]"""
+    embed_norm: NormWeights | None
     layers: list[LayerWeights]
-    norm: NormWeights
-    head: Head
+    norm: NormWeights | None
+    head: Head | None
+    score: ScoreWeights | None
 
 
 class Layers(Protocol):
@@ -86,7 +98,7 @@ class Step:
 def check_supported(spec: Spec) -> None:
     """Raise StartupError naming the fields of the spec that this decoder does not implement."""
     unsupported = {
-        "causal": not spec.causal,
+        "causal": not spec.causal and (spec.lm_head or spec.mla is not None or spec.windows != ()),
         "mla": spec.mla is not None and (spec.qk_norm is not None or spec.clip_qkv is not None),
         "local_rope": _differ_in_shape(spec.rope, spec.local_rope),
     }
@@ -135,6 +147,7 @@ class Decoder:
         R rows in the order of batch.logit_rows, all T tokens where that is None. Tokens whose logits are not wanted
         go through the attention of the last layer (for their keys and values) and no further.
         """
+        assert self.weights.head is not None, "this model has no logits"
         hidden = self._run(batch, kv, self.weights.head.product)
         if hidden is None:
             return torch.empty(0, self.spec.vocab, dtype=torch.float32, device=self.device)
@@ -142,11 +155,14 @@ class Decoder:
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
-        """As `forward`, but return what comes before the head, normed hidden states [R, hidden]; R is not 0.
+        """As `forward`, but return what comes before the head, normed hidden states [R, hidden].
 
-        For rows whose logits would take too much memory at once: `logits` may be asked for some of them.
+        For models without a head, and for rows whose logits would take too much memory at once: `logits` may be asked
+        for some of them.
         """
         hidden = self._run(batch, kv, None)
+        if hidden is None:
+            return torch.empty(0, self.spec.hidden, dtype=self.dtype, device=self.device)
         assert isinstance(hidden, Tensor)
         return hidden
 
@@ -172,7 +188,11 @@ class Decoder:
         x = F.embedding(batch.ids, self.weights.embed)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
-        return x if self.weights.positions is None else x + F.embedding(batch.positions, self.weights.positions)
+        if self.weights.positions is not None:
+            x = x + F.embedding(batch.positions, self.weights.positions)
+        if self.weights.token_types is not None:
+            x = x + self.weights.token_types[0]
+        return self._norm(x, self.weights.embed_norm)
 
     # ------------------------------------------------------------------ the layers, both return None for no rows
 
@@ -211,14 +231,20 @@ class Decoder:
                 if not len(step.rows):
                     return None
                 attended, x, residual = (t.index_select(0, step.rows) for t in (attended, x, residual))
-            delta = self._norm(layer.o(attended), layer.attention_out_norm)
+            delta = layer.o(attended)
             if spec.layout == "parallel":
                 delta = delta + self._mlp(layer, x)
-            residual = torch.add(residual, delta, alpha=spec.residual_scale)
+            residual = self._add(residual, delta, layer.attention_out_norm)
             if spec.layout != "parallel":
-                delta = self._norm(self._mlp(layer, self._norm(residual, layer.mlp_norm)), layer.mlp_out_norm)
-                residual = torch.add(residual, delta, alpha=spec.residual_scale)
+                delta = self._mlp(layer, self._norm(residual, layer.mlp_norm))
+                residual = self._add(residual, delta, layer.mlp_out_norm)
         return self._norm(residual, self.weights.norm)
+
+    def _add(self, residual: Tensor, delta: Tensor, norm: NormWeights | None) -> Tensor:
+        """The residual stream with what a part adds to it; `norm` is of that, or of their sum."""
+        if self.spec.layout == "post_sum":
+            return self._norm(torch.add(residual, delta, alpha=self.spec.residual_scale), norm)
+        return torch.add(residual, self._norm(delta, norm), alpha=self.spec.residual_scale)
 
     def _norm(self, x: Tensor, weights: NormWeights | None) -> Tensor:
         if weights is None:
@@ -252,6 +278,7 @@ class Decoder:
 
     def logits(self, hidden: Hidden) -> Tensor:
         """Normed hidden states [R, hidden] -> logits float32 [R, vocab]."""
+        assert self.weights.head is not None, "this model has no logits"
         logits = self.weights.head(hidden)
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale

@@ -5,16 +5,18 @@ in dense_families.py, sparse_families.py or remote_families.py (docs/models.md h
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from ..config import Pooling
 from ..errors import StartupError
 from . import dense_families as dense
+from . import encoder_families as encoders
 from . import remote_families as remote
 from . import sparse_families as sparse
 from .names import PLAIN, Names, by_head, gate_up, grouped_qkv, qkv, stacked, transposed
 from .rope_config import Config
-from .spec import Spec
+from .spec import Score, Spec
 
 FUSED: Final = Names(cuts={"qkv_proj": qkv, "gate_up_proj": gate_up})
 SANDWICH: Final = Names(
@@ -132,6 +134,37 @@ CHATGLM: Final = Names(
     ),
     {"query_key_value": qkv, "dense_h_to_4h": gate_up},
 )
+BERT: Final = Names(
+    (
+        (r"^(bert|roberta)\.", ""),
+        (r"\.gamma$", ".weight"),
+        (r"\.beta$", ".bias"),
+        (r"^embeddings\.word_embeddings\.", "model.embed_tokens."),
+        (r"^embeddings\.position_embeddings\.", "model.embed_positions."),
+        (r"^embeddings\.token_type_embeddings\.", "model.token_types."),
+        (r"^embeddings\.LayerNorm\.", "model.embed_norm."),
+        (r"^encoder\.layer\.", "model.layers."),
+        (r"\.attention\.self\.query\.", ".self_attn.q_proj."),
+        (r"\.attention\.self\.key\.", ".self_attn.k_proj."),
+        (r"\.attention\.self\.value\.", ".self_attn.v_proj."),
+        (r"\.attention\.output\.dense\.", ".self_attn.o_proj."),
+        (r"\.attention\.output\.LayerNorm\.", ".attention_out_norm."),
+        (r"\.intermediate\.dense\.", ".mlp.up_proj."),
+        (r"\.output\.dense\.", ".mlp.down_proj."),
+        (r"\.output\.LayerNorm\.", ".mlp_out_norm."),
+        (r"^(pooler|classifier)\.dense\.", "score.dense."),
+        (r"^classifier\.(out_proj\.)?", "score.labels."),
+    ),
+    unused=r"^cls\.|^lm_head\.|^embeddings\.(position_ids|token_type_ids)$",
+)
+ROBERTA: Final = replace(BERT, cuts={"embed_positions": encoders.from_padding})
+BASE: Final = (
+    (r"^(?=(embed_tokens|layers|norm)\.)", "model."),
+    (r"^score\.(?=weight$|bias$)", "score.labels."),
+    (r"^score\.0\.", "score.dense."),
+    (r"^score\.2\.", "score.labels."),
+)
+"""Of models without a language model's head: the bare decoder's names, and those of classification heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +176,7 @@ class Family:
 
 
 FAMILIES: Final[dict[str, Family]] = {
+    "bert": Family(encoders.bert, BERT),
     "chatglm": Family(remote.chatglm, CHATGLM),
     "cohere": Family(dense.cohere, COHERE),
     "cohere2": Family(dense.cohere2),
@@ -171,14 +205,31 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen2_moe": Family(sparse.qwen2_moe, QWEN2_MOE),
     "qwen3": Family(dense.qwen3),
     "qwen3_moe": Family(sparse.qwen3_moe),
+    "roberta": Family(encoders.roberta, ROBERTA),
     "smollm3": Family(dense.smollm3),
     "stablelm": Family(dense.stablelm, STABLELM),
+    "xlm-roberta": Family(encoders.roberta, ROBERTA),
 }
 
 
-def names_of(config: Config) -> Names:
-    """How the tensors of a config's checkpoint are named; `spec_of` has taken it."""
-    return FAMILIES[config["model_type"]].names
+def names_of(config: Config, pooled: bool = False) -> Names:
+    """How the tensors of a config's checkpoint are named; `spec_of`, or else `pooled_spec`, has taken it."""
+    names = FAMILIES[config["model_type"]].names
+    return replace(names, rewrites=(*names.rewrites, *BASE)) if pooled else names
+
+
+def pooled_spec(config: Config, pooling: Pooling) -> Spec:
+    """Return the Spec of a model that ends in hidden states, or in a classification head. Raises as `spec_of`."""
+    score = score_of(config, pooling) if pooling.task == "classify" else None
+    return replace(spec_of(config), causal=pooling.causal, lm_head=False, score=score)
+
+
+def score_of(config: Config, pooling: Pooling) -> Score:
+    """The classification head of a model's architecture: BERT's have a pooler, reward models two maps."""
+    if config["model_type"] in encoders.FAMILIES:
+        return Score(pooling.width, bias=True, dense="tanh")
+    reward = str(config["architectures"][0]).endswith("ForRewardModel")
+    return Score(pooling.width, bias=reward, dense="relu" if reward else None)
 
 
 def spec_of(config: Config) -> Spec:
@@ -189,6 +240,8 @@ def spec_of(config: Config) -> Spec:
         raise StartupError(f"model_type {model_type!r} is not served yet; served: {', '.join(sorted(FAMILIES))}")
     try:
         spec = family.read(config)
+        if config.get("is_causal") is False:
+            spec = replace(spec, causal=False)
         _check_shape(spec)
     except KeyError as error:
         raise StartupError(f"config.json lacks {error.args[0]!r}, which model_type {model_type!r} needs") from None

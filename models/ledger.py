@@ -79,10 +79,19 @@ def parameters(spec: Spec) -> int:
     """Number of weights that `places.allocate` makes."""
     h = spec.hidden
     norm = h * (2 if spec.norm.bias else 1)
-    norms = {"pre": 2, "parallel": 1, "sandwich": 4, "post": 2}[spec.layout]
-    tables = (spec.vocab * (1 if spec.tied else 2) + spec.learned_positions) * h
+    norms = {"pre": 2, "parallel": 1, "sandwich": 4, "post": 2, "post_sum": 2}[spec.layout] * spec.layers
+    norms += (spec.layout != "post_sum") + spec.embed_norm
+    heads = 1 if spec.lm_head and not spec.tied else 0
+    tables = (spec.vocab * (1 + heads) + spec.learned_positions + spec.token_types) * h
     mlps = sum(_experts(spec) if spec.sparse(i) else _mlp(spec, spec.inter) for i in range(spec.layers))
-    return tables + norm + spec.layers * (norms * norm + _attention(spec)) + mlps
+    return tables + norms * norm + spec.layers * _attention(spec) + mlps + _score(spec)
+
+
+def _score(spec: Spec) -> int:
+    h, score = spec.hidden, spec.score
+    if score is None:
+        return 0
+    return score.labels * (h + score.bias) + (h * (h + 1) if score.dense is not None else 0)
 
 
 def _attention(spec: Spec) -> int:
@@ -236,7 +245,7 @@ class Demand:
     spec: Spec
     """As sharded: what this GPU holds."""
     vocab: int
-    """Of the whole model: logits are drawn from all of it."""
+    """Of the whole model: logits are drawn from all of it. 1 for a model without."""
     itemsize: int
     """Bytes of a weight and of an activation."""
     kv_itemsize: int
@@ -265,11 +274,13 @@ def demand_of(
 ) -> Demand:
     """What `config` asks of each GPU, in the model's resolved `dtype`. Raises StartupError for a bad --tp-size."""
     slots = config.max_running_requests or SLOTS["cuda"]
-    largest_graph = 0 if config.disable_cuda_graph else min(slots, config.cuda_graph_max_bs or slots)
+    largest_graph = (
+        0 if config.disable_cuda_graph or not spec.lm_head else min(slots, config.cuda_graph_max_bs or slots)
+    )
     kv = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return Demand(
         spec=sharded(spec, config.tp_size),
-        vocab=spec.vocab,
+        vocab=spec.vocab if spec.lm_head else 1,
         itemsize=ITEMSIZE[dtype],
         kv_itemsize=ITEMSIZE[kv],
         page_size=config.page_size,

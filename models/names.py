@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 EMBED: Final = "model.embed_tokens.weight"
 POSITIONS: Final = "model.embed_positions.weight"
+TOKEN_TYPES: Final = "model.token_types.weight"
+EMBED_NORM: Final = "model.embed_norm"
 FINAL_NORM: Final = "model.norm"
 HEAD: Final = "lm_head.weight"
+SCORE: Final = "score."
+"""Prefix of a classification head's maps, `dense` and `labels`."""
 LAYER: Final = "model.layers.{}."
 """Prefix of a layer's tensors."""
 ATTENTION_NORM: Final = "input_layernorm"
@@ -41,6 +45,8 @@ class Names:
     """By the rewritten name's module, the part before `.weight` or `.bias`."""
     more_layers: bool = False
     """A checkpoint may have more layers than config.json says, for predicting several tokens: they are left out."""
+    unused: str | None = None
+    """Regular expression for those of our names that a checkpoint may have and nothing needs."""
 
 
 PLAIN: Final = Names()

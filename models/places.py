@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import StartupError
 from .assembly import Keeper
-from .decoder import LayerWeights, Weights
+from .decoder import LayerWeights, ScoreWeights, Weights
 from .head import Head
 from .layers import DenseMlp, Linear, LinearMap
 from .mla import Latent
@@ -22,16 +22,19 @@ from .names import (
     ATTENTION_NORM,
     ATTENTION_OUT_NORM,
     EMBED,
+    EMBED_NORM,
     FINAL_NORM,
     HEAD,
     LAYER,
     MLP_NORM,
     MLP_OUT_NORM,
     POSITIONS,
+    SCORE,
+    TOKEN_TYPES,
 )
 from .norms import NormWeights
 from .quantized import QuantizedLinear, kind_of, takes
-from .spec import Spec
+from .spec import Score, Spec
 
 Blocks = dict[str, Tensor]
 """Our name -> quantized rows, uint8 [outputs, bytes]; views of the mapped file."""
@@ -74,14 +77,36 @@ class Allocation:
         embed = self._table(EMBED, spec.vocab)
         positions = self._table(POSITIONS, spec.learned_positions) if spec.learned_positions else None
         layers = [self._layer(i) for i in range(spec.layers)]
+        return Weights(
+            embed=embed,
+            positions=positions,
+            token_types=self._table(TOKEN_TYPES, spec.token_types) if spec.token_types else None,
+            embed_norm=self._norm(EMBED_NORM) if spec.embed_norm else None,
+            layers=layers,
+            norm=None if spec.layout == "post_sum" else self._norm(FINAL_NORM),
+            head=self._head(embed) if spec.lm_head else None,
+            score=self._score(spec.score) if spec.score is not None else None,
+        )
+
+    def _head(self, embed: Tensor) -> Head:
+        spec = self.spec
         head = quantized_map({EMBED if spec.tied else HEAD: (spec.vocab, spec.hidden)}, self.blocks, None)
-        if head is None:
-            head = Linear(embed if spec.tied else self._table(HEAD, spec.vocab), None)
-        return Weights(embed, positions, layers, self._norm(FINAL_NORM), Head(head))
+        return Head(head or Linear(embed if spec.tied else self._table(HEAD, spec.vocab), None))
+
+    def _score(self, score: Score) -> ScoreWeights:
+        hidden = self.spec.hidden
+        dense = self._wide_linear(SCORE + "dense", hidden, True) if score.dense is not None else None
+        return ScoreWeights(dense, self._wide_linear(SCORE + "labels", score.labels, score.bias))
+
+    def _wide_linear(self, name: str, outputs: int, biased: bool) -> Linear:
+        """A linear map of hidden states, in float32."""
+        weight = self._place(name + ".weight", self._new(outputs, self.spec.hidden, wide=True))
+        return Linear(weight, self._place(name + ".bias", self._new(outputs, wide=True)) if biased else None)
 
     def _layer(self, index: int) -> LayerWeights:
         spec, prefix = self.spec, LAYER.format(index)
-        before, after = spec.layout != "post", spec.layout in ("post", "sandwich")
+        after = spec.layout in ("post", "post_sum", "sandwich")
+        before = not after or spec.layout == "sandwich"
         mlp_norm = before and spec.layout != "parallel"
         attention = prefix + "self_attn."
         values = spec.value_dim if spec.mla is None else spec.mla.v

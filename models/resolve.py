@@ -12,10 +12,12 @@ from typing import Any
 from ..config import EngineConfig, ModelInfo, Thoughts
 from ..errors import StartupError
 from .cache import Progress, cache_folder, locked, no_progress, publish
-from .embedded import NAME, embedded_model
+from .embedded import BY_NAME, NAME, embedded_model
+from .encoder_families import positions_of
 from .gguf import FORMAT, convert
 from .hub import hub_model, is_hub_name
 from .parsers import guess, reasoning_family, tool_family
+from .pooling import longest_text, pooling_of
 from .reasoning_parser import ReasoningFamily
 from .tokenizer import chat_templates
 
@@ -38,14 +40,16 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         raise StartupError(
             f"{folder / 'config.json'} has no model_type or no vocab_size: not a language model's folder"
         )
+    pooling = pooling_of(folder, facts, config)
     return ModelInfo(
         name=config.served_model_name or name,
         path=str(folder),
         model_type=facts["model_type"],
         vocab_size=vocab_size,
-        context_length=_context_length(facts, config.context_length),
+        context_length=_context_length(facts, config.context_length, longest_text(folder) if pooling else None),
         eos_ids=_eos_ids(folder, facts),
         has_chat_template=_has_chat_template(folder, config),
+        pooling=pooling,
         **_parsers(folder, config),
     )
 
@@ -61,6 +65,8 @@ def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
     if config.model is None:
         return Path(embedded_model(progress)), NAME
     path, name = Path(config.model).expanduser(), None
+    if not path.exists() and config.model in BY_NAME:
+        return Path(BY_NAME[config.model](progress)), config.model
     if not path.exists():
         if not is_hub_name(config.model):
             raise StartupError(f"--model {config.model}: no such file or folder")
@@ -162,18 +168,22 @@ def vocabulary(facts: dict[str, Any]) -> Any:
     return facts.get("padded_vocab_size", facts.get("vocab_size"))
 
 
-def _context_length(facts: dict[str, Any], wanted: int | None) -> int:
-    """The longest context to serve, in tokens: the model's, or a shorter one if so configured."""
+def _context_length(facts: dict[str, Any], wanted: int | None, usual: int | None) -> int:
+    """The longest context to serve, in tokens: the model's, or a shorter one if so configured.
+
+    `usual`: the model was trained with no longer ones; those that are configured may be longer.
+    """
     own = next((facts[key] for key in CONTEXT_KEYS if isinstance(facts.get(key), int)), None)
     if own is not None and isinstance(facts.get("seq_length"), int):
         own = min(own, facts["seq_length"])  # Qwen 1: beyond it the model would change its rope and scores
+    own = positions_of(facts, own)
     if own is None:
         if wanted is None:
             raise StartupError("config.json does not tell the model's context length; pass --context-length")
         return wanted
     if wanted is not None and wanted > own:
         raise StartupError(f"--context-length {wanted} is more than the model's {own}")
-    return wanted or own
+    return wanted or min(own, usual or own)
 
 
 def _eos_ids(folder: Path, facts: dict[str, Any]) -> tuple[int, ...]:

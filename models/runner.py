@@ -25,7 +25,8 @@ NOTHING: Final = np.empty(0, dtype=np.int64)
 class ChunkWork:
     """These tokens follow the first `start` ones of a slot: of its prompt, or in a slot that decodes its last token and
     forced ones; with `draws` the last one's logits are wanted. `targets`: given tokens whose logprobs are wanted, those
-    that follow the chunk's tokens from its `score_from`-th on."""
+    that follow the chunk's tokens from its `score_from`-th on. `ends`: the prompt ends here, and a vector of it is
+    wanted, not a token."""
 
     slot: int
     start: int
@@ -33,6 +34,7 @@ class ChunkWork:
     draws: bool
     score_from: int = 0
     targets: np.ndarray = field(default_factory=lambda: NOTHING)
+    ends: bool = False
 
 
 @dataclass(slots=True)
@@ -142,6 +144,29 @@ class Runner:
             logits = self.decoder.forward(batch, self.kv)
         positions = torch.cat([inputs.draw_positions, draw_positions])
         return StepLogits(logits, torch.cat([rows, slots]), positions, scored)
+
+    def states(self, chunks: list[ChunkWork], wanted: np.ndarray) -> Tensor:
+        """Run one forward over the chunks, and nothing else.
+
+        Returns the normed hidden states [n, hidden] of `wanted` int64 [n], places in the chunks' tokens.
+        """
+        (ids, positions, kv_slots), _ = self.chunk_inputs(chunks, 0)
+        n = len(ids)
+        packed = upload(np.concatenate([ids, positions, kv_slots, wanted]), self.device).to(self.index_dtype)
+        parts = torch.split(packed, [n, n, n, len(wanted)])
+        nobody = self.upload_rows(NOTHING)
+        batch = Batch(
+            ids=parts[0],
+            positions=parts[1],
+            kv_slots=parts[2],
+            decode_tables=self.slots.tables,
+            decode_rows=nobody,
+            decode_lengths=nobody.to(torch.int32),
+            max_decode_length=0,
+            logit_rows=parts[3],
+            chunks=self._chunks(chunks),
+        )
+        return self.decoder.hidden(batch, self.kv)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if len(hidden):

@@ -109,8 +109,21 @@ class Moe:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """A classification head in the place of the language model's: from one hidden state to a logit for each label."""
+
+    labels: int
+    bias: bool = False
+    dense: Literal["tanh", "relu"] | None = None
+    """logits = labels(act(dense(x))), hidden to hidden with a bias; None: labels(x)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
-    """A decoder-only transformer. Widths in elements, lengths in tokens."""
+    """A transformer of one stack of layers: a decoder, or with `causal` False an encoder.
+
+    Widths in elements, lengths in tokens.
+    """
 
     vocab: int
     hidden: int
@@ -133,6 +146,10 @@ class Spec:
     """[layers] layers without rope; (): none."""
     learned_positions: int = 0
     """Rows of a learned position table added to the embedding (GPT-2)."""
+    token_types: int = 0
+    """Rows of a table of which the first is added to every embedding (BERT: all tokens are of the first segment)."""
+    embed_norm: bool = False
+    """Embeddings are normalised before the first layer."""
 
     qkv_bias: bool = False
     o_bias: bool = False
@@ -147,13 +164,14 @@ class Spec:
     windows: tuple[int | None, ...] = ()
     """[layers] a token sees itself and window - 1 tokens before it; None: all. (): no layer has a window."""
     causal: bool = True
+    """False: every token sees all others of its prompt, which must come in one chunk."""
 
     act: Act = "silu"
     gated: bool = True
     """mlp = down(act(gate(x)) * up(x)), else down(act(up(x)))."""
-    layout: Literal["pre", "parallel", "sandwich", "post"] = "pre"
+    layout: Literal["pre", "parallel", "sandwich", "post", "post_sum"] = "pre"
     """Where the norms sit around attention and MLP: before each; before both, which run side by side; before and after
-    each; after each."""
+    each; after each; after each one's sum with its input, and then none at the end (the first transformers, BERT)."""
 
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -162,6 +180,9 @@ class Spec:
     logit_softcap: float | None = None
     tied: bool = False
     """lm_head is the embedding table."""
+    lm_head: bool = True
+    """False: the model ends in hidden states, for embeddings or `score`."""
+    score: Score | None = None
 
     moe: Moe | None = None
     mla: Mla | None = None

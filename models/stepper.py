@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..sampler.reference import Sampled
 from .graphs import StepGraphs
+from .pooler import Pooler
 from .runner import ChunkWork, Runner, StepLogits
 
 MOST_SCORED: Final = 128
@@ -63,7 +64,7 @@ class StepRows:
 class Step:
     """A launched step. `done_ns` (CLOCK_MONOTONIC-like perf_counter) is set once it is ready."""
 
-    __slots__ = ("_event", "_out", "_sampled", "done_ns", "scores", "slots")
+    __slots__ = ("_event", "_out", "_sampled", "_vectors", "done_ns", "scores", "slots")
 
     def __init__(
         self,
@@ -72,9 +73,11 @@ class Step:
         sampled: Sampled | None,
         event: torch.cuda.Event | None,
         scores: Sampled | None = None,
+        vectors: Tensor | None = None,
     ) -> None:
         self.slots = slots
         self.scores = scores
+        self._vectors = vectors
         self._out = out
         self._sampled = sampled
         self._event = event
@@ -90,6 +93,10 @@ class Step:
         if self._event is not None:
             self._event.synchronize()
             self.done_ns = time.perf_counter_ns()
+
+    def vectors(self) -> np.ndarray | None:
+        """Return what the prompts were pooled to, float32 [len(slots), width]; None where none was to be."""
+        return None if self._vectors is None else self._vectors.numpy()
 
     def rows(self) -> StepRows | None:
         """Return the results; None for a step that drew nothing."""
@@ -119,12 +126,14 @@ class Step:
 
 
 class Stepper:
-    """`graphs` replay the steps that fit in one, where there are any; all else runs eagerly."""
+    """`graphs` replay the steps that fit in one, where there are any; all else runs eagerly. With a `pooler` nothing is
+    drawn: steps are of chunks only, and end in vectors."""
 
-    def __init__(self, runner: Runner, drawer: Drawer, graphs: StepGraphs | None) -> None:
+    def __init__(self, runner: Runner, drawer: Drawer, graphs: StepGraphs | None, pooler: Pooler | None = None) -> None:
         self.runner = runner
         self.drawer = drawer
         self.graphs = graphs
+        self.pooler = pooler
         self.device = runner.device
         self.exact = self.device.type == "cpu" or getattr(runner.decoder.attention, "needs_host_lengths", False)
         """The host knows all lengths, because it waits for each step."""
@@ -137,6 +146,8 @@ class Stepper:
     @torch.inference_mode()
     def launch(self, decoding: np.ndarray, chunks: list[ChunkWork]) -> Step:
         """Start one step over the decoding slots (distinct, int) and the chunks; deltas were flushed before."""
+        if self.pooler is not None:
+            return self._pool(self.pooler, chunks)
         drawing = [c.slot for c in chunks if c.draws]
         slots = np.concatenate([decoding, np.array(drawing, dtype=np.int64)]).astype(np.int64)
         if not len(slots) and not chunks:
@@ -155,6 +166,14 @@ class Stepper:
         self.runner.slots.advance(forward.slots, forward.positions, sampled.ids, sampled.finish, out)
         return self._collect(slots, out, sampled, scores)
 
+    def _pool(self, pooler: Pooler, chunks: list[ChunkWork]) -> Step:
+        """Compute prompt chunks; the step's slots are those whose prompts end."""
+        slots = np.array([c.slot for c in chunks if c.ends], dtype=np.int64)
+        if not chunks:
+            return Step(slots, None, None, None)
+        vectors = pooler.vectors(self.runner.states(chunks, pooler.rows(chunks)), chunks)
+        return self._collect(slots, None, None, vectors=vectors if len(slots) else None)
+
     def _score(self, hidden: Tensor, chunks: list[ChunkWork]) -> Sampled:
         """The logprobs of the chunks' targets, some at a time; hidden [targets, hidden]."""
         slots = np.repeat([c.slot for c in chunks], [len(c.targets) for c in chunks])
@@ -171,17 +190,22 @@ class Stepper:
         return self.runner.decode(self.runner.upload_rows(decoding), decoding if self.exact else None)
 
     def _collect(
-        self, slots: np.ndarray, out: Tensor | None, sampled: Sampled | None, scores: Sampled | None = None
+        self,
+        slots: np.ndarray,
+        out: Tensor | None,
+        sampled: Sampled | None,
+        scores: Sampled | None = None,
+        vectors: Tensor | None = None,
     ) -> Step:
         """Start the copies to the host."""
         if self.device.type == "cpu":
-            return Step(slots, out, sampled, None, scores)
+            return Step(slots, out, sampled, None, scores, vectors)
         if sampled is not None:
             sampled = logprobs_to_host(sampled, len(slots))
         if scores is not None:
             scores = logprobs_to_host(scores, None)
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        step = Step(slots, to_host(out), sampled, event, scores)
+        step = Step(slots, to_host(out), sampled, event, scores, to_host(vectors))
         event.record()
         if self.exact:
             step.wait()

@@ -72,6 +72,8 @@ class Tokenizer:
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
         self.eos_ids = files.eos_ids or tuple(i for i in (self._id("eos_token"),) if i is not None)
+        self.text_end = self._id("eos_token") if files.config.get("add_eos_token") is True else None
+        """Token that embedding models of this tokenizer want behind a text, whatever tokenizer.json says."""
         self.scheme = byte_scheme(json.loads(_decoder_json(core)))
         longest = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
         self.chars_per_token = None if self.scheme is None else COMPOSED * longest
@@ -91,6 +93,19 @@ class Tokenizer:
         Raises RequestError for text that has no UTF-8 form.
         """
         return self._encode(self.core, text, add_special_tokens)
+
+    def encode_first(self, text: str, most: int) -> list[int]:
+        """The first of `encode`'s tokens, `most` in all with those that it adds; never fewer than these.
+
+        Raises as `encode`.
+        """
+        try:
+            encoding = self.core.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise RequestError("the text holds half of a surrogate pair, which is no character") from error
+        encoding.truncate(max(0, most - self.core.num_special_tokens_to_add(False)))
+        ids: list[int] = self.core.post_process(encoding, add_special_tokens=True).ids
+        return ids
 
     def encode_chat(self, masked: str) -> list[int]:
         """Token ids of what a chat template rendered from masked strings: the template's control tokens are live."""

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import EngineConfig
+from ..config import EngineConfig, Pooling
 from ..errors import StartupError
 from .assembly import Assembly, Collector, Keeper, part_pieces
 from .attention import make_backend
@@ -28,14 +28,14 @@ from .cpu_decoder import CpuLayers, fits
 from .cpu_kernels import kernels
 from .cpu_ops import CpuOps
 from .decoder import Decoder, Weights, check_supported
-from .families import names_of, spec_of
+from .families import names_of, pooled_spec, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import DenseMlp, Linear, LinearMap, Ops, TorchOps
 from .ledger import CHUNK
 from .moe import Experts
-from .names import HEAD, Names, layer_of, pieces
+from .names import HEAD, SCORE, Names, layer_of, pieces
 from .places import Blocks, Place, allocate, check_blocks
 from .quantization import ONLINE, Quantization, quantization_of
 from .quantized import dequantise
@@ -56,14 +56,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DUMMY_STD = 0.02
 
 
-def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder:
+def load_decoder(path: str, config: EngineConfig, progress: Progress, pooling: Pooling | None = None) -> Decoder:
     """Load the model folder at `path` and return its Decoder; `progress` gets fractions from 0 to 1.
 
+    With `pooling` it ends in hidden states or in a classification head: it has no logits.
     Raises StartupError for a model that is not served, broken files, or tensors missing, left over or misshapen.
     """
     folder = Path(path)
     facts = read_config(folder)
-    spec = spec_of(facts)
+    spec = spec_of(facts) if pooling is None else pooled_spec(facts, pooling)
     check_supported(spec)
     device = pick_device(config.device)
     blocks = kept_blocks(config, folder, device)
@@ -74,7 +75,8 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     check_dtype(spec, device, dtype)
     progress(0.0)
     ops = make_ops(config, device, spec, on_cpu_kernels)
-    source = Source(folder, spec, names_of(facts), quantization, device, config.load_format == "dummy")
+    names = names_of(facts, pooled=pooling is not None)
+    source = Source(folder, spec, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
     weights, places = allocate(spec, device, dtype, blocks, keeper)
     assemblies = {} if keeper is None else keeper.assemblies
@@ -85,7 +87,7 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress) -> Decoder
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    if on_cpu_kernels and config.attention_backend == "auto":
+    if on_cpu_kernels and spec.causal and config.attention_backend == "auto":
         attention = CpuAttention(attention)
     layers = CpuLayers(spec, weights) if on_cpu_kernels and fits(spec, weights) else None
     return Decoder(spec, weights, attention, device, dtype, ops, layers)
@@ -256,13 +258,15 @@ class Source:
                 raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
 
     def needless(self, name: str, weight: Tensor | Part) -> bool:
-        """Whether a decoder does without a tensor: a tied head, layers for predicting several tokens, and the zeros
-        that quantizers keep as biases of maps without."""
-        layer = layer_of(name)
+        """Whether a model does without a tensor: a head that is tied or not asked, layers for predicting several
+        tokens, and the zeros that quantizers keep as biases of maps without."""
+        layer, spec, names = layer_of(name), self.spec, self.names
         biases = self.collector is not None and name.endswith(".bias")
         return (
-            (self.spec.tied and name == HEAD)
-            or (self.names.more_layers and layer is not None and layer >= self.spec.layers)
+            (name == HEAD and (spec.tied or not spec.lm_head))
+            or (name.startswith(SCORE) and spec.score is None)
+            or (names.more_layers and layer is not None and layer >= spec.layers)
+            or (names.unused is not None and re.search(names.unused, name) is not None)
             or (biases and isinstance(weight, Tensor) and not weight.any())
         )
 
@@ -299,9 +303,9 @@ def pack(weights: Weights, ops: Ops) -> None:
         mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
         if mlp is not None:
             _pack_mlp(mlp, ops)
-    head = weights.head.product
-    if isinstance(head, Linear):
-        weights.head = Head(head, ops.head(head.weight))
+    head = weights.head
+    if head is not None and isinstance(head.product, Linear):
+        weights.head = Head(head.product, ops.head(head.product.weight))
 
 
 def _pack_mlp(mlp: DenseMlp, ops: Ops) -> None:

@@ -29,15 +29,15 @@ def cpu_seconds(root: int) -> dict[str, float]:
     found = {"root": _seconds(root)}
     waiting = [root]
     while waiting:
-        for child in _children(waiting.pop()):
+        for child in children_of(waiting.pop()):
             waiting.append(child)
-            name = _node_name(child)
+            name = node_name(child)
             if name is not None:
                 found[name] = found.get(name, 0.0) + _seconds(child)
     return found
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
     children = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -45,7 +45,7 @@ def _children(pid: int) -> list[int]:
     return children
 
 
-def _node_name(pid: int) -> str | None:
+def node_name(pid: int) -> str | None:
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
 
@@ -27,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     In parallel it comes first: of what takes long, nothing is left for one worker at the end.
     """
     for item in items:
-        if "smollm" in getattr(item, "fixturenames", ()):
+        if {"smollm", "minilm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.real)
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("real") is None)
@@ -50,11 +51,24 @@ def smollm() -> str:
 
     Without a network and without a cache the test is skipped, in CI (CI=true) it fails.
     """
-    from actorserve.errors import StartupError
     from actorserve.models.embedded import embedded_model
 
+    return _fetched(embedded_model)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of the real all-MiniLM-L6-v2; as `smollm`."""
+    from actorserve.models.embedded import minilm_model
+
+    return _fetched(minilm_model)
+
+
+def _fetched(fetch: Callable[[], str]) -> str:
+    from actorserve.errors import StartupError
+
     try:
-        return embedded_model()
+        return fetch()
     except StartupError as error:
         if FAIL_WITHOUT_MODEL:
             pytest.fail(f"CI needs the real model: {error}")

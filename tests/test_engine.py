@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import actorserve
 from actorserve.actors import embedded_host, embedded_root
 from actorserve.actors.actor import Actor
 from actorserve.actors.messages import Cancel, Chunk, Chunks, Generate, PeerUp, Refused, Stats, TextInbox, TextPrompt
 from actorserve.actors.topology import ActorSpec, LaneSpec, NodeSpec, Topology
-from actorserve.config import ModelInfo
+from actorserve.config import ModelInfo, Pooling
 from actorserve.errors import EngineDown, Overloaded, RequestError, StartupError
 
 pytestmark = pytest.mark.anyio
@@ -25,6 +27,7 @@ BACKENDS = [("asyncio", {}), ("asyncio", {"use_uvloop": True}), ("trio", {})]
 MODEL = ModelInfo(name="fake", path="/fake", model_type="llama", vocab_size=100, context_length=64, eos_ids=(2,))
 STATS = Stats(0, 1, 10, 4, 5, 1, 100, 60, 40, 33, 0, 5, 6, 1500.0, True)
 WORDS = ["one", " two", " three"]
+EMBEDDING = Pooling(kind="last", task="embed", width=3)
 
 
 class FakeText(Actor):
@@ -113,6 +116,41 @@ async def test_lists_and_choices(make):
         assert len(await engine.generate(["a"])) == 1
         assert (await engine.generate([1, 2])).text == "one two three"
         assert len(await engine.generate([[1], [2, 3]])) == 2
+
+
+async def test_vectors(make, monkeypatch):
+    """Of one prompt or a list, by a model of the kind; others refuse."""
+    vector = np.array([3.0, 0.0, 4.0], dtype=np.float32)
+    answer = partial(Chunk, text="", ids=[], logprobs=[], finish="stop", matched=None, prompt_tokens=7)
+    monkeypatch.setattr(
+        FakeText,
+        "say",
+        lambda self, m, words: self.context.ref("client").post(
+            Chunks([answer(rid=m.rid, completion_tokens=0, cached_tokens=3, vector=vector.tobytes())])
+        ),
+    )
+    async with make() as engine:
+        with pytest.raises(RequestError, match="--is-embedding"):
+            await engine.embed("Hi")
+    monkeypatch.setattr(embedded_root, "resolve_model", lambda config, progress: replace(MODEL, pooling=EMBEDDING))
+    async with make() as engine:
+        one = await engine.embed("Hi", truncate_prompt_tokens=-1)
+        assert one.vector.dtype == np.float32 and np.allclose(one.vector, vector / 5)
+        assert (one.index, one.prompt_tokens, one.cached_tokens) == (0, 7, 3)
+        generate = await arrived(Generate)
+        assert generate.pooled and generate.prompt == TextPrompt("Hi", 64)
+        cut = await engine.embed(["a", "b"], dimensions=2, normalize=False)
+        assert [e.index for e in cut] == [0, 1] and cut[1].vector.tolist() == [3.0, 0.0]
+        assert len(await engine.embed([[1, 2], [3]])) == 2 and (await engine.embed([1, 2])).index == 0
+        for wrong, match in (({"dimensions": 4}, "dimensions"), ({"truncate_prompt_tokens": 65}, "truncate")):
+            with pytest.raises(RequestError, match=match):
+                await engine.embed("Hi", **wrong)
+        with pytest.raises(RequestError, match="no tokens"):
+            await engine.embed([])
+        with pytest.raises(RequestError, match="no text"):
+            await engine.generate("Hi")
+        with pytest.raises(RequestError, match="use embed"):
+            await engine.classify("Hi")
 
 
 async def test_stream_and_chat(make):

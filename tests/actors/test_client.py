@@ -65,7 +65,11 @@ def lane():
 
 @pytest.fixture
 def client(lane):
-    return Client(lane, EngineConfig(max_queued_requests=5), MODEL, index=3, epoch=2)
+    """After each test what is counted as being in the engine is what the table has."""
+    made = Client(lane, EngineConfig(max_queued_requests=5), MODEL, index=3, epoch=2)
+    yield made
+    assert made.admission.requests == len(made.table)
+    assert made.admission.bytes == sum(choice.cost for choice in made.table.values())
 
 
 def chunk(rid, text="x", finish=None, count=1):

@@ -371,6 +371,29 @@ def test_a_server_looks_inside(node):
         LOOP.call(replay, request, ScriptedBackend())
 
 
+def nested(depth, inner, around):
+    for _ in range(depth):
+        inner = around(inner)
+    return inner
+
+
+CHECK = {"type": "Check", "left": {"type": "Var", "name": "x"}, "operator": "truth"}
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        nested(40, TEXT, lambda inner: turns(1, inside=inner)),
+        turns(1, TEXT) | {"until": nested(40, CHECK, lambda inner: {"type": "Not", "part": inner})},
+        turns(1, TEXT) | {"until": nested(40, CHECK, lambda inner: {"type": "AllOf", "parts": [inner, CHECK]})},
+    ],
+)
+def test_a_server_takes_no_towers(node):
+    request = msgspec.convert({"program": [{"type": "Append", "state": 0, "nodes": [node]}]}, ProgramRequest)
+    with pytest.raises(RequestError, match="nested more than 32 deep"):
+        LOOP.call(replay, request, ScriptedBackend())
+
+
 @pytest.mark.parametrize("times, bodies", [(0, 1), (10_001, 1), (3, 2), (1, 0)])
 def test_loops_that_are_none_are_not_decoded(times, bodies):
     loop = {"type": "Repeat", "times": times, "bodies": [{"type": "Sequence", "items": [TEXT]}] * bodies}
@@ -386,21 +409,25 @@ def reply(text: str) -> str:
     return str(zlib.crc32(text.encode()) % 3)
 
 
-tests_of = st.recursive(
-    st.tuples(st.sampled_from(["eq", "lt"]), st.sampled_from(NAMES), st.integers(0, 2)),
-    lambda inner: st.tuples(st.sampled_from(["and", "or"]), inner, inner) | st.tuples(st.just("not"), inner),
-    max_leaves=3,
-)
-parts = st.recursive(
-    st.sampled_from([("text", "a"), ("text", "b ")])
-    | st.tuples(st.just("gen"), st.sampled_from(NAMES))
-    | st.tuples(st.just("var"), st.sampled_from(NAMES)),
-    lambda inner: (
-        st.tuples(st.just("when"), tests_of, st.lists(inner, max_size=3), st.lists(inner, max_size=2))
-        | st.tuples(st.just("repeat"), st.lists(inner, max_size=3), st.integers(1, 3), st.none() | tests_of)
-    ),
-    max_leaves=12,
-)
+checks = st.tuples(st.sampled_from(["eq", "lt"]), st.sampled_from(NAMES), st.integers(0, 2))
+conditions = (
+    checks | st.tuples(st.sampled_from(["and", "or"]), checks, checks) | st.tuples(st.just("not"), checks)
+)  # fmt: skip
+
+
+def parts(depth):
+    """Expressions with so many more inside of each other."""
+    plain = (
+        st.sampled_from([("text", "a"), ("text", "b ")])
+        | st.tuples(st.just("gen"), st.sampled_from(NAMES))
+        | st.tuples(st.just("var"), st.sampled_from(NAMES))
+    )
+    if not depth:
+        return plain
+    inner = st.lists(parts(depth - 1), max_size=3)
+    when = st.tuples(st.just("when"), conditions, inner, inner)
+    repeat = st.tuples(st.just("repeat"), inner, st.integers(1, 3), st.none() | conditions)
+    return plain | when | repeat
 
 
 def holds(test, values):
@@ -469,7 +496,7 @@ def joined(items):
 
 
 @settings(max_examples=examples(1000, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(items=st.lists(parts, max_size=4))
+@given(items=st.lists(parts(3), max_size=4))
 def test_any_program_does_what_the_slow_reference_does(server, items):
     server.answer = lambda text, *_: reply(text)
     values = dict.fromkeys(NAMES, "1")

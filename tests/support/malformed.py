@@ -94,7 +94,7 @@ HEADERS = [
     b"content-type: text/plain", b"content-type: multipart/form-data; boundary=x", b"content-encoding: gzip",
     b"authorization: Bearer \xff\xfe", b"x-request-id: " + b"r" * 300, b"last-event-id: 3", b"last-event-id: x-99",
     b"x-resumable: true", b"expect: 100-continue", b"accept: \x80", b"range: bytes=0-1,5-2", b"upgrade: websocket",
-    b"connection: upgrade", b"transfer-encoding: gzip", b"cookie: " + b"a=b;" * 500, b"host: evil", b"priority: u=9",
+    b"transfer-encoding: gzip", b"cookie: " + b"a=b;" * 500, b"host: evil", b"priority: u=9",
 ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ class Fuzzer:
         data = b"" if body is None else self._body(body)
         headers = [b"host: x", b"connection: close", b"content-type: application/json"]
         if rng.random() < 0.15:
-            headers[rng.randrange(3)] = rng.choice(HEADERS)
+            headers[rng.choice([0, 2])] = rng.choice(HEADERS)
         if path.startswith("/v1/files") and method == "POST" and rng.random() < 0.8:
             headers[2] = b"content-type: multipart/form-data; boundary=b"
             data = self._form()

@@ -45,8 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 def canaries(server: LiveServer) -> list[Any]:
-    """Three answers that must stay what they are."""
-    bodies = [{"prompt": f"canary {i}", "max_tokens": 24, "temperature": 0, "logprobs": 2} for i in range(3)]
+    """Three answers that must stay what they are. The stub draws by the seed whatever the temperature is."""
+    bodies = [{"prompt": f"canary {i}", "max_tokens": 24, "temperature": 0, "seed": i, "logprobs": 2} for i in range(3)]
     replies = [httpx.post(server.url + "/v1/completions", json=body, timeout=60).json() for body in bodies]
     return [reply["choices"] for reply in replies]
 
