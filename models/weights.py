@@ -87,7 +87,7 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress, pooling: P
     pack(weights, ops)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    if on_cpu_kernels and spec.causal and config.attention_backend == "auto":
+    if on_cpu_kernels and config.attention_backend == "auto":
         attention = CpuAttention(attention)
     layers = CpuLayers(spec, weights) if on_cpu_kernels and fits(spec, weights) else None
     return Decoder(spec, weights, attention, device, dtype, ops, layers)
