@@ -122,7 +122,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 30.0
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
-    tp_size: Annotated[Positive, Meta(description="tensor parallel ranks")] = 1
+    tp_size: Annotated[Positive, Meta(description="tensor parallel ranks: GPUs that share the model")] = 1
     attention_backend: Annotated[
         Literal["auto", "torch", "triton", "flashinfer"],
         Meta(description="auto: torch on CPU; on a GPU FlashInfer prefill where installed, Triton decode"),

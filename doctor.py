@@ -224,11 +224,13 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
 
     from .models.weights import pick_device
 
-    device = pick_device(config.device)
+    device = pick_device(config.device, 0, config.tp_size)
     if device.type == "cuda":
-        yield _gpu(torch)
+        yield _gpu(config, torch)
     else:
         yield _cpu(config, torch)
+    if config.tp_size > 1:
+        yield _ranks(config, device.type, torch)
     yield from _guarded("dtype", lambda: _paths(config, device, model))
     yield from _guarded("kernels", lambda: _kernels(config, device.type))
 
@@ -252,16 +254,28 @@ def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterat
     yield from _guarded("attention", lambda: _attention(config, device, facts, dtype))
 
 
-def _gpu(torch: Any) -> Finding:
+def _ranks(config: EngineConfig, device: str, torch: Any) -> Finding:
+    """How tensor parallel ranks talk to each other."""
+    if device == "cpu":
+        return Finding("ok", "ranks", f"{config.tp_size} processes on this CPU's cores, joined by gloo")
+    if not torch.distributed.is_nccl_available():
+        return Finding("fail", "ranks", "this torch was built without NCCL, which joins GPUs")
+    reached = sum(torch.cuda.can_device_access_peer(0, rank) for rank in range(1, config.tp_size))
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    text = f"{config.tp_size} GPUs joined by NCCL {version}, {reached} of the first one's peers directly"
+    return Finding("ok" if reached == config.tp_size - 1 else "warn", "ranks", text)
+
+
+def _gpu(config: EngineConfig, torch: Any) -> Finding:
     about = torch.cuda.get_device_properties(0)
-    others = torch.cuda.device_count() - 1
+    others = torch.cuda.device_count() - config.tp_size
     text = f"{about.name}, {about.total_memory / GIB:.0f} GiB, compute capability {about.major}.{about.minor}"
     text += f", CUDA {torch.version.cuda}" + (f"; {others} more stay unused" if others else "")
     return Finding("ok", "device", text)
 
 
 def _cpu(config: EngineConfig, torch: Any) -> Finding:
-    threads = config.cpu_threads or len(os.sched_getaffinity(0))
+    threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // config.tp_size)
     if config.device == "auto" and shutil.which("nvidia-smi"):
         reason = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         return Finding("warn", "device", f"CPU, {threads} threads: there is nvidia-smi, but {reason}")
@@ -284,8 +298,10 @@ def _attention(config: EngineConfig, device: Any, facts: dict[str, Any], dtype: 
     from .models.attention import make_backend
     from .models.families import spec_of
     from .models.kv_cache import kv_dtype
+    from .models.shard import sharded
 
-    backend = make_backend(config.attention_backend, device, spec_of(facts), dtype, kv_dtype(config, dtype))
+    spec = sharded(spec_of(facts), config.tp_size)
+    backend = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
     text = ATTENTION.get(type(backend).__name__, type(backend).__name__)
     if device.type == "cuda" and config.attention_backend == "auto" and _version("flashinfer-python") is None:
         yield Finding("warn", "attention", f"{text}; FlashInfer's faster prefill: pip install 'actorserve[gpu]'")

@@ -216,8 +216,6 @@ def as_text(subject: Subject, gpu: str, ledger: Ledger, table: list[dict[str, An
     lines += ["", f"KV: {ledger.tokens:,} tokens at {demand.page_bytes / demand.page_size / 1024:.1f} KiB each"]
     lines += limits_of(ledger)
     lines += ["", *table_lines(table, subject.gpu.measured)]
-    if config.tp_size > 1:
-        lines += ["", "NOTE `actorserve run` does not support --tp-size above 1 yet"]
     return "\n".join(lines)
 
 

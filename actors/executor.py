@@ -4,6 +4,10 @@ It takes Plans from the scheduler in order, applies their deltas and launches th
 tokens of each step are published as soon as they are on the host (StepOut), so clients stream every token although
 scheduling happens once a window. On a GPU a window is launched whole while the one before still runs; a thread waits
 for the device and wakes the actor. Invariant: it holds nothing that the scheduler could not send again.
+
+With tensor parallel ranks (--tp-size) each is an executor, rank 0 is the one that the scheduler knows, and hands its
+plans on to the others: so all have the same, whenever who dies. A step's work must then be the same on all ranks, and
+depend on nothing but plans: see `decoding`.
 """
 
 import contextlib
@@ -13,21 +17,25 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
+import torch
 import trio
 
 from ..config import EngineConfig
 from ..errors import StartupError
 from ..models.decoder import Decoder
+from ..models.group import DistributedGroup
 from ..models.kv_cache import KVCache, kv_dtype
 from ..models.kv_checksums import KVChecksums
+from ..models.parallel import RankDrawer
 from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
-from ..models.stepper import Step, Stepper, StepRows
-from ..models.weights import load_decoder
+from ..models.stepper import Drawer, Step, Stepper, StepRows
+from ..models.weights import load_decoder, pick_device
 from ..sampler.reference import Sampled
 from .actor import Actor, Context
 from .memory import batch_slots, keep_freed_memory, kv_pages
@@ -37,6 +45,7 @@ from .messages import (
     Drain,
     ExecutorInbox,
     ExecutorReady,
+    Forget,
     PeerDown,
     PeerUp,
     Plan,
@@ -46,6 +55,7 @@ from .messages import (
 )
 from .ref import Gone
 from .sampler import Sampler
+from .topology import MEETING
 
 COMPILER_SECONDS: Final = 5.0
 
@@ -110,16 +120,25 @@ class Executor(Actor):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        self.rank = int(context.name.removeprefix("exec."))
+        self.followers = [name for name in context.peers() if name.startswith("exec.")]
+        """The other ranks, if this is rank 0."""
+        self.up: set[str] = set()
+        """Those and the scheduler, as far as they are up."""
+        self.group: DistributedGroup | None = None
         self.runner: Runner | None = None
         self.sampler: Sampler | None = None
         self.stepper: Stepper | None = None
         self.ready: ExecutorReady | None = None
         self.rid_of: dict[int, int] = {}
         self.decoding: list[int] = []
-        """Slots that draw in each step, in the order in which they joined; on a GPU some of them may be done."""
+        """Slots that draw in each step, in the order in which they joined; on a GPU some of them may be done. Who is
+        done leaves when its step is on the host; on ranks that would know it at different times, with its release."""
         self.launched: deque[Launched] = deque()
         self.waiter: DeviceWaiter | None = None
         self.checksums: KVChecksums | None = None
+        self.waiting = False
+        """For other ranks, while starting."""
         self._last_done_ns = 0
 
     async def start(self) -> None:
@@ -129,6 +148,7 @@ class Executor(Actor):
             await trio.to_thread.run_sync(self._prepare)
             nursery.cancel_scope.cancel()
         assert self.stepper is not None
+        enter(self.stepper.device)
         if not self.stepper.exact:
             self.waiter = DeviceWaiter()
             self.stepper.on_launch(self.waiter.add)
@@ -140,6 +160,8 @@ class Executor(Actor):
             await trio.sleep(COMPILER_SECONDS)
             if await trio.to_thread.run_sync(has_children):
                 self.context.report("compiling kernels (once)", 1.0)
+            elif self.waiting:
+                self.context.report("waiting for the other ranks", 1.0)
 
     def _sampler(self) -> Sampler:
         sampler = self.context.local(self.context.name.replace("exec.", "sampler."))
@@ -151,12 +173,8 @@ class Executor(Actor):
         decoder = self._load()
         device = decoder.device
         slots = batch_slots(config, device.type)
-        self.sampler = self._sampler()
-        if model.pooling is None:
-            self.sampler.prepare(slots, decoder.spec.vocab, model.eos_ids, device)
-        else:
-            self.sampler.prepare(slots, 1, (), device)  # it draws nothing
-        pages = kv_pages(config, decoder, model)
+        drawer = self._drawer(slots, decoder)
+        pages = self._agreed(kv_pages(config, decoder, model))
         per_slot = min(pages, -(-model.context_length // config.page_size))
         dtype = kv_dtype(config, decoder.dtype)
         kv = KVCache(decoder.spec, pages + 1, config.page_size, device, dtype, decoder.dtype)
@@ -165,14 +183,35 @@ class Executor(Actor):
             if device.type != "cpu":
                 raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
             self.checksums = KVChecksums(kv)
-        if model.pooling is not None:
-            self.stepper = Stepper(self.runner, self.sampler, None, Pooler(model.pooling, decoder, slots))
-        else:
-            self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
+        pooler = None if model.pooling is None else Pooler(model.pooling, decoder, slots)
+        graphs = self._graphs(self.runner, drawer, slots) if pooler is None else None
+        self.stepper = Stepper(self.runner, drawer, graphs, pooler)
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         self.ready = ExecutorReady(pages, slots, per_slot, kind)
 
-    def _graphs(self, runner: Runner, sampler: Sampler, slots: int) -> Any:
+    def _drawer(self, slots: int, decoder: Decoder) -> Drawer:
+        """What draws: the sampler, and on other ranks than 0 what it tells them."""
+        if self.rank == 0:
+            self.sampler = self._sampler()
+            if self.context.model.pooling is None:
+                self.sampler.prepare(slots, decoder.whole.vocab, self.context.model.eos_ids, decoder.device)
+            else:
+                self.sampler.prepare(slots, 1, (), decoder.device)  # it draws nothing
+            if self.group is None:
+                return self.sampler
+        assert self.group is not None
+        return RankDrawer(self.sampler, self.group)
+
+    def _agreed(self, pages: int) -> int:
+        """As many pages as the rank with the fewest has."""
+        if self.group is None:
+            return pages
+        self.waiting = True
+        pages = self.group.least(pages)
+        self.waiting = False
+        return pages
+
+    def _graphs(self, runner: Runner, drawer: Drawer, slots: int) -> Any:
         config = self.context.config
         if runner.device.type != "cuda" or config.disable_cuda_graph:
             return None
@@ -180,15 +219,20 @@ class Executor(Actor):
             return None  # its decode is planned on the host before each step
         from ..models.graphs import StepGraphs
 
-        return StepGraphs(runner, sampler, min(slots, config.cuda_graph_max_bs or slots))
+        return StepGraphs(runner, drawer, min(slots, config.cuda_graph_max_bs or slots))
 
     def _load(self) -> Decoder:
-        set_threads(self.context.config)
-        keep_freed_memory()
         config, model = self.context.config, self.context.model
-        return load_decoder(
-            model.path, config, lambda fraction: self.context.report("weights", fraction), model.pooling
-        )
+        set_threads(config)
+        keep_freed_memory()
+        device = pick_device(config.device, self.rank, config.tp_size)
+        enter(device)
+        if config.tp_size > 1:
+            self.waiting = True
+            self.group = DistributedGroup(self.context.files[MEETING], self.rank, config.tp_size, device)
+            self.waiting = False
+        progress = partial(self.context.report, "weights")
+        return load_decoder(model.path, config, progress, model.pooling, self.group, device)
 
     # ------------------------------------------------------------------ messages
 
@@ -200,7 +244,8 @@ class Executor(Actor):
             if item is not None:
                 message, source = item
                 if isinstance(message, Plan):
-                    await self._run_window(message)
+                    if self._hand_on(message):
+                        await self._run_window(message)
                 else:
                     self.receive(message, source)
             elif self.launched or not self._prepare_ahead():
@@ -209,17 +254,36 @@ class Executor(Actor):
                 await trio.lowlevel.checkpoint()
 
     def receive(self, message: Any, source: str) -> None:
-        """Greet a scheduler that comes up; forget the batch of one that died."""
+        """Greet a scheduler that comes up, once all ranks are; forget the batch of one that died."""
         match message:
-            case PeerUp(name="sched"):
-                assert self.ready is not None
-                self._publish(self.ready)
-            case PeerDown(name="sched"):
-                self.rid_of.clear()
-                self.decoding.clear()
-                self.launched.clear()
-            case PeerUp() | PeerDown() | Drain():
+            case PeerUp(name=name):
+                self.up.add(name)
+                if self.up.issuperset(("sched", *self.followers)):
+                    assert self.ready is not None
+                    self._publish(self.ready)
+            case PeerDown(name=name):
+                self.up.discard(name)
+                if name == "sched":
+                    self._forget()
+                    self._hand_on(Forget())
+            case Forget():
+                self._forget()
+            case Drain():
                 pass  # only the scheduler's life matters here
+
+    def _forget(self) -> None:
+        self.rid_of.clear()
+        self.decoding.clear()
+        self.launched.clear()
+
+    def _hand_on(self, message: Plan | Forget) -> bool:
+        """Send a message to the other ranks; False if one is down: then we are about to be killed, too."""
+        try:
+            for name in self.followers:
+                self.context.ref(name).post(message)
+        except Gone:
+            return False
+        return True
 
     def pump(self) -> bool:
         """Called by the inbox when the waiter's descriptor is readable."""
@@ -233,6 +297,8 @@ class Executor(Actor):
         return bool(self.rid_of) and self.stepper is not None and self.stepper.prepare_ahead()
 
     def _publish(self, message: ExecutorReady | StepOut) -> None:
+        if self.rank:
+            return
         try:
             self.context.ref("sched").post(message)
         except Gone:
@@ -263,7 +329,7 @@ class Executor(Actor):
     def _apply(self, plan: Plan) -> list[ChunkWork]:
         """Change the batch by the plan's deltas, in the order of its fields; return its chunks."""
         runner, sampler = self.runner, self.sampler
-        assert runner is not None and sampler is not None
+        assert runner is not None
         released = set(ints(plan.release).tolist())
         if released:
             self.decoding = [s for s in self.decoding if s not in released]
@@ -276,7 +342,8 @@ class Executor(Actor):
             runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
             if self.checksums is not None:
                 self.checksums.verify(ints(a.pages), a.cached)
-        sampler.sync(plan.window, plan.sampler_changes)
+        if sampler is not None:
+            sampler.sync(plan.window, plan.sampler_changes)
         runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))
         runner.slots.flush()
         slots, lengths, last = ints(plan.chunk_slots), ints(plan.chunk_lengths), ints(plan.chunk_last)
@@ -291,6 +358,12 @@ class Executor(Actor):
             for chunk, score_from, wanted in zip(chunks, ints(plan.score_starts).tolist(), targets, strict=True):
                 chunk.score_from, chunk.targets = score_from, wanted
         return chunks
+
+    @property
+    def leaves_at_once(self) -> bool:
+        """Whether who is done leaves the batch when that is known; see `decoding`."""
+        assert self.stepper is not None
+        return self.group is None or self.stepper.exact
 
     def _publish_ready(self) -> None:
         while self.launched and self.launched[0].step.ready:
@@ -308,7 +381,7 @@ class Executor(Actor):
             self._publish(StepOut(item.window, item.number, *rest, pooled=pooled_of(item)))
             return
         rids = item.rids[rows.live]
-        if rows.finish.any():
+        if rows.finish.any() and self.leaves_at_once:
             done = rows.finish != 0
             finished = dict(zip(rows.slots[done].tolist(), rids[done].tolist(), strict=True))
             # A slot that was given to another request meanwhile goes on.
@@ -364,8 +437,14 @@ def has_children() -> bool:
 
 
 def set_threads(config: EngineConfig) -> None:
-    """Give torch the cores it may use; more threads than cores make each other wait."""
-    import torch
-
+    """Give torch the cores it may use; more threads than cores make each other wait, so ranks share them."""
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    elif config.tp_size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.tp_size))
+
+
+def enter(device: torch.device) -> None:
+    """Let this thread launch kernels on the device of a rank."""
+    if device.index is not None:
+        torch.cuda.set_device(device)

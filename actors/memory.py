@@ -73,10 +73,10 @@ def free_bytes(config: EngineConfig, decoder: Decoder, model: ModelInfo) -> int:
     fraction = config.mem_fraction_static or FRACTION[device.type]
     if device.type != "cuda":
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(available * fraction)
+        return int(available * fraction / config.tp_size)  # ranks have one memory
     slots = batch_slots(config, device.type)
     dtype = str(decoder.dtype).removeprefix("torch.")
-    demand = ledger.demand_of(decoder.spec, config, dtype, model.context_length)
+    demand = ledger.demand_of(decoder.whole, config, dtype, model.context_length)
     later = {row.name: row.bytes for row in ledger.estimate(demand)}
     peak = measure_activation_peak(largest_forward(config, decoder, slots), device)
     torch.cuda.empty_cache()

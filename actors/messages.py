@@ -652,6 +652,10 @@ class ExecutorReady(Message, frozen=True, tag=60):
     device: Literal["cpu", "cuda"]
 
 
+class Forget(Message, frozen=True, tag=63):
+    """From rank 0's executor to the others: the scheduler whose plans these were died, and its batch with it."""
+
+
 class Scores(Message, frozen=True, tag=62):
     """The logprobs of tokens that were given, not drawn, one row a token; arrays as in Tokens."""
 
@@ -783,7 +787,7 @@ GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFa
 SchedulerInbox: TypeAlias = (
     SystemMessage | Submit | Abort | Unpin | Order | Look | ExecutorReady | StepOut | GrammarNews
 )
-ExecutorInbox: TypeAlias = SystemMessage | Plan
+ExecutorInbox: TypeAlias = SystemMessage | Plan | Forget
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
 FsmInbox: TypeAlias = SystemMessage | Compile | Discard | Match | Unmatch

@@ -46,7 +46,7 @@ from .control import (
 )
 from .lane import LaneGauge, LaneMetrics, create_lane
 from .life import AttachedLife, InlineLife, Life, Node, NodeHealth, ProcessLife
-from .topology import Topology
+from .topology import MEETING, NodeSpec, Topology
 
 log = logging.getLogger("actorserve.supervisor")
 
@@ -106,6 +106,8 @@ class Supervisor:
         self._codec = codec
         self._nodes = [Node(spec) for spec in topology.nodes]
         self._gauges: dict[tuple[str, str], LaneGauge] = {}
+        self._meetings: dict[str, socket.socket] = {}
+        """By group, made at need."""
         self._failure: Exception | None = None
         self._stopping = False
         self._drain = 0.0
@@ -292,10 +294,19 @@ class Supervisor:
             for actor in spec.actors
         ]
         inside = [(lane.source, lane.target) for lane in self.topology.between(spec, spec)]
-        names, fds = list(spec.files), list(spec.files.values())
+        files = self._files(spec)
         config = self.config if "listen" in spec.files else replace(self.config, api_key=None, api_key_file=None)
-        boot = Boot(spec.name, node.epoch, actors, inside, self._codec, names, config, self.model)
-        self._tell(node, boot, fds)
+        boot = Boot(spec.name, node.epoch, actors, inside, self._codec, list(files), config, self.model)
+        self._tell(node, boot, list(files.values()))
+
+    def _files(self, spec: NodeSpec) -> dict[str, int]:
+        """The descriptors that a node gets: its own, and its group's if it is not alone in it."""
+        group = spec.group
+        if group is None or sum(other.group == group for other in self.topology.nodes) == 1:
+            return dict(spec.files)
+        if group not in self._meetings:
+            self._meetings[group] = socket.create_server(("127.0.0.1", 0))
+        return {**spec.files, MEETING: self._meetings[group].fileno()}
 
     def _ready(self, node: Node) -> None:
         node.state = "running"
@@ -444,6 +455,8 @@ class Supervisor:
         for gauge in self._gauges.values():
             gauge.close()
         self._gauges.clear()
+        for meeting in self._meetings.values():
+            meeting.close()
         for node in self._nodes:
             node.state = "stopped"
             while node.guests:

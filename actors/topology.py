@@ -16,6 +16,8 @@ Kind = Literal["process", "inline", "attached"]
 MODEL: Final = ("actorserve.actors.executor:Executor", "actorserve.actors.sampler:Sampler")
 """Who runs the model, and who draws."""
 STUB: Final = ("actorserve.actors.stub_executor:StubExecutor", "actorserve.actors.stub_executor:StubSampler")
+MEETING: Final = "meeting"
+"""context.files: a listening socket on this machine, the same for all nodes of a group and all their lives."""
 BIG_LANE = 4 << 20
 """Bytes of the lanes that carry prompts and batches."""
 
@@ -37,7 +39,7 @@ class NodeSpec:
     actors: tuple[ActorSpec, ...]
     kind: Kind = "process"
     group: str | None = None
-    """Nodes of one group restart together."""
+    """Nodes of one group restart together, and have a socket to meet at (MEETING)."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Open descriptors that the actors get as context.files; they stay the caller's."""
     front: bool = False
@@ -104,19 +106,22 @@ def engine_topology(
     and one node "engine" in the supervisor's loop. Fronts are what they are in both.
     """
     front_nodes = tuple(fronts)
-    ranks = range(config.tp_size)
     executor, sampler = STUB if config.load_format == "stub" else MODEL
-    executors = {rank: (ActorSpec(f"exec.{rank}", executor), ActorSpec(f"sampler.{rank}", sampler)) for rank in ranks}
+    # Rank 0 draws for all tensor parallel ranks. A stub has no model to share.
+    leader = (ActorSpec("exec.0", executor), ActorSpec("sampler.0", sampler))
+    followers = () if config.load_format == "stub" else tuple(f"exec.{rank}" for rank in range(1, config.tp_size))
     sched = ActorSpec("sched", "actorserve.actors.scheduler:Scheduler")
     text = ActorSpec("text", "actorserve.actors.text:Text")
     # Without a tokenizer nobody knows what tokens spell: there are no grammars.
     fsm = () if config.skip_tokenizer_init else (ActorSpec("fsm", "actorserve.actors.fsm:Fsm"),)
     if (placement or config.placement) == "inline":
-        inside = tuple(actor for pair in executors.values() for actor in pair)
-        nodes: tuple[NodeSpec, ...] = (NodeSpec("engine", (*inside, *fsm, sched, text), kind="inline"),)
+        if followers:
+            raise ValueError("ranks wait for each other, so that they need processes of their own")
+        nodes: tuple[NodeSpec, ...] = (NodeSpec("engine", (*leader, *fsm, sched, text), kind="inline"),)
     else:
         nodes = (
-            *(NodeSpec(f"exec.{rank}", executors[rank], group="executors") for rank in ranks),
+            NodeSpec("exec.0", leader, group="executors"),
+            *(NodeSpec(name, (ActorSpec(name, executor),), group="executors") for name in followers),
             *(NodeSpec(actor.name, (actor,)) for actor in fsm),
             NodeSpec("sched", (sched,)),
             NodeSpec("text", (text,)),
@@ -125,8 +130,9 @@ def engine_topology(
         LaneSpec("text", "sched", BIG_LANE),
         LaneSpec("sched", "text", BIG_LANE),
         LaneSpec("exec.0", "sched", BIG_LANE),
-        *(LaneSpec("sched", f"exec.{rank}", BIG_LANE) for rank in ranks),
-        *(LaneSpec("sched", f"sampler.{rank}", BIG_LANE) for rank in ranks),
+        LaneSpec("sched", "exec.0", BIG_LANE),
+        LaneSpec("sched", "sampler.0", BIG_LANE),
+        *(LaneSpec("exec.0", name, BIG_LANE) for name in followers),
     ]
     for actor in fsm:
         lanes += [LaneSpec("sched", actor.name, BIG_LANE), LaneSpec(actor.name, "sched", BIG_LANE)]

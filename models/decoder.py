@@ -23,6 +23,7 @@ from .layers import DenseMlp, Hidden, Linear, LinearMap, Ops, TorchOps
 from .mla import Latent, attend
 from .moe import Experts
 from .norms import NormWeights, is_head_rms, layer_norm, plain_qk_norm_
+from .parallel import Group, embed, qk_norm_, whole_logits
 from .rope import inverse_frequencies, rotation_table
 from .spec import Rope, Spec
 
@@ -57,7 +58,7 @@ class Weights:
     """A whole model."""
 
     embed: Tensor
-    """[vocab, hidden]"""
+    """[vocab, hidden]; with ranks this one's rows."""
     positions: Tensor | None
     """[learned_positions, hidden]"""
     token_types: Tensor | None
@@ -113,7 +114,7 @@ def _differ_in_shape(rope: Rope | None, local: Rope | None) -> bool:
 
 
 class Decoder:
-    """Runs batches. Weights are on `device` in `dtype`."""
+    """Runs batches. Weights are on `device` in `dtype`. With a group all its ranks run the same batches."""
 
     def __init__(
         self,
@@ -124,9 +125,14 @@ class Decoder:
         dtype: torch.dtype,
         ops: Ops | None = None,
         layers: Layers | None = None,
+        group: Group | None = None,
+        whole: Spec | None = None,
     ) -> None:
+        """`spec`: what this rank of `group` has of the model, `whole`; without a group it has all."""
         check_supported(spec)
         self.spec = spec
+        self.whole = whole or spec
+        self.group = group
         self.device = device
         self.dtype = dtype
         self.weights = weights
@@ -145,12 +151,13 @@ class Decoder:
         """Write the batch's keys and values to the cache and return logits float32 [R, vocab].
 
         R rows in the order of batch.logit_rows, all T tokens where that is None. Tokens whose logits are not wanted
-        go through the attention of the last layer (for their keys and values) and no further.
+        go through the attention of the last layer (for their keys and values) and no further. Other ranks than 0
+        return R rows that mean nothing.
         """
         assert self.weights.head is not None, "this model has no logits"
         hidden = self._run(batch, kv, self.weights.head.product)
         if hidden is None:
-            return torch.empty(0, self.spec.vocab, dtype=torch.float32, device=self.device)
+            return torch.empty(0, self.whole.vocab, dtype=torch.float32, device=self.device)
         return self.logits(hidden)
 
     @torch.inference_mode()
@@ -185,7 +192,8 @@ class Decoder:
         return self.ops.rotation(positions, frequencies, rope, self.dtype)
 
     def _embed(self, batch: Batch) -> Tensor:
-        x = F.embedding(batch.ids, self.weights.embed)
+        table = self.weights.embed
+        x = F.embedding(batch.ids, table) if self.group is None else embed(batch.ids, table, self.group)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if self.weights.positions is not None:
@@ -234,6 +242,8 @@ class Decoder:
             delta = layer.o(attended)
             if spec.layout == "parallel":
                 delta = delta + self._mlp(layer, x)
+                if self.group is not None:
+                    delta = self.group.sum(delta)
             residual = self._add(residual, delta, layer.attention_out_norm)
             if spec.layout != "parallel":
                 delta = self._mlp(layer, self._norm(residual, layer.mlp_norm))
@@ -271,15 +281,19 @@ class Decoder:
             heads = layer.qkv(hidden).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
             if spec.clip_qkv is not None:
                 heads = heads.clamp(-spec.clip_qkv, spec.clip_qkv)
-            if weight is not None:
+            if weight is not None and self.group is not None and spec.qk_norm_shape == "all":
+                qk_norm_(heads, weight, spec, self.group)
+            elif weight is not None:
                 plain_qk_norm_(heads, weight, spec)
             queries = self.ops.qk_norm_rope_and_write(heads, None, 0.0, table, spec, slots, kv_rows)
         return step.plan.run(index, queries)
 
     def logits(self, hidden: Hidden) -> Tensor:
-        """Normed hidden states [R, hidden] -> logits float32 [R, vocab]."""
+        """Normed hidden states [R, hidden] -> logits float32 [R, vocab]; see `forward`."""
         assert self.weights.head is not None, "this model has no logits"
         logits = self.weights.head(hidden)
+        if self.group is not None:
+            logits = whole_logits(logits, self.whole.vocab, self.group)
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         if self.spec.logit_softcap is not None:

@@ -8,6 +8,7 @@ from the host; its intermediates lie in a pool that all graphs share, since they
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -40,7 +41,9 @@ class Capturer:
     @torch.inference_mode()
     def capture(self, forward: Callable[[], StepLogits], mode: Hashable) -> "Captured":
         """Run the step once, on whatever its inputs are, so that everything is compiled, then capture it."""
-        self._step(forward, mode)
+        group = self.runner.decoder.group
+        with nullcontext() if group is None else group.muted():  # other ranks may have this graph already
+            self._step(forward, mode)
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()

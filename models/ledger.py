@@ -10,12 +10,12 @@ total, is for the transient part; where that needs more than the rest, the KV pa
 Invariant: the rows of a Ledger add up to its total.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..config import EngineConfig
-from ..errors import StartupError
 from .quantization import ONLINE, Quantization, Scheme
+from .shard import sharded
 from .spec import Spec
 
 MIB: Final = 1 << 20
@@ -44,6 +44,8 @@ SCRATCH_PAGES: Final = 1
 """Pages beside those of requests: padding rows write there."""
 CONTEXT_BYTES: Final = 768 * MIB
 """CUDA context, loaded kernels, cuBLAS workspace."""
+GROUP_BYTES: Final = 512 * MIB
+"""What NCCL keeps for its connections to other ranks."""
 WORKSPACE_BYTES: Final = 256 * MIB
 """Attention: FlashInfer's float and integer workspaces, partial results of split-KV decode."""
 GRAPH_NODE_BYTES: Final = 32 << 10
@@ -53,26 +55,6 @@ SLACK: Final = 1.1
 """The allocator rounds blocks up and leaves gaps between them."""
 
 Kind = Literal["static", "transient", "free"]
-
-
-def sharded(spec: Spec, ranks: int) -> Spec:
-    """The part of a model that one of `ranks` tensor parallel GPUs holds. Raises StartupError if it does not divide."""
-    if ranks == 1:
-        return spec
-    shares_kv = spec.kv_heads % ranks == 0 or ranks % spec.kv_heads == 0
-    if spec.heads % ranks or spec.inter % ranks or not shares_kv:
-        raise StartupError(
-            f"--tp-size {ranks} does not divide {spec.heads} attention heads, {spec.kv_heads} KV heads and the "
-            f"MLP's {spec.inter} columns"
-        )
-    return replace(
-        spec,
-        heads=spec.heads // ranks,
-        kv_heads=max(1, spec.kv_heads // ranks),
-        inter=spec.inter // ranks,
-        moe=spec.moe and replace(spec.moe, inter=-(-spec.moe.inter // ranks)),
-        vocab=-(-spec.vocab // ranks),
-    )
 
 
 def parameters(spec: Spec) -> int:
@@ -258,6 +240,8 @@ class Demand:
     """CUDA graphs that are kept; 0: none."""
     scheme: Scheme | None = None
     """How linear maps are quantized."""
+    shared: bool = False
+    """Other ranks have the rest of the model."""
 
     @property
     def page_bytes(self) -> int:
@@ -289,6 +273,7 @@ def demand_of(
         context_length=context_length,
         graphs=len(ladder(largest_graph)) + len(mixed_ladder(largest_graph)) if largest_graph else 0,
         scheme=scheme_of(config, quantization),
+        shared=config.tp_size > 1,
     )
 
 
@@ -340,8 +325,12 @@ def estimate(demand: Demand) -> list[Row]:
     scratch = scratch_bytes(spec, demand.itemsize, scheme)
     arrays = slot_bytes(demand.slots + 1, demand.pages_per_request)
     kernels = graph_bytes(spec, demand.slots, demand.itemsize, demand.graphs)
+    libraries = CONTEXT_BYTES + GROUP_BYTES * demand.shared
+    logits = logit_bytes(demand.vocab, demand.slots)
+    if demand.shared and spec.lm_head:  # a rank's own, then all of them as they come, then in order
+        logits = 2 * logits + logit_bytes(spec.vocab, demand.slots)
     return [
-        Row("CUDA context, libraries", CONTEXT_BYTES, "static", "reserve"),
+        Row("CUDA context, libraries", libraries, "static", "reserve"),
         Row("weights", weight_bytes(spec, demand.itemsize, scheme), "static", note),
         *([Row("unpacking buffer", scratch, "static", "the largest map of 16 bits")] if scratch else []),
         Row("sampler tables", sampler_bytes(demand.vocab, demand.slots + 1), "static", "counts and masks per slot"),
@@ -354,7 +343,7 @@ def estimate(demand: Demand) -> list[Row]:
         ),
         Row(
             "logits",
-            logit_bytes(demand.vocab, demand.slots),
+            logits,
             "transient",
             f"float32 [{demand.slots:,}, {demand.vocab:,}]",
         ),

@@ -7,6 +7,7 @@ Legend: T tokens, E experts, k experts of a token.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from .layers import ACTIVATIONS, DenseMlp, Hidden, LinearMap, Ops
 from .spec import Moe, Spec
+
+if TYPE_CHECKING:
+    from .parallel import Group
 
 
 @dataclass(slots=True)
@@ -31,16 +35,17 @@ class Experts:
     shared: DenseMlp | None
     shared_gate: LinearMap | None
     """hidden -> 1"""
+    group: "Group | None" = None
+    """The ranks, of which each has some columns of every expert."""
 
     @property
     def takes(self) -> LinearMap:
         """See DenseMlp; nothing that a norm could be merged with."""
         return self.down
 
-    @staticmethod
-    def down(x: Tensor) -> Tensor:
-        """`inner` is the result already."""
-        return x
+    def down(self, x: Tensor) -> Tensor:
+        """`inner` is the result already, or this rank's summand of it."""
+        return x if self.group is None else self.group.sum(x)
 
     def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Tensor:
         """Normed hidden states [T, hidden] -> [T, hidden]."""

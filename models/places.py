@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import StartupError
@@ -33,7 +34,8 @@ from .names import (
     TOKEN_TYPES,
 )
 from .norms import NormWeights
-from .quantized import QuantizedLinear, kind_of, takes
+from .quantized import GROUP, QuantizedLinear, kind_of, takes
+from .shard import Cut, Share
 from .spec import Score, Spec
 
 Blocks = dict[str, Tensor]
@@ -42,23 +44,35 @@ Blocks = dict[str, Tensor]
 
 @dataclass(slots=True)
 class Place:
-    """Where a checkpoint tensor goes: `view` of a fused tensor, into which a tensor of `shape` is broadcast."""
+    """Where a checkpoint tensor goes: `view` of a fused tensor, into which this rank's part of a tensor of `shape` is
+    broadcast."""
 
     view: Tensor
     shape: tuple[int, ...]
     is_norm: bool = False
     offset: float = 0.0
     """Added to what the checkpoint has, once it is in place."""
+    cut: Cut | None = None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This rank's part of the checkpoint's tensor: a view, so that nothing else is read of a mapped file."""
+        cut = self.cut
+        return tensor if cut is None else tensor.narrow(cut.axis, cut.start, cut.stop - cut.start)
 
 
 def allocate(
-    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None, keeper: Keeper | None = None
+    spec: Spec,
+    device: torch.device,
+    dtype: torch.dtype,
+    blocks: Blocks | None = None,
+    share: Share | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[Weights, dict[str, Place]]:
     """Return weights, all that is not `blocks` uninitialised, and the places in them by our names.
 
-    What `keeper` keeps quantized has no places: its assemblies take it.
+    `share`: which part of the model `spec` is. What `keeper` keeps quantized has no places: its assemblies take it.
     """
-    made = Allocation(spec, device, dtype, blocks or {}, keeper)
+    made = Allocation(spec, device, dtype, blocks or {}, share or Share(spec), keeper)
     return made.weights(), made.places
 
 
@@ -66,9 +80,16 @@ class Allocation:
     """Makes the parts of a model, and enters each of their places."""
 
     def __init__(
-        self, spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks, keeper: Keeper | None
+        self,
+        spec: Spec,
+        device: torch.device,
+        dtype: torch.dtype,
+        blocks: Blocks,
+        share: Share,
+        keeper: Keeper | None,
     ) -> None:
-        self.spec, self.device, self.dtype, self.blocks, self.keeper = spec, device, dtype, blocks, keeper
+        self.spec, self.device, self.dtype, self.blocks = spec, device, dtype, blocks
+        self.share, self.keeper = share, keeper
         self.places: dict[str, Place] = {}
 
     def weights(self) -> Weights:
@@ -90,7 +111,7 @@ class Allocation:
 
     def _head(self, embed: Tensor) -> Head:
         spec = self.spec
-        head = quantized_map({EMBED if spec.tied else HEAD: (spec.vocab, spec.hidden)}, self.blocks, None)
+        head = quantized_map({EMBED if spec.tied else HEAD: (spec.vocab, spec.hidden)}, self.blocks, None, self.share)
         return Head(head or Linear(embed if spec.tied else self._table(HEAD, spec.vocab), None))
 
     def _score(self, score: Score) -> ScoreWeights:
@@ -150,15 +171,18 @@ class Allocation:
         assert spec.qk_norm is not None
         weight = self._new(spec.heads + spec.kv_heads, spec.head_dim, wide=spec.qk_norm.offset != 0)
         for name, part in (("q_norm", weight[: spec.heads]), ("k_norm", weight[spec.heads :])):
-            if spec.qk_norm_shape == "all":
-                views = {f"{name}.weight": part.view(-1)}
-            elif spec.qk_norm_shape == "head":
-                views = {f"{name}.{head}.weight": row for head, row in enumerate(part)}
+            heads = self.share.cut(f"{name[0]}_proj.weight", (len(part),)) or Cut(0, 0, len(part), len(part))
+            norm, dim, offset = f"{prefix}{name}", spec.head_dim, spec.qk_norm.offset
+            if spec.qk_norm_shape == "dim":
+                self.places[f"{norm}.weight"] = Place(part, (dim,), True, offset)
+            elif spec.qk_norm_shape == "all":
+                cut = Cut(0, heads.start * dim, heads.stop * dim, heads.whole * dim)
+                self.places[f"{norm}.weight"] = Place(part.view(-1), (cut.whole,), True, offset, cut)
             else:
-                views = {f"{name}.weight": part}
-            for place, view in views.items():
-                shape = (view.shape[-1],)
-                self.places[prefix + place] = Place(view, shape, is_norm=True, offset=spec.qk_norm.offset)
+                for head in range(heads.whole):  # those of other ranks have empty places
+                    row = max(0, min(head - heads.start, len(part)))
+                    ours = part[row : row + (heads.start <= head)]
+                    self.places[f"{norm}.{head}.weight"] = Place(ours, (dim,), True, offset)
         return weight
 
     # ------------------------------------------------------------------ MLPs
@@ -202,7 +226,15 @@ class Allocation:
         return torch.empty(shape, dtype=torch.float32 if wide else self.dtype, device=self.device)
 
     def _place(self, name: str, view: Tensor, is_norm: bool = False, offset: float = 0.0) -> Tensor:
-        self.places[name] = Place(view, tuple(view.shape), is_norm, offset)
+        """Enter the place of the tensor of our name, of which `view` is this rank's part; zeros where that ends."""
+        cut = self.share.cut(name, tuple(view.shape))
+        shape, filled = list(view.shape), view
+        if cut is not None:
+            if cut.stop - cut.start < view.shape[cut.axis]:
+                view.zero_()
+            shape[cut.axis] = cut.whole
+            filled = view.narrow(cut.axis, 0, cut.stop - cut.start)
+        self.places[name] = Place(filled, tuple(shape), is_norm, offset, cut)
         return view
 
     def _table(self, name: str, rows: int) -> Tensor:
@@ -221,9 +253,9 @@ class Allocation:
         for name, view in zip(parts, [] if bias is None else torch.split(bias, sizes), strict=False):
             self._place(f"{prefix}{name}.bias", view)
         shapes = {f"{prefix}{name}.weight": (size, inputs) for name, size in parts.items()}
-        kept = quantized_map(shapes, self.blocks, bias)
+        kept = quantized_map(shapes, self.blocks, bias, self.share)
         if kept is None and self.keeper is not None:
-            kept = self.keeper.map(shapes, bias)
+            kept = self.keeper.map(shapes, bias, {name: self.share.cut(name, shape) for name, shape in shapes.items()})
         if kept is not None:
             return kept
         weight = self._new(sum(sizes), inputs)
@@ -232,19 +264,43 @@ class Allocation:
         return Linear(weight, bias)
 
 
-def quantized_map(shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tensor | None) -> LinearMap | None:
-    """One linear map of the named weights [outputs, inputs], stacked; None unless all are blocks of one usable type.
+def quantized_map(
+    shapes: dict[str, tuple[int, int]], blocks: Blocks, bias: Tensor | None, share: Share
+) -> LinearMap | None:
+    """One linear map of this rank's parts of the named weights, [outputs, inputs] each, stacked; None unless all are
+    blocks of one usable type.
 
     Raises StartupError if blocks do not have the shape that config.json asks for.
     """
-    parts = [blocks[name] for name in shapes if name in blocks]
+    ours = [block_part(name, blocks[name], shape, share) for name, shape in shapes.items() if name in blocks]
+    parts = [part for part in ours if part is not None]
     if len(parts) < len(shapes) or len({part.shape[1] for part in parts}) > 1:
         return None
     inputs = next(iter(shapes.values()))[1]
-    for name, part in zip(shapes, parts, strict=True):
-        check_blocks(name, part, shapes[name])
     stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
     return QuantizedLinear(stacked, inputs, bias) if takes(stacked, inputs) else None
+
+
+def block_part(name: str, rows: Tensor, shape: tuple[int, int], share: Share) -> Tensor | None:
+    """This rank's part, of a shape [outputs, inputs], of a weight's blocks, zeros where they end; None where it would
+    cut through blocks. Raises as `check_blocks`."""
+    cut = share.cut(name, shape)
+    whole = list(shape)
+    if cut is not None:
+        whole[cut.axis] = cut.whole
+    check_blocks(name, rows, (whole[0], whole[1]))
+    if cut is None:
+        return rows
+    start, stop, room = cut.start, cut.stop, shape[cut.axis]
+    if cut.axis == 1:
+        if start % GROUP or stop % GROUP or room % GROUP:
+            return None
+        size = rows.shape[1] * GROUP // cut.whole
+        start, stop, room = (n // GROUP * size for n in (start, stop, room))
+    kept = rows.narrow(cut.axis, start, stop - start)
+    lacking = room - (stop - start)
+    pad = (0, lacking) if cut.axis == 1 else (0, 0, 0, lacking)
+    return F.pad(kept, pad) if lacking else kept
 
 
 def check_blocks(name: str, part: Tensor, shape: tuple[int, ...]) -> None:

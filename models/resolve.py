@@ -14,11 +14,13 @@ from ..errors import StartupError
 from .cache import Progress, cache_folder, locked, no_progress, publish
 from .embedded import BY_NAME, NAME, embedded_model
 from .encoder_families import positions_of
+from .families import pooled_spec, spec_of
 from .gguf import FORMAT, convert
 from .hub import hub_model, is_hub_name
 from .parsers import guess, reasoning_family, tool_family
 from .pooling import longest_text, pooling_of
 from .reasoning_parser import ReasoningFamily
+from .shard import sharded
 from .tokenizer import chat_templates
 
 HEAD_BYTES = 1 << 20
@@ -30,7 +32,6 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
 
     Raises StartupError saying what is wrong and what to do.
     """
-    check_supported(config)
     folder, name = _folder(config, progress)
     facts = _read_json(folder / "config.json")
     if config.load_format not in ("dummy", "stub"):
@@ -41,6 +42,10 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
             f"{folder / 'config.json'} has no model_type or no vocab_size: not a language model's folder"
         )
     pooling = pooling_of(folder, facts, config)
+    if config.tp_size > 1 and config.load_format != "stub":
+        if config.placement == "inline":
+            raise StartupError("--tp-size needs --placement process: ranks wait for each other")
+        sharded(spec_of(facts) if pooling is None else pooled_spec(facts, pooling), config.tp_size)
     return ModelInfo(
         name=config.served_model_name or name,
         path=str(folder),
@@ -52,12 +57,6 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         pooling=pooling,
         **_parsers(folder, config),
     )
-
-
-def check_supported(config: EngineConfig) -> None:
-    """Refuse settings whose values are planned but not built yet."""
-    if config.tp_size > 1:
-        raise StartupError("--tp-size above 1 is not supported yet")
 
 
 def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:

@@ -171,7 +171,7 @@ class Runner:
     def _logits(self, hidden: Tensor) -> Tensor:
         if len(hidden):
             return self.decoder.logits(hidden)
-        return torch.empty(0, self.decoder.spec.vocab, dtype=torch.float32, device=self.device)
+        return torch.empty(0, self.decoder.whole.vocab, dtype=torch.float32, device=self.device)
 
     def _chunks(self, chunks: list[ChunkWork]) -> list[Chunk]:
         parts = []

@@ -67,6 +67,8 @@ class BulkCopy:
         """Runs on a reader."""
         cuda = self._device.type == "cuda"
         if not hasattr(self._own, "buffer"):
+            if self._device.index is not None:
+                torch.cuda.set_device(self._device)  # events are recorded on the thread's own
             self._own.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=cuda)
             self._own.copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         buffer, copied = self._own.buffer[: len(source)], self._own.copied

@@ -36,9 +36,11 @@ from .layers import DenseMlp, Linear, LinearMap, Ops, TorchOps
 from .ledger import CHUNK
 from .moe import Experts
 from .names import HEAD, SCORE, Names, layer_of, pieces
+from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
 from .quantization import ONLINE, Quantization, quantization_of
 from .quantized import dequantise
+from .shard import Share
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
 from .unpack import Part
@@ -56,17 +58,27 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DUMMY_STD = 0.02
 
 
-def load_decoder(path: str, config: EngineConfig, progress: Progress, pooling: Pooling | None = None) -> Decoder:
+def load_decoder(
+    path: str,
+    config: EngineConfig,
+    progress: Progress,
+    pooling: Pooling | None = None,
+    group: Group | None = None,
+    device: torch.device | None = None,
+) -> Decoder:
     """Load the model folder at `path` and return its Decoder; `progress` gets fractions from 0 to 1.
 
-    With `pooling` it ends in hidden states or in a classification head: it has no logits.
+    With `pooling` it ends in hidden states or in a classification head: it has no logits. With a `group` it is this
+    rank's part, on `device` (default: the configuration's).
     Raises StartupError for a model that is not served, broken files, or tensors missing, left over or misshapen.
     """
     folder = Path(path)
     facts = read_config(folder)
-    spec = spec_of(facts) if pooling is None else pooled_spec(facts, pooling)
-    check_supported(spec)
-    device = pick_device(config.device)
+    whole = spec_of(facts) if pooling is None else pooled_spec(facts, pooling)
+    check_supported(whole)
+    share = Share(whole) if group is None else Share(whole, group.size, group.rank)
+    spec = share.spec
+    device = device or pick_device(config.device)
     blocks = kept_blocks(config, folder, device)
     quantization = quantization_of(facts)
     stays = stays_quantized(config, device, quantization)
@@ -76,21 +88,24 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress, pooling: P
     progress(0.0)
     ops = make_ops(config, device, spec, on_cpu_kernels)
     names = names_of(facts, pooled=pooling is not None)
-    source = Source(folder, spec, names, quantization, device, config.load_format == "dummy")
+    source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
-    weights, places = allocate(spec, device, dtype, blocks, keeper)
+    weights, places = allocate(spec, device, dtype, blocks, share, keeper)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:
         fill_dummy(places.values(), config.random_seed, device, assemblies.values(), quantization)
     else:
         fill(places, assemblies, source, progress, blocks)
     pack(weights, ops)
+    if group is not None and spec.layout != "parallel":  # there both are summed at once
+        for layer in weights.layers:
+            layer.o = add_up(layer.o, layer.mlp, group)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
     if on_cpu_kernels and config.attention_backend == "auto":
         attention = CpuAttention(attention)
     layers = CpuLayers(spec, weights) if on_cpu_kernels and fits(spec, weights) else None
-    return Decoder(spec, weights, attention, device, dtype, ops, layers)
+    return Decoder(spec, weights, attention, device, dtype, ops, layers, group, whole)
 
 
 def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool) -> Ops:
@@ -125,13 +140,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def pick_device(name: str) -> torch.device:
-    """Resolve `EngineConfig.device`."""
+def pick_device(name: str, rank: int = 0, ranks: int = 1) -> torch.device:
+    """Resolve `EngineConfig.device`; of several tensor parallel ranks each has a GPU of its own."""
     if name == "cuda" and not torch.cuda.is_available():
         raise StartupError("--device cuda: torch finds no CUDA device here; use --device cpu or install CUDA torch")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or ranks == 1:
+        return torch.device(name)
+    if ranks > torch.cuda.device_count():
+        raise StartupError(f"--tp-size {ranks} needs as many GPUs; torch finds {torch.cuda.device_count()}")
+    return torch.device(name, rank)
 
 
 def pick_dtype(name: str, facts: dict[str, Any], device: torch.device) -> torch.dtype:
@@ -283,8 +302,11 @@ def fill_dummy(
     for place in places:
         if place.is_norm:
             place.view.fill_(1.0)
-        else:
+        elif place.cut is None:
             place.view.normal_(0.0, DUMMY_STD, generator=generator)
+        else:  # the part of what one rank would have
+            drawn = torch.empty(place.shape, dtype=place.view.dtype, device=device)
+            place.view.copy_(place.part(drawn.normal_(0.0, DUMMY_STD, generator=generator)))
     for assembly in assemblies:
         scheme = assembly.online or (quantization.usual if quantization is not None else None)
         if assembly.made is None and scheme is not None:  # it is there once for each of its weights
@@ -337,7 +359,7 @@ def fill(
     for name in blocks.keys() & places.keys():
         view = places[name].view
         check_blocks(name, blocks[name], places[name].shape)
-        view.copy_(dequantise(blocks[name], view.shape[1]))
+        view.copy_(places[name].part(dequantise(blocks[name], places[name].shape[1])))
     missing, extra = (places.keys() | assemblies.keys()) - blocks.keys(), []
     device = next(iter(places.values())).view.device
     with BulkCopy(device, moved) if uses_bulk_copy(device) else contextlib.nullcontext() as bulk:
@@ -376,14 +398,15 @@ def _put(
     assert place is not None
     if isinstance(weight, Part):
         _check_shape(name, weight.shape, place)
-        place.view.copy_(weight.dequantise())
+        place.view.copy_(place.part(weight.dequantise()))
         return size
     _check_dense(name, weight)
     _check_shape(name, tuple(weight.shape), place)
-    if bulk is not None and can_copy(place.view, weight):
-        bulk.add(place.view, weight)
-        return 0
-    place.view.copy_(weight)
+    ours = place.part(weight)
+    if bulk is not None and can_copy(place.view, ours):
+        bulk.add(place.view, ours)
+        return size - ours.nbytes
+    place.view.copy_(ours)
     return size
 
 

@@ -4,16 +4,21 @@
 [--prefill 896] [--chunk 384] [--quantization none w4a16 fp8] [--tiles FILE] [--constrained] [--no-graph]
 [--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a folder is given; with several
 kinds of --quantization they are measured one after another, and compared with the first at the end. A step is forward,
-draw and advance, at temperature 1 unless said; floors are those of models/floors.py.
+draw and advance, at temperature 1 unless said; floors are those of models/floors.py. With `--tp-size N` the same on N
+GPUs, each rank a process; floors are of a rank's part, without what the ranks tell each other.
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,16 @@ from actorserve.config import EngineConfig
 from actorserve.models.decoder import Decoder
 from actorserve.models.floors import Limits, decode_seconds, prefill_seconds
 from actorserve.models.graphs import StepGraphs
+from actorserve.models.group import DistributedGroup
 from actorserve.models.kv_cache import KVCache, kv_dtype
 from actorserve.models.ledger import quantized_bytes
 from actorserve.models.packed_tiles import PACKED
+from actorserve.models.parallel import RankDrawer
 from actorserve.models.quantization import quantization_of
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.shapes import write_shape
 from actorserve.models.stepper import Stepper
-from actorserve.models.weights import load_decoder
+from actorserve.models.weights import load_decoder, pick_device
 from actorserve.perf.gemm import packed_table
 from actorserve.perf.roofline import add_limit_flags, limits_of, told
 from actorserve.sampler.drawer import Drawer
@@ -65,12 +72,15 @@ class Bench:
         kv = KVCache(decoder.spec, slots * self.pages + 1, PAGE, decoder.device, dtype, decoder.dtype)
         kv.storage.view(torch.uint8).random_(0, 32)  # small numbers, not zeros, which run faster
         self.runner = Runner(decoder, kv, slots, self.pages)
-        self.state = SamplerState(slots, decoder.spec.vocab, (), decoder.device)
-        drawer = Drawer(self.state, slots)
+        vocab, group = decoder.whole.vocab, decoder.group
+        self.state = SamplerState(slots, vocab, (), decoder.device)
+        drawer: Drawer | RankDrawer = Drawer(self.state, slots)
+        if group is not None:
+            drawer = RankDrawer(drawer if group.rank == 0 else None, group)
         self.graphs = StepGraphs(self.runner, drawer, slots) if graphs else None
         self.stepper = Stepper(self.runner, drawer, self.graphs)
         self.order = np.random.default_rng(0).permutation(slots * self.pages).astype(np.int32)
-        self.state.load_grammar(0, *endless_grammar(decoder.spec.vocab))
+        self.state.load_grammar(0, *endless_grammar(vocab))
 
     @torch.inference_mode()
     def seat(self, batch: int, length: int, params: SamplingParams, grammar: int = NONE) -> np.ndarray:
@@ -108,7 +118,7 @@ class Bench:
         """Seconds of one forward over `prompts` prompts of `prompt` tokens, on an executor that had time to prepare."""
         while self.decoder.ops.tune_ahead():
             pass
-        ids = np.random.default_rng(1).integers(0, self.decoder.spec.vocab, (prompts, prompt)).astype(np.int32)
+        ids = np.random.default_rng(1).integers(0, self.decoder.whole.vocab, (prompts, prompt)).astype(np.int32)
         seconds = []
         for _ in range(times + 1):
             self.seat(prompts, 0, params)
@@ -156,6 +166,27 @@ def trace(
     return [*table, ("(between kernels)", 0.0, span - busy / steps), ("(step)", 1.0, span)]
 
 
+@contextlib.contextmanager
+def ranks(args: argparse.Namespace) -> Iterator[DistributedGroup | None]:
+    """The group of --tp-size processes that do the same, started by the first; None for one."""
+    if args.tp_size == 1:
+        yield None
+        return
+    device = pick_device("cuda", args.rank, args.tp_size)
+    torch.cuda.set_device(device)
+    if args.rank:
+        yield DistributedGroup(args.meeting, args.rank, args.tp_size, device)
+        return
+    with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as meeting:
+        place = meeting.fileno()
+        for rank in range(1, args.tp_size):
+            command = [sys.executable, "-m", "actorserve.perf.decode", *sys.argv[1:], "--rank", str(rank)]
+            command += ["--meeting", str(place), "--bandwidth", "1", "--tflops", "1"]  # it prints nothing
+            follower = subprocess.Popen(command, pass_fds=[place], stdout=subprocess.DEVNULL)
+            stack.callback(follower.kill)
+        yield DistributedGroup(place, 0, args.tp_size, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen2-7b")
@@ -176,27 +207,33 @@ def main() -> None:
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--trace", action="store_true", help="print what a step is made of")
     parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--tp-size", "--tp", type=int, default=1, help="GPUs that share the model")
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", type=int, help=argparse.SUPPRESS)
     add_limit_flags(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("perf.decode needs a GPU; perf.cpu is the CPU's")
+    if args.rank:
+        torch.cuda.set_device(args.rank)
     limits = limits_of(args)
     print(f"{torch.cuda.get_device_name()}, {told(limits)}")
     for path in args.tiles:
         PACKED.update(packed_table(json.loads(Path(path).read_text())["results"]))
     results = []
-    for kind in args.quantization:
-        results.append({"quantization": kind} | one_kind(kind, limits, args))
-        gc.collect()
-        torch.cuda.empty_cache()
+    with ranks(args) as group:
+        for kind in args.quantization:
+            results.append({"quantization": kind} | one_kind(kind, limits, args, group))
+            gc.collect()
+            torch.cuda.empty_cache()
     for result in results[1:]:
         print(compared(results[0], result))
-    if args.json:
+    if args.json and not args.rank:
         Path(args.json).write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
 
 
-def one_kind(kind: str, limits: Limits, args: argparse.Namespace) -> dict[str, Any]:
-    """Load a model and measure it."""
+def one_kind(kind: str, limits: Limits, args: argparse.Namespace, group: DistributedGroup | None) -> dict[str, Any]:
+    """Load a model, or a rank's part of it, and measure it."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(args.model or write_shape(args.shape, Path(folder)))
         facts = json.loads((model / "config.json").read_text())
@@ -205,10 +242,10 @@ def one_kind(kind: str, limits: Limits, args: argparse.Namespace) -> dict[str, A
             (model / "config.json").write_text(json.dumps(facts))
         config = EngineConfig(
             model=str(model), load_format="auto" if args.model else "dummy", attention_backend=args.attention_backend,
-            kv_cache_dtype=args.kv_cache_dtype,
+            kv_cache_dtype=args.kv_cache_dtype, tp_size=args.tp_size,
         )  # fmt: skip
         started = time.perf_counter()
-        decoder = load_decoder(str(model), config, lambda _: None)
+        decoder = load_decoder(str(model), config, lambda _: None, group, None if group is None else group.device)
         torch.cuda.synchronize()
         seconds, size = time.perf_counter() - started, torch.cuda.memory_allocated() / 2**30
         print(f"{args.shape}, quantization {kind}: {size:.1f} GiB of weights in {seconds:.1f} s")

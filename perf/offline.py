@@ -27,6 +27,7 @@ from actorserve.config import EngineConfig
 from actorserve.flags import Formatter, Parser, add_config_flags, config_from
 from actorserve.models.ledger import SLOTS
 from actorserve.models.shapes import KNOWN
+from actorserve.models.shard import sharded
 from actorserve.perf.processes import CpuShares
 from actorserve.perf.roofline import add_limit_flags, limits_of, spec_of_model, workload_seconds
 from actorserve.perf.shapes import model_folder
@@ -164,10 +165,11 @@ def _own_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def add_floor(figures: dict[str, Any], args: argparse.Namespace, model: str) -> None:
-    """Add the floor of the same workload and the share of it that was reached."""
-    running = figures["max_running_requests"]
-    floor = workload_seconds(spec_of_model(model), lengths_of(args), running, limits_of(args), args.kv_bytes)
+def add_floor(figures: dict[str, Any], args: argparse.Namespace, model: str, ranks: int) -> None:
+    """Add the floor of the same workload, of a rank's part without what ranks tell each other, and the share of it
+    that was reached."""
+    running, spec = figures["max_running_requests"], sharded(spec_of_model(model), ranks)
+    floor = workload_seconds(spec, lengths_of(args), running, limits_of(args), args.kv_bytes)
     figures["floor_seconds"] = floor
     figures["share_of_floor"] = floor / figures["elapsed_time"]
 
@@ -199,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits_of(args)  # measured while the GPU is free, and remembered
     with model_folder(config.model or "smollm2-135m") as folder:
         figures = asyncio.run(measure(args, config, folder))
-        add_floor(figures, args, folder)
+        add_floor(figures, args, folder, config.tp_size)
     print(report(figures))
     if args.json:
         told = {"arguments": sys.argv[1:] if arguments is None else list(arguments), **figures}

@@ -100,6 +100,15 @@ def test_running_ahead_changes_nothing(folder: str, plain: list, ahead: None, k:
         assert answers(e) == plain  # with slots and pages used before, and prefixes cached
 
 
+def test_rows_may_stay_until_they_are_released(
+    folder: str, plain: list, ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with tensor parallel ranks, which learn at different times who is done."""
+    monkeypatch.setattr(executor.Executor, "leaves_at_once", False)
+    with engine(folder, num_continuous_decode_steps=4, plans_in_flight=2) as running:
+        assert answers(running) == plain
+
+
 def test_retraction_while_steps_run_ahead(folder: str, plain: list, ahead: None) -> None:
     with engine(folder, max_total_tokens=320, schedule_conservativeness=0.0, num_continuous_decode_steps=4) as e:
         for _ in range(20):  # requests that come in slowly on a busy machine need no retraction

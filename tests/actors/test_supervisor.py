@@ -452,6 +452,21 @@ def test_the_engine_topology() -> None:
     assert [node.name for node in blind.nodes] == ["exec.0", "sched", "text", "front.0", "client"]
 
 
+def test_ranks_are_executors_behind_the_first() -> None:
+    """It draws, and hands the scheduler's plans on."""
+    ranks = engine_topology(demo_config(tp_size=3, load_format="auto"), [])
+    executors = ranks.nodes[:3]
+    assert [(node.name, node.group) for node in executors] == [(f"exec.{rank}", "executors") for rank in range(3)]
+    assert [actor.name for node in executors for actor in node.actors] == ["exec.0", "sampler.0", "exec.1", "exec.2"]
+    theirs = {(lane.source, lane.target) for lane in ranks.lanes if {"exec.1", "exec.2"} & {lane.source, lane.target}}
+    assert theirs == {("exec.0", "exec.1"), ("exec.0", "exec.2")}
+    assert engine_topology(demo_config(tp_size=3, load_format="stub"), []) == engine_topology(
+        demo_config(load_format="stub"), []
+    )
+    with pytest.raises(ValueError, match="processes of their own"):
+        engine_topology(demo_config(tp_size=2, load_format="auto"), [], "inline")
+
+
 def test_a_topology_is_checked() -> None:
     one, two = NodeSpec("one", (ActorSpec("a"),)), NodeSpec("two", (ActorSpec("b"),))
     for nodes, lanes in (

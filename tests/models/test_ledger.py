@@ -16,6 +16,7 @@ from actorserve.models.kv_cache import KVCache
 from actorserve.models.places import allocate
 from actorserve.models.quantization import ONLINE, Scheme, quantization_of
 from actorserve.models.shapes import KNOWN, write_shape
+from actorserve.models.shard import sharded
 from actorserve.models.spec import Spec
 
 H200 = Limits(4.3e12, 790e12)
@@ -151,15 +152,15 @@ def test_what_the_settings_change() -> None:
 
 def test_ranks_share_a_model() -> None:
     whole = ledger.parameters(QWEN)
-    half = ledger.parameters(ledger.sharded(QWEN, 2))
+    half = ledger.parameters(sharded(QWEN, 2))
     assert whole / 2 < half < 0.501 * whole, "norms are on both"
-    kv = ledger.page_bytes(ledger.sharded(QWEN, 4), 16, 2)
+    kv = ledger.page_bytes(sharded(QWEN, 4), 16, 2)
     assert kv == ledger.page_bytes(QWEN, 16, 2) // 4
     wide = replace(QWEN, heads=32)
-    assert ledger.page_bytes(ledger.sharded(wide, 8), 16, 2) == kv, "fewer KV heads than ranks are copied"
-    assert ledger.sharded(QWEN, 1) == QWEN
+    assert ledger.page_bytes(sharded(wide, 8), 16, 2) == kv, "fewer KV heads than ranks are copied"
+    assert sharded(QWEN, 1) == QWEN
     with pytest.raises(StartupError, match="--tp-size 3 does not divide"):
-        ledger.sharded(QWEN, 3)
+        sharded(QWEN, 3)
 
 
 def test_ladder_ends_at_the_largest() -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from thread_group import ThreadGroup, on_ranks
 from torch import Tensor
 
 from actorserve.config import EngineConfig, Pooling
@@ -48,14 +49,14 @@ def one_thread() -> None:
 
 
 class Bench:
-    """A pooled model and its slots; `settings` are the engine's."""
+    """A pooled model, or a rank's part of one, and its slots; `settings` are the engine's."""
 
-    def __init__(self, folder: str, **settings: Any) -> None:
+    def __init__(self, folder: str, group: ThreadGroup | None = None, **settings: Any) -> None:
         config = EngineConfig(model=folder, dtype="float32", device="cpu", **settings)
         self.model = resolve_model(config)
         assert self.model.pooling is not None
         self.pooling: Pooling = self.model.pooling
-        decoder = load_decoder(folder, config, lambda fraction: None, self.pooling)
+        decoder = load_decoder(folder, config, lambda fraction: None, self.pooling, group)
         self.runner = Runner(decoder, KVCache(decoder.spec, 121, tiny.PAGE, decoder.device, decoder.dtype), 20, 8)
         self.runner.kv.storage.fill_(float("nan"))
         self.stepper = Stepper(self.runner, None, None, Pooler(self.pooling, decoder, 20))  # type: ignore[arg-type]
@@ -276,6 +277,22 @@ def test_every_field_of_an_encoder_matters(
     except StartupError:
         return
     assert moved > 100 * TOLERANCE
+
+
+def test_ranks_share_a_classifier(tmp_path: Path) -> None:
+    """An encoder: norms behind sums, biases everywhere, several tables. Every rank has the vectors."""
+    encoder("Roberta", tmp_path, "ForSequenceClassification", num_labels=3)
+
+    def classes(group: ThreadGroup | None = None) -> Tensor:
+        bench = Bench(str(tmp_path), group)
+        for slot in range(4):
+            bench.admit(slot, [5 * slot + i for i in (4, 2, 0, 3, 1)])
+        found = bench.step(*((slot, ids, 0, len(ids)) for slot, ids in enumerate(prompts())))
+        return torch.stack([found[slot] for slot in range(4)])
+
+    expected = classes()
+    for found in on_ranks(2, classes):
+        assert_close(found, expected)
 
 
 def test_memory_of_an_encoder_is_what_the_loader_allocates(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from thread_group import ThreadGroup, on_ranks
 from tiny import Driver
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from actorserve.models.attention import TorchAttention
 from actorserve.models.cpu_decoder import maps_of
 from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
-from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.layers import DenseMlp, Linear, TorchOps
+from actorserve.models.parallel import Summed
 from actorserve.models.quantized import QuantizedLinear, dequantise, pack, takes
 from actorserve.models.weights import load_decoder
 
@@ -161,6 +163,29 @@ def test_model_equals_its_dense_form(folder: str) -> None:
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
     for sizes in ([7, 13, 20], [30] + [1] * 10):
         assert (Driver.of(decoder).logits(ids, sizes) - got).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_ranks_have_parts_of_the_blocks(folder: str) -> None:
+    """But where a cut would go through blocks: 96 columns on two ranks."""
+    torch.set_num_threads(1)
+    ids = tiny.prompt(40)
+    expected = Driver.of(tiny.load(folder, dtype="auto")).logits(ids, [30, 10])
+
+    def run(group: ThreadGroup) -> Tensor:
+        decoder = load_decoder(folder, EngineConfig(device="cpu"), lambda fraction: None, group=group)
+        kinds = []
+        for layer in decoder.weights.layers:
+            assert (
+                isinstance(layer.o, Summed) and isinstance(layer.mlp, DenseMlp) and isinstance(layer.mlp.down, Summed)
+            )
+            maps = (layer.qkv, layer.o.linear, layer.mlp.gate_up, layer.mlp.down.linear)
+            kinds.append([isinstance(linear, QuantizedLinear) for linear in maps])
+        assert kinds == [[True, True, True, False], [True, True, False, False], [True, True, True, False]]
+        return Driver.of(decoder).logits(ids, [30, 10])
+
+    got = on_ranks(2, run)[0]
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_when_blocks_are_used(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

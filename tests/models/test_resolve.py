@@ -172,8 +172,13 @@ def test_missing_things(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unsupported_settings(folder: Path) -> None:
-    with pytest.raises(StartupError, match="--tp-size above 1 is not supported yet"):
-        resolved(folder, tp_size=2)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "intermediate_size": 96}
+    write(folder / "config.json", CONFIG | sizes | {"num_key_value_heads": 2})
+    assert resolved(folder, tp_size=2) == resolved(folder)
+    with pytest.raises(StartupError, match="--tp-size 3 does not divide 8 attention heads and 2 KV heads"):
+        resolved(folder, tp_size=3)
+    with pytest.raises(StartupError, match="--tp-size needs --placement process"):
+        resolved(folder, tp_size=2, placement="inline")
     with pytest.raises(StartupError, match=r"needs a \.gguf file"):
         resolved(folder, load_format="gguf")
 
