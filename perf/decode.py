@@ -245,7 +245,7 @@ def one_kind(kind: str, limits: Limits, args: argparse.Namespace, group: Distrib
             kv_cache_dtype=args.kv_cache_dtype, tp_size=args.tp_size,
         )  # fmt: skip
         started = time.perf_counter()
-        decoder = load_decoder(str(model), config, lambda _: None, group, None if group is None else group.device)
+        decoder = load_decoder(str(model), config, lambda _: None, None, group, None if group is None else group.device)
         torch.cuda.synchronize()
         seconds, size = time.perf_counter() - started, torch.cuda.memory_allocated() / 2**30
         print(f"{args.shape}, quantization {kind}: {size:.1f} GiB of weights in {seconds:.1f} s")
