@@ -78,7 +78,7 @@ def load_decoder(path: str, config: EngineConfig, progress: Progress, pooling: P
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, spec, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
-    weights, places = allocate(spec, device, dtype, blocks, keeper)
+    weights, places = allocate(spec, device, dtype, blocks, keeper=keeper)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:
         fill_dummy(places.values(), config.random_seed, device, assemblies.values(), quantization)
