@@ -56,7 +56,7 @@ def test_quantized_weights_are_what_the_loader_keeps(name: str, monkeypatch: pyt
     monkeypatch.setattr(assembly, "FEWEST_OUTPUTS", 2)
     spec = spec_of(tiny.build(name).config.to_dict())
     keeper = assembly.Keeper(lambda parts, bias: lambda x: x, torch.device("meta"), None)
-    _, places = allocate(spec, torch.device("meta"), torch.bfloat16, {}, keeper)
+    _, places = allocate(spec, torch.device("meta"), torch.bfloat16, keeper=keeper)
     shapes = {weight: shape for each in keeper.assemblies.values() for weight, shape in each.shapes.items()}
     weights, outputs = ledger.linear_parameters(spec)
     assert weights == sum(size * inputs for size, inputs in shapes.values())

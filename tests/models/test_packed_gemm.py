@@ -277,7 +277,7 @@ def on_kernels(folder: Path) -> tuple[Decoder, Decoder]:
     spec, dtype = spec_of(facts), torch.float16
     source = Source(folder, spec, names_of(facts), quantization_of(facts), DEVICE, False)
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype))
-    weights, places = allocate(spec, DEVICE, dtype, {}, keeper)
+    weights, places = allocate(spec, DEVICE, dtype, keeper=keeper)
     fill(places, keeper.assemblies, source, lambda fraction: None, {})
     pack(weights, TorchOps())
     return plain, Decoder(spec, weights, TritonAttention(), DEVICE, dtype, ops)
