@@ -50,10 +50,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = "auto"
     quantization: Annotated[
-        Literal["auto", "none", "gguf"],
+        Literal["auto", "none", "gguf", "fp8", "int8"],
         Meta(
-            description="gguf: keep a GGUF file's quantized weights, CPU only, float32 activations; auto: that where "
-            "it can be done and no --dtype is given; none: dequantise them"
+            description="auto: multiply with a checkpoint's quantized weights as they are, where it can be done (on a "
+            "CPU: if no --dtype is given, in float32); none: dequantise them; gguf: a GGUF file's, CPU only, or an "
+            "error; fp8 (GPU), int8: quantise the layers of one that is not quantized, while loading"
         ),
     ] = "auto"
     is_embedding: Annotated[

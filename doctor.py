@@ -241,13 +241,15 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
 
 def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterator[Finding]:
     """In what the model is computed; without a model, in what the embedded one's shape would be."""
-    from .models.weights import kept_blocks, pick_dtype
+    from .models.quantization import quantization_of
+    from .models.weights import kept_blocks, pick_dtype, stays_quantized
 
     facts: dict[str, Any] = KNOWN[DEFAULT_MODEL]
     if model is not None:
         facts = json.loads((Path(model.path) / "config.json").read_bytes())
-        if kept_blocks(config, Path(model.path), device):
-            yield Finding("ok", "dtype", "float32 beside GGUF's own quantized weights, which stay as they are")
+        stays = stays_quantized(config, device, quantization_of(facts))
+        if kept_blocks(config, Path(model.path), device) or (stays and device.type == "cpu"):
+            yield Finding("ok", "dtype", "float32 beside quantized weights, which stay as they are")
             text = "our C kernels, as the weights are quantized" if config.attention_backend == "auto" else "torch's"
             yield Finding("ok", "attention", text)
             return

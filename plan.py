@@ -21,7 +21,8 @@ from .errors import StartupError
 from .flags import add_config_flags
 from .models.families import pooled_spec, spec_of
 from .models.floors import GIB, GPUS, Gpu, decode_seconds, prefill_seconds
-from .models.ledger import FRACTION, ITEMSIZE, Ledger, balance, demand_of
+from .models.ledger import FRACTION, ITEMSIZE, Ledger, balance, demand_of, quantized_bytes
+from .models.quantization import Quantization, quantization_of
 from .models.shapes import KNOWN, write_shape
 from .models.spec import Spec
 
@@ -60,6 +61,8 @@ class Subject:
     context_length: int
     config: EngineConfig
     gpu: Gpu
+    quantization: Quantization | None = None
+    """The checkpoint's own."""
 
     @property
     def fraction(self) -> float:
@@ -67,7 +70,7 @@ class Subject:
 
     def ledger(self) -> Ledger:
         """The memory of one GPU. Raises StartupError for a --tp-size that does not divide the model."""
-        demand = demand_of(self.spec, self.config, self.dtype, self.context_length)
+        demand = demand_of(self.spec, self.config, self.dtype, self.context_length, self.quantization)
         return balance(self.gpu.memory, self.fraction, demand, self.config.max_total_tokens)
 
     def changed(self, **settings: Any) -> "Subject":
@@ -121,8 +124,9 @@ def read_model(config: EngineConfig, gpu: Gpu) -> Subject:
         facts = json.loads((Path(model.path) / "config.json").read_bytes())
     own = str(facts.get("dtype") or facts.get("torch_dtype"))
     dtype = config.dtype if config.dtype != "auto" else own if own in ITEMSIZE else "bfloat16"
+    rules = quantization_of(facts)
     spec = spec_of(facts) if model.pooling is None else pooled_spec(facts, model.pooling)
-    return Subject(model.name, spec, dtype, model.context_length, config, gpu)
+    return Subject(model.name, spec, dtype, model.context_length, config, gpu, rules)
 
 
 def length_rows(subject: Subject, ledger: Ledger, lengths: list[int]) -> Iterator[dict[str, Any]]:
@@ -132,6 +136,7 @@ def length_rows(subject: Subject, ledger: Ledger, lengths: list[int]) -> Iterato
     and decode of one request and of all that run, each with its whole length in the context.
     """
     demand, limits = ledger.demand, subject.gpu.limits
+    quantized = quantized_bytes(demand.spec, demand.scheme)
     for length in sorted(set(lengths)):
         room = ledger.requests_at(length)
         running = min(room, demand.slots)
@@ -139,9 +144,9 @@ def length_rows(subject: Subject, ledger: Ledger, lengths: list[int]) -> Iterato
         if limits is not None and demand.itemsize == 2:  # the peak is that of 16 bits
             sizes = (limits, demand.itemsize, demand.kv_itemsize)
             row["prefill_floor"] = length / prefill_seconds(demand.spec, length, limits)
-            row["decode_floor_1"] = 1 / decode_seconds(demand.spec, 1, length, *sizes)
+            row["decode_floor_1"] = 1 / decode_seconds(demand.spec, 1, length, *sizes, quantized)
             if running:
-                row["decode_floor_run"] = running / decode_seconds(demand.spec, running, length, *sizes)
+                row["decode_floor_run"] = running / decode_seconds(demand.spec, running, length, *sizes, quantized)
         yield row
 
 

@@ -1,8 +1,8 @@
-/* Linear maps with GGUF's quantized blocks as weights, in float32, for CPUs with AVX2 or AVX-512.
+/* Linear maps with quantized blocks, GGUF's and one more, as weights, in float32, for CPUs with AVX2 or AVX-512.
 
 Used by quantized.py, compiled by c_library.py for the machine it runs on. A weight [outputs, inputs] is packed into
-units: LANES outputs x 32 inputs, their scales first (float16, one a lane), then their values, so that a vector is the
-same input of LANES outputs. Weights become float32 in registers, bit for bit those of GGUF's definition; for more than
+units: LANES outputs x 32 inputs, their scales first (float16, one a lane), minima or zero points, then their values, so
+that a vector is the same input of LANES outputs. Weights become float32 in registers, bit for bit those of GGUF's definition; for more than
 FEW rows they go through a panel that stays in the first-level cache.
 Invariant: an output is one chain of fused multiply-adds over the inputs in their order, whatever the number of rows:
 a row's result does not depend on the batch that it is in, nor on the threads.
@@ -22,7 +22,7 @@ a row's result does not depend on the batch that it is in, nor on the threads.
 /* Vectors of outputs at a time for FEW rows: what the registers hold. */
 #define WIDTH(rows) (rows < FEW / 2 - 1 ? 4 : 2)
 
-enum kind { Q4_0, Q4_1, Q8_0 }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
+enum kind { Q4_0, Q4_1, Q8_0, Q4_Z }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
 
 #if LANES == 16
 INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
@@ -34,7 +34,9 @@ INLINE ivec nibbles(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_lo
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
 #endif
 
-INLINE long unit_bytes(enum kind kind) { return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : 34); }
+INLINE long unit_bytes(enum kind kind) {
+    return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : kind == Q4_Z ? 19 : 34);
+}
 
 struct group {
     vec scale, offset;
@@ -47,6 +49,10 @@ INLINE struct group open_group(int bits, enum kind kind, const uint8_t *unit) {
     if (bits == 4 && kind == Q4_1) {
         g.offset = halves(unit + 2 * LANES);
         g.values += 2 * LANES;
+    }
+    if (bits == 4 && kind == Q4_Z) { /* exact: 11 bits times 8 */
+        g.offset = g.scale * -floats(nibbles(unit + 2 * LANES));
+        g.values += LANES;
     }
     return g;
 }

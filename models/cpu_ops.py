@@ -7,11 +7,15 @@ TorchOps up to float32's rounding, and a row's do not depend on the batch that i
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cpu_kernels import Rotation, kernels, threads
-from .layers import TorchOps
+from .layers import LinearMap, TorchOps
+from .part_maps import map_of
+from .quantized import linear_of
 from .spec import Spec
+from .unpack import Part
 
 
 class CpuOps(TorchOps):
@@ -66,6 +70,10 @@ class CpuOps(TorchOps):
         y = gate_up.new_empty(rows, inter)
         self.kernels.silu_mul(gate_up.data_ptr(), y.data_ptr(), rows, inter, threads())
         return y
+
+    def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """See Ops; by our C kernels where they take the weights."""
+        return map_of(parts, bias, linear_of, lambda weight, own: self.linear(weight.to(dtype), own))
 
 
 def rotates(spec: Spec) -> bool:

@@ -238,8 +238,6 @@ def spec_of(config: Config) -> Spec:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise StartupError(f"model_type {model_type!r} is not served yet; served: {', '.join(sorted(FAMILIES))}")
-    if config.get("quantization_config"):
-        raise StartupError("quantized checkpoints (quantization_config) are not served yet")
     try:
         spec = family.read(config)
         if config.get("is_causal") is False:

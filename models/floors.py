@@ -83,11 +83,15 @@ def _mlp(spec: Spec, inter: int) -> list[int]:
     return [(2 if spec.gated else 1) * spec.hidden * inter, inter * spec.hidden]
 
 
-def matmul_seconds(spec: Spec, batch: int, limits: Limits, weight_bytes: float = 2.0) -> float:
-    """Floor of a step's matmuls for `batch` rows."""
+def matmul_seconds(
+    spec: Spec, batch: int, limits: Limits, weight_bytes: float = 2.0, quantized: float | None = None
+) -> float:
+    """Floor of a step's matmuls for `batch` rows. `quantized`: bytes of a weight of all but the head."""
+    of_layers, (head, _) = matmuls(spec)[:-1], matmuls(spec)[-1]
+    sizes = [(weights, times, quantized or weight_bytes) for weights, times in of_layers] + [(head, 1, weight_bytes)]
     return sum(
-        times * max(weights * weight_bytes / limits.bandwidth, 2 * batch * weights / limits.peak)
-        for weights, times in matmuls(spec)
+        times * max(weights * size / limits.bandwidth, 2 * batch * weights / limits.peak)
+        for weights, times, size in sizes
     )
 
 
@@ -110,11 +114,17 @@ def attention_seconds(spec: Spec, visible: int, limits: Limits, kv_bytes: float 
 
 
 def decode_seconds(
-    spec: Spec, batch: int, context: int, limits: Limits, weight_bytes: float = 2.0, kv_bytes: float = 2.0
+    spec: Spec,
+    batch: int,
+    context: int,
+    limits: Limits,
+    weight_bytes: float = 2.0,
+    kv_bytes: float = 2.0,
+    quantized: float | None = None,
 ) -> float:
-    """Floor of one decode step of `batch` sequences with `context` tokens each."""
+    """Floor of one decode step of `batch` sequences with `context` tokens each; `quantized`: see matmul_seconds."""
     attention = attention_seconds(spec, batch * visible_tokens(spec, context), limits, kv_bytes)
-    return matmul_seconds(spec, batch, limits, weight_bytes) + attention
+    return matmul_seconds(spec, batch, limits, weight_bytes, quantized) + attention
 
 
 def prefill_flops(spec: Spec, tokens: int, cached: int = 0) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_kernels import linear_kernel
+from .packed_gemm import Float8Rows, Packed
 from .tuned_gemm import TunedGemms, by_torch
 
 EARLY_BYTES: Final = 32 << 20
@@ -138,7 +139,7 @@ def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
 
 def linear(
     x: Tensor | Unscaled,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     tile: Tile,
     arrived: Tensor,
@@ -150,8 +151,9 @@ def linear(
 ) -> Tensor:
     """x [rows, inputs] @ weight [outputs, inputs].T + bias, in `dtype` (x's); contiguous, `tile` fits.
 
-    One epilogue at most. With `act`, act(first half) * second half; with `add`, what an Unscaled holds; with `heads`,
-    the queries. `pdl`: launch before the predecessor ends.
+    A quantized weight is multiplied in steps of `tile.depth` words. One epilogue at most. With `act`, act(first half) *
+    second half; with `add`, what an Unscaled holds; with `heads`, the queries. `pdl`: launch before the predecessor
+    ends.
     """
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape
@@ -162,19 +164,26 @@ def linear(
     parts = None
     if tile.split > 1:
         parts = torch.empty(tiles * tile.split * tile.rows * tile.outputs, dtype=torch.float32, device=x.device)
+    early, after = int(weight.nbytes <= EARLY_BYTES), _epilogue_arguments(norm, add, heads)
+    options = {
+        "BM": tile.rows, "BN": width, "SPLIT": tile.split, "BIAS": bias is not None, "PDL": pdl, "ACT": act,
+        **_epilogue_constants(norm, add, heads), "num_warps": tile.warps, "num_stages": tile.stages,
+        **({"launch_pdl": True} if pdl else {}),
+    }  # fmt: skip
+    if isinstance(weight, Packed):
+        before = (x, bias, out, parts, arrived, rows, outputs, early)
+        options |= weight.constants(tile.depth) | {"STAGES": tile.stages}
+        weight.launch((tiles, tile.split), before, after, **options)
+        return out
     x_blocks = w_blocks = None
     if tile.tma:
         x_blocks = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
         w_blocks = TensorDescriptor.from_tensor(weight, [width, tile.depth])
     share = triton.cdiv(triton.cdiv(inputs, tile.depth), tile.split)
     linear_kernel[(tiles, tile.split)](
-        x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs,
-        int(weight.nbytes <= EARLY_BYTES), *_epilogue_arguments(norm, add, heads),
-        BM=tile.rows, BN=width, BK=tile.depth, SPLIT=tile.split, SWAP=tile.swap, TMA=tile.tma,
-        EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share), LOOP=share > tile.ahead,
-        STAGES=tile.stages if tile.rows == 1 else None, BIAS=bias is not None, PDL=pdl, ACT=act,
-        **_epilogue_constants(norm, add, heads), num_warps=tile.warps, num_stages=tile.stages,
-        **({"launch_pdl": True} if pdl else {}),
+        x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs, early, *after,
+        BK=tile.depth, SWAP=tile.swap, TMA=tile.tma, EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share),
+        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
     return out
 
@@ -221,22 +230,27 @@ def can_multiply(weight: Tensor) -> bool:
 class TritonLinear:
     """x [T, in] -> [T, out] with weight [out, in]; float32 results with dtype=torch.float32; PDL up to `pdl_rows`.
 
-    The other methods are for as many rows as there is a `tile` for.
+    A quantized weight comes with `choices` of its own; where those end, it says itself how it is multiplied. The other
+    methods are for as many rows as there is a `tile` for.
     """
 
     __slots__ = ("arrived", "bias", "choices", "dtype", "pdl_rows", "tuned", "weight")
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         arrived: Tensor,
         pdl_rows: int,
         dtype: torch.dtype | None = None,
         gemms: dict[tuple[int, int], Choices] = GEMMS,
         tuned: TunedGemms | None = None,
+        choices: Choices = (),
     ) -> None:
         self.weight, self.bias, self.arrived, self.pdl_rows, self.dtype = weight, bias, arrived, pdl_rows, dtype
+        if isinstance(weight, Packed):
+            self.choices, self.tuned = choices, None
+            return
         outputs, inputs = weight.shape
         self.choices = gemms.get((outputs, inputs), ()) if can_multiply(weight) else ()
         self.tuned = tuned if can_multiply(weight) else None
@@ -247,11 +261,21 @@ class TritonLinear:
         """What this many rows are multiplied with, None for cuBLAS."""
         return choose(self.choices, rows) if rows else None
 
-    def __call__(self, x: Tensor | Unscaled) -> Tensor:
+    def float8_rows(self, rows: int) -> Packed | None:
+        """The weight, if it is multiplied with float8 inputs at this many rows."""
+        weight = self.weight
+        return weight if isinstance(weight, Packed) and weight.quantises and rows and self.tile(rows) is None else None
+
+    def __call__(self, x: Tensor | Unscaled | Float8Rows) -> Tensor:
+        if isinstance(x, Float8Rows):  # who makes them has asked whether they are wanted
+            assert isinstance(self.weight, Packed)
+            return self.weight.multiply_float8(x, self.bias, self.dtype or self.weight.dtype)
         if self.tile(len(x)) is not None:
             return self._run(x)
         assert isinstance(x, Tensor)  # who makes an Unscaled has asked for a tile
         dtype = self.dtype or x.dtype
+        if isinstance(self.weight, Packed):
+            return self.weight.multiply(x, self.bias, dtype)
         out = None if self.tuned is None else self.tuned.multiply(x, self.weight, self.bias, dtype)
         return by_torch(x, self.weight, self.bias, dtype) if out is None else out
 

@@ -92,6 +92,65 @@ def _finish(
         store_tile(acc, out, rn, rm, rows, n, SWAP)
 
 
+@triton.jit
+def operands_after(
+    residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k,
+    SWAP: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, ROTATE: tl.constexpr, LATE: tl.constexpr,
+    D: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """What an epilogue reads: a tile of the residual, slots, rotations (both not with LATE), factors of a norm."""
+    old = 0.0
+    if ADD and not LATE:
+        old = residual_tile(residual, rn, rm, rows, n, SWAP)
+    slot = 0
+    turn = 0.0
+    if HEADS:
+        slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
+        if ROTATE and not LATE:
+            turn = cosines_and_sines(table, rm, rows, D)
+    factors = 0.0
+    if SQUARES > 0:
+        factors = rms_factors(squares, square_parts, eps, rm, rows, k, SQUARES)
+    return old, slot, turn, factors
+
+
+@triton.jit
+def conclude(
+    acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
+    add, heads, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
+    NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, LATE: tl.constexpr,
+    D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Add up a tile's parts, if it is split: the last program does. Then the epilogue, and what is stored."""
+    tiles_n = tl.num_programs(0) // row_tiles
+    if SPLIT == 1:
+        _finish(
+            acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
+            SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+        )  # fmt: skip
+    else:
+        SIZE: tl.constexpr = 2 * BM * BN if ACT != "" else BM * BN
+        if SWAP:
+            within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        else:
+            within = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        tile_parts = parts + tile.to(tl.int64) * SPLIT * SIZE + within
+        tl.store(tile_parts + part * SIZE, acc)
+        if ACT != "":
+            tl.store(tile_parts + part * SIZE + BM * BN, up)
+        tl.debug_barrier()  # all threads' parts are written before the arrival says so
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            tl.store(arrived + tile, 0)
+            total = _total(tile_parts, SPLIT, SIZE, SIZE < 32768)
+            total_up = total
+            if ACT != "":
+                total_up = _total(tile_parts + BM * BN, SPLIT, SIZE, SIZE < 32768)
+            _finish(
+                total, total_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
+                SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "early", "square_parts"])
 def linear_kernel(
     x, w, x_blocks, w_blocks, bias, out, parts, arrived, rows, n, k, early,
@@ -191,18 +250,12 @@ def linear_kernel(
     # What the epilogue reads is loaded here: late enough not to hold up the weight, early enough to come beside the x
     # of the steps ahead, which are multiplied last.
     LATE: tl.constexpr = BM * BN > 2048  # it would fill the registers: not before it is needed
-    old = residual
-    if ADD and not LATE:
-        old = residual_tile(residual, rn, rm, rows, n, SWAP)
-    slot = 0
-    turn = table
-    if HEADS:
-        slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
-        if ROTATE and not LATE:
-            turn = cosines_and_sines(table, rm, rows, D)
-    factors = 0.0
-    if SQUARES > 0:
-        factors = rms_factors(squares, square_parts, eps, rm, rows, k, SQUARES)
+    old, slot, turn, factors = operands_after(
+        residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, SWAP, ADD, HEADS, ROTATE, LATE, D,
+        SQUARES,
+    )  # fmt: skip
+    if LATE:
+        old, turn = residual, table
     for j in tl.static_range(AHEAD):
         acc = _multiply(ahead[j], x_tiles[j], acc, BM, SWAP)
         if ACT != "":
@@ -213,32 +266,8 @@ def linear_kernel(
     if BM == 1:
         acc = tl.sum(acc, 1, keep_dims=True)
         up = tl.sum(up, 1, keep_dims=True) if ACT != "" else acc
-    tiles_n = tl.num_programs(0) // row_tiles
-    add = (gains, scale, new_residual, new_squares)
-    head = (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads)
-    if SPLIT == 1:
-        _finish(
-            acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, head,
-            SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
-        )  # fmt: skip
-    else:
-        SIZE: tl.constexpr = 2 * BM * BN if ACT != "" else BM * BN
-        if SWAP:
-            within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        else:
-            within = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        tile_parts = parts + tile.to(tl.int64) * SPLIT * SIZE + within
-        tl.store(tile_parts + part * SIZE, acc)
-        if ACT != "":
-            tl.store(tile_parts + part * SIZE + BM * BN, up)
-        tl.debug_barrier()  # all threads' parts are written before the arrival says so
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            tl.store(arrived + tile, 0)
-            total = _total(tile_parts, SPLIT, SIZE, SIZE < 32768)
-            total_up = total
-            if ACT != "":
-                total_up = _total(tile_parts + BM * BN, SPLIT, SIZE, SIZE < 32768)
-            _finish(
-                total, total_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, head,
-                SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
-            )  # fmt: skip
+    conclude(
+        acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
+        (gains, scale, new_residual, new_squares), (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
+        BM, BN, SPLIT, SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+    )  # fmt: skip

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .norms import qk_norm_, rms_norm
+from .part_maps import map_of
 from .rope import rotate_, rotation_table
 from .spec import Rope, Spec
+from .unpack import Part
 
 LinearMap = Callable[[Tensor], Tensor]
-"""[T, in] -> [T, out]. `Linear`, `PackedLinear`, and later quantised and tensor parallel ones."""
+"""[T, in] -> [T, out]. `Linear`, `PackedLinear`, and each device's own, of dense and quantized weights."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -136,11 +138,14 @@ class Ops(Protocol):
         """`add_rms_norm` of linear(x); the first result is for `into`, or `gated` or `heads` with it, and no other.
         Without `into` it is a Tensor."""
 
-    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
-        """`act_mul` of gate_up(x)."""
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
+        """`act_mul` of gate_up(x), for `into` and no other, or `add_norm` with it. Without `into` it is a Tensor."""
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
+
+    def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """Return the map of quantized weights under one another, for hidden states of `dtype`."""
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the product of the language model head: float32 [T, vocab] on a GPU; see head.py for a CPU's."""
@@ -201,10 +206,10 @@ class DenseMlp:
         """What the normed hidden states go into (see Ops.add_norm)."""
         return self.gate_up
 
-    def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Tensor:
-        """Normed hidden states [T, hidden] -> what `down` makes the result of, [T, inter]."""
+    def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Hidden:
+        """Normed hidden states [T, hidden] -> what `down`, or Ops.add_norm with it, makes the result of, [T, inter]."""
         if spec.gated:
-            return ops.gated(self.gate_up, x, spec.act)
+            return ops.gated(self.gate_up, x, spec.act, self.down)
         return ACTIVATIONS[spec.act](self.gate_up(x))
 
 
@@ -282,7 +287,7 @@ class TorchOps:
         """See Ops."""
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
 
-    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """See Ops."""
         return self.act_mul(gate_up(x), act)
 
@@ -290,6 +295,10 @@ class TorchOps:
         """See Ops."""
         plain = Linear(weight, bias)
         return PackedLinear(plain) if can_pack(weight) else plain
+
+    def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """See Ops; dense."""
+        return map_of(parts, bias, lambda part, own: None, lambda weight, own: self.linear(weight.to(dtype), own))
 
     def head(self, weight: Tensor) -> LinearMap:
         """See Ops."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..config import EngineConfig
+from .quantization import ONLINE, Quantization, Scheme
 from .shard import sharded
 from .spec import Spec
 
@@ -97,6 +98,59 @@ def _experts(spec: Spec) -> int:
     assert moe is not None
     shared = _mlp(spec, moe.shared_inter) if moe.shared_inter else 0
     return moe.experts * (3 * h * moe.inter + h + moe.score_bias) + shared + h * moe.shared_gate
+
+
+def linear_parameters(spec: Spec) -> tuple[int, int]:
+    """(weights of the layers' linear maps, which are quantized if any are, their outputs).
+
+    Experts are not among them, nor what latent attention makes keys and values with: they are dequantised.
+    """
+    h, mla, heads = spec.hidden, spec.mla, spec.heads
+    if mla is None:
+        q, kv = heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        attention = [(h, q + 2 * kv), (q, h)]
+    else:
+        q = heads * (mla.nope + mla.rope)
+        attention = [(h, (q if mla.q_rank is None else mla.q_rank) + mla.kv_rank + mla.rope), (heads * mla.v, h)]
+        attention += [] if mla.q_rank is None else [(mla.q_rank, q)]
+    maps = attention * spec.layers
+    for layer in range(spec.layers):
+        inter = spec.inter
+        if spec.sparse(layer):
+            assert spec.moe is not None
+            inter = spec.moe.shared_inter
+        maps += [(h, inter * (2 if spec.gated else 1)), (inter, h)] if inter else []
+    return sum(inputs * outputs for inputs, outputs in maps), sum(outputs for _, outputs in maps)
+
+
+def weight_bytes(spec: Spec, itemsize: int, scheme: Scheme | None = None) -> int:
+    """Memory of the weights, linear maps as `scheme` has them."""
+    if scheme is None:
+        return parameters(spec) * itemsize
+    weights, outputs = linear_parameters(spec)
+    return (parameters(spec) - weights) * itemsize + int(scheme.bytes_of(weights, outputs))
+
+
+def quantized_bytes(spec: Spec, scheme: Scheme | None) -> float | None:
+    """Bytes of a weight of a linear map, its share of scales and zero points in it; None: they are not quantized."""
+    if scheme is None:
+        return None
+    weights, outputs = linear_parameters(spec)
+    return scheme.bytes_of(weights, outputs) / weights
+
+
+def scheme_of(config: EngineConfig, quantization: Quantization | None) -> Scheme | None:
+    """How a GPU holds the linear maps of a checkpoint with these rules; None: as they are, or dequantised."""
+    if config.quantization in ONLINE:
+        return ONLINE[config.quantization]
+    return quantization.usual if quantization is not None and config.quantization == "auto" else None
+
+
+def scratch_bytes(spec: Spec, itemsize: int, scheme: Scheme | None) -> int:
+    """The buffer into which whole numbers are unpacked for many rows: the largest linear map."""
+    if scheme is None or scheme.is_float:
+        return 0
+    return (2 if spec.gated else 1) * spec.inter * spec.hidden * itemsize
 
 
 def page_bytes(spec: Spec, page_size: int, itemsize: int) -> int:
@@ -184,6 +238,8 @@ class Demand:
     context_length: int
     graphs: int
     """CUDA graphs that are kept; 0: none."""
+    scheme: Scheme | None = None
+    """How linear maps are quantized."""
     shared: bool = False
     """Other ranks have the rest of the model."""
 
@@ -197,7 +253,9 @@ class Demand:
         return -(-self.context_length // self.page_size)
 
 
-def demand_of(spec: Spec, config: EngineConfig, dtype: str, context_length: int) -> Demand:
+def demand_of(
+    spec: Spec, config: EngineConfig, dtype: str, context_length: int, quantization: Quantization | None = None
+) -> Demand:
     """What `config` asks of each GPU, in the model's resolved `dtype`. Raises StartupError for a bad --tp-size."""
     slots = config.max_running_requests or SLOTS["cuda"]
     largest_graph = (
@@ -214,6 +272,7 @@ def demand_of(spec: Spec, config: EngineConfig, dtype: str, context_length: int)
         forward_tokens=forward_tokens(config, slots),
         context_length=context_length,
         graphs=len(ladder(largest_graph)) + len(mixed_ladder(largest_graph)) if largest_graph else 0,
+        scheme=scheme_of(config, quantization),
         shared=config.tp_size > 1,
     )
 
@@ -258,7 +317,12 @@ class Ledger:
 def estimate(demand: Demand) -> list[Row]:
     """The rows of a demand without its KV pages, by formula."""
     spec = demand.spec
-    weights = parameters(spec)
+    weights, scheme = parameters(spec), demand.scheme
+    note = f"{weights:,} of {demand.itemsize} bytes"
+    if scheme is not None:
+        of_maps = linear_parameters(spec)[0]
+        note = f"{weights:,}, {of_maps:,} of them of {scheme.bits} bits and scales"
+    scratch = scratch_bytes(spec, demand.itemsize, scheme)
     arrays = slot_bytes(demand.slots + 1, demand.pages_per_request)
     kernels = graph_bytes(spec, demand.slots, demand.itemsize, demand.graphs)
     libraries = CONTEXT_BYTES + GROUP_BYTES * demand.shared
@@ -267,7 +331,8 @@ def estimate(demand: Demand) -> list[Row]:
         logits = 2 * logits + logit_bytes(spec.vocab, demand.slots)
     return [
         Row("CUDA context, libraries", libraries, "static", "reserve"),
-        Row("weights", weights * demand.itemsize, "static", f"{weights:,} of {demand.itemsize} bytes"),
+        Row("weights", weight_bytes(spec, demand.itemsize, scheme), "static", note),
+        *([Row("unpacking buffer", scratch, "static", "the largest map of 16 bits")] if scratch else []),
         Row("sampler tables", sampler_bytes(demand.vocab, demand.slots + 1), "static", "counts and masks per slot"),
         Row("slot arrays", arrays, "static", f"page tables of {demand.slots:,} slots"),
         Row(

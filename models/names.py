@@ -54,8 +54,7 @@ PLAIN: Final = Names()
 
 def pieces(names: Names, spec: Spec, name: str, tensor: "Tensor") -> Pieces:
     """Yield (our name, tensor) of everything in a checkpoint's tensor."""
-    for pattern, replacement in names.rewrites:
-        name = re.sub(pattern, replacement, name, count=1)
+    name = rewritten(names, name)
     path, _, kind = name.rpartition(".")
     parent, _, module = path.rpartition(".")
     if module not in names.cuts:
@@ -63,6 +62,34 @@ def pieces(names: Names, spec: Spec, name: str, tensor: "Tensor") -> Pieces:
         return
     for part, piece in names.cuts[module](tensor, spec):
         yield f"{parent}.{part}.{kind}", piece
+
+
+def rewritten(names: Names, name: str) -> str:
+    """Our name of a checkpoint's tensor, which may still have to be cut."""
+    for pattern, replacement in names.rewrites:
+        name = re.sub(pattern, replacement, name, count=1)
+    return name
+
+
+def weights_of(names: Names, name: str) -> list[str]:
+    """Our names of the weights in a checkpoint's, without looking at it.
+
+    Raises ValueError for one that is cut in another way than by rows: a quantized weight cannot be.
+    """
+    name = rewritten(names, name)
+    path, _, kind = name.rpartition(".")
+    parent, _, module = path.rpartition(".")
+    if module not in names.cuts:
+        return [name]
+    modules = BY_ROWS.get(names.cuts[module])
+    if modules is None:
+        raise ValueError(f"{module} is stored in a way of its own")
+    return [f"{parent}.{part}.{kind}" for part in modules]
+
+
+def cut_rows(names: Names, spec: Spec, name: str, tensor: "Tensor") -> list["Tensor"]:
+    """The pieces of a tensor [outputs, ...], in the order of `weights_of`."""
+    return [piece for _, piece in pieces(names, spec, name, tensor)]
 
 
 def layer_of(name: str) -> int | None:
@@ -120,3 +147,11 @@ def stacked(name: str, turned: bool = False) -> Cut:
             yield f"{expert}.{name}", matrix.t() if turned else matrix
 
     return cut
+
+
+BY_ROWS: Final[dict[Cut, tuple[str, ...]]] = {
+    qkv: ("q_proj", "k_proj", "v_proj"),
+    grouped_qkv: ("q_proj", "k_proj", "v_proj"),
+    gate_up: ("gate_proj", "up_proj"),
+}
+"""The cuts that distribute rows, and the modules they yield, in order."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import StartupError
+from .assembly import Keeper
 from .decoder import LayerWeights, ScoreWeights, Weights
 from .head import Head
 from .layers import DenseMlp, Linear, LinearMap
@@ -60,21 +61,35 @@ class Place:
 
 
 def allocate(
-    spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks | None = None, share: Share | None = None
+    spec: Spec,
+    device: torch.device,
+    dtype: torch.dtype,
+    blocks: Blocks | None = None,
+    share: Share | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[Weights, dict[str, Place]]:
     """Return weights, all that is not `blocks` uninitialised, and the places in them by our names.
 
-    `share`: which part of the model `spec` is.
+    `share`: which part of the model `spec` is. What `keeper` keeps quantized has no places: its assemblies take it.
     """
-    made = Allocation(spec, device, dtype, blocks or {}, share or Share(spec))
+    made = Allocation(spec, device, dtype, blocks or {}, share or Share(spec), keeper)
     return made.weights(), made.places
 
 
 class Allocation:
     """Makes the parts of a model, and enters each of their places."""
 
-    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype, blocks: Blocks, share: Share) -> None:
-        self.spec, self.device, self.dtype, self.blocks, self.share = spec, device, dtype, blocks, share
+    def __init__(
+        self,
+        spec: Spec,
+        device: torch.device,
+        dtype: torch.dtype,
+        blocks: Blocks,
+        share: Share,
+        keeper: Keeper | None,
+    ) -> None:
+        self.spec, self.device, self.dtype, self.blocks = spec, device, dtype, blocks
+        self.share, self.keeper = share, keeper
         self.places: dict[str, Place] = {}
 
     def weights(self) -> Weights:
@@ -239,6 +254,8 @@ class Allocation:
             self._place(f"{prefix}{name}.bias", view)
         shapes = {f"{prefix}{name}.weight": (size, inputs) for name, size in parts.items()}
         kept = quantized_map(shapes, self.blocks, bias, self.share)
+        if kept is None and self.keeper is not None:
+            kept = self.keeper.map(shapes, bias, {name: self.share.cut(name, shape) for name, shape in shapes.items()})
         if kept is not None:
             return kept
         weight = self._new(sum(sizes), inputs)

@@ -1,8 +1,8 @@
-"""Linear maps on a CPU whose weights stay the quantized blocks that a GGUF file holds.
+"""Linear maps on a CPU whose weights stay quantized: the blocks of a GGUF file, or those made of other checkpoints.
 
-Used by weights.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16 or 32. The
-kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, and no
-activation is. Rows up to any number go through it, so no second copy of a weight is kept.
+Used by weights.py and cpu_ops.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16
+or 32. The kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, nor
+is an activation. Rows up to any number go through it, so no second copy of a weight is kept.
 Invariant: a QuantizedLinear is `dequantise(blocks) @ x` up to the rounding of float32 sums, and a row's result is the
 same bit for bit in every batch.
 Measured and not taken: torch's `_weight_int4pack_mm_for_cpu`. It rounds activations, scales and results to bfloat16;
@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import Map, kernels, threads
+from .unpack import Part
 
 GROUP: Final = 32
 """Values of a row that share a scale."""
-KINDS: Final = {18: 0, 20: 1, 34: 2}
-"""Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0."""
-Q4_0, Q4_1, Q8_0 = KINDS.values()
+KINDS: Final = {18: 0, 20: 1, 34: 2, 19: 3}
+"""Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0, and Q4_Z: as Q4_0, with a zero point of a byte after
+the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded."""
+Q4_0, Q4_1, Q8_0, Q4_Z = KINDS.values()
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
+HEADS: Final = {Q4_0: 2, Q4_1: 4, Q8_0: 2, Q4_Z: 3}
+"""Bytes of a block before its values: a float16 scale, then a float16 minimum or the zero point."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -35,7 +39,7 @@ def kind_of(blocks: Tensor, inputs: int) -> int | None:
 
 
 def dequantise(blocks: Tensor, inputs: int) -> Tensor:
-    """The values float32 [outputs, inputs] of blocks uint8 [outputs, bytes] of one of KINDS."""
+    """The values float32 [outputs, inputs] of blocks uint8 [outputs, bytes] of one of GGUF's KINDS."""
     from gguf import GGMLQuantizationType, dequantize
 
     kind = kind_of(blocks, inputs)
@@ -51,7 +55,8 @@ def pack(blocks: Tensor, inputs: int, lanes: int) -> Tensor:
     kind, units, groups = kind_of(blocks, inputs), len(blocks) // lanes, inputs // GROUP
     # By numpy, which is several times faster than torch at small work on bytes.
     grouped = blocks.numpy().reshape(len(blocks), groups, -1)
-    scales, values = np.split(grouped, [4 if kind == Q4_1 else 2], -1)
+    assert kind is not None
+    scales, rest, values = np.split(grouped, [2, HEADS[kind]], -1)
     if kind != Q8_0:
         q = np.concatenate((values & 15, values >> 4), -1)
         values = q[..., 0::2] | (q[..., 1::2] << 4)
@@ -60,8 +65,35 @@ def pack(blocks: Tensor, inputs: int, lanes: int) -> Tensor:
         turned = part.reshape(units, lanes, groups, -1).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(turned).view(np.uint8).reshape(units, groups, -1)
 
-    scales = np.ascontiguousarray(scales).view(np.int16)
-    return torch.from_numpy(np.concatenate((interleaved(scales), interleaved(values)), -1))
+    wide = [np.ascontiguousarray(part).view(np.int16) if part.shape[-1] == 2 else part for part in (scales, rest)]
+    parts = [interleaved(part) for part in (*wide, values) if part.shape[-1]]
+    return torch.from_numpy(np.concatenate(parts, -1))
+
+
+def blocks_of(part: Part) -> Tensor | None:
+    """The weight of a Part as blocks, bit for bit; None if they cannot hold it."""
+    outputs, inputs = part.shape
+    scales = part.scales.half()
+    whole = inputs % GROUP == 0 and (part.group % GROUP == 0 or part.group == inputs)
+    if part.zeros is None or not whole or not torch.equal(scales.float(), part.scales.float()):
+        return None
+    middle = bool((part.zeros == 1 << (part.bits - 1)).all())
+    if part.bits == 8 and not middle:
+        return None
+    index = np.arange(inputs // GROUP) * GROUP // part.group
+    heads = [scales.numpy()[:, index, None].view(np.uint8)]
+    if not middle:
+        heads.append(part.zeros.numpy()[:, index, None])
+    codes = np.ascontiguousarray(part.codes.numpy()).reshape(outputs, len(index), GROUP)
+    low, high = np.split(codes, 2, -1)
+    values = codes ^ 128 if part.bits == 8 else low | (high << 4)  # 8 bits: less 128, in two's complement
+    return torch.from_numpy(np.concatenate([*heads, values], -1).reshape(outputs, -1))
+
+
+def linear_of(part: Part, bias: Tensor | None) -> "QuantizedLinear | None":
+    """The map of a Part; None if the kernel does not take it."""
+    blocks = blocks_of(part)
+    return QuantizedLinear(blocks, part.shape[1], bias) if blocks is not None and takes(blocks, part.shape[1]) else None
 
 
 def takes(blocks: Tensor, inputs: int) -> bool:

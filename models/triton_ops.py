@@ -17,8 +17,12 @@ from torch import Tensor
 from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
 from .layers import Hidden, LinearMap
+from .packed_gemm import Scratch, pack_part
+from .packed_tiles import choices_for
+from .part_maps import map_of
 from .spec import Rope, Spec
 from .tuned_gemm import TunedGemms
+from .unpack import Part
 
 PDL_ROWS: Final = 16
 """Up to here kernels are launched with PDL where a token has PDL_HIDDEN numbers; more rows where it has fewer.
@@ -32,6 +36,11 @@ PDL_HIDDEN: Final = 3584
 def has_pdl(device: torch.device) -> bool:
     """Whether the device overlaps kernels so; Triton's interpreter does not."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies float8 (and Triton's interpreter, slowly)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pdl_rows(hidden: int) -> int:
@@ -61,6 +70,7 @@ class TritonOps:
         self.defer = defer
         self.arrived = arrivals(device)
         self.tuned = tuned
+        self.scratch = Scratch(device)
 
     # ------------------------------------------------------------------ the kernels between GEMMs
 
@@ -194,10 +204,13 @@ class TritonOps:
             return ours.add(x, residual, residual_scale, weight, eps)
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
 
-    def gated(self, gate_up: LinearMap, x: Hidden, act: str) -> Tensor:
+    def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """See Ops."""
         ours = self._fusing(gate_up, len(x))
-        return self.act_mul(gate_up(x), act) if ours is None else ours.gated(x, act)
+        if ours is not None:
+            return ours.gated(x, act)
+        wanted = into.float8_rows(len(x)) if self.fuse and isinstance(into, TritonLinear) else None
+        return self.act_mul(gate_up(x), act) if wanted is None else wanted.quantised(gate_up(x), act)
 
     def _fusing(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
         """`linear`, if it is a GEMM of ours at this many rows."""
@@ -208,6 +221,17 @@ class TritonOps:
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
         return TritonLinear(weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms, tuned=self.tuned)
+
+    def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """See Ops."""
+
+        def packed(part: Part, own: Tensor | None) -> LinearMap | None:
+            weight = pack_part(part, dtype, self.scratch, has_float8(self.arrived.device))
+            if weight is None:
+                return None
+            return TritonLinear(weight, own, self.arrived, self.pdl_rows, choices=choices_for(weight))
+
+        return map_of(parts, bias, packed, lambda weight, own: self.linear(weight.to(dtype), own))
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the map x -> x @ weight.T with float32 results, of weight [vocab, hidden]."""

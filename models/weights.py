@@ -2,7 +2,8 @@
 
 Used by the executor at start-up. Fused tensors are allocated first (places.py), on the device, and every checkpoint
 tensor is copied from the mapped file into its place, so memory peaks at the model plus one tensor. Where a GGUF's
-quantized blocks are kept (quantized.py), they take the place of the tensors of the same names.
+quantized blocks are kept (quantized.py), they take the place of the tensors of the same names. A quantized checkpoint's
+modules (quantization.py) stay so where the device multiplies with them (assembly.py), else they are dequantised here.
 Invariant: each place is filled exactly once, by a tensor of exactly its shape; anything else is a StartupError.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..config import EngineConfig, Pooling
 from ..errors import StartupError
+from .assembly import Assembly, Collector, Keeper, part_pieces
 from .attention import make_backend
 from .cpu_attention import CpuAttention
 from .cpu_decoder import CpuLayers, fits
@@ -36,17 +38,22 @@ from .moe import Experts
 from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
+from .quantization import ONLINE, Quantization, quantization_of
 from .quantized import dequantise
 from .shard import Share
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
+from .unpack import Part
 
 Progress = Callable[[float], None]
 
 log = logging.getLogger("actorserve.weights")
 
-IGNORED = re.compile(r"rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)$|\.(attention|attn)\.(masked_)?bias$")
-"""Buffers that old exporters wrote beside the weights."""
+IGNORED = re.compile(
+    r"rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)$|\.(attention|attn)\.(masked_)?bias$|"
+    r"\.(k|v|q|kv|prob)_(scale|zero_point)$"
+)
+"""Buffers that old exporters wrote beside the weights; scales of an 8-bit KV cache, which ours does without."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DUMMY_STD = 0.02
 
@@ -73,24 +80,31 @@ def load_decoder(
     spec = share.spec
     device = device or pick_device(config.device)
     blocks = kept_blocks(config, folder, device)
-    dtype = torch.float32 if blocks else pick_dtype(config.dtype, facts, device)
+    quantization = quantization_of(facts)
+    stays = stays_quantized(config, device, quantization)
+    on_cpu_kernels = bool(blocks) or (stays and device.type == "cpu")
+    dtype = torch.float32 if on_cpu_kernels else pick_dtype(config.dtype, facts, device)
     check_dtype(spec, device, dtype)
     progress(0.0)
-    weights, places = allocate(spec, device, dtype, blocks, share)
-    if config.load_format == "dummy":
-        fill_dummy(places.values(), config.random_seed, device)
+    ops = make_ops(config, device, spec, on_cpu_kernels)
+    names = names_of(facts, pooled=pooling is not None)
+    source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
+    keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
+    weights, places = allocate(spec, device, dtype, blocks, share, keeper)
+    assemblies = {} if keeper is None else keeper.assemblies
+    if source.dummy:
+        fill_dummy(places.values(), config.random_seed, device, assemblies.values(), quantization)
     else:
-        _fill(places, folder, whole, names_of(facts, pooled=pooling is not None), progress, blocks)
-    ops = make_ops(config, device, spec, bool(blocks))
+        fill(places, assemblies, source, progress, blocks)
     pack(weights, ops)
     if group is not None and spec.layout != "parallel":  # there both are summed at once
         for layer in weights.layers:
             layer.o = add_up(layer.o, layer.mlp, group)
     progress(1.0)
     attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
-    if blocks and config.attention_backend == "auto":
+    if on_cpu_kernels and config.attention_backend == "auto":
         attention = CpuAttention(attention)
-    layers = CpuLayers(spec, weights) if blocks and fits(spec, weights) else None
+    layers = CpuLayers(spec, weights) if on_cpu_kernels and fits(spec, weights) else None
     return Decoder(spec, weights, attention, device, dtype, ops, layers, group, whole)
 
 
@@ -191,7 +205,98 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     return dict(_tensors([path]))
 
 
-def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None:
+def stays_quantized(config: EngineConfig, device: torch.device, quantization: Quantization | None) -> bool:
+    """Resolve `EngineConfig.quantization` for a checkpoint's own quantization, or one that is made while loading.
+
+    On a CPU that is done by kernels for whole numbers, in float32; whatever else is quantized is dequantised there.
+    Raises StartupError for what cannot be had.
+    """
+    online = ONLINE.get(config.quantization)
+    if online is not None and quantization is not None:
+        raise StartupError(f"--quantization {config.quantization}: the checkpoint is quantized already; drop the flag")
+    if online is None and (quantization is None or config.quantization != "auto"):
+        return False
+    if device.type == "cuda":
+        return not config.enable_torch_compile
+    scheme = online or (quantization.usual if quantization is not None else None)
+    if scheme is None or scheme.is_float:
+        if online is not None:
+            raise StartupError("--quantization fp8: it is for GPUs; int8 is for CPUs too")
+        return False
+    allowed = ("auto", "float32") if online else ("auto",)
+    try:
+        if config.dtype not in allowed:
+            raise StartupError(f"it computes in float32; drop --dtype {config.dtype}")
+        kernels()
+    except StartupError as error:
+        if online is not None:
+            raise StartupError(f"--quantization {config.quantization}: {error}") from None
+        log.warning("quantized weights are dequantised: %s", error)
+        return False
+    return True
+
+
+class Source:
+    """A model's files, and how their tensors become our weights."""
+
+    def __init__(
+        self, folder: Path, spec: Spec, names: Names, quantization: Quantization | None, device: torch.device,
+        dummy: bool,
+    ) -> None:  # fmt: skip
+        self.spec, self.names, self.device, self.dummy = spec, names, device, dummy
+        self.files = [] if dummy else _files(folder)
+        self.collector: Collector | None = None
+        self.quantized: set[str] | None = None
+        if quantization is not None and not dummy:
+            self.collector = Collector(quantization, _dtypes(self.files), device)
+            self.quantized = self.collector.weights(names)
+
+    def keeper(self, config: EngineConfig, make: Callable[[list[Part], Tensor | None], LinearMap]) -> Keeper:
+        """Which of the model's linear maps stay, or become, quantized."""
+        return Keeper(make, self.device, self.quantized, ONLINE.get(config.quantization))
+
+    def weights(self) -> Iterator[tuple[str, Tensor | Part]]:
+        """All weights of the files under our names.
+
+        Raises StartupError for one that cannot be cut as its family's are.
+        """
+        for name, tensor in _tensors(self.files):
+            if IGNORED.search(name):
+                continue
+            made = None
+            if self.collector is not None and self.collector.takes(name):
+                made = self.collector.add(name, tensor)
+                if made is None:
+                    continue
+            try:
+                if made is None:
+                    yield from pieces(self.names, self.spec, name, tensor)
+                else:
+                    yield from part_pieces(self.names, self.spec, *made)
+            except (ValueError, RuntimeError) as error:
+                raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
+
+    def needless(self, name: str, weight: Tensor | Part) -> bool:
+        """Whether a model does without a tensor: a head that is tied or not asked, layers for predicting several
+        tokens, and the zeros that quantizers keep as biases of maps without."""
+        layer, spec, names = layer_of(name), self.spec, self.names
+        biases = self.collector is not None and name.endswith(".bias")
+        return (
+            (name == HEAD and (spec.tied or not spec.lm_head))
+            or (name.startswith(SCORE) and spec.score is None)
+            or (names.more_layers and layer is not None and layer >= spec.layers)
+            or (names.unused is not None and re.search(names.unused, name) is not None)
+            or (biases and isinstance(weight, Tensor) and not weight.any())
+        )
+
+
+def fill_dummy(
+    places: Iterable[Place],
+    seed: int,
+    device: torch.device,
+    assemblies: Iterable[Assembly] = (),
+    quantization: Quantization | None = None,
+) -> None:
     """Fill all places with N(0, 0.02), norms with 1: a model of the right shape and speed that says nothing."""
     generator = torch.Generator(device).manual_seed(seed)
     for place in places:
@@ -202,6 +307,10 @@ def fill_dummy(places: Iterable[Place], seed: int, device: torch.device) -> None
         else:  # the part of what one rank would have
             drawn = torch.empty(place.shape, dtype=place.view.dtype, device=device)
             place.view.copy_(place.part(drawn.normal_(0.0, DUMMY_STD, generator=generator)))
+    for assembly in assemblies:
+        scheme = assembly.online or (quantization.usual if quantization is not None else None)
+        if assembly.made is None and scheme is not None:  # it is there once for each of its weights
+            assembly.fill(scheme, DUMMY_STD, generator)
 
 
 def pack(weights: Weights, ops: Ops) -> None:
@@ -226,13 +335,20 @@ def _pack_mlp(mlp: DenseMlp, ops: Ops) -> None:
 
 
 def _packed(linear: LinearMap, ops: Ops) -> LinearMap:
+    if isinstance(linear, Assembly):
+        assert linear.made is not None
+        return linear.made
     return ops.linear(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
 
-def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, progress: Progress, blocks: Blocks) -> None:
-    """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact."""
-    files = _files(folder)
-    total = sum(file.stat().st_size for file in files) or 1
+def fill(
+    places: dict[str, Place], assemblies: dict[str, Assembly], source: Source, progress: Progress, blocks: Blocks
+) -> None:
+    """Copy every tensor of the checkpoint into its place; those that are also blocks from there, which are exact.
+
+    A weight of an assembly goes there.
+    """
+    total = sum(file.stat().st_size for file in source.files) or 1
     done = 0
 
     def moved(count: int) -> None:
@@ -244,28 +360,21 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, prog
         view = places[name].view
         check_blocks(name, blocks[name], places[name].shape)
         view.copy_(places[name].part(dequantise(blocks[name], places[name].shape[1])))
-    missing, extra = places.keys() - blocks.keys(), []
+    missing, extra = (places.keys() | assemblies.keys()) - blocks.keys(), []
     device = next(iter(places.values())).view.device
     with BulkCopy(device, moved) if uses_bulk_copy(device) else contextlib.nullcontext() as bulk:
-        for name, tensor in _pieces(files, spec, names):
+        for name, weight in source.weights():
             if name in blocks:
                 continue
-            place = places.get(name)
-            if place is None:
-                if not _needless(name, spec, names):
+            if name not in places and name not in assemblies:
+                if not source.needless(name, weight):
                     extra.append(name)
                 continue
-            _check_fits(name, tensor, place)
             if name not in missing:
                 raise StartupError(f"tensor {name} is in two files of the checkpoint")
-            ours = place.part(tensor)
-            if bulk is not None and can_copy(place.view, ours):
-                bulk.add(place.view, ours)
-                moved(tensor.nbytes - ours.nbytes)
-            else:
-                place.view.copy_(ours)
-                moved(tensor.nbytes)
             missing.discard(name)
+            size = _put(name, weight, places.get(name), assemblies.get(name), bulk)
+            moved(size)
     if missing:
         raise StartupError(f"the checkpoint lacks {_some(missing)}")
     if extra:
@@ -275,26 +384,30 @@ def _fill(places: dict[str, Place], folder: Path, spec: Spec, names: Names, prog
             place.view.add_(place.offset)
 
 
-def _pieces(files: list[Path], spec: Spec, names: Names) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the files under our names. Raises StartupError for one that cannot be cut as its family's are."""
-    for name, tensor in _tensors(files):
-        if IGNORED.search(name):
-            continue
-        try:
-            yield from pieces(names, spec, name, tensor)
-        except (ValueError, RuntimeError) as error:
-            raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
-
-
-def _needless(name: str, spec: Spec, names: Names) -> bool:
-    """Whether a model does without a tensor: a head that is tied or not asked, layers for predicting several tokens."""
-    layer = layer_of(name)
-    return (
-        (name == HEAD and (spec.tied or not spec.lm_head))
-        or (name.startswith(SCORE) and spec.score is None)
-        or (names.more_layers and layer is not None and layer >= spec.layers)
-        or (names.unused is not None and re.search(names.unused, name) is not None)
-    )
+def _put(
+    name: str, weight: Tensor | Part, place: Place | None, assembly: Assembly | None, bulk: BulkCopy | None
+) -> int:
+    """Put a weight where it belongs; returns how many bytes are done, 0 where `bulk` counts them."""
+    size = weight.codes.nbytes if isinstance(weight, Part) else weight.nbytes
+    if assembly is not None:
+        if isinstance(weight, Tensor):
+            _check_dense(name, weight)
+            weight = weight.to(assembly.device)
+        assembly.take(name, weight)
+        return size
+    assert place is not None
+    if isinstance(weight, Part):
+        _check_shape(name, weight.shape, place)
+        place.view.copy_(place.part(weight.dequantise()))
+        return size
+    _check_dense(name, weight)
+    _check_shape(name, tuple(weight.shape), place)
+    ours = place.part(weight)
+    if bulk is not None and can_copy(place.view, ours):
+        bulk.add(place.view, ours)
+        return size - ours.nbytes
+    place.view.copy_(ours)
+    return size
 
 
 def uses_bulk_copy(device: torch.device) -> bool:
@@ -302,11 +415,14 @@ def uses_bulk_copy(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _check_fits(name: str, tensor: Tensor, place: Place) -> None:
-    if not tensor.is_floating_point():
-        raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized checkpoints are not served yet")
-    if tuple(tensor.shape) != place.shape:
-        raise StartupError(f"tensor {name} is {list(tensor.shape)}, config.json asks for {list(place.shape)}")
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise StartupError(f"tensor {name} holds {tensor.dtype}: quantized, but quantization_config does not say how")
+
+
+def _check_shape(name: str, shape: tuple[int, ...], place: Place) -> None:
+    if shape != place.shape:
+        raise StartupError(f"tensor {name} is {list(shape)}, config.json asks for {list(place.shape)}")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -334,6 +450,18 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise StartupError("the model's folder holds no .safetensors files (other formats are not loaded)")
     return files
+
+
+def _dtypes(files: list[Path]) -> dict[str, str]:
+    """The dtypes of all tensors of the files, as safetensors calls them."""
+    found: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise StartupError(f"{file.name} is not a readable safetensors file: {error}") from None
+    return found
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

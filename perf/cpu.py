@@ -160,7 +160,7 @@ def main() -> None:
         "--cpu-time", action="store_true", help="count this thread's own time, not that of others: for a busy machine"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "gguf"])
+    parser.add_argument("--quantization", default="auto", choices=["auto", "none", "gguf", "int8"])
     parser.add_argument("--reference-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-reference", action="store_true", help="skip transformers")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -1,14 +1,16 @@
 """Decode steps and prefill on a GPU against the physical floor: the executor's stepper, without the engine around it.
 
 `python -m actorserve.perf.decode [--shape qwen2-7b | --model FOLDER] [--batch 1 32 128 256] [--context 1024]
-[--prefill 896] [--chunk 384] [--constrained] [--no-graph] [--attention-backend triton] [--trace] [--json FILE]`.
-Dummy weights of the shape unless a folder is given. A step is forward, draw and advance, at temperature 1 unless said;
-floors are those of models/floors.py. With `--tp-size N` the same on N GPUs, each rank a process; floors are of a rank's
-part, without what the ranks tell each other.
+[--prefill 896] [--chunk 384] [--quantization none w4a16 fp8] [--tiles FILE] [--constrained] [--no-graph]
+[--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a folder is given; with several
+kinds of --quantization they are measured one after another, and compared with the first at the end. A step is forward,
+draw and advance, at temperature 1 unless said; floors are those of models/floors.py. With `--tp-size N` the same on N
+GPUs, each rank a process; floors are of a rank's part, without what the ranks tell each other.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import socket
 import subprocess
@@ -29,11 +31,15 @@ from actorserve.models.floors import Limits, decode_seconds, prefill_seconds
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.group import DistributedGroup
 from actorserve.models.kv_cache import KVCache, kv_dtype
+from actorserve.models.ledger import quantized_bytes
+from actorserve.models.packed_tiles import PACKED
 from actorserve.models.parallel import RankDrawer
+from actorserve.models.quantization import quantization_of
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.shapes import write_shape
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder, pick_device
+from actorserve.perf.gemm import packed_table
 from actorserve.perf.roofline import add_limit_flags, limits_of, told
 from actorserve.sampler.drawer import Drawer
 from actorserve.sampler.grammar import END, NONE
@@ -41,6 +47,16 @@ from actorserve.sampler.params import SamplingParams
 from actorserve.sampler.state import SamplerState
 
 PAGE = 16
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+INT8 = {"weights": {"num_bits": 8, "strategy": "channel"}, "targets": ["Linear"]}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "w4a16": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "w8a16": {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"all": INT8}},
+    "fp8": FP8,
+    "fp8-block": FP8 | {"weight_block_size": [128, 128]},
+}
+"""quantization_config of each kind of dummy weights."""
 FAR = 1 << 30
 STATES, CLASSES = 512, 256
 """Of the grammar of constrained rows: those of a JSON schema with a dozen fields."""
@@ -186,6 +202,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--quantization", nargs="+", choices=QUANTIZED, default=["none"], help="of dummy weights")
+    parser.add_argument("--tiles", nargs="*", default=[], help="tiles for quantized weights: JSONs of perf.gemm")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--trace", action="store_true", help="print what a step is made of")
     parser.add_argument("--json", help="write the figures to this file")
@@ -200,22 +218,54 @@ def main() -> None:
         torch.cuda.set_device(args.rank)
     limits = limits_of(args)
     print(f"{torch.cuda.get_device_name()}, {told(limits)}")
-    with tempfile.TemporaryDirectory() as folder, ranks(args) as group:
-        model = args.model or str(write_shape(args.shape, Path(folder)))
+    for path in args.tiles:
+        PACKED.update(packed_table(json.loads(Path(path).read_text())["results"]))
+    results = []
+    with ranks(args) as group:
+        for kind in args.quantization:
+            results.append({"quantization": kind} | one_kind(kind, limits, args, group))
+            gc.collect()
+            torch.cuda.empty_cache()
+    for result in results[1:]:
+        print(compared(results[0], result))
+    if args.json and not args.rank:
+        Path(args.json).write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
+
+
+def one_kind(kind: str, limits: Limits, args: argparse.Namespace, group: DistributedGroup | None) -> dict[str, Any]:
+    """Load a model, or a rank's part of it, and measure it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(args.model or write_shape(args.shape, Path(folder)))
+        facts = json.loads((model / "config.json").read_text())
+        if QUANTIZED[kind] and not args.model:
+            facts["quantization_config"] = QUANTIZED[kind]
+            (model / "config.json").write_text(json.dumps(facts))
         config = EngineConfig(
-            model=model, load_format="auto" if args.model else "dummy", attention_backend=args.attention_backend,
+            model=str(model), load_format="auto" if args.model else "dummy", attention_backend=args.attention_backend,
             kv_cache_dtype=args.kv_cache_dtype, tp_size=args.tp_size,
         )  # fmt: skip
         started = time.perf_counter()
-        decoder = load_decoder(model, config, lambda _: None, None, group, None if group is None else group.device)
+        decoder = load_decoder(str(model), config, lambda _: None, None, group, None if group is None else group.device)
         torch.cuda.synchronize()
-        print(f"{args.shape}: weights in {time.perf_counter() - started:.1f} s")
-        results = measure(decoder, config, limits, args)
-    if args.json and not args.rank:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        seconds, size = time.perf_counter() - started, torch.cuda.memory_allocated() / 2**30
+        print(f"{args.shape}, quantization {kind}: {size:.1f} GiB of weights in {seconds:.1f} s")
+    rules = quantization_of(facts)
+    return measure(decoder, config, limits, args, quantized_bytes(decoder.spec, rules and rules.usual))
 
 
-def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argparse.Namespace) -> dict[str, Any]:
+def compared(first: dict[str, Any], other: dict[str, Any]) -> str:
+    """How many times as fast as the first another kind is."""
+    steps = zip(first["decode"], other["decode"], strict=True)
+    text = [f"batch {a['batch']}: {a['step_ms'] / b['step_ms']:.2f}x" for a, b in steps]
+    prefills = zip(first["prefill"], other["prefill"], strict=True)
+    text += [f"prefill: {a['seconds'] / b['seconds']:.2f}x" for a, b in prefills]
+    return f"{other['quantization']} against {first['quantization']}: {', '.join(text)}"
+
+
+def measure(
+    decoder: Decoder, config: EngineConfig, limits: Limits, args: argparse.Namespace, quantized: float | None
+) -> dict[str, Any]:
+    """All figures of a model; `quantized`: bytes of a weight of its layers, None: as many as of the others."""
     params = SamplingParams(temperature=args.temperature, max_new_tokens=None, seed=0, ignore_eos=True)
     spec, results = (
         decoder.spec,
@@ -240,7 +290,7 @@ def measure(decoder: Decoder, config: EngineConfig, limits: Limits, args: argpar
     for batch in args.batch:
         runs = [bench.decode(batch, args.context, args.steps, params) for _ in range(args.repeat)]
         best = sorted(runs, key=lambda run: run["step_ms"])[len(runs) // 2]
-        floor = 1e3 * decode_seconds(spec, batch, args.context, limits, weight_bytes, kv_bytes)
+        floor = 1e3 * decode_seconds(spec, batch, args.context, limits, weight_bytes, kv_bytes, quantized)
         share = floor / best["step_ms"]
         print(
             f"{batch:>6} {best['step_ms']:>8.3f} {best['host_ms']:>8.3f} {floor:>9.3f} {share:>6.3f} "

@@ -1,10 +1,11 @@
 """The GEMMs of decode steps, each with what follows it: our tiles against cuBLAS and a kernel, on weights from memory.
 
 `python -m actorserve.perf.gemm [--shapes qwen2-0.5b:1,8,64 qwen2-7b:1,32,128,256] [--only gate_up down] [--seconds 240]
-[--json FILE]`. Each figure is a CUDA graph of launches over rotating weights: QKV with rotation and KV write, output
-and down projection with residual and norm, gate-up with the activation, the head with float32 logits. Prints the best
-tile of each beside cuBLAS and the same tile with kernels, then the table for models/gemm.py; perf/layer.py takes the
-JSON. A tile that fails or is wrong is reported and left out. Shapes are measured in their order, until time is over.
+[--quantization w4a16] [--json FILE]`. Each figure is a CUDA graph of launches over rotating weights: QKV with rotation
+and KV write, output and down projection with residual and norm, gate-up with the activation, the head with float32
+logits. Prints the best tile of each beside cuBLAS (or what else multiplies quantized weights) and the same tile with
+kernels, then the table for models/gemm.py or packed_tiles.py; perf/layer.py takes the JSON. A tile that fails or is
+wrong is reported and left out. Shapes are measured in their order, until time is over.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ import torch
 from torch import Tensor
 
 from actorserve.models.families import spec_of
-from actorserve.models.gemm import Choices, Tile, Unscaled
+from actorserve.models.gemm import Choices, Tile, TritonLinear, Unscaled
 from actorserve.models.layers import LinearMap
+from actorserve.models.packed_gemm import Packed, Scratch, pack_part
+from actorserve.models.quantization import Scheme
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.shapes import KNOWN
 from actorserve.models.triton_ops import TritonOps, pdl_rows
-from actorserve.perf.gemm_tiles import Case, candidates, cases
+from actorserve.models.unpack import random_part
+from actorserve.perf.gemm_tiles import Case, candidates, cases, packed_candidates
 from actorserve.perf.replay import median_milliseconds
 
 ROTATED = 256 << 20
@@ -36,6 +40,13 @@ GAIN = 0.98
 """A tile enters the table when it takes at most this share of cuBLAS's time."""
 SHAPES = ("qwen2-0.5b:1,8,64", "qwen2-7b:256,1,32,128")
 EPS = 1e-6
+SCHEMES = {
+    "w4a16": Scheme("awq", 4, 128, symmetric=False),
+    "w8a16": Scheme("int8", 8),
+    "fp8": Scheme("fp8", 8, inputs="dynamic"),
+    "fp8-block": Scheme("fp8", 8, 128, 128, inputs="dynamic"),
+}
+"""What --quantization makes of the weights; the head stays as it is."""
 
 
 @dataclass
@@ -55,11 +66,13 @@ class Inputs:
 class Bench:
     """Operands of one case at a time, and the time of functions over them."""
 
-    def __init__(self, device: torch.device, pdl: int | None) -> None:
+    def __init__(self, device: torch.device, pdl: int | None, scheme: Scheme | None = None) -> None:
         self.device = device
         self.pdl = pdl
+        self.scheme = scheme
+        self.scratch = Scratch(device)
         self.sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self.weights: list[Tensor] = []
+        self.weights: list[Tensor | Packed] = []
 
     def random(self, *shape: int, std: float = 1.0) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, std)
@@ -68,8 +81,26 @@ class Bench:
         """Make the weights of a case."""
         self.weights.clear()
         torch.cuda.empty_cache()
-        count = max(2, min(256, -(-ROTATED // case.weight_bytes)))
-        self.weights += [self.random(case.outputs, case.inputs, std=case.inputs**-0.5) for _ in range(count)]
+        first = self.weight(case)
+        count = max(2, min(256, -(-ROTATED // first.nbytes)))
+        self.weights += [first, *(self.weight(case) for _ in range(count - 1))]
+
+    def weight(self, case: Case) -> Tensor | Packed:
+        """A weight of a case, quantized but for the head's."""
+        if self.scheme is None or case.follows == "logits":
+            return self.random(case.outputs, case.inputs, std=case.inputs**-0.5)
+        generator = torch.Generator(self.device).manual_seed(0)
+        part = random_part(self.scheme, case.outputs, case.inputs, case.inputs**-0.5, generator)
+        packed = pack_part(part, torch.bfloat16, self.scratch, True)
+        assert packed is not None
+        return packed
+
+    def candidates(self, case: Case, rows: int) -> list[Tile]:
+        """Tiles to try."""
+        if self.scheme is None or case.follows == "logits":
+            return candidates(case, rows, self.sms)
+        kind = "fp8" if self.scheme.is_float else "int4" if self.scheme.bits == 4 else "int8"
+        return packed_candidates(case, rows, self.sms, kind, self.scheme.group)
 
     def inputs(self, case: Case, rows: int) -> Inputs:
         spec = spec_of(KNOWN[case.model])
@@ -103,8 +134,14 @@ class Bench:
             return lambda linear: ops.add_norm(linear, x, inputs.residual, 1.0, inputs.gain, EPS, linear)[1]
         return lambda linear: linear(x)
 
-    def maps(self, case: Case, ops: TritonOps, weights: list[Tensor]) -> list[LinearMap]:
-        return [ops.head(w) if case.follows == "logits" else ops.linear(w, None) for w in weights]
+    def maps(self, case: Case, ops: TritonOps, weights: list[Tensor | Packed]) -> list[LinearMap]:
+        def one(weight: Tensor | Packed) -> LinearMap:
+            if isinstance(weight, Packed):
+                choices = ops.gemms.get((case.outputs, case.inputs), ())
+                return TritonLinear(weight, None, ops.arrived, ops.pdl_rows, choices=choices)
+            return ops.head(weight) if case.follows == "logits" else ops.linear(weight, None)
+
+        return [one(weight) for weight in weights]
 
     def wrong(self, case: Case, rows: int, tile: Tile, inputs: Inputs) -> str:
         """Run once; why the result is no good, or an empty string."""
@@ -133,7 +170,7 @@ Work = list[tuple[Case, int, Tile]]
 
 def compile_all(bench: Bench, work: Work, threads: int, deadline: float) -> None:
     """Compile the kernels of all candidates side by side; failures show up later."""
-    weights = {case: bench.random(case.outputs, case.inputs) for case, *_ in work}
+    weights = {case: bench.weight(case) for case in dict.fromkeys(case for case, *_ in work)}
     inputs = {(case, rows): bench.inputs(case, rows) for case, rows, _ in work}
 
     def one(item: tuple[Case, int, Tile]) -> None:
@@ -159,13 +196,15 @@ def compile_all(bench: Bench, work: Work, threads: int, deadline: float) -> None
 def measure(bench: Bench, case: Case, rows: int, deadline: float) -> dict[str, Any]:
     """Time cuBLAS and the candidates of one case; microseconds."""
     inputs = bench.inputs(case, rows)
-    result: dict[str, Any] = asdict(case) | {"rows": rows, "failed": []}
+    first = bench.weights[0]
+    kind = first.kind if isinstance(first, Packed) else ""
+    result: dict[str, Any] = asdict(case) | {"rows": rows, "failed": [], "bytes": first.nbytes, "kind": kind}
     plain = bench.ops(case, rows, None)
     result["cublas_us"] = bench.microseconds(case, plain, inputs)
     if rows > 128:  # another library may choose kernels that need no memset before them
         result["cublaslt_us"] = with_cublaslt(lambda: bench.microseconds(case, plain, inputs))
     figures: list[tuple[float, Tile]] = []
-    for tile in candidates(case, rows, bench.sms):
+    for tile in bench.candidates(case, rows):
         if time.monotonic() > deadline:
             result["cut_short"] = True
             break
@@ -199,7 +238,7 @@ def with_cublaslt(run: Callable[[], float]) -> float:
 
 def line(result: dict[str, Any]) -> str:
     """A result for people."""
-    size = 2 * result["outputs"] * result["inputs"]
+    size = result["bytes"]
     cublas = result["cublas_us"]
     text = f"{result['name']:8} {result['rows']:4} rows  cuBLAS {cublas:6.1f} us {size / cublas / 1e6:5.2f} TB/s"
     if "cublaslt_us" in result:
@@ -247,7 +286,16 @@ def table(results: list[dict[str, Any]]) -> dict[tuple[int, int], Choices]:
     return found
 
 
-def source(gemms: dict[tuple[int, int], Choices]) -> Iterator[str]:
+def packed_table(results: list[dict[str, Any]]) -> dict[tuple[Any, int, int], Choices]:
+    """PACKED of models/packed_tiles.py from results with quantized weights."""
+    found: dict[tuple[Any, int, int], Choices] = {}
+    for kind in {result["kind"] for result in results if result.get("kind")}:
+        own = [result for result in results if result.get("kind") == kind]
+        found |= {(kind, *key): choices for key, choices in table(own).items()}
+    return found
+
+
+def source(gemms: Mapping[Any, Choices]) -> Iterator[str]:
     """The table as Python."""
     for key, choices in gemms.items():
         inner = ", ".join(f"({most}, {'None' if tile is None else short(tile)})" for most, tile in choices)
@@ -256,7 +304,8 @@ def source(gemms: dict[tuple[int, int], Choices]) -> Iterator[str]:
 
 def read_table(path: str) -> dict[tuple[int, int], Choices]:
     """The table of a JSON that this benchmark wrote."""
-    return table(json.loads(Path(path).read_text())["results"])
+    results = json.loads(Path(path).read_text())["results"]
+    return table([result for result in results if not result.get("kind")])
 
 
 def chosen(shapes: list[str], only: list[str] | None) -> list[tuple[Case, list[int]]]:
@@ -277,6 +326,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="stop measuring after this long")
     parser.add_argument("--threads", type=int, default=12, help="compile this many kernels at once")
     parser.add_argument("--pdl-rows", type=int, help="PDL up to this many rows, instead of what a decoder does")
+    parser.add_argument(
+        "--quantization", choices=SCHEMES, help="measure quantized weights; cuBLAS is what else they do"
+    )
     parser.add_argument("--json", help="write all figures to this file, after every case")
     args = parser.parse_args()
     todo = chosen(args.shapes, args.only)
@@ -284,7 +336,7 @@ def main() -> None:
         sys.exit("perf.gemm needs a GPU")
     deadline = time.monotonic() + args.seconds
     gc.freeze()  # every capture may collect garbage
-    bench = Bench(torch.device("cuda"), args.pdl_rows)
+    bench = Bench(torch.device("cuda"), args.pdl_rows, SCHEMES.get(args.quantization))
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for shape in args.shapes:
@@ -292,7 +344,7 @@ def main() -> None:
             if time.monotonic() > deadline:
                 print(f"no time left for {shape}")
                 continue
-            work = [(case, n, tile) for case, rows in here for n in rows for tile in candidates(case, n, bench.sms)]
+            work = [(case, n, tile) for case, rows in here for n in rows for tile in bench.candidates(case, n)]
             compile_all(bench, work, args.threads, deadline)
             for case, rows in here:
                 if time.monotonic() > deadline:
@@ -305,7 +357,8 @@ def main() -> None:
                     print("  " + line(results[-1]), flush=True)
                 if args.json:
                     Path(args.json).write_text(json.dumps({"results": results}, indent=1) + "\n")
-    print("GEMMS = {", *source(table(results)), "}", sep="\n")
+    print("GEMMS = {", *source(table([result for result in results if not result["kind"]])), "}", sep="\n")
+    print("PACKED = {", *source(packed_table(results)), "}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from actorserve.models.families import spec_of
 from actorserve.models.gemm import MAX_TILES, Tile, fits
 from actorserve.models.shapes import KNOWN
 
+CHUNK = 32
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have."""
 AHEAD_BYTES = 320
@@ -137,6 +138,25 @@ def splits(tile: Tile, case: Case, rows: int, sms: int) -> list[int]:
     resident = sms * max(1, min(SHARED // shared_bytes(tile), 12 // tile.warps))
     filling = [s for s in whole_splits(-(-case.inputs // tile.depth)) if s * tiles <= resident] or [1]
     return filling[-2:]
+
+
+def packed_candidates(case: Case, rows: int, sms: int, kind: str, group: int) -> list[Tile]:
+    """Tiles to try for a quantized weight, `depth` in words of 32 to a chunk (models/packed_gemm.py)."""
+    unit = CHUNK * (4 if kind == "int4" else 2)
+    width = -(-case.inputs // unit) * CHUNK
+    depths = [d for d in (CHUNK, 2 * CHUNK, 4 * CHUNK) if d == CHUNK or not group or group % (d // CHUNK * unit) == 0]
+    found = []
+    for outputs in (64, 128, 256) if rows > 16 else (64, 128):
+        if case.follows == "heads" and outputs % case.head_dim:
+            continue
+        for depth in depths[-2:]:
+            for warps, stages in ((4, 3), (4, 5)) if rows <= 32 else ((4, 4), (8, 3), (8, 4)):
+                tile = Tile(max(16, min(128, 1 << (rows - 1).bit_length())), outputs, depth, 1, warps, stages)
+                tiles = -(-case.outputs // outputs) * -(-rows // tile.rows)
+                most = min(MAX_TILES // tiles, max(1, 4 * sms // tiles))
+                parts = [s for s in whole_splits(-(-width // depth)) if s <= most] or [1]
+                found += [replace(tile, split=s) for s in dict.fromkeys((parts[-1], parts[len(parts) // 2]))]
+    return [tile for tile in found if 2 * tile.stages * (tile.outputs * tile.depth + tile.rows * 4 * CHUNK) <= SHARED]
 
 
 def candidates(case: Case, rows: int, sms: int) -> list[Tile]:

@@ -56,7 +56,6 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
         ({"hidden_size": "64"}, "makes no sense"),
         ({"intermediate_size": -1}, "positive"),
         ({"num_attention_heads": 0}, "makes no sense"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
         ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"]}, "layer_types"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,

@@ -30,6 +30,10 @@ def test_all_compile(tmp_path: Path) -> None:
         "prefill",
         "latent",
         "rope_kernel",
+        "packed_kernel",
+        "unpack_kernel",
+        "quantise_rows_kernel",
+        "blockwise_kernel",
     }
 
 

@@ -9,11 +9,12 @@ import torch
 
 from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
-from actorserve.models import floors, ledger
+from actorserve.models import assembly, floors, ledger
 from actorserve.models.families import spec_of
 from actorserve.models.floors import GIB, GPUS, Limits
 from actorserve.models.kv_cache import KVCache
 from actorserve.models.places import allocate
+from actorserve.models.quantization import ONLINE, Scheme, quantization_of
 from actorserve.models.shapes import KNOWN, write_shape
 from actorserve.models.shard import sharded
 from actorserve.models.spec import Spec
@@ -48,6 +49,39 @@ def test_parameters_of_known_models() -> None:
     repeated = 48 * (32 - 1 + 4 - 1) * 128  # the heads' norms, which we keep for each head
     assert ledger.parameters(SPECS["qwen3-30b-a3b"]) == 30_532_122_624 + repeated
     assert ledger.parameters(SPECS["deepseek-v2-lite"]) == 15_706_484_224
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2", "qwen2-moe", "deepseek-v2", "deepseek-v2-lite"])
+def test_quantized_weights_are_what_the_loader_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "FEWEST_OUTPUTS", 2)
+    spec = spec_of(tiny.build(name).config.to_dict())
+    keeper = assembly.Keeper(lambda parts, bias: lambda x: x, torch.device("meta"), None)
+    _, places = allocate(spec, torch.device("meta"), torch.bfloat16, keeper=keeper)
+    shapes = {weight: shape for each in keeper.assemblies.values() for weight, shape in each.shapes.items()}
+    weights, outputs = ledger.linear_parameters(spec)
+    assert weights == sum(size * inputs for size, inputs in shapes.values())
+    assert outputs == sum(size for size, _ in shapes.values())
+    rest = sum(place.view.numel() for place in places.values())
+    assert ledger.weight_bytes(spec, 2, Scheme("int8", 8)) == 2 * rest + weights + 4 * outputs
+
+
+def test_a_quantized_model_takes_less() -> None:
+    rules = quantization_of({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}})
+    demand = ledger.demand_of(QWEN, EngineConfig(), "bfloat16", 32768, rules)
+    rows = {row.name: row for row in ledger.balance(GPUS["h200"].memory, 0.88, demand).rows}
+    layers, outer = 6_525_288_448, 2 * 152064 * 3584  # layers' weights without biases and norms; tables
+    assert ledger.linear_parameters(QWEN)[0] == layers
+    assert rows["weights"].bytes == pytest.approx(layers * (0.5 + 4 / 128) + 2 * outer, rel=1e-3)
+    assert rows["unpacking buffer"].bytes == 2 * 37888 * 3584
+    for fields, bits in (({"quantization": "none"}, None), ({"quantization": "auto"}, 4)):
+        found = ledger.demand_of(QWEN, EngineConfig(**fields), "bfloat16", 32768, rules).scheme  # type: ignore[arg-type]
+        assert (found and found.bits) == bits
+    online = ledger.demand_of(QWEN, EngineConfig(quantization="fp8"), "bfloat16", 32768)
+    assert online.scheme == ONLINE["fp8"]
+    names = [row.name for row in ledger.balance(GPUS["h200"].memory, 0.88, online).rows]
+    assert "unpacking buffer" not in names
+    floor = floors.decode_seconds(QWEN, 1, 1024, H200, quantized=ledger.quantized_bytes(QWEN, demand.scheme))
+    assert 0.3 < floor / floors.decode_seconds(QWEN, 1, 1024, H200) < 0.36
 
 
 def test_latent_pages_hold_one_row_a_token() -> None:

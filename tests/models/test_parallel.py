@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from packers import CASES
 from repacked import ALL, make
+from test_quantized_models import KERNEL, has_kernels, quantised
 from thread_group import ThreadGroup, on_ranks
 from tiny import Driver
 from torch import Tensor
@@ -51,11 +53,11 @@ def some_logits(decoder: Decoder) -> Tensor:
     return torch.cat([driver.forward(work) for work in works])
 
 
-def assert_equal_to_one_rank(folder: str, ranks: int) -> None:
-    expected = some_logits(tiny.load(folder))
-    found = on_ranks(ranks, lambda group: some_logits(load(folder, group)))[0]
+def assert_equal_to_one_rank(folder: str, ranks: int, tolerance: float = TOLERANCE, **fields: object) -> None:
+    expected = some_logits(tiny.load(folder, **fields))  # type: ignore[arg-type]
+    found = on_ranks(ranks, lambda group: some_logits(load(folder, group, **fields)))[0]
     assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= TOLERANCE * expected.std()
+    assert (found - expected).abs().max() <= tolerance * expected.std()
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -68,6 +70,15 @@ def test_ranks_may_share_kv_heads(name: str, tmp_path: Path) -> None:
     """Six ranks of two KV heads: three have the same one. The MLP's 80 columns are padded to 6 x 16."""
     model = tiny.build(name, num_key_value_heads=2)
     assert_equal_to_one_rank(tiny.save(model, tmp_path), 6)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq-act-order", "fp8-block", "packed-8"])
+def test_ranks_of_quantized_weights(name: str, tmp_path: Path) -> None:
+    """Dequantised, and where our C kernels take them as they are; blocks of 128 inputs are cut in two."""
+    quantised(tmp_path, CASES[name])
+    assert_equal_to_one_rank(str(tmp_path), 2)
+    if has_kernels():
+        assert_equal_to_one_rank(str(tmp_path), 2, KERNEL, dtype="auto")
 
 
 def test_dummy_weights_are_those_of_one_rank(tmp_path: Path) -> None:

@@ -4,13 +4,21 @@
 it. The interpreter runs kernels but forgives what the compiler does not, like a tl.arange that is no power of two.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from triton import compiler
 from triton.backends.compiler import GPUTarget
 
-from actorserve.models import attention_kernels, latent_attention, latent_kernels, layer_kernels, slot_kernels
+from actorserve.models import (
+    attention_kernels,
+    latent_attention,
+    latent_kernels,
+    layer_kernels,
+    packed_kernels,
+    slot_kernels,
+)
 from actorserve.models.triton_attention import DECODE, splits_for
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
@@ -25,16 +33,24 @@ POINTERS: dict[str, str] = {
     **dict.fromkeys("q cache out qkv gains kv delta residual weight new_residual gate_up".split(), "*bf16"),
     "marks": "*i16", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
 }  # fmt: skip
-FLOATS = {"scale", "cap", "eps", "factor"}
+FLOATS = {"scale", "cap", "eps", "qk_eps", "factor"}
+PACKED: dict[str, str] = {
+    **dict.fromkeys("x bias out residual gain new_residual qk_gains kv".split(), "*bf16"), "w": "*i16",
+    **dict.fromkeys("parts squares new_squares table scales static x_scales w_scales".split(), "*fp32"),
+    "arrived": "*i32", "slots": "*i64",
+}  # fmt: skip
+"""Of the kernels for quantized weights."""
 
 
-def build(kernel: Any, warps: int, pdl: bool = False, **constants: Any) -> None:
+def build(
+    kernel: Any, warps: int, pdl: bool = False, pointers: dict[str, str] = POINTERS, stages: int = 3, **constants: Any
+) -> None:
     """Compile one configuration; names decide the types of arguments."""
     names = kernel.arg_names
-    types = {n: POINTERS.get(n) or ("fp32" if n in FLOATS else "i32") for n in names if n not in constants}
+    types = {n: pointers.get(n) or ("fp32" if n in FLOATS else "i32") for n in names if n not in constants}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     values = {(names.index(n),): value for n, value in constants.items()}
-    options = {"num_warps": warps, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if pdl else {})}
     compiler.compile(compiler.ASTSource(kernel, signature, values), target=TARGET, options=options)
     print(kernel.__name__, constants, flush=True)
 
@@ -104,7 +120,40 @@ def layers() -> Iterator[None]:
     yield build(slot_kernels._advance, 4, NO_TOKEN=-1, LENGTH=2, BLOCK=256)
 
 
+def quantized() -> Iterator[None]:
+    """GEMMs with quantized weights, each kind and each epilogue, and the kernels for many rows."""
+    no_heads = dict.fromkeys(("qk_gains", "table", "slots", "kv"))
+    no_heads |= {"qk_eps": 0.0, "kv_stride": 0, "heads": 0, "kv_heads": 0, "HEADS": False, "D": 0, "ROTATE": False}
+    no_add: dict[str, Any] = dict.fromkeys(("residual", "gain", "new_residual", "new_squares"))
+    no_add |= {"scale": 1.0, "ADD": False}
+    plain = {"QK_NORM": False, "INTERLEAVED": False, "KV_LIMIT": 0, "BF16": True, "ASM": True, "EVEN": True}
+    heads = {"HEADS": True, "D": 128, "ROTATE": True, "BIAS": True, "qk_gains": None}
+    tile = {"BM": 16, "BN": 128, "BK": 32, "SPLIT": 4, "STAGES": 4, "ACT": "", "PDL": True, "SQUARES": 32}
+    cases: list[dict[str, Any]] = [
+        no_add | heads | {"KIND": "int4", "GROUP": 128},
+        no_heads | no_add | {"KIND": "int4", "GROUP": 32, "ACT": "silu", "BN": 64, "SPLIT": 1, "parts": None},
+        no_heads | no_add | {"KIND": "int8", "GROUP": 0, "BK": 64, "BM": 64, "PDL": False, "EVEN": False},
+        no_heads | {"KIND": "int4", "GROUP": 128, "ADD": True, "SQUARES": 0, "squares": None},
+        no_heads | no_add | {"KIND": "fp8", "GROUP": 0, "BK": 64, "ACT": "silu", "BN": 64},
+    ]
+    thorough = "TESTS_THOROUGH" in os.environ
+    for case in cases if thorough else cases[:3]:
+        own = plain | tile | ({} if case.get("BIAS") else {"BIAS": False, "bias": None}) | case
+        types = PACKED | {"meta": "*i32" if own["KIND"] == "int4" else "*fp32"}
+        yield build(packed_kernels.packed_kernel, 8 if own["BM"] > 32 else 4, own["PDL"], types, 4, **own)
+    for kind, group in (("int4", 128), ("int8", 0))[: 2 if thorough else 1]:
+        types = PACKED | {"meta": "*i32" if kind == "int4" else "*fp32"}
+        yield build(packed_kernels.unpack_kernel, 4, False, types, KIND=kind, GROUP=group, BF16=True, BN=64)
+    types = PACKED | {"out": "*fp8e4nv"}
+    for group, block in ((0, 4096), (128, 2048))[: 2 if thorough else 1]:
+        own = {"GROUP": group, "BLOCK": block, "STATIC": False, "static": None, "ACT": "" if group else "silu"}
+        yield build(packed_kernels.quantise_rows_kernel, 8, False, types, **own)
+    types = PACKED | {"x": "*fp8e4nv", "w": "*fp8e4nv"}
+    own = {"BM": 128, "BN": 128, "BIAS": False, "bias": None, "STAGES": 4}
+    yield build(packed_kernels.blockwise_kernel, 8, False, types, 4, **own)
+
+
 if __name__ == "__main__":
-    for part in (sampler, attention, latents, layers):
+    for part in (sampler, attention, latents, layers, quantized):
         for _ in part():
             pass

@@ -1,0 +1,50 @@
+"""Which tile a quantized weight is multiplied with at how many rows, and from how many on it is unpacked instead.
+
+Used by triton_ops.py. PACKED holds what was measured for some shapes; other shapes get tiles by rule. perf/gemm.py
+finds the tiles and prints the table.
+Invariant: every tile fits its weight: its steps are in one group, or one chunk.
+"""
+
+from typing import Final
+
+import triton
+
+from .gemm import MAX_TILES, Choices, Tile
+from .packed_gemm import CHUNK, Kind, Packed
+
+PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {}
+"""By kind, and outputs and inputs of the weight."""
+LADDER: Final = (16, 32, 64, 128, 256)
+"""Most rows of each tile by rule."""
+PROGRAMS: Final = 264
+"""That many at least keep an H200 busy: two for each SM."""
+FEWEST_STEPS: Final = 4
+"""A program takes so many at least: its pipeline has to fill."""
+MOST_ROWS: Final = 256
+"""Above, the weight is unpacked: one pass over 4.5 bytes a value, in the shade of the arithmetic."""
+MOST_FLOAT8_ROWS: Final = 64
+"""Above, float8 is multiplied as it is: nothing is unpacked, and the arithmetic is twice as fast."""
+
+
+def choices_for(weight: Packed) -> Choices:
+    """The tiles of a weight by the number of rows; above the last, `Packed.multiply`."""
+    outputs, inputs = weight.shape
+    measured = PACKED.get((weight.kind, outputs, inputs), ())
+    if not all(tile is None or weight.fits(tile.depth) for _, tile in measured):
+        measured = ()
+    most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
+    return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)
+
+
+def by_rule(weight: Packed, rows: int) -> Tile:
+    """A tile for up to so many rows: 128 outputs, which whole heads fit into, and enough parts to keep a GPU busy."""
+    outputs, width = weight.words.shape
+    depth = 2 * CHUNK if weight.kind != "int4" and weight.fits(2 * CHUNK) else CHUNK  # 128 inputs
+    tiles = triton.cdiv(outputs, 128) * triton.cdiv(rows, 128)
+    steps = triton.cdiv(width, depth)
+    split = max(1, min(triton.cdiv(PROGRAMS, tiles), steps // FEWEST_STEPS))
+    split = triton.cdiv(steps, triton.cdiv(steps, split))  # none is left without a step
+    if split * tiles > MAX_TILES:
+        split = 1
+    few = rows <= 64
+    return Tile(min(rows, 128), 128, depth, split, 4 if few else 8, 4 if few else 3)
