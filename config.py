@@ -73,6 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 30000
+    http_workers: Annotated[
+        int, Meta(ge=1, le=64, description="processes that speak HTTP on this port; each has its own connections")
+    ] = 1
     api_key: Annotated[str | None, Meta(description="key that every request must bring, but those for health")] = None
     api_key_file: Annotated[
         str | None,
@@ -89,11 +92,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     root_path: Annotated[str, Meta(description="path under which a proxy has the server, e.g. /llm")] = ""
     access_log: Annotated[str | None, Meta(description="file for a JSON line a request; - is stdout")] = None
+    otlp_endpoint: Annotated[
+        str | None, Meta(description="collector of OpenTelemetry traces, e.g. http://localhost:4318 (extra: otlp)")
+    ] = None
     resumable_streams: Annotated[
         bool, Meta(description="every stream can be resumed for 60 s by Last-Event-ID, not just those that ask for it")
     ] = False
     data_dir: Annotated[
         str | None, Meta(description="folder for files and batches, which survive a restart; without it there are none")
+    ] = None
+    profile_dir: Annotated[
+        str | None, Meta(description="folder for the traces of /start_profile; without it there are none")
+    ] = None
+    weights_root: Annotated[
+        str | None,
+        Meta(description="folder in which the models of /update_weights_from_disk must lie; without it: none"),
     ] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -212,7 +212,11 @@ def _model(config: EngineConfig, found: list[ModelInfo]) -> Iterator[Finding]:
     model = resolve_model(config)
     found.append(model)
     about = f"{model.name} ({model.model_type}), {model.context_length:,} tokens of context"
-    if model.has_chat_template:
+    if model.pooling is not None:
+        width = model.pooling.width
+        what = f"embeddings of {width} numbers" if model.pooling.task == "embed" else f"{width} labels"
+        yield Finding("ok", "model", f"{about}; gives {what}, no text")
+    elif model.has_chat_template:
         yield Finding("ok", "model", about)
     else:
         yield Finding("warn", "model", f"{about}; no chat template: only completions, or give --chat-template")

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
@@ -34,12 +35,25 @@ def serve(config: EngineConfig) -> int:
             with listen(config.host, config.port) as listener:
                 with terminate_as_interrupt():
                     model = resolve_model(config, display.transfer)
-                return trio.run(_supervise, config, model, listener, display)
+                with shared_metrics(config.http_workers):
+                    return trio.run(_supervise, config, model, listener, display)
         except KeyboardInterrupt:
             return 0
         except GiveUp as error:
             display.line(f"actorserve: gave up: {error}")
             return 1
+
+
+@contextmanager
+def shared_metrics(fronts: int) -> Iterator[None]:
+    """With several fronts each of them answers /metrics for all, from files in a folder that the library wants named
+    by its variable before it is imported; see http/metrics.py."""
+    if fronts == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="actorserve-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        yield
 
 
 @contextmanager
@@ -78,7 +92,7 @@ async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.so
         if kind == "up":
             display.greet(banner)
 
-    topology = engine_topology(config, [http_front(0, listener.fileno())])
+    topology = engine_topology(config, [http_front(i, listener.fileno()) for i in range(config.http_workers)])
     supervisor = Supervisor(topology, config, model, on_event=on_event)
     failure: Exception | None = None
     code = 0
@@ -115,15 +129,21 @@ def base_url(host: str, listener: socket.socket, scheme: str = "http") -> str:
 
 def greeting(model: ModelInfo, url: str) -> str:
     """What a user needs when the engine is up: the address, and a line to paste."""
-    body: dict[str, object] = {"model": model.name}
-    if model.has_chat_template:
-        path, body["messages"] = "chat/completions", [{"role": "user", "content": QUESTION}]
-    else:
-        path, body["prompt"] = "completions", "The capital of France is"
-    body |= {"temperature": 0, "stream": True}
-    data = json.dumps(body, ensure_ascii=False).replace("'", r"'\''")
+    path, body = example(model)
+    data = json.dumps({"model": model.name, **body}, ensure_ascii=False).replace("'", r"'\''")
+    page = f"a page to chat and to watch the engine; in a terminal: actorserve chat --url {url}"
     return (
         f"\nactorserve {__version__} serves {model.name} on {url}\n\n"
-        f"In a browser that is a page to chat and to watch the engine; in a terminal: actorserve chat --url {url}\n\n"
+        f"In a browser that is {page if model.pooling is None else 'a page to watch the engine'}\n\n"
         f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{data}'\n"
     )
+
+
+def example(model: ModelInfo) -> tuple[str, dict[str, object]]:
+    """Return a first request to a model: (path, body)."""
+    streamed: dict[str, object] = {"temperature": 0, "stream": True}
+    if model.pooling is not None:
+        return "embeddings" if model.pooling.task == "embed" else "classify", {"input": QUESTION}
+    if model.has_chat_template:
+        return "chat/completions", {"messages": [{"role": "user", "content": QUESTION}]} | streamed
+    return "completions", {"prompt": "The capital of France is"} | streamed

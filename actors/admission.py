@@ -34,6 +34,8 @@ class Submission:
     """Of `Client.new_pin`: see messages.Generate."""
     pooled: bool = False
     """Its vector is wanted, and no continuation."""
+    name: str = ""
+    """What the client calls it: `abort` and `Questions.timelines` find it by this."""
 
 
 class Admission:

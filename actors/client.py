@@ -77,7 +77,7 @@ class Choice:
     last_ns: int = 0
     last: messages.Chunk | None = None
     name: str = ""
-    """What the client calls it, for `abort`."""
+    """Its Submission's."""
     ids: "array[int]" = field(default_factory=lambda: array("i"))
     """Tokens received, int32."""
     chars: int = 0
@@ -151,11 +151,6 @@ class Stream:
     def index(self, chunk: messages.Chunk) -> int:
         """Return the number of the choice that `chunk` continues."""
         return chunk.rid - self.rid
-
-    def name(self, name: str) -> None:
-        """Call all choices so; see Client.abort."""
-        for choice in self.choices:
-            choice.name = name
 
     async def take(self) -> list[messages.Chunk]:
         """Wait for output and return all of it; an empty list when every choice has ended."""
@@ -251,6 +246,7 @@ class Client:
         self._text_died = False
         """And is not back yet."""
         self.admission = Admission(config, model)
+        self._fronts = config.http_workers
         self._on_end = on_end
         # A restarted front must not reuse an id that the scheduler still knows from the life before.
         self._next_rid = index << INDEX_SHIFT | (epoch & 0xFF) << EPOCH_SHIFT
@@ -264,9 +260,10 @@ class Client:
         cache_salt: str = "",
         priority: int = 0,
         grammar: messages.GrammarSpec | None = None,
+        name: str = "",
     ) -> Stream:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
-        return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
+        return self.submit_all([Submission(prompt, params, n, grammar, name=name)], cache_salt, priority)
 
     def submit_all(
         self,
@@ -288,6 +285,8 @@ class Client:
         self.table.update((choice.rid, choice) for choice in stream.choices)
         arrival = stream.choices[0].arrival_ns
         for (rid, n), s in zip(stream.groups, submissions, strict=True):
+            for choice in stream.choices[rid - stream.rid :][:n]:
+                choice.name = s.name
             stream.requests.append(
                 messages.Generate(
                     rid=rid,
@@ -302,6 +301,7 @@ class Client:
                     weight=weight,
                     pin=s.pin,
                     pooled=s.pooled,
+                    name=s.name,
                 )
             )
         try:
@@ -320,7 +320,9 @@ class Client:
             case messages.Refused():
                 if not self.questions.take(message):
                     self._refuse(message)
-            case messages.Tokenized() | messages.Detokenized() | messages.Done() | messages.Seen():
+            case (
+                messages.Tokenized() | messages.Detokenized() | messages.Done() | messages.Seen() | messages.Timelines()
+            ):
                 self.questions.take(message)
             case messages.Stats():
                 self.stats = message
@@ -343,11 +345,14 @@ class Client:
                 with suppress(Gone):  # the text actor died, and the request with it
                     self._text.post(messages.Cancel(rid, n))
 
-    def abort(self, name: str | None, among: Collection[Stream] | None = None) -> None:
+    def abort(self, name: str | None, among: Collection[Stream] | None = None, tenant: str | None = None) -> None:
         """End the choices with this name, or all of them; each keeps the output that it has, with finish "abort".
 
-        `among`: only those of these streams.
+        `among`: only those of these streams; `tenant`: and of other fronts', those of this one.
         """
+        if self._fronts > 1:
+            with suppress(Gone):
+                self._text.post(messages.AbortNamed(name or "", tenant))
         for choice in self.table.values():
             if (name is None or choice.name == name) and (among is None or choice.stream in among):
                 choice.aborted = True
@@ -385,6 +390,10 @@ class Client:
     def busy(self, priority: int) -> bool:
         """Whether a request above this priority is in the engine."""
         return any(choice.stream.priority > priority for choice in self.table.values())
+
+    async def timelines(self, name: str) -> list[messages.TimelineView]:
+        """As Questions.timelines, of everybody's requests."""
+        return await self.questions.timelines(name, None)
 
     def _post(self, message: messages.Message) -> None:
         """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one."""
@@ -441,8 +450,13 @@ class Client:
         while self.orphans:
             self.orphans.popleft().cancel()
         now = time.monotonic_ns()
+        table = self.table
+        # Who waits for a first token is woken first: writing everybody's next one takes milliseconds.
+        first = [c for c in chunks if (choice := table.get(c.rid)) is not None and not choice.first_ns]
+        if first and len(first) < len(chunks):
+            chunks = [*first, *(c for c in chunks if (choice := table.get(c.rid)) is not None and choice.first_ns)]
         for chunk in chunks:
-            choice = self.table.get(chunk.rid)
+            choice = table.get(chunk.rid)
             if choice is None:
                 continue  # cancelled here while the chunk was on its way
             if not choice.first_ns and chunk.ids:

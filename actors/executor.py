@@ -16,27 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+import msgspec
 import numpy as np
+import torch
 import trio
+from msgspec.structs import replace
 
 from ..config import EngineConfig
-from ..errors import StartupError
+from ..errors import ActorserveError, RequestError, StartupError
 from ..models.decoder import Decoder
+from ..models.gguf import KEPT_FILE
 from ..models.kv_cache import KVCache, kv_dtype
 from ..models.kv_checksums import KVChecksums
 from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Step, Stepper, StepRows
-from ..models.weights import load_decoder
+from ..models.weights import DTYPES, load_decoder
 from ..sampler.reference import Sampled
 from .actor import Actor, Context
 from .memory import batch_slots, keep_freed_memory, kv_pages
 from .messages import (
     NOTHING,
+    Carried,
     ChunkEnd,
     Drain,
     ExecutorInbox,
     ExecutorReady,
+    Instruct,
     PeerDown,
     PeerUp,
     Plan,
@@ -44,6 +50,7 @@ from .messages import (
     Scores,
     StepOut,
 )
+from .profiler import ProfileOptions, Profiler
 from .ref import Gone
 from .sampler import Sampler
 
@@ -120,6 +127,9 @@ class Executor(Actor):
         self.launched: deque[Launched] = deque()
         self.waiter: DeviceWaiter | None = None
         self.checksums: KVChecksums | None = None
+        self.profiler = Profiler(context.config.profile_dir, context.name)
+        self.loaded: tuple[str, Decoder] | None = None
+        """Weights beside those in use, and their folder."""
         self._last_done_ns = 0
 
     async def start(self) -> None:
@@ -160,17 +170,22 @@ class Executor(Actor):
         per_slot = min(pages, -(-model.context_length // config.page_size))
         dtype = kv_dtype(config, decoder.dtype)
         kv = KVCache(decoder.spec, pages + 1, config.page_size, device, dtype, decoder.dtype)
-        self.runner = Runner(decoder, kv, slots, per_slot)
+        self._make_runner(decoder, kv, slots, per_slot)
         if config.kv_checksums:
             if device.type != "cpu":
                 raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
             self.checksums = KVChecksums(kv)
-        if model.pooling is not None:
-            self.stepper = Stepper(self.runner, self.sampler, None, Pooler(model.pooling, decoder, slots))
-        else:
-            self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         self.ready = ExecutorReady(pages, slots, per_slot, kind)
+
+    def _make_runner(self, decoder: Decoder, kv: KVCache, slots: int, per_slot: int) -> None:
+        assert self.sampler is not None
+        self.runner = Runner(decoder, kv, slots, per_slot)
+        pooling = self.context.model.pooling
+        if pooling is not None:
+            self.stepper = Stepper(self.runner, self.sampler, None, Pooler(pooling, decoder, slots))
+        else:
+            self.stepper = Stepper(self.runner, self.sampler, self._graphs(self.runner, self.sampler, slots))
 
     def _graphs(self, runner: Runner, sampler: Sampler, slots: int) -> Any:
         config = self.context.config
@@ -218,6 +233,11 @@ class Executor(Actor):
                 self.rid_of.clear()
                 self.decoding.clear()
                 self.launched.clear()
+            case Instruct(task="swap_weights"):
+                self._swap_weights()  # before the plans behind it
+                self._publish(Carried(message.rid, message.task))
+            case Instruct():
+                self.context.nursery.start_soon(self._instructed, message)
             case PeerUp() | PeerDown() | Drain():
                 pass  # only the scheduler's life matters here
 
@@ -232,7 +252,57 @@ class Executor(Actor):
         """Capture one more graph; False when there is nothing to do. Not before the first request had its turn."""
         return bool(self.rid_of) and self.stepper is not None and self.stepper.prepare_ahead()
 
-    def _publish(self, message: ExecutorReady | StepOut) -> None:
+    # ------------------------------------------------------------------ beside windows
+
+    async def _instructed(self, m: Instruct) -> None:
+        """Do what the scheduler asks beside windows, and say what came of it."""
+        text = ""
+        try:
+            if m.task == "start_profile":
+                self.profiler.start(msgspec.json.decode(m.detail or "{}", type=ProfileOptions))
+            elif m.task == "stop_profile":
+                text = await self.profiler.stop()
+            else:
+                await trio.to_thread.run_sync(self._load_beside, m.detail)
+        except ActorserveError as error:
+            status = 400 if isinstance(error, StartupError) else error.status
+            param = "model_path" if isinstance(error, StartupError) else error.param
+            self._publish(Carried(m.rid, m.task, error.message, status, error.code, param))
+        else:
+            self._publish(Carried(m.rid, m.task, text))
+
+    def _load_beside(self, folder: str) -> None:
+        """Load weights of the model's shapes; both are in memory until they are swapped. Raises StartupError."""
+        assert self.runner is not None
+        now = self.runner.decoder
+        config = replace(self.context.config, model=folder, load_format="auto")
+        if not (Path(folder) / KEPT_FILE).exists():
+            name = next(name for name, dtype in DTYPES.items() if dtype == now.dtype)
+            config = replace(config, dtype=name)
+        try:
+            decoder = load_decoder(folder, config, lambda fraction: None, self.context.model.pooling)
+        except torch.OutOfMemoryError:
+            raise StartupError("there is no memory for a second set of weights") from None
+        if decoder.spec != now.spec or decoder.dtype != now.dtype:
+            raise StartupError("these weights are of another model: config.json has other shapes or settings")
+        self.loaded = (folder, decoder)
+
+    def _swap_weights(self) -> None:
+        """Run the loaded weights over the same pages, from an empty batch."""
+        assert self.loaded is not None and self.runner is not None and self.ready is not None
+        (folder, decoder), self.loaded = self.loaded, None
+        if decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.launched.clear()
+        self.decoding.clear()
+        self.rid_of.clear()
+        self._make_runner(decoder, self.runner.kv, self.ready.max_slots, self.ready.max_pages_per_slot)
+        assert self.stepper is not None
+        if self.waiter is not None:
+            self.stepper.on_launch(self.waiter.add)
+        self.ready = replace(self.ready, weights=folder)
+
+    def _publish(self, message: ExecutorReady | StepOut | Carried) -> None:
         try:
             self.context.ref("sched").post(message)
         except Gone:
@@ -259,6 +329,12 @@ class Executor(Actor):
             self.decoding += [c.slot for c in work if c.draws and c.slot not in once]
             self._publish_ready()
             await trio.lowlevel.checkpoint()
+        if self.profiler.ran(plan.k):
+            self.context.nursery.start_soon(self._end_profile)
+
+    async def _end_profile(self) -> None:
+        with contextlib.suppress(RequestError):  # it was stopped in the same moment
+            self.context.log.info("profile written: %s", await self.profiler.stop())
 
     def _apply(self, plan: Plan) -> list[ChunkWork]:
         """Change the batch by the plan's deltas, in the order of its fields; return its chunks."""

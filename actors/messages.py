@@ -6,11 +6,12 @@ request ids of int64. A decoded memoryview aliases the ring: whoever keeps it be
 No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
 
     front  --Generate, Cancel-->  text  --Submit, Abort-->  sched  --SlotParams-->  sampler.r
-    front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Ended, Stats--  sched  --Plan-->  exec.r
-                                        text  <--Pooled--  sched  <--ExecutorReady, StepOut--  exec.0
+    front  <--Chunks, Refused, Stats--  text  <--Tokens, PromptLogprobs, Pooled, Ended, Stats--  sched
+                                                            sched  --Plan, Instruct-->  exec.r
+                                                            sched  <--ExecutorReady, StepOut, Carried--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
-    front  --Tokenize, Detokenize, Order, Look-->  text  --Order, Look-->  sched
-    front  <--Tokenized, Detokenized, Done, Seen--  text  <--Done, Seen, Refused--  sched
+    front  --Tokenize, Detokenize, Order, Look, AskTimelines-->  text  --Order, Look, AskTimelines-->  sched
+    front  <--Tokenized, Detokenized, Done, Seen, Timelines--  text  <--Done, Seen, Timelines, Refused--  sched
                               fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
                                          fsm  --Masks, MatchFailed-->  sched  --Match, Unmatch-->  fsm
 """
@@ -168,6 +169,8 @@ class Generate(Message, frozen=True, tag=10):
     something, or Unpin; 0: nothing is pinned. Numbers are the front's own request ids."""
     pooled: bool = False
     """No output is wanted but the prompt's vector (ModelInfo.pooling), in the one Chunk that comes."""
+    name: str = ""
+    """What the client calls it; how AskTimelines finds it."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -201,7 +204,17 @@ class Detokenize(Message, frozen=True, tag=13):
     skip_special_tokens: bool
 
 
-Action: TypeAlias = Literal["flush_cache", "pause", "pause_abort", "pause_retract", "continue"]
+Action: TypeAlias = Literal[
+    "flush_cache",
+    "pause",
+    "pause_abort",
+    "pause_retract",
+    "continue",
+    "start_profile",
+    "stop_profile",
+    "update_weights",
+    "update_weights_abort",
+]
 
 
 class Order(Message, frozen=True, tag=14):
@@ -209,11 +222,15 @@ class Order(Message, frozen=True, tag=14):
 
     flush_cache: empty the prefix cache; refused while there are requests. pause: make no more plans, so that running
     requests stand still with their pages; pause_abort: also end all of them; pause_retract: also take their pages.
-    continue: make plans again.
+    continue: make plans again. start_profile, stop_profile: of the executors; Done.text names the file.
+    update_weights: other weights of the same shapes, from the folder `detail`; running requests are computed again with
+    them, or are ended by update_weights_abort; the prefix cache is emptied.
     """
 
     rid: int
     action: Action
+    detail: str = ""
+    """What the action needs: profiler.ProfileOptions as JSON, or a folder."""
 
 
 class Look(Message, frozen=True, tag=80):
@@ -225,6 +242,17 @@ class Look(Message, frozen=True, tag=80):
     rid: int
     nodes: int
     requests: int
+
+
+class AskTimelines(Message, frozen=True, tag=85):
+    """Front asks, through text, when what happened to the requests of a name. Owed: Timelines, or Refused.
+
+    `tenant`: only those of this one; None: of everybody.
+    """
+
+    rid: int
+    name: str
+    tenant: str | None
 
 
 # ------------------------------------------------------------------ text -> sched
@@ -250,6 +278,9 @@ class Submit(Message, frozen=True, tag=20):
     """See Generate."""
     pooled: bool = False
     """The final message that is owed is a row of Pooled, or Ended; `max_new_tokens` is 0."""
+    name: str = ""
+    tokenized_ns: int = 0
+    """CLOCK_MONOTONIC when its prompt was tokens."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -259,6 +290,16 @@ class Abort(Message, frozen=True, tag=21):
     """
 
     rid: int
+
+
+class AbortNamed(Message, frozen=True, tag=15):
+    """Front to text, where there are several fronts: as Abort, for all requests of a name, whosever they are.
+
+    `name` empty: all there are. `tenant`: only those of this one; None: of everybody.
+    """
+
+    name: str
+    tenant: str | None
 
 
 # ------------------------------------------------------------------ sched -> text
@@ -340,6 +381,8 @@ class Done(Message, frozen=True, tag=36):
     """An Order was carried out. Text passes it on to the front; Refused comes in its place if it was not."""
 
     rid: int
+    text: str = ""
+    """What came of it."""
 
 
 class Stats(Message, frozen=True, tag=33):
@@ -379,6 +422,8 @@ class Stats(Message, frozen=True, tag=33):
     """Counter: what compiling them took, failures included."""
     down: str = ""
     """What is not up, and why; empty: everything is."""
+    weights: str = ""
+    """The folder of the last update_weights; empty: those of the start."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)
@@ -437,6 +482,47 @@ class Seen(Message, frozen=True, tag=84):
     """How many the tree has, roots not counted."""
     requests: list[RequestView]
     paused: bool
+
+
+class WindowView(Message, frozen=True, tag=86):
+    """A window that computed something of a request. Times CLOCK_MONOTONIC ns; `end_ns` 0: it is on its way."""
+
+    window: int
+    k: int
+    rows: int
+    """Requests that decoded in it."""
+    prompt_tokens: int
+    """Tokens of prompts that it computed, of all requests."""
+    start_ns: int
+    """When it was sent to the executor, which may have had one more to do before it."""
+    end_ns: int
+
+
+class TimelineView(Message, frozen=True, tag=87):
+    """When what happened to one request. Times CLOCK_MONOTONIC ns, 0 for what has not happened."""
+
+    rid: int
+    arrival_ns: int
+    tokenized_ns: int
+    queued_ns: int
+    admitted_ns: int
+    prefill_start_ns: int
+    prefill_end_ns: int
+    first_token_ns: int
+    ended_ns: int
+    prompt_tokens: int
+    cached_tokens: int
+    retractions: int
+    dropped: int
+    """Windows before the first of `windows`, which are not known any more."""
+    windows: list[WindowView]
+
+
+class Timelines(Message, frozen=True, tag=88):
+    """The answer to AskTimelines; empty where the name is not known (any more)."""
+
+    rid: int
+    timelines: list[TimelineView]
 
 
 # ------------------------------------------------------------------ text -> front
@@ -640,7 +726,35 @@ class SlotMasks(Message, frozen=True, tag=56):
     bitmask: memoryview
 
 
+Task: TypeAlias = Literal["start_profile", "stop_profile", "load_weights", "swap_weights"]
+
+
+class Instruct(Message, frozen=True, tag=57):
+    """Scheduler to executors: do something beside windows. Owed, by exec.0: Carried.
+
+    load_weights: of the folder `detail`, beside those in use. swap_weights: use them, and forget all slots; it comes
+    when no window is in flight.
+    """
+
+    rid: int
+    task: Task
+    detail: str = ""
+    """As in Order."""
+
+
 # ------------------------------------------------------------------ exec.0 -> sched
+
+
+class Carried(Message, frozen=True, tag=63):
+    """The answer to Instruct: done (status 0), or why it was not, as in Refused."""
+
+    rid: int
+    task: Task
+    text: str = ""
+    """What came of it, or what is wrong."""
+    status: int = 0
+    code: str = ""
+    param: str | None = None
 
 
 class ExecutorReady(Message, frozen=True, tag=60):
@@ -650,6 +764,8 @@ class ExecutorReady(Message, frozen=True, tag=60):
     max_slots: int
     max_pages_per_slot: int
     device: Literal["cpu", "cuda"]
+    weights: str = ""
+    """As in Stats."""
 
 
 class Scores(Message, frozen=True, tag=62):
@@ -772,18 +888,19 @@ class MatchFailed(Message, frozen=True, tag=78):
 
 
 SystemMessage: TypeAlias = PeerUp | PeerDown | Drain
-FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen
+FrontAnswer: TypeAlias = Tokenized | Detokenized | Done | Seen | Timelines
 FrontInbox: TypeAlias = SystemMessage | Chunks | Refused | Stats | FrontAnswer
-FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look
+FrontQuestion: TypeAlias = Tokenize | Detokenize | Order | Look | AskTimelines
 TextInbox: TypeAlias = (
-    SystemMessage | Generate | Cancel | Abort | Unpin | FrontQuestion
-    | Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Refused
+    SystemMessage | Generate | Cancel | Abort | AbortNamed | Unpin | FrontQuestion
+    | Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Timelines | Refused
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
 SchedulerInbox: TypeAlias = (
-    SystemMessage | Submit | Abort | Unpin | Order | Look | ExecutorReady | StepOut | GrammarNews
-)
-ExecutorInbox: TypeAlias = SystemMessage | Plan
+    SystemMessage | Submit | Abort | Unpin | Order | Look | AskTimelines
+    | ExecutorReady | StepOut | Carried | GrammarNews
+)  # fmt: skip
+ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
 FsmInbox: TypeAlias = SystemMessage | Compile | Discard | Match | Unmatch

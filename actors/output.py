@@ -117,6 +117,10 @@ class Output:
         """Tokens so far."""
         return len(self.ids)
 
+    def is_called(self, name: str, tenant: str | None) -> bool:
+        """Whether AbortNamed means it."""
+        return name in ("", self._submit.name) and tenant in (None, self._submit.tenant)
+
     def submission(self) -> Submit:
         """How to ask a scheduler for the rest of it."""
         self._next_prompt = min(self._next_prompt, 1)  # the first one is not the scheduler's to tell

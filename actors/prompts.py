@@ -5,6 +5,7 @@ the start. Invariant: a Submit's prompt is not empty, its ids are the model's, a
 """
 
 import hashlib
+import time
 from typing import Final, NamedTuple, assert_never
 
 import msgspec
@@ -114,6 +115,7 @@ class Prompts:
         seed = derived_seed(self._seed, request.rid) if params.seed is None else params.seed
         # The bytes outlive the ring; the scheduler and the codec want them as raw bytes.
         raw = memoryview(ids.tobytes())
+        now = time.monotonic_ns()
         return [
             Submit(
                 rid=request.rid + i,
@@ -127,6 +129,8 @@ class Prompts:
                 weight=request.weight,
                 pin=0 if i else request.pin,
                 pooled=request.pooled,
+                name=request.name,
+                tokenized_ns=now,
             )
             for i in range(request.n)
         ]

@@ -35,7 +35,7 @@ class Question:
         self.answer: Answer | ActorserveError | None = None
 
 
-Answer = list[int] | str | messages.Done | messages.Seen
+Answer = list[int] | str | messages.Done | messages.Seen | messages.Timelines
 
 
 class Questions:
@@ -67,10 +67,12 @@ class Questions:
         assert isinstance(answer, str)
         return answer
 
-    async def order(self, action: messages.Action) -> None:
-        """Have the scheduler do something; return when it is done."""
+    async def order(self, action: messages.Action, detail: str = "") -> str:
+        """Have the scheduler do something; return what came of it when it is done."""
         rid = self._new_rid()
-        await self._ask(rid, messages.Order(rid, action))
+        answer = await self._ask(rid, messages.Order(rid, action, detail))
+        assert isinstance(answer, messages.Done)
+        return answer.text
 
     async def look(self, nodes: int, requests: int) -> messages.Seen:
         """Return what the engine is doing, with at most so many radix nodes and requests."""
@@ -78,6 +80,13 @@ class Questions:
         answer = await self._ask(rid, messages.Look(rid, nodes, requests))
         assert isinstance(answer, messages.Seen)
         return answer
+
+    async def timelines(self, name: str, tenant: str | None) -> list[messages.TimelineView]:
+        """Return when what happened to the requests of a name, of one tenant or of anybody; empty if it is unknown."""
+        rid = self._new_rid()
+        answer = await self._ask(rid, messages.AskTimelines(rid, name, tenant))
+        assert isinstance(answer, messages.Timelines)
+        return answer.timelines
 
     def take(self, message: messages.FrontAnswer | messages.Refused) -> bool:
         """Take an answer; False if nobody asked (any more)."""
@@ -89,7 +98,7 @@ class Questions:
                 question.answer = list(message.ids.cast("i"))
             case messages.Detokenized():
                 question.answer = message.text
-            case messages.Done() | messages.Seen():
+            case messages.Done() | messages.Seen() | messages.Timelines():
                 question.answer = message
             case messages.Refused():
                 question.answer = refusal(message)

@@ -147,6 +147,13 @@ class Schedule:
         for request in self.slots.running():
             self.retract(request)
 
+    def forget_kv(self) -> None:
+        """All KV is of weights that are used no more: everything is computed again. With no window in flight."""
+        assert not self.in_flight
+        self.retract_all()
+        self.tree.clear()
+        self.tree_state += 1
+
     def executor_lost(self) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
 
@@ -318,6 +325,7 @@ class Schedule:
         self._grow(window, rows, window.k)
         self._grow(window, joining, window.k - 1)
         drawing = np.concatenate([rows, joining])
+        window.rows = drawing.tolist()
         once = drawing[self.slots.guided[drawing]]
         self.slots.decoding[once] = False  # until their next masks come
         window.once = once.tolist()

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from ..errors import RequestError
 from ..models.ledger import CHUNK, MIXED_CHUNK
 from .actor import Actor, Context
+from .errands import Errands
 from .grammar_store import GrammarStore
 from .guided import GuidedRequests
 from .messages import (
@@ -24,6 +25,8 @@ from .messages import (
     NOTHING,
     Abort,
     Admit,
+    AskTimelines,
+    Carried,
     ChunkEnd,
     Compile,
     Compiled,
@@ -36,6 +39,7 @@ from .messages import (
     Finish,
     GrammarSpec,
     GrammarStates,
+    Instruct,
     Look,
     Masks,
     Match,
@@ -57,6 +61,7 @@ from .messages import (
     Stats,
     StepOut,
     Submit,
+    Timelines,
     Tokens,
     Translated,
     Unmatch,
@@ -67,6 +72,7 @@ from .ref import Gone
 from .request import Request
 from .schedule import Schedule
 from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
+from .timeline import TimelineStore
 from .view import seen
 from .window import Closed, Landed, PrefillChunk, Window
 
@@ -162,6 +168,8 @@ class Scheduler(Actor):
         self.lost: dict[str, str] = {}
         """Peers that died and are not back, and why they died."""
         self.paused = False
+        self.timelines = TimelineStore()
+        self.errands = Errands(self._to_executors, self._to_text)
         self.idle_seconds = 0.0
         """Since the last step of an executor that has work, our own loop's hangs not counted."""
         self.sent_stats: Stats | None = None
@@ -206,6 +214,10 @@ class Scheduler(Actor):
                 self._order(message)
             case Look():
                 self._to_text(seen(self.context, message, self.schedule, self.statistics(), self.paused))
+            case Carried():
+                self._carried(message)
+            case AskTimelines():
+                self._to_text(self.timelines.answer(message))
             case Drain():
                 pass  # the fronts send nothing new
 
@@ -213,6 +225,9 @@ class Scheduler(Actor):
         """Ask for the masks that are needed; plan and send until enough windows are in flight."""
         for due in self.guided.due():
             self._to_fsm(due)
+        if self.errands.holds:
+            self._swap_weights()
+            return
         while self.executor_up and self.schedule is not None and not self.paused:
             window = self.schedule.plan()
             if window is None:
@@ -247,6 +262,7 @@ class Scheduler(Actor):
             pooled=m.pooled,
             reuses=pooling is None or pooling.reuses,
         )
+        self.timelines.queued(m, time.monotonic_ns())
         if m.grammar is None:
             self._add(request)
         else:
@@ -317,6 +333,12 @@ class Scheduler(Actor):
                     text = f"the cache cannot be flushed while there are requests ({len(schedule.requests)})"
                     self._to_text(Refused(m.rid, 1, 400, "not_idle", text))
                     return
+            case "start_profile" | "stop_profile" | "update_weights" | "update_weights_abort":
+                if not self.executor_up:
+                    self._to_text(Refused(m.rid, 1, 503, "engine_unavailable", "the executor is not up; try again"))
+                else:
+                    self.errands.order(m)
+                return
             case "continue":
                 self.paused = False
             case _:
@@ -327,14 +349,44 @@ class Scheduler(Actor):
                     schedule.retract_all()
         self._to_text(Done(m.rid))
 
+    def _carried(self, m: Carried) -> None:
+        """What the executors did beside windows."""
+        restoring = not self.executor_up
+        wrong = self.errands.carried(m)
+        if wrong is not None:
+            self.lost[self.executors[0]] = f"the weights of the last update cannot be loaded again: {wrong}"
+        elif restoring and self.errands.update is None:
+            self.executor_up = True
+        self._send_stats()
+
+    def _swap_weights(self) -> None:
+        """Use loaded weights, once no window is in flight; plans are made again in the same moment."""
+        update, schedule = self.errands.update, self.schedule
+        if update is None or not update.loaded or update.swapping or (schedule is not None and schedule.in_flight):
+            return
+        if update.abort:
+            self._abort_all()
+        if schedule is not None:
+            schedule.forget_kv()
+        self.errands.swap()
+
+    def _to_executors(self, message: Instruct) -> None:
+        for name in self.executors:
+            try:
+                self.context.ref(name).post(message)
+            except Gone:
+                return  # PeerDown follows
+
     def _abort_all(self) -> None:
         rids = [request.rid for request in self.early] + self.grammars.waiting_rids()
         for rid in rids + ([] if self.schedule is None else list(self.schedule.requests)):
             self._abort(rid)
 
     def _to_text(
-        self, message: Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Refused
+        self, message: Tokens | PromptLogprobs | Pooled | Started | Ended | Stats | Done | Seen | Timelines | Refused
     ) -> None:
+        if isinstance(message, Ended):
+            self.timelines.ended(message.rid, time.monotonic_ns())
         try:
             self.context.ref("text").post(message)
         except Gone:
@@ -363,7 +415,7 @@ class Scheduler(Actor):
             early, self.early = self.early, []
             for request in early:
                 self._add(request)
-        self.executor_up = True
+        self.executor_up = not self.errands.restore(m.weights)
         self._send_stats()
 
     def _peer_down(self, m: PeerDown) -> None:
@@ -371,6 +423,8 @@ class Scheduler(Actor):
         if m.name in self.executors:
             self.executor_up = False
             self.grammars.loaded.clear()
+            self.timelines.executor_lost()
+            self.errands.executor_lost()
         self._send_stats()
         if m.name in self.executors:
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
@@ -396,6 +450,8 @@ class Scheduler(Actor):
         rids, finish = m.rids.cast("q").tolist(), np.frombuffer(m.finish, dtype=np.uint8)
         scores = None if m.scores is None else columns_of(m.scores)
         complete = schedule.report(m.window, m.step, rids, m.ids.cast("i").tolist(), finish, scores)
+        ended = np.flatnonzero(finish).tolist() if m.window >= schedule.since else ()
+        self.timelines.stepped(m.window, m.step, rids, ended, time.monotonic_ns())
         for item in schedule.scored:
             assert m.scores is not None
             self._to_text(computed_logprobs(item, m.scores))
@@ -409,12 +465,14 @@ class Scheduler(Actor):
         if m.pooled is not None:
             self._pooled(m.pooled, {request.rid for request in complete})
         for request in complete:
+            self.timelines.ended(request.rid, time.monotonic_ns())
             if not request.pooled:
                 self._complete_without_token(request)
         if rids and not has_chunks:
             schedule.step_took(m.step_ns / 1000)
 
     def _tell_closed(self, closed: Closed) -> None:
+        self.timelines.ended(closed.request.rid, time.monotonic_ns())
         if closed.forced:
             self._to_text(forced_tokens_of([Landed(closed.request, closed.forced)], None))
         rid = memoryview(array("q", [closed.request.rid]).tobytes())
@@ -439,6 +497,9 @@ class Scheduler(Actor):
 
     def _send(self, window: Window) -> None:
         now = time.monotonic_ns()
+        assert self.schedule is not None
+        seats = self.schedule.slots.requests
+        self.timelines.planned(window, (request for slot in window.rows if (request := seats[slot]) is not None), now)
         for request, cached in ((seat.request, seat.cached) for seat in window.admits):
             if request.admissions == 1:
                 of_prompt = min(cached, request.prompt_length)
@@ -571,6 +632,7 @@ class Scheduler(Actor):
             grammars_failed=g.failed,
             grammar_seconds=g.seconds,
             down=self.down(),
+            weights=self.errands.weights,
         )
 
     def down(self) -> str:

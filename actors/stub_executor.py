@@ -7,6 +7,7 @@ through the same messages as with the real executor, and nothing here imports to
 """
 
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +16,14 @@ from typing import Any, ClassVar, Final, assert_never
 
 import numpy as np
 import trio
+from msgspec.structs import replace
 
 from .actor import Actor, Context
 from .changes import WindowChanges
 from .constraint import Grammar
 from .messages import (
     NOTHING,
+    Carried,
     ChunkEnd,
     Drain,
     DropGrammar,
@@ -28,6 +31,7 @@ from .messages import (
     ExecutorReady,
     Finish,
     GrammarStates,
+    Instruct,
     LoadGrammar,
     PeerDown,
     PeerUp,
@@ -165,6 +169,8 @@ class StubExecutor(Actor):
         self.seats: dict[int, Seat] = {}
         self.decoding: list[int] = []
         self.sampler: StubSampler | None = None
+        self.loaded = ""
+        self.start_state = START
 
     async def start(self) -> None:
         """Find the sampler."""
@@ -191,13 +197,29 @@ class StubExecutor(Actor):
         match message:
             case PeerUp(name="sched"):
                 self._publish(self.ready)
+            case Instruct():
+                self._publish(self._instructed(message))
             case PeerDown(name="sched"):
                 self.seats.clear()
                 self.decoding.clear()
             case PeerUp() | PeerDown() | Drain():
                 pass
 
-    def _publish(self, message: ExecutorReady | StepOut) -> None:
+    def _instructed(self, m: Instruct) -> Carried:
+        """A folder's name makes other weights, and so other tokens; there is nothing to profile."""
+        match m.task:
+            case "load_weights":
+                self.loaded = m.detail
+            case "swap_weights":
+                self.start_state = START ^ zlib.crc32(self.loaded.encode())
+                self.ready = replace(self.ready, weights=self.loaded)
+                self.seats.clear()
+                self.decoding.clear()
+            case "start_profile" | "stop_profile":
+                return Carried(m.rid, m.task, "a stub has no model to profile", 400, "unsupported_value")
+        return Carried(m.rid, m.task)
+
+    def _publish(self, message: ExecutorReady | StepOut | Carried) -> None:
         try:
             self.context.ref("sched").post(message)
         except Gone:
@@ -257,7 +279,7 @@ class StubExecutor(Actor):
     def _hash(self, seat: Seat) -> int:
         """Of the seat's sequence, as its pages have it."""
         at = seat.length - 1
-        return int(self.kv[seat.pages[at // self.page], at % self.page]) if seat.length else START
+        return int(self.kv[seat.pages[at // self.page], at % self.page]) if seat.length else self.start_state
 
     def _write(self, slot: int, token: int) -> int:
         """Put a token's hash into its page; return it."""

@@ -10,6 +10,8 @@ import math
 import os
 import time
 from array import array
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, assert_never
 
@@ -27,6 +29,8 @@ from .actor import Actor, Context
 from .messages import (
     NO_STATS,
     Abort,
+    AbortNamed,
+    AskTimelines,
     Cancel,
     ChatPrompt,
     Chunk,
@@ -51,6 +55,7 @@ from .messages import (
     Stats,
     Submit,
     TextInbox,
+    Timelines,
     Tokenize,
     Tokenized,
     TokenLogprob,
@@ -67,11 +72,14 @@ MAX_DEATHS: Final = 3
 GUILTY_NS: Final = 3_000_000_000
 """What was asked for longer ago when the scheduler died is not the cause."""
 SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it got this request; it is not tried again"
+PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
 OURS: Final = -1
 """Id of an order of nobody's."""
-FAILURES: Final[dict[int, str]] = {
-    Finish.POISON: "the model's output for this request was not a number, or no token was allowed",
-    Finish.GRAMMAR: "the grammar left no token that could come next, as when it ends before min_new_tokens",
+POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
+DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
+FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
+    Finish.POISON: partial(ActorserveError, POISONED),
+    Finish.GRAMMAR: partial(RequestError, DEAD_END, code="grammar_dead_end"),
 }
 
 
@@ -88,7 +96,7 @@ class Text(Actor):
         """Of their prompts."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
-        self.ordered: dict[int, tuple[str, Order | Look]] = {}
+        self.ordered: dict[int, tuple[str, Order | Look | AskTimelines]] = {}
         """Orders that the scheduler has not answered, with their fronts."""
         self.scheduler_up = False
         """It knows all that is here: it was told when it came up."""
@@ -149,13 +157,17 @@ class Text(Actor):
                 self._peer_up(message.name)
             case Abort():
                 self._abort(message)
+            case AbortNamed(name=name, tenant=tenant):
+                for output in list(self.outputs.values()):
+                    if output.is_called(name, tenant):
+                        self._abort(Abort(output.rid))
             case Tokenize():
                 self._tokenize(message, source)
             case Detokenize():
                 self._detokenize(message, source)
-            case Order() | Look():
+            case Order() | Look() | AskTimelines():
                 self._order(message, source)
-            case Done() | Seen() | Refused():
+            case Done() | Seen() | Timelines() | Refused():
                 self._order_ended(message)
             case Drain():
                 pass  # the fronts send nothing new
@@ -298,16 +310,16 @@ class Text(Actor):
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
         self._post(front, Detokenized(m.rid, text))
 
-    def _order(self, m: Order | Look, front: str) -> None:
+    def _order(self, m: Order | Look | AskTimelines, front: str) -> None:
         self.ordered[m.rid] = (front, m)
         self._to_scheduler(m)
 
-    def _order_ended(self, m: Done | Seen | Refused) -> None:
+    def _order_ended(self, m: Done | Seen | Timelines | Refused) -> None:
         found = self.ordered.pop(m.rid, None)
         if found is None:
             return
         front, order = found
-        if isinstance(m, Done) and isinstance(order, Order) and order.action != "flush_cache":
+        if isinstance(m, Done) and isinstance(order, Order) and order.action in PAUSES:
             self.paused = order.action != "continue"
         self._post(front, with_lanes_of(self.context, m) if isinstance(m, Seen) else m)
 
@@ -326,7 +338,7 @@ class Text(Actor):
             finish = finishes[row]
             if finish in FAILURES:
                 self._forget(rid)
-                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[finish]))
+                self._refuse(rid, 1, output.front, FAILURES[finish]())
                 continue
             logprob = None
             if logprobs is not None and output.params.logprobs is not None and ids[row] >= 0:
@@ -354,7 +366,7 @@ class Text(Actor):
                 output.push_vector(vector.tobytes())
                 self._mark_changed(output)
             else:
-                self._refuse(rid, 1, output.front, ActorserveError(FAILURES[Finish.POISON]))
+                self._refuse(rid, 1, output.front, FAILURES[Finish.POISON]())
 
     def _prompt_logprobs(self, m: PromptLogprobs) -> None:
         output = self.outputs.get(m.rid)
@@ -482,13 +494,15 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | Unpin | Order | Look) -> None:
+    def _to_scheduler(self, message: Abort | Submit | Unpin | Order | Look | AskTimelines) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
         if self.scheduler_up:
             self._post(SCHEDULER, message)
 
     def _post(
-        self, name: str, message: Abort | Submit | Unpin | Chunks | Refused | Stats | Order | Look | FrontAnswer
+        self,
+        name: str,
+        message: Abort | Submit | Unpin | Chunks | Refused | Stats | Order | Look | AskTimelines | FrontAnswer,
     ) -> None:
         """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:

@@ -104,6 +104,8 @@ class Window:
     grow_pages: list[int] = field(default_factory=list)
     chunks: list[PrefillChunk] = field(default_factory=list)
     jumps: list[JumpChunk] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    """Slots that decode in it."""
     once: list[int] = field(default_factory=list)
     """Slots that draw in step 0 only, each under a mask of its own: rows, and such as a chunk lets draw."""
     budget: int = 0

@@ -51,6 +51,7 @@ class Access:
                 ]
             await send(message)
 
+        state["send"] = send
         path = scope["path"]
         if self._root and path.startswith(self._root + "/"):
             scope["path"] = path[len(self._root) :]

@@ -6,16 +6,16 @@ every error has its protocol's JSON shape, and every reply is counted.
 
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..actors.client import Client
@@ -43,6 +43,7 @@ from . import (
     responses,
     resume,
     score,
+    timelines,
 )
 from .access import Access, access_log
 from .api_keys import Headers, KeyRing, read_keys
@@ -60,6 +61,7 @@ from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
 from .service import Service
 from .tenants import Tenant, TenantClient, tenants_of
+from .tracing import Finished, Tracer, request_headers
 
 log = logging.getLogger("actorserve.http")
 Handler: TypeAlias = Callable[[Service, Exchange], Awaitable[None]]
@@ -76,24 +78,32 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._served.event is None:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send, send_body=scope["state"].get("send"))
         elif resume.header(scope, b"last-event-id"):
             await self._answer(scope, receive, send, self._resume)
         elif resume.wants_log(scope, self._service.config.resumable_streams):
             log, body_read = self._service.streams.open(self._answer, scope, receive)
             await self._service.streams.follow(log, -1, send, resume.client_left(receive, body_read))
         else:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send, send_body=scope["state"].get("send"))
 
     async def _resume(self, service: Service, exchange: Exchange) -> None:
         last = resume.header(exchange.scope, b"last-event-id").decode("latin-1")
         log, number = service.streams.find(last, exchange.owner)
         await service.streams.follow(log, number, exchange.relay, resume.client_left(exchange.receive_any))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, handler: Handler | None = None) -> None:
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        handler: Handler | None = None,
+        send_body: Send | None = None,
+    ) -> None:
         """Let the request in, have the handler reply, turn what it raises into a reply."""
-        exchange = Exchange(scope, receive, send, self._served.errors)
+        exchange = Exchange(scope, receive, send, self._served.errors, send_body)
         client: TenantClient | None = None
+        began_ns = time.time_ns()
         try:
             client = self._gate.admit(exchange, self._served)
             await (handler or self._served.handler)(replace(self._service, client=client), exchange)
@@ -108,6 +118,24 @@ class Endpoint:
             if client is not None:
                 exchange.state["tokens"] = client.close()
             self._service.metrics.count(self._route, exchange.status or ClientGone.status)
+            if self._service.tracer is not None and client is not None and scope["method"] != "GET":
+                self._trace(self._service.tracer, exchange, client, began_ns)
+
+    def _trace(self, tracer: Tracer, exchange: Exchange, client: TenantClient, began_ns: int) -> None:
+        state = exchange.state
+        finished = Finished(
+            method=exchange.scope["method"],
+            route=self._route,
+            headers=request_headers(exchange.scope["headers"]),
+            began_ns=began_ns,
+            ended_ns=time.time_ns(),
+            status=exchange.status or ClientGone.status,
+            request_id=state.get("request_id", ""),
+            key=state.get("key"),
+            names=tuple(client.names),
+            tokens=state["tokens"],
+        )
+        tracer.finished(replace(self._service, client=client), finished)
 
 
 class Gate:
@@ -173,6 +201,9 @@ class Served(NamedTuple):
     """Answers without an API key, too."""
     admin: bool = False
     """Takes an admin's key: it touches others' requests."""
+    query: Any = None
+    form: Any = None
+    required: bool = True
 
 
 GET, POST = ("GET",), ("POST",)
@@ -214,13 +245,13 @@ ROUTES: tuple[Served, ...] = (
         ("/v1/messages/count_tokens",), POST, messages.count_tokens, message_types.CountRequest,
         message_types.TokenCount, errors=ANTHROPIC_ERRORS,
     ),
-    Served(("/v1/files",), POST, files.upload, reply=batch_types.FileObject),
-    Served(("/v1/files",), GET, files.list_files, reply=batch_types.FileList),
+    Served(("/v1/files",), POST, files.upload, reply=batch_types.FileObject, form=batch_types.UploadForm),
+    Served(("/v1/files",), GET, files.list_files, reply=batch_types.FileList, query=batch_types.FileQuery),
     Served(("/v1/files/{id}",), GET, files.retrieve, reply=batch_types.FileObject),
     Served(("/v1/files/{id}",), ("DELETE",), files.delete, reply=batch_types.DeletedFile),
     Served(("/v1/files/{id}/content",), GET, files.content),
     Served(("/v1/batches",), POST, batches.create, batch_types.BatchRequest, batch_types.Batch),
-    Served(("/v1/batches",), GET, batches.list_batches, reply=batch_types.BatchList),
+    Served(("/v1/batches",), GET, batches.list_batches, reply=batch_types.BatchList, query=batch_types.BatchQuery),
     Served(("/v1/batches/{id}",), GET, batches.retrieve, reply=batch_types.Batch),
     Served(("/v1/batches/{id}/cancel",), POST, batches.cancel, reply=batch_types.Batch),
     Served(("/v1/models",), GET, models, reply=_p.ModelList),
@@ -229,14 +260,26 @@ ROUTES: tuple[Served, ...] = (
     Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _t.DetokenizeRequest, _t.DetokenizeReply),
     Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache, admin=True),
     Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
-    Served(("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True),
+    Served(
+        ("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True,
+        required=False,
+    ),
     Served(("/continue_generation",), POST, _c.continue_generation, reply=_t.GenerationState, admin=True),
+    Served(
+        ("/start_profile",), ("GET", "POST"), _c.start_profile, _t.ProfileRequest, _t.ProfileState, admin=True,
+        required=False,
+    ),
+    Served(("/stop_profile",), ("GET", "POST"), _c.stop_profile, reply=_t.ProfileState, admin=True),
+    Served(
+        ("/update_weights_from_disk",), POST, _c.update_weights, _t.WeightsRequest, _t.WeightsReply, admin=True,
+    ),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
     Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
     Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health, open=True),
     Served(("/ready",), GET, _c.ready, reply=_p.Health, open=True),
     Served(("/metrics",), GET, metrics),
     Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
+    Served(("/v1/requests/{id}/timeline",), GET, timelines.timeline, reply=timelines.TimelineReply),
     Served(("/v1/engine/stats",), GET, engine_view.engine_stats, reply=engine_view.EngineStats),
     Served(("/",), GET, page.index, open=True),
 )  # fmt: skip
@@ -250,7 +293,18 @@ BATCHED: Final = tuple(path for r in ROUTES for path in r.paths if path in batch
 def described(root_path: str) -> bytes:
     """Return the OpenAPI document."""
     operations = [
-        openapi.Operation(path, r.methods, _summary(r.handler), r.request, r.reply, r.event, r.errors.type)
+        openapi.Operation(
+            path,
+            r.methods,
+            _summary(r.handler),
+            r.request,
+            r.required,
+            r.reply,
+            r.event,
+            r.errors.type,
+            r.query,
+            r.form,
+        )
         for r in ROUTES
         for path in r.paths
     ]
@@ -263,8 +317,7 @@ def build_app(service: Service) -> ASGIApp:
     assert isinstance(service.client, Client)
     gate = Gate(service.client, read_keys(config))
 
-    async def no_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
         said: ActorserveError = route_error(error.status_code, request.method, request.scope["path"])
         headers = dict(error.headers or {})
         try:
@@ -281,8 +334,16 @@ def build_app(service: Service) -> ASGIApp:
             routes.append(Route(path, endpoint, methods=list(served.methods)))
             if path in BATCHED:
                 service.batch_endpoints[path] = endpoint
-    app = Starlette(routes=routes, exception_handlers={HTTPException: no_route})
-    app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
+    router = Router(routes, redirect_slashes=False)  # a redirected POST loses its body in many clients
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette's application without its layers, each of which would be passed at each event."""
+        scope["app"] = app  # then the router raises what it has no route for
+        try:
+            await router(scope, receive, send)
+        except HTTPException as error:
+            await (await no_route(Request(scope), error))(scope, receive, send)
+
     log = access_log(config.access_log)
     return Access(_with_cors(app, config), config.root_path, log)
 

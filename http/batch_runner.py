@@ -7,6 +7,7 @@ is done again, and nothing else.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from functools import partial
@@ -31,6 +32,7 @@ ROWS: Final = 64
 """The engine's rows, where --max-running-requests does not say."""
 LOOK_SECONDS: Final = 0.1
 RETRY_SECONDS: Final = 1.0
+OTHERS_SECONDS: Final = 1.0
 MOST_TRIES: Final = 20
 """Of a line under which a part of the engine went down again and again."""
 _decoder: Final = msgspec.json.Decoder(InputLine)
@@ -56,8 +58,7 @@ class BatchRunner:
             try:
                 job = await self._store.do(batch_store.next_job)
                 if job is None:
-                    await self._service.new_batch.wait()
-                    self._service.new_batch.clear()
+                    await self._new_batch()
                 else:
                     await self._advance(job)
             except Exception:
@@ -65,6 +66,13 @@ class BatchRunner:
                 await asyncio.sleep(RETRY_SECONDS)
             finally:
                 await self._drop()
+
+    async def _new_batch(self) -> None:
+        """Wait for one; of those that come to other fronts, nobody tells."""
+        seconds = OTHERS_SECONDS if self._service.config.http_workers > 1 else None
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.new_batch.wait(), seconds)
+        self._service.new_batch.clear()
 
     async def _advance(self, job: Job) -> None:
         """Bring a batch to its next status."""

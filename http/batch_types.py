@@ -13,6 +13,30 @@ ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings",
 Status: TypeAlias = Literal["validating", "failed", "in_progress", "completed", "expired", "cancelling", "cancelled"]
 """Of OpenAI's all but finalizing, which is one transaction here."""
 UNFINISHED: Final = ("validating", "in_progress", "cancelling")
+PURPOSES: Final = ("batch",)
+
+
+class UploadForm(Struct, frozen=True):
+    """The form of POST /v1/files, for the API's document; it is read in pieces."""
+
+    file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
+    purpose: Literal["batch"]
+
+
+class FileQuery(Struct, frozen=True, kw_only=True):
+    """`after`: the last file of the page before."""
+
+    purpose: str | None = None
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+
+
+class BatchQuery(Struct, frozen=True, kw_only=True):
+    """`after`: the last batch of the page before."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
 
 
 class FileObject(Struct, frozen=True, kw_only=True):
@@ -41,7 +65,7 @@ class DeletedFile(Struct, frozen=True):
 
 class BatchRequest(Struct, frozen=True, kw_only=True):
     input_file_id: str
-    endpoint: str
+    endpoint: Annotated[str, Meta(extra_json_schema={"enum": list(ENDPOINTS)})]
     completion_window: Annotated[str, Meta(pattern="^[1-9][0-9]{0,3}[hd]$")]
     """OpenAI knows "24h"; here any number of hours or days."""
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None

@@ -10,13 +10,12 @@ import msgspec
 
 from ..errors import RequestError
 from . import batch_store
-from .batch_types import BatchRequest
+from .batch_types import BatchQuery, BatchRequest
 from .error_replies import decode_body
 from .exchange import Exchange
 from .protocol import encode
 from .service import Service
 
-MOST_LISTED: Final = 100
 _decoder: Final = msgspec.json.Decoder(BatchRequest)
 
 
@@ -34,9 +33,8 @@ async def create(service: Service, exchange: Exchange) -> None:
 
 async def list_batches(service: Service, exchange: Exchange) -> None:
     """Serve GET /v1/batches: `after`, `limit`; newest first."""
-    limit = exchange.number("limit", 20, MOST_LISTED)
-    after = exchange.query.get("after")
-    work = partial(batch_store.list_batches, owner=exchange.owner, after=after, limit=limit)
+    query = exchange.query(BatchQuery)
+    work = partial(batch_store.list_batches, owner=exchange.owner, after=query.after, limit=query.limit)
     await exchange.reply(encode(await service.data.do(work)))
 
 

@@ -7,7 +7,7 @@ the message that the whole reply would have had, with the same finish_reason.
 from collections.abc import Iterable
 
 import msgspec
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from ..actors.client import Stream
 from ..actors.messages import Chunk, TokenLogprob
@@ -15,7 +15,7 @@ from ..models.chat_reply import ChatReply
 from ..models.parse_events import CallArguments, CallEnd, CallStart, Event
 from ..models.parsers import ChatParser
 from .chat_tools import Reading
-from .openai_replies import Head, UsageFrames, finite, token_name, usage
+from .openai_replies import Head, Template, UsageFrames, finite, token_name, usage
 from .protocol import (
     AssistantMessage,
     ChatChoice,
@@ -51,6 +51,11 @@ class Answer:
         self._reply = ChatReply()
         self._parser: ChatParser | None = None
         self._started = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Its text is content as it comes; known from the first chunk on."""
+        return self._started and self._parser is None
 
     def deltas(self, chunk: Chunk) -> list[Delta]:
         """Take the next chunk; return what it adds, one a frame."""
@@ -89,6 +94,7 @@ class ChatWriter:
         self._answers = [Answer(reading) for _ in stream.choices]
         self._with_logprobs = with_logprobs
         self._usage = usage_frames
+        self._templates: dict[int, Template] = {}
 
     def whole(self, chunks: list[Chunk]) -> ChatCompletion:
         """Return the reply of a request that was not streamed."""
@@ -98,7 +104,9 @@ class ChatWriter:
             logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
             choices.append(ChatChoice(index, message, logprobs, finish, said(chunk.valid)))
         head, counts = self._head, usage(chunks, len(chunks))
-        return ChatCompletion(head.id, "chat.completion", head.created, head.model, None, choices, counts)
+        return ChatCompletion(
+            head.id, "chat.completion", head.created, head.model, None, choices, counts, head.timeline
+        )
 
     def head(self) -> Iterable[bytes]:
         role = Delta(role="assistant", content="", refusal=None)
@@ -108,6 +116,8 @@ class ChatWriter:
         index = self._stream.index(chunk)
         answer = self._answers[index]
         self._usage.see(index, chunk)
+        if chunk.finish is None and answer.is_plain and not self._with_logprobs and not self._usage.each:
+            return (self._template(index).document(chunk.text),) if chunk.text else ()
         deltas = answer.deltas(chunk)
         logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs and chunk.logprobs else None
         if logprobs is not None and not deltas:
@@ -119,16 +129,27 @@ class ChatWriter:
         return map(self._frame, choices)
 
     def tail(self) -> Iterable[bytes]:
-        if not self._usage.at_end:
+        if not self._usage.at_end and self._head.timeline is UNSET:
             return ()
-        return (encode(self._object([], self._usage.total())),)
+        return (encode(self._object([], self._usage.last())),)
+
+    def _template(self, index: int) -> Template:
+        """Of a frame of this choice that has content and nothing else."""
+        if index not in self._templates:
+            self._templates[index] = Template(
+                lambda text: self._frame(ChunkChoice(index, Delta(content=text), None, None))
+            )
+        return self._templates[index]
 
     def _frame(self, choice: ChunkChoice) -> bytes:
         return encode(self._object([choice], self._usage.so_far()))
 
     def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
         head = self._head
-        return ChatCompletionChunk(head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts)
+        timeline = UNSET if choices else head.timeline
+        return ChatCompletionChunk(
+            head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts, timeline
+        )
 
 
 def _is_further_call(event: Event) -> bool:

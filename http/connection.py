@@ -215,6 +215,7 @@ class Connection(HttpToolsProtocol):
         if running is None or running.response_complete:
             return None
         running.disconnected = True
+        running.waiting_for_100_continue = False
         running.message_event.set()
         return running
 

@@ -5,6 +5,7 @@ probe request.
 """
 
 import functools
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -14,13 +15,18 @@ from ..actors.conversation import chat_prompt
 from ..actors.messages import Action, Prompt, TextPrompt
 from ..errors import RequestError
 from .control_types import (
+    PROFILE_FIELDS,
     AbortRequest,
     DetokenizeReply,
     DetokenizeRequest,
     GenerationState,
     PauseRequest,
+    ProfileRequest,
+    ProfileState,
     TokenizeReply,
     TokenizeRequest,
+    WeightsReply,
+    WeightsRequest,
 )
 from .error_replies import decode_body
 from .exchange import Exchange
@@ -32,6 +38,8 @@ PLAIN: Final = b"text/plain; charset=utf-8"
 _tokenize_decoder: Final = msgspec.json.Decoder(TokenizeRequest)
 _detokenize_decoder: Final = msgspec.json.Decoder(DetokenizeRequest)
 _abort_decoder: Final = msgspec.json.Decoder(AbortRequest)
+_profile_decoder: Final = msgspec.json.Decoder(ProfileRequest)
+_weights_decoder: Final = msgspec.json.Decoder(WeightsRequest)
 _pause_decoder: Final = msgspec.json.Decoder(PauseRequest)
 _PAUSES: Final[dict[str, Action]] = {"abort": "pause_abort", "retract": "pause_retract", "in_place": "pause"}
 
@@ -99,6 +107,55 @@ async def continue_generation(service: Service, exchange: Exchange) -> None:
     """Serve POST /continue_generation."""
     await service.client.questions.order("continue")
     await exchange.reply(encode(GenerationState("running")))
+
+
+async def start_profile(service: Service, exchange: Exchange) -> None:
+    """Serve /start_profile: trace what the executors do, by torch's profiler; 409 while one runs."""
+    body = await exchange.body(service.config.max_body_bytes)
+    request = decode_body(_profile_decoder, body) if body else ProfileRequest()
+    _refuse(request, "output_dir", "start_step", "profile_by_stage")
+    wanted = {name: value for name in PROFILE_FIELDS if (value := getattr(request, name)) is not None}
+    await service.client.questions.order("start_profile", encode(wanted).decode())
+    await exchange.reply(encode(ProfileState("profiling")))
+
+
+async def stop_profile(service: Service, exchange: Exchange) -> None:
+    """Serve /stop_profile: end the trace, and name its file in --profile-dir."""
+    file = await service.client.questions.order("stop_profile")
+    await exchange.reply(encode(ProfileState("stopped", file)))
+
+
+async def update_weights(service: Service, exchange: Exchange) -> None:
+    """Serve POST /update_weights_from_disk: other weights of the same shapes, while requests go on."""
+    request = decode_body(_weights_decoder, await exchange.body(service.config.max_body_bytes))
+    _refuse(request, "is_async")
+    folder = _allowed_folder(service.config.weights_root, request.model_path)
+    action: Action = "update_weights_abort" if request.abort_all_requests else "update_weights"
+    await service.client.questions.order(action, folder)
+    await exchange.reply(encode(WeightsReply(True, "the weights are in use; the prefix cache was emptied")))
+
+
+def _refuse(request: ProfileRequest | WeightsRequest, *names: str) -> None:
+    for name in names:
+        if getattr(request, name):
+            raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
+
+
+def _allowed_folder(root: str | None, given: str) -> str:
+    """Return a folder with a model in it, inside of --weights-root whatever links say. Raises RequestError."""
+    if root is None:
+        what = "this server takes no weights from disk; start it with --weights-root FOLDER"
+        raise RequestError(what, param="model_path", code="no_weights_root", status=403)
+    top = os.path.realpath(root)
+    try:
+        folder = os.path.realpath(os.path.join(top, given))
+        inside = os.path.commonpath([top, folder]) == top
+        if inside and os.path.isfile(os.path.join(folder, "config.json")):
+            return folder
+    except (OSError, ValueError):  # a zero byte, a name that is too long
+        pass
+    # One text for what is outside and what is not there: nobody learns what else lies on this disk.
+    raise RequestError("model_path names no model under the server's --weights-root", param="model_path")
 
 
 async def model_info(service: Service, exchange: Exchange) -> None:

@@ -4,9 +4,9 @@ Used by control_routes.py. Invariant: as in protocol.py, names are SGLang's.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..actors.conversation import ChatMessage
 from .protocol import Refusable, Tool
@@ -54,6 +54,47 @@ class PauseRequest(Struct, frozen=True):
     still."""
 
     mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class ProfileRequest(Struct, frozen=True):
+    """`num_steps`: it ends by itself after so many. Files go to the server's --profile-dir."""
+
+    num_steps: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    activities: Annotated[list[Literal["CPU", "GPU"]], Meta(min_length=1, max_length=2)] | None = None
+    with_stack: bool | None = None
+    record_shapes: bool | None = None
+    output_dir: Refusable = None
+    start_step: Refusable = None
+    profile_by_stage: Refusable = None
+
+
+PROFILE_FIELDS: Final = ("num_steps", "activities", "with_stack", "record_shapes")
+"""What the executors' profiler is told, as its ProfileOptions."""
+
+
+class ProfileState(Struct, frozen=True):
+    """`file`: in the server's --profile-dir, for Perfetto or chrome://tracing."""
+
+    status: Literal["profiling", "stopped"]
+    file: str | UnsetType = UNSET
+
+
+class WeightsRequest(Struct, frozen=True):
+    """`model_path`: a folder under the server's --weights-root, with weights of the shapes that are served."""
+
+    model_path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    load_format: Literal["auto", "safetensors"] | None = None
+    abort_all_requests: bool = False
+    """End running requests, instead of going on with the new weights."""
+    flush_cache: Literal[True] | None = None
+    """Always: KV of other weights is of no use."""
+    is_async: Refusable = None
+
+
+class WeightsReply(Struct, frozen=True):
+    success: bool
+    message: str
+    num_paused_requests: int = 0
 
 
 class GenerationState(Struct, frozen=True):

@@ -6,6 +6,8 @@ that raises leaves nothing behind.
 """
 
 import asyncio
+import fcntl
+import os
 import sqlite3
 import time
 import uuid
@@ -42,13 +44,18 @@ _FILE_COLUMNS: Final = "id, owner, created_at, filename, purpose, bytes, content
 class DataStore:
     """See the module's text."""
 
-    def __init__(self, folder: str) -> None:
-        """Raises StartupError where the folder cannot be used, or another server uses it."""
+    def __init__(self, folder: str, server: int | None = None) -> None:
+        """`server`: a number that all fronts of a server share, if it has several.
+
+        Raises StartupError where the folder cannot be used, or another server uses it.
+        """
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             path = Path(folder) / "actorserve.sqlite"
             self._db = sqlite3.connect(path, timeout=_LOCK_SECONDS, check_same_thread=False)
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            if server is None:
+                self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._lock = None if server is None else _shared_lock(folder, server)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
@@ -67,10 +74,36 @@ class DataStore:
         """Wait for what was begun, and close."""
         self._thread.shutdown()
         self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _transact(self, work: Callable[[Database], T]) -> T:
         with self._db:
+            self._db.execute("BEGIN IMMEDIATE")  # what it reads stays so until it has written, whoever else is there
             return work(self._db)
+
+
+def _shared_lock(folder: str, server: int) -> int:
+    """Return a descriptor whose life is the claim of a server's front on a folder: the first one writes who they are,
+    while it alone has the lock, and all hold it together. Raises OperationalError if the folder is another server's."""
+    descriptor = os.open(Path(folder) / "actorserve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(descriptor, b"%020d" % server, 0)
+    except BlockingIOError:
+        pass
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+            continue
+        if os.pread(descriptor, 20, 0) == b"%020d" % server:
+            return descriptor
+        break
+    os.close(descriptor)
+    raise sqlite3.OperationalError("the folder is locked")
 
 
 # ------------------------------------------------------------------ files: the work of transactions

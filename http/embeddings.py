@@ -194,6 +194,7 @@ def _conversations(given: Sequence[ChatMessage | list[ChatMessage]]) -> tuple[li
 def _submit(
     service: Service, prompts: list[Prompt], request: EmbeddingRequest | EncodeRequest | JudgeRequest | ClassifyRequest
 ) -> Stream:
+    service.check_batch(len(prompts), "input")
     submissions = [Submission(prompt, NOTHING_DRAWN, pooled=True) for prompt in prompts]
     return service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
 

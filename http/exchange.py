@@ -7,14 +7,16 @@ of chunks that is being produced for it, whether it streams or waits.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from starlette.datastructures import QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
 from ..errors import ActorserveError, RequestError
-from .error_replies import OPENAI_ERRORS, ErrorShape, error_headers
+from .error_replies import OPENAI_ERRORS, ErrorShape, error_headers, invalid_field
 
+T = TypeVar("T")
 Header = tuple[bytes, bytes]
 JSON = b"application/json"
 SSE = b"text/event-stream; charset=utf-8"
@@ -36,7 +38,15 @@ class ClientGone(ActorserveError):
 class Exchange:
     """See the module's text. `status` is the one replied with, 0 before; `errors` is how they are written."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, errors: ErrorShape = OPENAI_ERRORS) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        errors: ErrorShape = OPENAI_ERRORS,
+        send_body: Send | None = None,
+    ) -> None:
+        """`send_body`: for what follows a reply's start, past those who only look at that; default: `send`."""
         self.scope = scope
         self.errors = errors
         self.inside = "owner" in self.state
@@ -48,11 +58,12 @@ class Exchange:
         """Parts of the body so far."""
         self._receive = receive
         self._send = send
+        self._send_body = send_body or send
         self._finished = False
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is known of the request: `owner`, `request_id`, `key`, `tokens`."""
+        """What is known of the request: `owner`, `request_id`, `key`, `tokens`, `send` (the server's own)."""
         state: dict[str, Any] = self.scope.setdefault("state", {})
         return state
 
@@ -61,17 +72,13 @@ class Exchange:
         """The {id} in the route's path."""
         return str(self.scope["path_params"]["id"])
 
-    @property
-    def query(self) -> QueryParams:
-        """What follows the ? in the address."""
-        return QueryParams(self.scope.get("query_string", b""))
-
-    def number(self, name: str, default: int, most: int) -> int:
-        """Return a number of the query, from 1 to `most`. Raises RequestError."""
-        text = self.query.get(name, str(default))
-        if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= most):
-            raise RequestError(f"{name} must be a number from 1 to {most}", param=name)
-        return int(text)
+    def query(self, kind: type[T]) -> T:
+        """Return what follows the ? in the address, as a struct. Raises RequestError naming the parameter."""
+        given = dict(QueryParams(self.scope.get("query_string", b"")))
+        try:
+            return msgspec.convert(given, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise invalid_field(str(error)) from None
 
     async def receive_any(self) -> Message:
         """Return what the client does next."""
@@ -131,7 +138,7 @@ class Exchange:
         """Send a part of the body. Waits while the client is slow to read."""
         self._finished = last
         self.writes += 1
-        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        await self._send_body({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def relay(self, message: Message) -> None:
         """Send a message of another reply."""

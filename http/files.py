@@ -14,15 +14,13 @@ from starlette.types import Message, Receive
 
 from ..errors import RequestError
 from . import data_store
-from .batch_types import DeletedFile
+from .batch_types import PURPOSES, DeletedFile, FileQuery
 from .exchange import Exchange
 from .protocol import encode
 from .service import Service
 
-PURPOSES: Final = ("batch",)
 FORM_BYTES: Final = 1 << 16
 """Of an upload, what is beside the file."""
-MOST_LISTED: Final = 10_000
 BINARY: Final = b"application/octet-stream"
 
 
@@ -53,16 +51,14 @@ async def upload(service: Service, exchange: Exchange) -> None:
 
 async def list_files(service: Service, exchange: Exchange) -> None:
     """Serve GET /v1/files: `purpose`, `after`, `limit`, `order`."""
-    query = exchange.query
-    if query.get("order", "desc") not in ("asc", "desc"):
-        raise RequestError("order must be asc or desc", param="order")
+    query = exchange.query(FileQuery)
     work = partial(
         data_store.list_files,
         owner=exchange.owner,
-        purpose=query.get("purpose"),
-        after=query.get("after"),
-        limit=exchange.number("limit", MOST_LISTED, MOST_LISTED),
-        newest_first=query.get("order") != "asc",
+        purpose=query.purpose,
+        after=query.after,
+        limit=query.limit,
+        newest_first=query.order != "asc",
     )
     await exchange.reply(encode(await service.data.do(work)))
 

@@ -27,9 +27,12 @@ from .connection import limited
 from .data_store import DataStore
 from .metrics import Metrics
 from .service import Service
+from .tracing import Tracer
 
 KEEP_ALIVE_SECONDS: Final = 75
 POLL_SECONDS: Final = 0.02
+FIRST: Final = "front.0"
+"""Of several fronts, the one that does the lines of batches."""
 
 
 class Server(uvicorn.Server):
@@ -58,8 +61,14 @@ class HttpFront(Actor):
             on_end=metrics.observe,
             new_wakeup=LoopWakeup,
         )
-        store = DataStore(context.config.data_dir) if context.config.data_dir else None
-        self.service = Service(self.client, context.config, context.model, metrics, int(time.time()), store=store)
+        several = context.config.http_workers > 1
+        store = None
+        if context.config.data_dir:
+            store = DataStore(context.config.data_dir, os.getppid() if several else None)
+        tracer = Tracer(context.config.otlp_endpoint) if context.config.otlp_endpoint else None
+        self.service = Service(
+            self.client, context.config, context.model, metrics, int(time.time()), store=store, tracer=tracer
+        )
         self._server = Server(server_config(self.service))
         self._server.servers = []
         self._served = asyncio.Event()
@@ -83,6 +92,8 @@ class HttpFront(Actor):
             await asyncio.gather(batches, return_exceptions=True)
             if self.service.store is not None:
                 self.service.store.close()
+            if self.service.tracer is not None:
+                await self.service.tracer.close()
             loop.remove_reader(inbox.fileno())
             for server in self._server.servers:
                 server.close()
@@ -107,7 +118,7 @@ class HttpFront(Actor):
         await self._served.wait()
 
     async def _run_batches(self) -> None:
-        if self.service.store is not None:
+        if self.service.store is not None and self.context.name == FIRST:
             await BatchRunner(self.service, self.service.store).run()
 
     def _end_requests(self) -> None:

@@ -40,11 +40,10 @@ async def create(service: Service, exchange: Exchange) -> None:
     request = decode_body(_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
     _refuse(request)
-    with renamed(CHAT_NAMES), submitted_chat(service, chat_request(request)) as (stream, reading):
-        message = Message(id=f"msg_{uuid.uuid4().hex}", model=service.model_name, usage=MessageUsage(0, 0, 0))
+    message = Message(id=f"msg_{uuid.uuid4().hex}", model=service.model_name, usage=MessageUsage(0, 0, 0))
+    with renamed(CHAT_NAMES), submitted_chat(service, chat_request(request), message.id) as (stream, reading):
         omitted = request.thinking is not None and request.thinking.display == "omitted"
         writer = MessageWriter(message, stream, reading, not omitted)
-        stream.name(message.id)
         await send_output(exchange, stream, writer, bool(request.stream), named_frame, done=b"")
 
 

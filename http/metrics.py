@@ -4,12 +4,14 @@ The front owns one; handlers count replies, the client reports choices that ende
 is fixed (routes come from the route table, never from a client's path).
 """
 
+import os
 from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from ..actors.client import Choice
@@ -66,14 +68,18 @@ class StatsCollector(Collector):
 
 
 class Metrics:
-    """All metrics of one front."""
+    """All metrics of one front; where there are several of them, `render` shows the sums over all."""
 
     def __init__(self) -> None:
+        shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # serve.py's; the library writes files there
         self.registry = CollectorRegistry()
+        self._own = None if shared else self.registry
+        if shared:
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
         self._stats = StatsCollector()
         self.registry.register(self._stats)
         self._requests = Counter(
-            "actorserve_http_requests", "HTTP requests that were answered", ["route", "status"], registry=self.registry
+            "actorserve_http_requests", "HTTP requests that were answered", ["route", "status"], registry=self._own
         )
         self._ttft = self._histogram("time_to_first_token", "From arrival to the first token", _SECONDS)
         self._tpot = self._histogram("time_per_output_token", "Mean time of a token after the first", _TOKEN_SECONDS)
@@ -100,4 +106,4 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"actorserve_{name}_seconds", text, buckets=buckets, registry=self.registry)
+        return Histogram(f"actorserve_{name}_seconds", text, buckets=buckets, registry=self._own)

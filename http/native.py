@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from ..actors.admission import Submission
 from ..actors.client import Choice, Stream, token_prompt
@@ -37,7 +37,8 @@ from .protocol import (
     said,
 )
 from .service import Service
-from .sse import send_stream
+from .sse import AtEnd, send_stream
+from .timelines import RequestTimeline, timeline_of
 
 T = TypeVar("T")
 _decoder: Final = msgspec.json.Decoder(GenerateRequest)
@@ -56,6 +57,7 @@ class Continuation:
     ids: list[int] = field(default_factory=list)
     input: "Rows" = field(default_factory=lambda: Rows())
     output: "Rows" = field(default_factory=lambda: Rows())
+    timeline: RequestTimeline | UnsetType | None = UNSET
 
     def add(self, chunk: Chunk) -> None:
         """Append the output of `chunk`."""
@@ -85,6 +87,7 @@ class Continuation:
             chunk.forced_tokens if self.constrained else UNSET,
             chunk.jumps if self.constrained else UNSET,
             said(chunk.valid),
+            self.timeline,
         )
         return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
 
@@ -144,18 +147,40 @@ async def generate(service: Service, exchange: Exchange) -> None:
             service.check_batch(len(value), name)
     submissions, continuations, is_list = _plan(request, service.model.vocab_size)
     stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
-    for choice, continuation in zip(stream.choices, continuations, strict=True):
-        choice.name = continuation.rid
+    learn = _timelines(service, stream, continuations) if request.timeline else None
     async with exchange.watched(stream):
         if request.stream:
-            await send_stream(exchange, stream, NativeRenderer(stream, continuations))
+            await send_stream(exchange, stream, NativeRenderer(stream, continuations), at_end=learn)
             return
         replies = []
-        for chunk, choice, continuation in zip(await stream.collect(), stream.choices, continuations, strict=True):
+        chunks = await stream.collect()
+        if learn is not None:
+            await learn(chunks)
+        for chunk, choice, continuation in zip(chunks, stream.choices, continuations, strict=True):
             continuation.add(chunk)
             continuation.index = None
             replies.append(continuation.reply(chunk, choice))
         await exchange.reply(encode(replies if is_list else replies[0]))
+
+
+def _timelines(service: Service, stream: Stream, continuations: list[Continuation]) -> AtEnd:
+    """What asks for the timelines of choices that have ended."""
+    first: dict[str, int] = {}
+    for i, continuation in enumerate(continuations):
+        first.setdefault(continuation.rid, i)
+
+    async def learn(chunks: list[Chunk]) -> None:
+        known: dict[str, list[RequestTimeline]] = {}
+        for chunk in chunks:
+            index = stream.index(chunk)
+            continuation = continuations[index]
+            if continuation.rid not in known:
+                known[continuation.rid] = await timeline_of(service, continuation.rid)
+            place = index - first[continuation.rid]
+            found = (one for one in known[continuation.rid] if one.index == place)
+            continuation.timeline = next(found, None)
+
+    return learn
 
 
 def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
@@ -171,9 +196,9 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
     for i, prompt in enumerate(prompts):
         params = _sampling(sampling[i], logprobs[i])
         grammar = _grammar(sampling[i])
-        submissions.append(Submission(prompt, params, sampling[i].n, grammar))
+        rid = rids[i] or uuid.uuid4().hex
+        submissions.append(Submission(prompt, params, sampling[i].n, grammar, name=rid))
         for _ in range(sampling[i].n):
-            rid = rids[i] or uuid.uuid4().hex
             index = len(continuations) if is_list else None
             with_text = request.return_text_in_logprobs
             continuations.append(Continuation(rid, params, with_text, index, grammar is not None))

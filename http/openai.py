@@ -15,7 +15,7 @@ import msgspec
 from ..actors.admission import Submission
 from ..actors.client import Stream, token_prompt
 from ..actors.conversation import chat_prompt
-from ..actors.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from ..actors.messages import ChatPrompt, Chunk, Prompt, TextPrompt, TokenPrompt
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
 from .chat_replies import ChatWriter
@@ -34,7 +34,8 @@ from .protocol import (
     StreamOptions,
 )
 from .service import Service
-from .sse import send_output
+from .sse import AtEnd, send_output
+from .timelines import timeline_of
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 _completion_decoder: Final = msgspec.json.Decoder(CompletionRequest)
@@ -81,12 +82,11 @@ async def completions(service: Service, exchange: Exchange) -> None:
         params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
         if request.echo and request.logprobs is not None:
             params = msgspec.structs.replace(params, logprob_start_len=0)
-        submissions = [Submission(prompt, params, best_of, grammar) for prompt in prompts]
-        stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
+        submissions = [Submission(prompt, params, best_of, grammar, name=head.id) for prompt in prompts]
+        stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
-        stream.name(head.id)
-        await send_output(exchange, stream, writer, bool(request.stream))
+        await send_output(exchange, stream, writer, bool(request.stream), at_end=_timeline(service, request, head))
 
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
@@ -95,16 +95,24 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     service.check_model(request.model)
     _refuse(request, OPENAI_REFUSED + CHAT_REFUSED)
     usage_frames = _usage_frames(request, 1, request.n or 1)
-    with submitted_chat(service, request) as (stream, reading):
-        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
+    head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
+    with submitted_chat(service, request, head.id) as (stream, reading):
         writer = ChatWriter(head, stream, reading, bool(request.logprobs), usage_frames)
-        stream.name(head.id)
-        await send_output(exchange, stream, writer, bool(request.stream))
+        await send_output(exchange, stream, writer, bool(request.stream), at_end=_timeline(service, request, head))
+
+
+def _timeline(service: Service, request: OpenAIRequest, head: Head) -> AtEnd | None:
+    """What puts the timeline into the head, if the request wants one."""
+
+    async def learn(chunks: list[Chunk]) -> None:
+        head.timeline = await timeline_of(service, head.id)
+
+    return learn if request.timeline else None
 
 
 @contextmanager
-def submitted_chat(service: Service, request: ChatRequest) -> Iterator[tuple[Stream, Reading]]:
-    """Ask the engine for the answers to a chat; (their stream, how to read each of them).
+def submitted_chat(service: Service, request: ChatRequest, name: str) -> Iterator[tuple[Stream, Reading]]:
+    """Ask the engine for the answers to a chat; (their stream, how to read each of them). `name`: the reply's id.
 
     Errors that come out of it, also of what is done inside, bear the names of the request's fields.
     """
@@ -124,7 +132,7 @@ def submitted_chat(service: Service, request: ChatRequest) -> Iterator[tuple[Str
         params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
         prompt = planned_prompt(request, plan)
         salt, priority = request.cache_salt or "", request.priority or 0
-        yield service.client.submit(prompt, params, request.n or 1, salt, priority, plan.grammar), plan.reading
+        yield service.client.submit(prompt, params, request.n or 1, salt, priority, plan.grammar, name), plan.reading
 
 
 def planned_prompt(request: ChatRequest, plan: ToolPlan) -> ChatPrompt:

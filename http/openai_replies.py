@@ -7,7 +7,7 @@ would have said.
 
 import codecs
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,18 +24,35 @@ from .protocol import (
     encode,
     said,
 )
+from .timelines import RequestTimeline
 
+_MARK: Final = "\ue000 the text \ue000"
 NO_LOGPROB: Final = -9999.0
 """What OpenAI writes for a logprob of minus infinity, which JSON cannot say."""
 
 
-@dataclass(frozen=True, slots=True)
+class Template:
+    """A frame with one text in it, made once: what streams say most costs a join instead of a tree of structs."""
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, frame: Callable[[str], bytes]) -> None:
+        """`frame`: makes the document for a text."""
+        self._before, self._after = frame(_MARK).split(encode(_MARK))
+
+    def document(self, text: str) -> bytes:
+        return b"".join((self._before, encode(text), self._after))
+
+
+@dataclass(slots=True)
 class Head:
     """What all frames of a reply have in common; `created` is Unix time in seconds."""
 
     id: str
     created: int
     model: str
+    timeline: list[RequestTimeline] | UnsetType = UNSET
+    """For the end of the reply, where the request asked for it."""
 
 
 def finite(logprob: float) -> float:
@@ -66,12 +83,12 @@ class UsageFrames:
     Invariant: a frame counts the tokens of what was written up to it.
     """
 
-    __slots__ = ("_each", "_last", "_n", "at_end")
+    __slots__ = ("_last", "_n", "at_end", "each")
 
     def __init__(self, choices: int, n: int, at_end: bool = False, each: bool = False) -> None:
         """`n` choices in a row share a prompt."""
         self.at_end = at_end
-        self._each = each
+        self.each = each
         self._n = n
         self._last: list[Chunk | None] = [None] * choices
 
@@ -81,9 +98,13 @@ class UsageFrames:
 
     def so_far(self) -> Usage | UnsetType | None:
         """The `usage` of a frame with output."""
-        if self._each:
+        if self.each:
             return self.total()
         return None if self.at_end else UNSET
+
+    def last(self) -> Usage | UnsetType:
+        """The `usage` of the last frame, which has no choices."""
+        return self.total() if self.at_end or self.each else UNSET
 
     def total(self) -> Usage:
         return usage(self._last, self._n)
@@ -165,27 +186,44 @@ class CompletionWriter:
             shown = (self._echoes.get(i, "") for i in range(len(stream.choices)))
             self._logprobs = [LegacyLogprobs(echo, logprobs) for echo in shown]
         self._usage = usage_frames
+        self._templates: dict[int, Template] = {}
 
     def whole(self, chunks: list[Chunk]) -> Completion:
         """Return the reply of a request that was not streamed."""
         groups = [chunks[i : i + self._best_of] for i in range(0, len(chunks), self._best_of)]
         shown = [chunk for group in groups for chunk in best(group, self._n)]
-        return self._object([self._choice(i, chunk) for i, chunk in enumerate(shown)], usage(chunks, self._best_of))
+        choices = [self._choice(i, chunk) for i, chunk in enumerate(shown)]
+        return self._object(choices, usage(chunks, self._best_of), self._head.timeline)
 
     def head(self) -> Iterable[bytes]:
         return ()
 
     def chunk(self, chunk: Chunk) -> Iterable[bytes]:
-        choice = self._choice(self._stream.index(chunk), chunk)
+        index = self._stream.index(chunk)
+        if chunk.finish is None and not self._logprobs and not self._echoes and not self._usage.each:
+            if not chunk.text:
+                return ()
+            self._usage.see(index, chunk)
+            return (self._template(index).document(chunk.text),)
+        choice = self._choice(index, chunk)
         if not choice.text and choice.logprobs is None and choice.finish_reason is None:
             return ()  # the first bytes of a character
         self._usage.see(choice.index, chunk)
         return (encode(self._object([choice], self._usage.so_far())),)
 
     def tail(self) -> Iterable[bytes]:
-        if not self._usage.at_end:
+        if not self._usage.at_end and self._head.timeline is UNSET:
             return ()
-        return (encode(self._object([], self._usage.total())),)
+        return (encode(self._object([], self._usage.last(), self._head.timeline)),)
+
+    def _template(self, index: int) -> Template:
+        """Of a frame of this choice that has a text and nothing else."""
+        if index not in self._templates:
+            usage = self._usage.so_far()
+            self._templates[index] = Template(
+                lambda text: encode(self._object([CompletionChoice(text, index, None, None)], usage))
+            )
+        return self._templates[index]
 
     def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
         logprobs = self._logprobs[index].write(chunk.prompt_logprobs, chunk.logprobs) if self._logprobs else None
@@ -193,6 +231,11 @@ class CompletionWriter:
             self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish, said(chunk.valid)
         )
 
-    def _object(self, choices: list[CompletionChoice], counts: Usage | UnsetType | None) -> Completion:
+    def _object(
+        self,
+        choices: list[CompletionChoice],
+        counts: Usage | UnsetType | None,
+        timeline: list[RequestTimeline] | UnsetType = UNSET,
+    ) -> Completion:
         head = self._head
-        return Completion(head.id, "text_completion", head.created, head.model, None, choices, counts)
+        return Completion(head.id, "text_completion", head.created, head.model, None, choices, counts, timeline)

@@ -26,16 +26,22 @@ class Operation(NamedTuple):
     summary: str
     request: Any = None
     """Type of the body; None: it takes none."""
+    required: bool = True
+    """The body cannot be left out."""
     reply: Any = None
     """Type of the reply; None: it is text."""
     event: Any = None
     """Type of the `data` of server-sent events, with `stream: true`."""
     error: Any = ErrorReply
+    query: Any = None
+    """Struct of what may follow the ? in the address."""
+    form: Any = None
+    """Struct of the fields of a form (multipart/form-data) that it takes."""
 
 
 def document(operations: Sequence[Operation], title: str, version: str, root_path: str = "") -> dict[str, Any]:
     """Return the document as JSON data. `root_path`: where a proxy has the API."""
-    types = [t for o in operations for t in (o.request, o.reply, o.event, o.error) if t is not None]
+    types = [t for o in operations for t in (o.request, o.reply, o.event, o.error, o.form) if t is not None]
     types = [*dict.fromkeys(types)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     known = dict(zip(types, schemas, strict=True))
@@ -56,8 +62,7 @@ def document(operations: Sequence[Operation], title: str, version: str, root_pat
 def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> dict[str, Any]:
     content = {"application/json": {"schema": schemas[operation.reply]}} if operation.reply else _text("text/plain")
     if operation.event is not None:
-        content |= _text("text/event-stream")
-        content["text/event-stream"]["schema"]["contentSchema"] = schemas[operation.event]
+        content["text/event-stream"] = {"schema": _event(schemas[operation.event])}
     responses = {"200": {"description": "the reply", "content": content}}
     errors = {"application/json": {"schema": schemas[operation.error]}}
     responses |= {status: {"description": text, "content": errors} for status, text in _ERRORS.items()}
@@ -67,21 +72,44 @@ def _described(operation: Operation, method: str, schemas: dict[Any, Any]) -> di
         "summary": operation.summary,
         "responses": responses,
     }
-    if operation.request is not None:
-        body = {"application/json": {"schema": schemas[operation.request]}}
-        found["requestBody"] = {"required": True, "content": body}
-    if names := list(_parameters(operation.path)):
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    if operation.request is not None and method != "GET":
+        found["requestBody"] = _body("application/json", schemas[operation.request], operation.required)
+    elif operation.form is not None:
+        found["requestBody"] = _body("multipart/form-data", schemas[operation.form])
+    if parameters := [*_path_parameters(operation.path), *_query_parameters(operation.query)]:
+        found["parameters"] = parameters
     return found
+
+
+def _body(kind: str, schema: Any, required: bool = True) -> dict[str, Any]:
+    return {"required": required, "content": {kind: {"schema": schema}}}
+
+
+def _event(schema: Any) -> dict[str, Any]:
+    """One event of a stream, as OpenAPI 3.1's tools read the schema of an event stream."""
+    document = {"contentMediaType": "application/json", "contentSchema": schema}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, document]}
+    properties = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": ["data"]}
 
 
 def _text(kind: str) -> dict[str, Any]:
     return {kind: {"schema": {"type": "string"}}}
 
 
-def _parameters(path: str) -> Iterable[str]:
+def _path_parameters(path: str) -> Iterable[dict[str, Any]]:
     for part in path.split("/"):
         if part.startswith("{"):
-            yield part.strip("{}").removesuffix(":path")
+            name = part.strip("{}").removesuffix(":path")
+            yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _query_parameters(query: Any) -> Iterable[dict[str, Any]]:
+    if query is None:
+        return
+    (_,), components = msgspec.json.schema_components([query], ref_template=_REFERENCE)
+    for name, schema in components[query.__name__]["properties"].items():
+        # An address has no null: leaving a parameter out is how to say nothing.
+        kinds = [kind for kind in schema.pop("anyOf", ()) if kind != {"type": "null"}]
+        schema = {k: v for k, v in schema.items() if v is not None} | (kinds[0] if kinds else {})
+        yield {"name": name, "in": "query", "required": False, "schema": schema}

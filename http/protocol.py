@@ -21,6 +21,7 @@ from ..sampler.params import (
     MAX_TOP_LOGPROBS,
     MIN_SEED,
 )
+from .timelines import RequestTimeline
 
 MAX_N: Final = 128
 """Continuations of one prompt."""
@@ -98,6 +99,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     stream: bool = False
     cache_salt: str | None = None
     priority: Priority | None = None
+    timeline: bool = False
+    """Say in `meta_info` when what happened."""
     input_embeds: Refusable = None
     image_data: Refusable = None
     video_data: Refusable = None
@@ -155,6 +158,8 @@ class MetaInfo(Struct, frozen=True):
     forced_tokens: int | UnsetType = UNSET
     jumps: int | UnsetType = UNSET
     valid: bool | UnsetType = UNSET
+    timeline: RequestTimeline | UnsetType | None = UNSET
+    """With `timeline: true`, in the last frame; null where it is not known."""
 
 
 class GenerateReply(Struct, frozen=True):
@@ -204,6 +209,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
+    timeline: bool | None = None
+    """Say when what happened, at the end of the reply."""
 
     regex: str | None = None
     json_schema: str | bool | dict[str, Any] | None = None
@@ -283,6 +290,7 @@ class Completion(Struct, frozen=True):
     system_fingerprint: str | None
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None
+    timeline: list[RequestTimeline] | UnsetType = UNSET
 
 
 # ------------------------------------------------------------------ POST /v1/chat/completions
@@ -332,7 +340,7 @@ class NamedToolChoice(Struct, frozen=True):
 
 
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], Meta(extra_json_schema={"minItems": 1})]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
@@ -422,6 +430,7 @@ class ChatCompletion(Struct, frozen=True):
     system_fingerprint: str | None
     choices: list[ChatChoice]
     usage: Usage
+    timeline: list[RequestTimeline] | UnsetType = UNSET
 
 
 class Delta(Struct, frozen=True):
@@ -452,6 +461,7 @@ class ChatCompletionChunk(Struct, frozen=True):
     system_fingerprint: str | None
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None
+    timeline: list[RequestTimeline] | UnsetType = UNSET
 
 
 # ------------------------------------------------------------------ GET /v1/models, /get_model_info

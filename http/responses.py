@@ -46,9 +46,8 @@ async def create(service: Service, exchange: Exchange) -> None:
                 size = len(body) + sum(len(encode(message)) for message in messages)
                 service.responses.put(finished.id, Stored(body, messages, size), exchange.owner)
 
-        with submitted_chat(service, chat) as (stream, reading):
+        with submitted_chat(service, chat, response.id) as (stream, reading):
             writer = ResponseWriter(response, stream, reading, keep)
-            stream.name(response.id)
             await send_output(exchange, stream, writer, bool(request.stream), named_frame, done=b"")
 
 

@@ -5,10 +5,10 @@ tokens; what pairs have in common at their start is computed once. Invariant: sc
 """
 
 import math
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from ..actors.admission import Submission
 from ..actors.client import token_prompt
@@ -34,7 +34,7 @@ class ScoreRequest(Struct, frozen=True, kw_only=True):
 
     query: str | list[int]
     items: str | list[str | list[int]]
-    label_token_ids: list[int]
+    label_token_ids: Annotated[list[int], Meta(extra_json_schema={"minItems": 1})]
     apply_softmax: bool = False
     item_first: bool = False
     model: str | None = None

@@ -19,6 +19,7 @@ from .protocol import Health
 from .response_store import ResponseStore
 from .resume import EventLogs
 from .tenants import TenantClient
+from .tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,16 @@ class Service:
     watch: Watch = field(default_factory=Watch)
     streams: EventLogs = field(default_factory=EventLogs)
     store: DataStore | None = None
+    tracer: Tracer | None = None
     new_batch: asyncio.Event = field(default_factory=asyncio.Event)
     batch_endpoints: dict[str, ASGIApp] = field(default_factory=dict)
 
     @property
     def data(self) -> DataStore:
-        """Where files and batches are kept; raises RequestError (501) without --data-dir."""
+        """Where files and batches are kept; raises RequestError (404) without --data-dir."""
         if self.store is None:
             what = "this server keeps no files and batches; start it with --data-dir FOLDER"
-            raise RequestError(what, code="no_data_dir", status=501)
+            raise RequestError(what, code="no_data_dir", status=404)
         return self.store
 
     @property

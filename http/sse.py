@@ -7,7 +7,7 @@ While there is nothing to say, a comment at times keeps proxies from closing the
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, Protocol
 
 from ..actors.client import Stream
@@ -40,6 +40,10 @@ class Writer(Renderer, Protocol):
         """Return the reply of a request that was not streamed; `chunks` has one for each choice."""
 
 
+AtEnd = Callable[[list[Chunk]], Awaitable[None]]
+"""Awaited before the last chunks of choices are shown."""
+
+
 def data_frame(document: bytes) -> bytes:
     """Return a document as a nameless event."""
     return b"data: " + document + b"\n\n"
@@ -52,13 +56,17 @@ async def send_output(
     streamed: bool,
     frame: Callable[[bytes], bytes] = data_frame,
     done: bytes = DONE,
+    at_end: AtEnd | None = None,
 ) -> None:
     """Send the engine's output as it comes, or when it is complete; a client that leaves ends it. See `send_stream`."""
     async with exchange.watched(stream):
         if streamed:
-            await send_stream(exchange, stream, writer, frame, done)
-        else:
-            await exchange.reply(encode(writer.whole(await stream.collect())))
+            await send_stream(exchange, stream, writer, frame, done, at_end)
+            return
+        chunks = await stream.collect()
+        if at_end is not None:
+            await at_end(chunks)
+        await exchange.reply(encode(writer.whole(chunks)))
 
 
 async def send_stream(
@@ -67,6 +75,7 @@ async def send_stream(
     renderer: Renderer,
     frame: Callable[[bytes], bytes] = data_frame,
     done: bytes = DONE,
+    at_end: AtEnd | None = None,
 ) -> None:
     """Send all of `stream` as events. Raises what ended it early; the caller reports that to the client.
 
@@ -76,6 +85,8 @@ async def send_stream(
     begun = False
     try:
         while chunks := await stream.take():
+            if at_end is not None and (last := [chunk for chunk in chunks if chunk.finish is not None]):
+                await at_end(last)
             documents = [] if begun else list(renderer.head())
             begun = True
             for chunk in chunks:

@@ -10,7 +10,7 @@ from typing import Final
 
 from ..actors.admission import Submission
 from ..actors.client import Client, Stream
-from ..actors.messages import GrammarSpec, Prompt, Stats
+from ..actors.messages import GrammarSpec, Prompt, Stats, TimelineView
 from ..actors.questions import Questions
 from ..errors import Overloaded, RequestError
 from ..sampler.params import SamplingParams
@@ -78,7 +78,7 @@ class TenantClient:
     `limited` is False for what comes from inside (batches): it has no limits, and is not counted.
     """
 
-    __slots__ = ("_client", "_limited", "_streams", "_tenant", "_used")
+    __slots__ = ("_client", "_limited", "_streams", "_tenant", "_used", "names")
 
     def __init__(self, client: Client, tenant: Tenant, limited: bool = True) -> None:
         self._client = client
@@ -86,6 +86,8 @@ class TenantClient:
         self._limited = limited
         self._streams: list[Stream] = []
         self._used = (0, 0)
+        self.names: dict[str, None] = {}
+        """Of what was submitted."""
 
     def submit(
         self,
@@ -95,9 +97,10 @@ class TenantClient:
         cache_salt: str = "",
         priority: int = 0,
         grammar: GrammarSpec | None = None,
+        name: str = "",
     ) -> Stream:
         """As Client.submit; raises for the tenant's limits, too."""
-        return self.submit_all([Submission(prompt, params, n, grammar)], cache_salt, priority)
+        return self.submit_all([Submission(prompt, params, n, grammar, name=name)], cache_salt, priority)
 
     def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
         """As Client.submit_all; raises for the tenant's limits, too."""
@@ -111,11 +114,19 @@ class TenantClient:
             tenant.live += 1
         tenant.streams.add(stream)
         self._streams.append(stream)
+        self.names.update((s.name, None) for s in submissions if s.name)
         return stream
 
     def abort(self, name: str | None) -> None:
         """As Client.abort, but for others' requests, which only an admin's key can abort."""
-        self._client.abort(name, None if self._tenant.admin else self._tenant.streams)
+        if self._tenant.admin:
+            self._client.abort(name)
+        else:
+            self._client.abort(name, self._tenant.streams, self._tenant.name)
+
+    async def timelines(self, name: str) -> list[TimelineView]:
+        """As Questions.timelines; others' only for an admin's key."""
+        return await self.questions.timelines(name, None if self._tenant.admin else self._tenant.name)
 
     def new_pin(self) -> int:
         """As Client.new_pin."""

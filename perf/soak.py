@@ -3,9 +3,10 @@
     python -m actorserve.perf.soak [--minutes 30] [--clients 24] [--flags "--load-format stub"] [--json FILE]
 
 Clients ask for mixed things one after another: texts and chats, streamed or not, long prompts with shared and with new
-beginnings, several continuations, logprobs, stop strings, grammars old and new, errors; one in ten leaves in the
-middle. Each minute three canaries, greedy, must say what they said at the start. The first fifth of the time is
-warm-up. Printed for each process: megabytes of its own (RssAnon and VmSwap) after warm-up and at the end, the slope in
+beginnings, several continuations, logprobs, stop strings, grammars, errors; one in ten leaves in the middle. What is
+bounded by its size only, as the caches of prefixes and grammars, is full soon. Each minute three canaries, greedy, must
+say what they said at the start. The first fifth of the time is warm-up.
+Printed for each process: megabytes of its own (RssAnon and VmSwap) after warm-up and at the end, the slope in
 MB an hour by least squares, descriptors; then tokens a second in the first and the last tenth, and /dev/shm. Exit code
 1 where a canary changed, a process died, or pages are missing. With --flags "" the real model serves.
 """
@@ -74,7 +75,7 @@ class Soak:
             case 1:
                 body |= {"stop": ["river", "e"], "echo": True}
             case 2:
-                body |= {"regex": f"({'|'.join(rng.sample(WORDS, 4))}| )*end{number}"}  # another one each time
+                body |= {"regex": f"({'|'.join(WORDS[number // 10 % 8 :])}| )*end"}
             case 3:
                 body |= {"json_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}, "max_tokens": 60}
             case 4:
@@ -200,7 +201,9 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=30.0)
     p.add_argument("--clients", type=int, default=24)
     p.add_argument("--rest", type=float, default=0.2, help="seconds between a client's requests, on average")
-    p.add_argument("--flags", default="--load-format stub --stub-step-ms 5", help="of the server")
+    p.add_argument(
+        "--flags", default="--load-format stub --stub-step-ms 5 --max-total-tokens 32768", help="of the server"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path)
     a = p.parse_args()

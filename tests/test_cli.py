@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from actorserve import cli, serve
 from actorserve.actors.supervisor import GiveUp
-from actorserve.config import EngineConfig, ModelInfo
+from actorserve.config import EngineConfig, ModelInfo, Pooling
 from actorserve.display import Display
 from actorserve.errors import StartupError
 from actorserve.flags import config_from
@@ -216,6 +217,12 @@ def test_line_to_paste() -> None:
     assert command[:3] == ["curl", "-N", "http://h:1/v1/chat/completions"]
     body = json.loads(command[command.index("-d") + 1])
     assert (body["model"], body["stream"], body["messages"][0]["role"]) == ("it's", True, "user")
+    for task, path in (("embed", "embeddings"), ("classify", "classify")):
+        pooling = Pooling(kind="last", task=task, width=4)
+        said = serve.greeting(msgspec.structs.replace(MODEL, pooling=pooling), "http://h:1")
+        command = shlex.split(said.strip().splitlines()[-1])
+        assert command[2] == f"http://h:1/v1/{path}" and "actorserve chat" not in said
+        assert json.loads(command[command.index("-d") + 1]).keys() == {"model", "input"}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,15 @@ def test_a_machine_that_will_do(capsys: Any, model: str) -> None:
     assert found["attention"] == ("ok", "torch's operations: the path of dense weights on a CPU")
 
 
+def test_a_model_that_gives_vectors(capsys: Any, tmp_path: Path) -> None:
+    facts = {"model_type": "bert", "vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 1}
+    facts |= {"num_attention_heads": 6, "intermediate_size": 64, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    code, found = look(capsys, "--model", str(tmp_path), "--load-format", "dummy")
+    assert code == 0 and found["model"][0] == "ok"
+    assert "64 tokens of context; gives embeddings of 48 numbers, no text" in found["model"][1]
+
+
 def test_lines_for_people(capsys: Any, model: str) -> None:
     flags = ["--port", "0", "--device", "cpu", "--model", model, "--load-format", "dummy", "--dtype", "float32"]
     assert cli.command(["doctor", *flags]) == 0

@@ -521,6 +521,14 @@ def test_poison_fails_the_request(world: World, tokenizer: Tokenizer) -> None:
     assert world.front() == []
 
 
+def test_a_grammar_without_a_next_token_is_the_requests_fault(world: World) -> None:
+    world.ask(1)
+    world.scheduler()
+    world.row((1, 5, Finish.GRAMMAR))
+    (refused,) = world.front()
+    assert (refused.status, refused.code) == (400, "grammar_dead_end")
+
+
 def test_ended(world: World, tokenizer: Tokenizer) -> None:
     world.ask(1, n=2)
     world.row((1, tokenizer.encode("a")[0]), settle=False)

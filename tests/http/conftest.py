@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from actorserve.actors.actor import Actor, Context, connect, disconnect
 from actorserve.actors.messages import (
     Abort,
+    AskTimelines,
     Cancel,
     Chunk,
     Chunks,
@@ -41,11 +42,14 @@ from actorserve.actors.messages import (
     Stats,
     TextInbox,
     TextPrompt,
+    Timelines,
+    TimelineView,
     Tokenize,
     Tokenized,
     TokenLogprob,
     TokenPrompt,
     Unpin,
+    WindowView,
 )
 from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.http.front import HttpFront
@@ -59,6 +63,7 @@ READING = msgspec.structs.replace(MODEL, tool_parser="hermes", reasoning_parser=
 THINKING = msgspec.structs.replace(READING, thoughts=Thoughts((900,), (901,)))
 """Thoughts' tags are tokens, so that a grammar can begin after them."""
 STATS = Stats(1, 2, 100, 40, 50, 10, 1000, 600, 400, 333, 4, 55, 66, 1500.0, True, 77, 8, 1, 5, 3, 2, 0.75)
+WINDOWS = [WindowView(7, 1, 3, 40, 5_000_000, 9_000_000), WindowView(8, 4, 3, 0, 6_000_000, 0)]
 WORDS = ("Hello", " wörld", " and", " moon")
 
 
@@ -127,15 +132,16 @@ class FakeText(Actor):
                 copied = TokenPrompt(memoryview(bytes(prompt.ids)))
                 message = replace(message, prompt=copied)
             asyncio.get_running_loop().call_soon(self._say, self.script(message))
-        if isinstance(message, Tokenize | Detokenize | Order | Look) and not (self.mute and isinstance(message, Look)):
+        asked = isinstance(message, Tokenize | Detokenize | Order | Look | AskTimelines)
+        if asked and not (self.mute and isinstance(message, Look)):
             asyncio.get_running_loop().call_soon(self.say, self.answer(message))
         if isinstance(message, Unpin):
             message = replace(message, pins=memoryview(bytes(message.pins)).cast("q"))
-        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look | Unpin):
+        if isinstance(message, Generate | Cancel | Tokenize | Order | Abort | Look | AskTimelines | Unpin):
             self.got.append(message)
             self.arrived.set()
 
-    def answer(self, message: Tokenize | Detokenize | Order | Look) -> object:
+    def answer(self, message: Tokenize | Detokenize | Order | Look | AskTimelines) -> object:
         """A token a character, its code point; orders are refused while there are requests."""
         match message:
             case Tokenize():
@@ -145,12 +151,28 @@ class FakeText(Actor):
             case Detokenize():
                 return Detokenized(message.rid, "".join(map(chr, message.ids.cast("i"))))
             case Order():
-                return Refused(message.rid, 1, 400, "not_idle", "busy") if self.busy else Done(message.rid)
+                busy = Refused(message.rid, 1, 400, "not_idle", "busy")
+                return busy if self.busy else Done(message.rid, message.action)
+            case AskTimelines():
+                return Timelines(message.rid, [self.timeline(g, rid) for g, rid in self.named(message)])
             case Look():
                 lanes = [LaneView("text", "sched", True, 3, 70, 1, 2), LaneView("sched", "exec.0", False)]
                 nodes = [NodeView(1, -1, 0, 0, 1, 4), NodeView(2, 1, 40, 3, 1, 4)]
                 requests = [RequestView(9, "decode", 7, 8, 2, 20)]
                 return Seen(message.rid, STATS, lanes, nodes, 1, requests, False)
+
+    def named(self, asked: AskTimelines) -> list[tuple[Generate, int]]:
+        """The requests of a name and tenant."""
+        found = [g for g in self.generates if g.name == asked.name and asked.tenant in (None, g.tenant)]
+        return [(g, g.rid + i) for g in found for i in range(g.n)]
+
+    def timeline(self, g: Generate, rid: int) -> TimelineView:
+        """A millisecond for each thing that happens; two windows, the second on its way."""
+        times = [g.arrival_ns + (i + 1) * 1_000_000 for i in range(6)]
+        windows = [
+            replace(w, start_ns=w.start_ns + g.arrival_ns, end_ns=w.end_ns and w.end_ns + g.arrival_ns) for w in WINDOWS
+        ]
+        return TimelineView(rid, g.arrival_ns, *times, 0, 7, 3, 1, 2, windows)
 
     def say(self, message: object) -> None:
         self.context.ref("front.0").post(message)

@@ -161,7 +161,7 @@ async def test_without_a_folder_there_are_none(fakes):
     async with fakes.open_rig() as rig:
         for path in ("/v1/files", "/v1/batches"):
             reply = await rig.http.get(path)
-            assert (reply.status_code, reply.json()["error"]["code"]) == (501, "no_data_dir")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "no_data_dir")
 
 
 def silent(rig):

@@ -103,3 +103,49 @@ async def test_other_names(rig):
     assert (await rig.http.get("/model_info")).json() == (await rig.http.get("/get_model_info")).json()
     assert (await rig.http.get("/health_generate")).json()["status"] == "ok"
     assert not [m for m in rig.text.got if isinstance(m, Generate)]
+
+
+async def test_profiles(rig):
+    assert (await rig.http.get("/start_profile")).json() == {"status": "profiling"}
+    wanted = {"num_steps": 5, "activities": ["CPU"], "with_stack": True}
+    await rig.http.post("/start_profile", json=wanted)
+    assert (await rig.http.post("/stop_profile")).json() == {"status": "stopped", "file": "stop_profile"}
+    assert [json.loads(m.detail or "{}") for m in rig.text.got if isinstance(m, Order)] == [{}, wanted, {}]
+    for field, value in (("output_dir", "/tmp/x"), ("num_steps", 0), ("activities", ["TPU"])):
+        refused = await rig.http.post("/start_profile", json={field: value})
+        assert refused.status_code == 400 and refused.json()["error"]["param"].startswith(field)
+
+
+async def test_weights_come_from_one_place_only(fakes, tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "good", outside):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (root / "empty").mkdir()
+    (root / "link").symlink_to(outside)
+    (root / "inner").symlink_to(root / "good")
+    async with fakes.open_rig(weights_root=str(root)) as rig:
+
+        async def ask(path, **more):
+            return await rig.http.post("/update_weights_from_disk", json={"model_path": path, **more})
+
+        for path in ("good", str(root / "good"), "inner"):
+            assert (await ask(path)).json()["success"] is True
+        assert (await ask("good", abort_all_requests=True)).status_code == 200
+        orders = [(m.action, m.detail) for m in rig.text.got if isinstance(m, Order)]
+        good = str(root / "good")
+        assert orders == [("update_weights", good)] * 3 + [("update_weights_abort", good)]
+        texts = set()
+        for path in (str(outside), "../outside", "link", "empty", "nothing", "a\0b", "x" * 4000, "/etc", "."):
+            refused = (await ask(path)).json()["error"]
+            assert refused["param"] == "model_path"
+            texts.add(refused["message"])
+        assert len(texts) == 1, "nobody learns what lies outside"
+        assert (await ask("good", is_async=True)).json()["error"]["param"] == "is_async"
+        assert (await ask("good", flush_cache=False)).json()["error"]["param"] == "flush_cache"
+        assert len([m for m in rig.text.got if isinstance(m, Order)]) == 4
+
+
+async def test_without_a_root_there_are_no_weights(rig):
+    refused = await rig.http.post("/update_weights_from_disk", json={"model_path": "/"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_weights_root")

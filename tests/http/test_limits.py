@@ -257,7 +257,9 @@ async def until_left(rig):
 
 
 async def chunk_overhead(rig):
-    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\n"
+    wrong = await sent(rig, head + b"zz\r\n")
+    assert wrong == Answer(400, "invalid_http") and not rig.front.client.table
     return await sent(rig, head, *[b"1;" + b"x" * 200 + b"\r\n \r\n"] * 200)
 
 

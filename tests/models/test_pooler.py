@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 from actorserve.config import EngineConfig, Pooling
@@ -237,6 +238,24 @@ def test_classification_head(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0]
         assert_close(bench.step((slot, ids, 0, len(ids)))[slot], expected)
+
+
+def test_reward_model(tmp_path: Path) -> None:
+    """Qwen2-Math-RM's kind, whose code is beside its weights: two maps of the last hidden state, one number."""
+    model = tiny.build("qwen2").model
+    head = torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.ReLU(), torch.nn.Linear(48, 1))
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"score.{name}": tensor for name, tensor in head.state_dict().items()}
+    tiny.save(model, tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    tiny.edit_config(str(tmp_path), architectures=["Qwen2ForRewardModel"])
+    bench = Bench(str(tmp_path))
+    assert (bench.pooling.task, bench.pooling.width, bench.pooling.labels) == ("classify", 1, ("LABEL_0",))
+    ids = tiny.prompt(40)
+    bench.admit(0, [1, 0, 3])
+    with torch.no_grad():
+        expected = head(model(torch.tensor([ids])).last_hidden_state[0, -1])
+    assert_close(bench.step((0, ids, 0, 40))[0], expected)
 
 
 CHANGES: list[dict[str, Any]] = [

@@ -111,11 +111,12 @@ def live_server(tmp: Path, *flags: str) -> Iterator[LiveServer]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
+    """Whether a process exists and one of its threads is no zombie: one that writes to a disk dies last."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
         return False
+    return any(stat.rsplit(")", 1)[1].split()[0] not in "ZX" for stat in stats)
 
 
 def shared_memory() -> set[str]:

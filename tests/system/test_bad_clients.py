@@ -55,7 +55,7 @@ def own_megabytes(pid: int) -> float:
 
 def test_disconnects(server: LiveServer, thorough: bool) -> None:
     """At random instants: amid the request, in the queue, in prefill, in the stream, at its end; by FIN and by RST."""
-    count, rng = 5000 if thorough else 250, random.Random(5)
+    count, rng = 5000 if thorough else 200, random.Random(5)
     generating = [(path, body) for method, path, body in VALID if method == "POST" and path in STREAMS]
     pids, front = server.children(), server.children()["front.0"]
     server.assert_pages_add_up()
@@ -70,7 +70,7 @@ def test_disconnects(server: LiveServer, thorough: bool) -> None:
         reader, writer = await asyncio.open_connection(*address(server))
         try:
             writer.write(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
-            async with asyncio.timeout(rng.choice([0, 0.002, 0.02, 0.1, 0.5])):
+            async with asyncio.timeout(rng.choice([0, 0.002, 0.02, 0.1, 0.1, 0.5, 3])):
                 while await reader.read(rng.choice([1, 100, 10_000])):
                     pass
         except TimeoutError:
@@ -95,7 +95,7 @@ def test_disconnects(server: LiveServer, thorough: bool) -> None:
     wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 10, "nobody is served")
     print(f"\n{left} of {count} left; idle {time.monotonic() - started:.2f} s after the last of them")
     server.assert_pages_add_up()
-    assert server.children() == pids and left > count // 4
+    assert server.children() == pids and left > count // 2
     wait_until(lambda: descriptors(front) <= before + 2, 10, "the front's descriptors are back")
     assert server.metrics()["actorserve_waiting_requests"] == 0
 
@@ -144,7 +144,7 @@ def test_readers_that_hardly_read_are_cut(server: LiveServer, thorough: bool) ->
 def test_ten_times_too_many(server: LiveServer, thorough: bool) -> None:
     """What is accepted comes whole, what is not is told so at once; there is no less of it than without the crowd."""
     body = {"prompt": "z", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
-    seconds = 20.0 if thorough else 3.0
+    seconds = 20.0 if thorough else 1.5
 
     async def load(clients: int) -> tuple[float, list[float], int]:
         """(answers a second, seconds of each refusal, answers)"""

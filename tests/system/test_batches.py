@@ -11,8 +11,9 @@ from typing import Any
 import openai
 import pytest
 from live_server import LiveServer, alive, live_server, wait_until
+from stub_model import stub_folder
 
-MANY = 1000
+MANY, FEW = 1000, 200
 ROUTE = 'actorserve_http_requests_total{route="/v1/completions",status="200"}'
 
 
@@ -78,11 +79,22 @@ def test_a_batch_survives_the_death_of_the_front(server: LiveServer) -> None:
 
 def test_a_thousand_lines_are_answered_once_over_kill_9(smollm: str, tmp_path: Path, thorough: bool) -> None:
     if not thorough:
-        pytest.skip("two servers; --thorough")
-    flags = ["--model", smollm, "--max-total-tokens", "32768", "--data-dir", str(tmp_path / "data")]
+        pytest.skip("two servers of the real model; --thorough")
+    killed_at_half(tmp_path, MANY, "--model", smollm, "--max-total-tokens", "32768")
+
+
+def test_lines_are_answered_once_over_kill_9(tmp_path: Path, thorough: bool) -> None:
+    """The same without a model, and of two fronts, one of which does the lines."""
+    flags = ["--model", stub_folder(tmp_path / "model"), "--load-format", "stub", "--http-workers", "2"]
+    killed_at_half(tmp_path, MANY if thorough else FEW, *flags, "--stub-step-ms", "2")
+
+
+def killed_at_half(tmp_path: Path, lines: int, *engine: str) -> None:
+    """Kill the whole server when half of the lines have their answers; another one does the rest, and no more."""
+    flags = [*engine, "--data-dir", str(tmp_path / "data")]
     with live_server(tmp_path, *flags) as first, first.client() as client:
-        name = start(client, MANY)
-        wait_for(client, name, MANY // 2, 600)
+        name = start(client, lines)
+        wait_for(client, name, lines // 2, 600)
         children = first.children().values()
         first.process.kill()
         first.process.wait()
@@ -90,9 +102,9 @@ def test_a_thousand_lines_are_answered_once_over_kill_9(smollm: str, tmp_path: P
     with sqlite3.connect(tmp_path / "data" / "actorserve.sqlite") as db:
         (before,) = db.execute("SELECT count(*) FROM lines WHERE answer IS NOT NULL").fetchone()
     db.close()
-    assert MANY // 2 <= before < MANY
+    assert lines // 2 <= before < lines
     with live_server(tmp_path, *flags) as second:
         with second.client() as client:
-            wait_for(client, name, MANY, 600)
-        check_output(second, name, MANY)
-        assert answered_by(second) == MANY - before
+            wait_for(client, name, lines, 600)
+        check_output(second, name, lines)
+        assert answered_by(second) == lines - before
