@@ -12,8 +12,13 @@ import triton
 from .gemm import MAX_TILES, Choices, Tile
 from .packed_gemm import CHUNK, Kind, Packed
 
-PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {}
-"""By kind, and outputs and inputs of the weight."""
+PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {
+    ("int4", 37888, 3584): ((1, Tile(16, 128, 32, 1, 4, 3)), (64, Tile(64, 256, 32, 2, 8, 3))),
+    ("int4", 3584, 18944): ((1, Tile(16, 128, 32, 8, 4, 5)), (64, Tile(64, 128, 32, 8, 4, 4))),
+    ("int4", 4608, 3584): ((1, Tile(16, 128, 32, 5, 4, 3)), (64, Tile(64, 128, 32, 5, 8, 4))),
+    ("int4", 3584, 3584): ((1, Tile(16, 128, 32, 14, 4, 3)), (64, Tile(64, 64, 32, 4, 4, 4))),
+}
+"""By kind, and outputs and inputs of the weight. Measured on an H200."""
 LADDER: Final = (16, 32, 64, 128, 256)
 """Most rows of each tile by rule."""
 PROGRAMS: Final = 264
