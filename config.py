@@ -122,6 +122,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         1 << 20
     )
     max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
+    max_images: Annotated[int, Meta(ge=0, description="images of one prompt, for a model that takes any")] = 16
+    max_image_pixels: Annotated[int, Meta(ge=1, le=1 << 27, description="pixels of an image before 400")] = 50_000_000
     max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     max_headers: Annotated[Positive, Meta(description="headers of an HTTP request before 431")] = 100
     max_header_bytes: Annotated[Positive, Meta(description="largest address and headers before 431")] = 32 << 10
@@ -272,3 +274,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The tags of that family, if each is a token."""
     pooling: Pooling | None = None
     """None: it generates text."""
+    image_token_id: int | None = None
+    """The token that stands for an image in a prompt; None: the model takes none."""

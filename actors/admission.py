@@ -98,6 +98,7 @@ class Admission:
                 size = tokens = len(prompt.payload)
             case messages.TokenPrompt():
                 size, tokens = len(prompt.ids), len(prompt.ids) // 4
+        size += sum(len(image.data) for image in prompt.images)
         most = context if params.max_new_tokens is None else min(params.max_new_tokens, context)
         logprobs = 0
         if params.logprobs is not None:

@@ -10,17 +10,28 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import RequestError
-from .messages import ChatPrompt
+from .image_fields import checked, image_file
+from .messages import ChatPrompt, ImageFile
 
 MAX_DEPTH: Final = 32
 """How deep template arguments and tool calls may be nested."""
 
 
-class ContentPart(Struct, frozen=True):
-    """A piece of a message. Only type "text" can be served so far; others are refused by name."""
+class ImageUrl(Struct, frozen=True):
+    """An image, as a data: address. `detail` has no effect: the model's own processor says how fine it looks."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ContentPart(Struct, frozen=True, omit_defaults=True):
+    """A piece of a message: type "text", or "image_url" where the model takes images. Others are refused by name."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | str | None = None
+    field: str | None = None
+    """Of the request, if another than this one, that errors about the image name."""
 
 
 class ChatMessage(Struct, frozen=True, omit_defaults=True):
@@ -69,27 +80,40 @@ def chat_prompt(
         raise RequestError(what, param="continue_final_message")
     _check_depth(chat_template_kwargs, "chat_template_kwargs")
     _check_depth(tools, "tools")
-    turns = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    images = list[ImageFile]()
+    turns = [_checked(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
     payload = Payload(turns, add_generation_prompt, continue_final_message, chat_template_kwargs, tools)
     try:
-        return ChatPrompt(msgspec.json.encode(payload), shown, opens)
+        return ChatPrompt(msgspec.json.encode(payload), shown, opens, checked(images))
     except (msgspec.EncodeError, TypeError, UnicodeEncodeError) as error:
         raise RequestError(f"the conversation is not JSON: {error}", param="messages") from None
 
 
-def _checked(message: ChatMessage, where: str) -> ChatMessage:
+def _checked(message: ChatMessage, where: str, images: list[ImageFile]) -> ChatMessage:
+    """The turn for the template; its images go to the end of `images`."""
     if isinstance(message.content, list):
-        for j, part in enumerate(message.content):
-            if part.type != "text":
-                what = f"content of type {part.type} is not supported; this model reads text"
-                raise RequestError(what, param=f"{where}.content[{j}]", code="unsupported_value")
-            if part.text is None:
-                raise RequestError("a text part needs text", param=f"{where}.content[{j}].text")
+        parts = [_part(part, f"{where}.content[{j}]", images) for j, part in enumerate(message.content)]
+        message = msgspec.structs.replace(message, content=parts)
     elif message.content is None and not message.tool_calls:
         raise RequestError(f"a {message.role} message needs content", param=f"{where}.content")
     _check_depth(message.tool_calls, f"{where}.tool_calls")
     # OpenAI's newer name; templates of open models know the older one.
     return msgspec.structs.replace(message, role="system") if message.role == "developer" else message
+
+
+def _part(part: ContentPart, where: str, images: list[ImageFile]) -> ContentPart:
+    if part.type == "image_url":
+        if part.image_url is None:
+            raise RequestError("an image_url part needs image_url", param=f"{where}.image_url")
+        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+        images.append(image_file(url, part.field or f"{where}.image_url"))
+        return ContentPart("image")
+    if part.type != "text":
+        what = f"content of type {part.type} is not supported; served: text, and image_url for models that take images"
+        raise RequestError(what, param=where, code="unsupported_value")
+    if part.text is None:
+        raise RequestError("a text part needs text", param=f"{where}.text")
+    return ContentPart("text", part.text)
 
 
 def _check_depth(value: Any, param: str) -> None:

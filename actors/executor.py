@@ -32,12 +32,14 @@ from ..errors import ActorserveError, RequestError, StartupError
 from ..models.decoder import Decoder
 from ..models.gguf import KEPT_FILE
 from ..models.group import DistributedGroup
+from ..models.image_features import ImageFeatures, image_features
 from ..models.kv_cache import KVCache, kv_dtype
 from ..models.kv_checksums import KVChecksums
 from ..models.parallel import RankDrawer
 from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Drawer, Step, Stepper, StepRows
+from ..models.vision import VisionTower
 from ..models.weights import DTYPES, load_decoder, pick_device
 from ..sampler.reference import Sampled
 from .actor import Actor, Context
@@ -47,9 +49,11 @@ from .messages import (
     Carried,
     ChunkEnd,
     Drain,
+    DropImage,
     ExecutorInbox,
     ExecutorReady,
     Forget,
+    ImagePixels,
     Instruct,
     PeerDown,
     PeerUp,
@@ -137,6 +141,8 @@ class Executor(Actor):
         self.drawer: Drawer | None = None
         self.stepper: Stepper | None = None
         self.ready: ExecutorReady | None = None
+        self.images: ImageFeatures | None = None
+        """Of a vision-language model."""
         self.rid_of: dict[int, int] = {}
         self.decoding: list[int] = []
         """Slots that draw in each step, in the order in which they joined; on a GPU some of them may be done. Who is
@@ -182,6 +188,11 @@ class Executor(Actor):
         config, model = self.context.config, self.context.model
         decoder = self._load()
         device = decoder.device
+        image_token_bytes = 0
+        if model.image_token_id is not None:
+            dummy = config.load_format == "dummy"
+            self.images = image_features(VisionTower(Path(model.path), device, decoder.dtype, dummy))
+            image_token_bytes = decoder.spec.hidden * decoder.dtype.itemsize
         slots = batch_slots(config, device.type)
         self.drawer = self._drawer(slots, decoder)
         pages = self._agreed(kv_pages(config, decoder, model))
@@ -194,7 +205,7 @@ class Executor(Actor):
                 raise StartupError("--kv-checksums is for a CPU: a GPU's steps run ahead of who could check them")
             self.checksums = KVChecksums(kv)
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-        self.ready = ExecutorReady(pages, slots, per_slot, kind)
+        self.ready = ExecutorReady(pages, slots, per_slot, kind, image_token_bytes=image_token_bytes)
 
     def _make_runner(self, decoder: Decoder, kv: KVCache, slots: int, per_slot: int) -> None:
         assert self.drawer is not None
@@ -288,6 +299,14 @@ class Executor(Actor):
                 self._publish(Carried(message.rid, message.task))
             case Instruct():
                 self.context.nursery.start_soon(self._instructed, message)
+            case ImagePixels():
+                assert self.images is not None
+                self.images.take(message.image, message.shape, message.size, message.alone, message.pixels)
+                self._hand_on(message)
+            case DropImage():
+                assert self.images is not None
+                self.images.drop(message.image)
+                self._hand_on(message)
             case Drain():
                 pass  # only the scheduler's life matters here
 
@@ -295,8 +314,10 @@ class Executor(Actor):
         self.rid_of.clear()
         self.decoding.clear()
         self.launched.clear()
+        if self.images is not None:
+            self.images.clear()
 
-    def _hand_on(self, message: Plan | Forget) -> bool:
+    def _hand_on(self, message: Plan | Forget | ImagePixels | DropImage) -> bool:
         """Send a message to the other ranks; False if one is down: then we are about to be killed, too."""
         try:
             for name in self.followers:
@@ -340,6 +361,8 @@ class Executor(Actor):
         assert self.runner is not None
         if self.group is not None:
             raise StartupError("weights cannot be exchanged with --tp-size above 1 yet")
+        if self.images is not None:
+            raise StartupError("the weights of a vision-language model cannot be exchanged while it runs")
         now = self.runner.decoder
         config = replace(self.context.config, model=folder, load_format="auto")
         if not (Path(folder) / KEPT_FILE).exists():
@@ -419,6 +442,8 @@ class Executor(Actor):
             runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
             if self.checksums is not None:
                 self.checksums.verify(ints(a.pages), a.cached)
+            if self.images is not None:
+                self.images.admit(a.slot, a.images)
         if sampler is not None:
             sampler.sync(plan.window, plan.sampler_changes)
         runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))
@@ -434,6 +459,8 @@ class Executor(Actor):
             targets = np.split(ints(plan.score_ids), np.cumsum(ints(plan.chunk_scored))[:-1])
             for chunk, score_from, wanted in zip(chunks, ints(plan.score_starts).tolist(), targets, strict=True):
                 chunk.score_from, chunk.targets = score_from, wanted
+        if self.images is not None:
+            self.images.apply(chunks)
         return chunks
 
     @property

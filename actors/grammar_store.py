@@ -140,6 +140,10 @@ class GrammarStore:
         """The requests that wait for a grammar."""
         return [rid for entry in self.unsent() for rid in entry.waiting]
 
+    def waiting_requests(self) -> list[Request]:
+        """The same, the requests themselves."""
+        return [request for entry in self.unsent() for request in entry.waiting.values()]
+
     def abandon_all(self) -> list[int]:
         """Forget all that wait; returns the handles that must not be compiled any more."""
         entries = self.unsent()

@@ -10,6 +10,7 @@ No dicts, no pickle, no Any. Each actor's inbox is one of the unions at the end.
                                                             sched  --Plan, Instruct-->  exec.r
                                                             sched  <--ExecutorReady, StepOut, Carried--  exec.0
                          sched  --LoadGrammar, DropGrammar, GrammarStates, SlotMasks-->  sampler.r
+                                text  --ImagePixels-->  sched  --ImagePixels, DropImage-->  exec.r
     front  --Tokenize, Detokenize, Order, Look, AskTimelines-->  text  --Order, Look, AskTimelines-->  sched
     front  <--Tokenized, Detokenized, Done, Seen, Timelines--  text  <--Done, Seen, Timelines, Refused--  sched
                               fsm  --Compiled, Translated, CompileFailed-->  sched  --Compile, Discard-->  fsm
@@ -82,18 +83,30 @@ class Drain(Message, frozen=True, tag=3):
 # ------------------------------------------------------------------ front -> text
 
 
+class ImageFile(Message, frozen=True, tag=90):
+    """An image of a prompt as the client sent it: the bytes of a file. `field` is what errors about it name."""
+
+    data: bytes
+    field: str
+
+
 class TextPrompt(Message, frozen=True, tag=4):
-    """A prompt as text; special tokens in it are recognised, as SGLang does for /generate."""
+    """A prompt as text; special tokens in it are recognised, as SGLang does for /generate.
+
+    Of every prompt: `images` are those of its image tokens, in their order, one each.
+    """
 
     text: str
     most: int = 0
     """Of its tokens only the first are taken, so many with the special ones around them; 0: all."""
+    images: tuple[ImageFile, ...] = ()
 
 
 class TokenPrompt(Message, frozen=True, tag=5):
     """A prompt as token ids, int32."""
 
     ids: memoryview
+    images: tuple[ImageFile, ...] = ()
 
 
 class ChatPrompt(Message, frozen=True, tag=6):
@@ -107,6 +120,7 @@ class ChatPrompt(Message, frozen=True, tag=6):
     """Special tokens that are text of the output even with skip_special_tokens: the parsers' markers."""
     opens: tuple[str, ...] = ()
     """Chunk.thinking says whether the prompt ends in one of these: the opening tags of thoughts."""
+    images: tuple[ImageFile, ...] = ()
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -258,12 +272,39 @@ class AskTimelines(Message, frozen=True, tag=85):
 # ------------------------------------------------------------------ text -> sched
 
 
+class ImagePixels(Message, frozen=True, tag=92):
+    """An image as the vision tower takes it. From text to the scheduler before the Submit that has it, and from there
+    to every executor before the Plan that computes its tokens."""
+
+    image: bytes
+    """Digest of all that follows: equal images are one."""
+    tokens: int
+    """Places that it takes in a prompt."""
+    shape: tuple[int, int, int, int]
+    """Tiles, channels, height and width of `pixels`."""
+    size: tuple[int, int]
+    """Height and width of the image that was sent."""
+    alone: bool
+    """It is its prompt's only one; OneVision tiles only such."""
+    pixels: memoryview
+    """float32, of `shape`."""
+
+
+class ImageSpan(Message, frozen=True, tag=91):
+    """Part of Submit and Admit: where a sequence has an image, tokens `start` to `start + length - 1`."""
+
+    image: bytes
+    start: int
+    length: int
+
+
 class Submit(Message, frozen=True, tag=20):
     """A tokenized request. Owed: Tokens rows until one with a finish, or one Ended."""
 
     rid: int
     ids: memoryview
-    """int32, the prompt."""
+    """int32, the prompt. An image's tokens are numbers beyond the vocabulary that its digest and their places tell:
+    the prefix cache reuses the same image's pages and no other's."""
     params: SamplingParams
     """`max_new_tokens` is resolved (not None), `seed` too."""
     cache_salt: str = ""
@@ -281,6 +322,7 @@ class Submit(Message, frozen=True, tag=20):
     name: str = ""
     tokenized_ns: int = 0
     """CLOCK_MONOTONIC when its prompt was tokens."""
+    images: tuple[ImageSpan, ...] = ()
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -616,6 +658,13 @@ class Admit(Message, frozen=True, tag=50):
     """Tokens whose KV is already in `pages`."""
     limit: int
     """Tokens (prompt and output) at which the request ends by length."""
+    images: tuple[ImageSpan, ...] = ()
+
+
+class DropImage(Message, frozen=True, tag=93):
+    """Scheduler to executor: forget an image and its features."""
+
+    image: bytes
 
 
 class Plan(Message, frozen=True, tag=51):
@@ -766,6 +815,8 @@ class ExecutorReady(Message, frozen=True, tag=60):
     device: Literal["cpu", "cuda"]
     weights: str = ""
     """As in Stats."""
+    image_token_bytes: int = 0
+    """Of the features of an image, for each of its tokens."""
 
 
 class Forget(Message, frozen=True, tag=64):
@@ -901,10 +952,10 @@ TextInbox: TypeAlias = (
 )  # fmt: skip
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
 SchedulerInbox: TypeAlias = (
-    SystemMessage | Submit | Abort | Unpin | Order | Look | AskTimelines
+    SystemMessage | ImagePixels | Submit | Abort | Unpin | Order | Look | AskTimelines
     | ExecutorReady | StepOut | Carried | GrammarNews
 )  # fmt: skip
-ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct | Forget
+ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct | Forget | ImagePixels | DropImage
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks
 SamplerInbox: TypeAlias = SystemMessage | SamplerMessage
 FsmInbox: TypeAlias = SystemMessage | Compile | Discard | Match | Unmatch

@@ -15,7 +15,7 @@ from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
 from ..models.stop_regex import PatternMatcher
 from ..sampler.params import SamplingParams
-from .messages import Chunk, Finish, Resumed, Submit, TokenLogprob
+from .messages import Chunk, Finish, ImagePixels, Resumed, Submit, TokenLogprob
 
 MOST_ENTRIES: Final = 4096
 """Logprobs of a prompt in one chunk, those beside each token counted."""
@@ -51,6 +51,7 @@ class Output:
         "forced_tokens",
         "front",
         "ids",
+        "images",
         "jumps",
         "matched",
         "params",
@@ -77,6 +78,8 @@ class Output:
         self.cached_tokens = 0
         self.ids = array("i")
         """The tokens so far."""
+        self.images: tuple[ImagePixels, ...] = ()
+        """Its prompt's, for a scheduler that is asked again."""
         self.aborted = False
         """Its front wants it to end with what there is."""
         self.asked_ns = time.monotonic_ns()

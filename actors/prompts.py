@@ -5,6 +5,7 @@ the start. Invariant: a Submit's prompt is not empty, its ids are the model's, a
 """
 
 import hashlib
+import secrets
 import time
 from typing import Final, NamedTuple, assert_never
 
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
+from ..models.images import Image, ImageReader, placeholders
 from ..models.reasoning_parser import opens_reasoning
 from ..models.stop_regex import automaton_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
-from .messages import ChatPrompt, Generate, Prompt, Submit, TextPrompt, TokenPrompt
+from .messages import ChatPrompt, Generate, ImagePixels, ImageSpan, Prompt, Submit, TextPrompt, TokenPrompt
 
 INLINE_CHARS: Final = 4096
 """Longer prompts are tokenized in a thread: this many take about a millisecond."""
@@ -32,13 +34,28 @@ class Encoded(NamedTuple):
 
     ids: NDArray[np.int32]
     thinking: bool = False
+    images: tuple[ImagePixels, ...] = ()
+    spans: tuple[ImageSpan, ...] = ()
+    """Where its images are; see Submit.ids."""
+    shown: NDArray[np.int32] | None = None
+    """The ids with the model's image token in the place of those that an image's digest tells; None: `ids`."""
+
+    @property
+    def plain(self) -> NDArray[np.int32]:
+        """Ids of the vocabulary only."""
+        return self.ids if self.shown is None else self.shown
 
 
 class Prompts:
     """Tokenizes and checks. Without a tokenizer (skip_tokenizer_init) it takes token ids only."""
 
     def __init__(
-        self, config: EngineConfig, model: ModelInfo, tokenizer: Tokenizer | None, template: ChatTemplate | None
+        self,
+        config: EngineConfig,
+        model: ModelInfo,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        images: ImageReader | None = None,
     ) -> None:
         self._seed = config.random_seed
         self._vocab_size = model.vocab_size
@@ -48,9 +65,15 @@ class Prompts:
         self._template = template
         chars = None if tokenizer is None else tokenizer.chars_per_token
         self._most_chars = None if chars is None else chars * model.context_length
+        self._images = images
+        self._image_token = model.image_token_id
+        self._max_images = config.max_images
+        self._secret = secrets.token_bytes(16)
 
     def is_long(self, prompt: Prompt) -> bool:
         """Whether `encode` would stall the loop."""
+        if prompt.images:
+            return True
         match prompt:
             case TextPrompt():
                 return len(prompt.text) > INLINE_CHARS
@@ -67,12 +90,55 @@ class Prompts:
         A text that cannot fit, whatever its tokens are, is not tokenized.
         """
         encoded, field = self._encoded(prompt, most_chars=self._most_chars)
-        self._check(encoded.ids, field)
+        self._check_ids(encoded.ids, field)
+        if prompt.images:
+            encoded = self._with_images(encoded, prompt, field)
+        self._check_length(encoded.ids, field)
         return encoded
 
     def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> NDArray[np.int32]:
         """The prompt's token ids, however many. Raises RequestError naming the field."""
-        return self._encoded(prompt, add_special_tokens)[0].ids
+        encoded, field = self._encoded(prompt, add_special_tokens)
+        return (self._with_images(encoded, prompt, field) if prompt.images else encoded).plain
+
+    def _with_images(self, encoded: Encoded, prompt: Prompt, field: str) -> Encoded:
+        """The prompt with its images in the places of its image tokens. Raises RequestError naming an image's field."""
+        files = prompt.images
+        if self._images is None or self._image_token is None:
+            text = "this model takes no images"
+            raise RequestError(text, param=files[0].field, code="unsupported_value")
+        if len(files) > self._max_images:
+            text = f"the prompt has {len(files)} images, the most is {self._max_images} (--max-images)"
+            raise RequestError(text, param=files[self._max_images].field, code="too_many")
+        places = np.flatnonzero(encoded.ids == self._image_token)
+        if len(places) != len(files):
+            text = f"{len(files)} images were sent, but the prompt has {len(places)} image tokens"
+            raise RequestError(text, param=field)
+        images = list[Image]()
+        for file in files:
+            try:
+                images.append(self._images.read(file.data, alone=len(files) == 1))
+            except RequestError as error:
+                raise RequestError(error.message, param=file.field, code="invalid_image") from error
+        return self._expanded(encoded, images, places)
+
+    def _expanded(self, encoded: Encoded, images: list[Image], places: NDArray[np.int64]) -> Encoded:
+        """The prompt with all tokens of its images, one of which it has at each of the places."""
+        ids, shown, spans, done, length = list[NDArray[np.int32]](), [], [], 0, 0
+        for image, place in zip(images, places.tolist(), strict=True):
+            text = encoded.ids[done:place]
+            spans.append(ImageSpan(image.digest, length + len(text), image.tokens))
+            ids += [text, placeholders(self._secret, image, self._vocab_size)]
+            shown += [text, np.full(image.tokens, self._image_token, dtype=np.int32)]
+            done, length = place + 1, length + len(text) + image.tokens
+        rest = encoded.ids[done:]
+        return Encoded(
+            np.concatenate([*ids, rest]),
+            encoded.thinking,
+            tuple(pixels_of(image) for image in {image.digest: image for image in images}.values()),
+            tuple(spans),
+            np.concatenate([*shown, rest]),
+        )
 
     def _encoded(
         self, prompt: Prompt, add_special_tokens: bool = True, most_chars: int | None = None
@@ -109,6 +175,9 @@ class Prompts:
         if prompt.thinking and grammar is not None and grammar.thoughts is not None:
             opened = msgspec.structs.replace(grammar.thoughts, opened=True)
             grammar = msgspec.structs.replace(grammar, thoughts=opened)
+        if prompt.spans and params.wants_prompt:
+            text = "logprobs of a prompt with images are not served"
+            raise RequestError(text, param="logprob_start_len", code="unsupported_value")
         check_start(params, len(ids))
         room = 0 if request.pooled else self._context_length - len(ids)
         most = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
@@ -131,6 +200,7 @@ class Prompts:
                 pooled=request.pooled,
                 name=request.name,
                 tokenized_ns=now,
+                images=prompt.spans,
             )
             for i in range(request.n)
         ]
@@ -169,12 +239,14 @@ class Prompts:
         except RequestError as error:
             raise RequestError(error.message, param=error.param or "messages", code=error.code) from error
 
-    def _check(self, ids: NDArray[np.int32], field: str) -> None:
+    def _check_ids(self, ids: NDArray[np.int32], field: str) -> None:
         if not len(ids):
             raise RequestError("the prompt has no tokens", param=field)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise RequestError(f"{field} has token {wrong}; ids are 0 to {self._vocab_size - 1}", param=field)
+
+    def _check_length(self, ids: NDArray[np.int32], field: str) -> None:
         if self._pooled and len(ids) > self._context_length:
             text = f"{field} has {len(ids)} tokens; the model takes {self._context_length}"
             raise RequestError(text, param=field, code="context_length_exceeded")
@@ -191,6 +263,13 @@ def _check_chars(text: str, most: int | None, field: str) -> None:
     if most is not None and len(text) > most:
         what = f"the prompt has {len(text)} characters; no text of more than {most} fits the model's context"
         raise RequestError(what, param=field, code="context_length_exceeded")
+
+
+def pixels_of(image: Image) -> ImagePixels:
+    """The message of a processed image."""
+    tiles, channels, height, width = image.pixels.shape
+    raw = image.pixels.reshape(-1).data.cast("B")
+    return ImagePixels(image.digest, image.tokens, (tiles, channels, height, width), image.size, image.alone, raw)
 
 
 def check_start(params: SamplingParams, tokens: int) -> None:

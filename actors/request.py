@@ -13,6 +13,7 @@ import numpy as np
 from ..kvstore.radix import Node
 from ..sampler.params import SamplingParams
 from .constraint import Constraint, Guided
+from .messages import ImageSpan
 from .prompt_scores import PromptScores
 
 
@@ -86,6 +87,8 @@ class Request:
     """It may begin with KV from the cache."""
     opening: bool | None = None
     """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
+    images: tuple[ImageSpan, ...] = ()
+    """Where the prompt has images; see Submit.ids."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:

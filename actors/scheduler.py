@@ -7,6 +7,7 @@ parameters reach the samplers before the plan that needs them.
 
 import time
 from array import array
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, ClassVar, Final
 
@@ -14,12 +15,13 @@ import numpy as np
 import trio
 from msgspec.structs import replace
 
-from ..errors import RequestError
+from ..errors import ActorserveError, RequestError
 from ..models.ledger import CHUNK, MIXED_CHUNK
 from .actor import Actor, Context
 from .errands import Errands
 from .grammar_store import GrammarStore
 from .guided import GuidedRequests
+from .image_store import ImageStore
 from .messages import (
     NO_STATS,
     NOTHING,
@@ -34,11 +36,13 @@ from .messages import (
     Discard,
     Done,
     Drain,
+    DropImage,
     Ended,
     ExecutorReady,
     Finish,
     GrammarSpec,
     GrammarStates,
+    ImagePixels,
     Instruct,
     Look,
     Masks,
@@ -162,6 +166,7 @@ class Scheduler(Actor):
         self.early: list[Request] = []
         self.grammars = GrammarStore()
         self.guided = GuidedRequests()
+        self.images = ImageStore()
         self.executors = sorted(name for name in context.peers() if name.startswith("exec."))
         self.samplers = sorted(name for name in context.peers() if name.startswith("sampler."))
         self.executor_up = False
@@ -185,6 +190,8 @@ class Scheduler(Actor):
                 self._step_out(message)
             case Submit():
                 self._submit(message)
+            case ImagePixels():
+                self.images.came(message)
             case Abort():
                 self._abort(message.rid)
             case Unpin():
@@ -261,12 +268,24 @@ class Scheduler(Actor):
             pin=m.pin,
             pooled=m.pooled,
             reuses=pooling is None or pooling.reuses,
+            images=m.images,
         )
+        if request.images:
+            try:
+                self.images.hold(request.images, self._living())
+            except ActorserveError as e:
+                self._to_text(Ended(request.rid, e.status, e.code, e.message))
+                return
         self.timelines.queued(m, time.monotonic_ns())
         if m.grammar is None:
             self._add(request)
         else:
             self._constrain(request, m.grammar)
+
+    def _living(self) -> Iterator[Request]:
+        """All requests that have not ended."""
+        queued = [] if self.schedule is None else self.schedule.requests.values()
+        return chain(self.early, self.grammars.waiting_requests(), queued)
 
     def _constrain(self, request: Request, spec: GrammarSpec) -> None:
         """Queue the request when its grammar is there; meanwhile others go on."""
@@ -416,6 +435,7 @@ class Scheduler(Actor):
             for request in early:
                 self._add(request)
         self.executor_up = not self.errands.restore(m.weights)
+        self.images.token_bytes = m.image_token_bytes
         self._send_stats()
 
     def _peer_down(self, m: PeerDown) -> None:
@@ -425,6 +445,7 @@ class Scheduler(Actor):
             self.grammars.loaded.clear()
             self.timelines.executor_lost()
             self.errands.executor_lost()
+            self.images.executor_lost()
         self._send_stats()
         if m.name in self.executors:
             for request in self.schedule.executor_lost() if self.schedule is not None else []:
@@ -432,6 +453,7 @@ class Scheduler(Actor):
                 self._to_text(Ended(request.rid, 503, "executor_crashed", text))
         elif m.name == "text":
             self.early = []
+            self.images.fresh.clear()
             for handle in self.grammars.abandon_all():
                 self._to_fsm(Discard(handle))
             if self.schedule is not None:
@@ -511,8 +533,16 @@ class Scheduler(Actor):
             for message in changes:
                 self.context.ref(name).post(message)
         plan = self._plan(window, len(changes))
+        images = self._images_for(window)
         for name in self.executors:
+            for image in images:
+                self.context.ref(name).post(image)
             self.context.ref(name).post(plan)
+
+    def _images_for(self, window: Window) -> list[ImagePixels | DropImage]:
+        assert self.schedule is not None
+        admitted = [(seat.request, seat.cached) for seat in window.admits if seat.request.images]
+        return self.images.load(admitted, self.schedule.slots.running()) if admitted else []
 
     def _sampler_changes(self, window: Window) -> list[SamplerMessage]:
         """What the samplers must know before the window, in this order."""
@@ -541,6 +571,10 @@ class Scheduler(Actor):
     def _slot_params(self, number: int, request: Request) -> SlotParams:
         looks_at_tokens = request.params.has_penalty
         prompt, output = request.tokens[: request.prompt_length], request.tokens[request.prompt_length :]
+        if request.images and looks_at_tokens:  # penalties know the vocabulary only
+            vocabulary, image = self.context.model.vocab_size, self.context.model.image_token_id
+            assert image is not None
+            prompt = array("i", [token if token < vocabulary else image for token in prompt])
         return SlotParams(
             window=number,
             slot=request.slot,
@@ -555,7 +589,10 @@ class Scheduler(Actor):
         )
 
     def _plan(self, w: Window, sampler_changes: int) -> Plan:
-        admits = [Admit(a.request.slot, a.request.rid, int32(a.pages), a.cached, a.request.limit) for a in w.admits]
+        admits = [
+            Admit(a.request.slot, a.request.rid, int32(a.pages), a.cached, a.request.limit, a.request.images)
+            for a in w.admits
+        ]
         prompts = (c.request.tokens[c.start : c.end] for c in w.chunks)
         ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
         chunks = [(c.request.slot, c.start, c.end - c.start, chunk_end(c)) for c in w.chunks]

@@ -27,10 +27,12 @@ from .messages import (
     ChunkEnd,
     Drain,
     DropGrammar,
+    DropImage,
     ExecutorInbox,
     ExecutorReady,
     Finish,
     GrammarStates,
+    ImagePixels,
     Instruct,
     LoadGrammar,
     PeerDown,
@@ -202,7 +204,7 @@ class StubExecutor(Actor):
             case PeerDown(name="sched"):
                 self.seats.clear()
                 self.decoding.clear()
-            case PeerUp() | PeerDown() | Drain():
+            case PeerUp() | PeerDown() | Drain() | ImagePixels() | DropImage():
                 pass
 
     def _instructed(self, m: Instruct) -> Carried:

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from ..errors import ActorserveError, EngineDown, Overloaded, RequestError, StartupError
 from ..models.detokenize import Detokenizer, Detokenizers
+from ..models.images import ImageReader
 from ..models.template import ChatTemplate
 from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..sampler.params import SamplingParams
@@ -43,6 +44,7 @@ from .messages import (
     Finish,
     FrontAnswer,
     Generate,
+    ImagePixels,
     Look,
     Order,
     PeerDown,
@@ -59,6 +61,7 @@ from .messages import (
     Tokenize,
     Tokenized,
     TokenLogprob,
+    TokenPrompt,
     Tokens,
     Unpin,
 )
@@ -115,7 +118,12 @@ class Text(Actor):
     async def start(self) -> None:
         """Load tokenizer and template. Raises StartupError."""
         context = self.context
+        images = None
+        if context.model.image_token_id is not None:
+            most = context.config.max_image_pixels
+            images = await trio.to_thread.run_sync(ImageReader, Path(context.model.path), most)
         if context.config.skip_tokenizer_init:
+            self.prompts = Prompts(context.config, context.model, None, None, images)
             return
         await context.progress("tokenizer", 0.0)
         path = context.config.tokenizer_path or context.model.path
@@ -125,7 +133,7 @@ class Text(Actor):
         if template is not None:
             await trio.to_thread.run_sync(tokenizer.prepare)
         self._detokenizers = Detokenizers(tokenizer)
-        self.prompts = Prompts(context.config, context.model, tokenizer, template)
+        self.prompts = Prompts(context.config, context.model, tokenizer, template, images)
         await context.progress("tokenizer", 1.0)
 
     def receive(self, message: messages.TextInbox, source: str) -> None:
@@ -195,10 +203,12 @@ class Text(Actor):
             self._submit(m, front)
             return
         self.tokenizing[m.rid] = front
+        if isinstance(m.prompt, TokenPrompt):
+            m = replace(m, prompt=replace(m.prompt, ids=memoryview(bytes(m.prompt.ids))))
         self.context.nursery.start_soon(self._submit_from_thread, m, front)
 
     async def _submit_from_thread(self, m: Generate, front: str) -> None:
-        """A long prompt: nothing of `m` aliases the ring, for token prompts do not come here."""
+        """A long prompt, or one with images: nothing of `m` aliases the ring."""
         prompt = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
         if self.tokenizing.pop(m.rid, None) is not None:
             self._admit(m, front, prompt)
@@ -229,10 +239,12 @@ class Text(Actor):
             return
         if m.pin:
             self.pins.setdefault(front, set()).add(m.pin)
+        self._send_images(prompt.images)
         resumed = None if m.resumed is None else {one.rid: one for one in m.resumed}
         for submit in submits:
             if resumed is None or submit.rid in resumed:
-                output = Output(submit, front, m.params, self._detokenizer(m, prompt.ids), prompt.thinking)
+                output = Output(submit, front, m.params, self._detokenizer(m, prompt.plain), prompt.thinking)
+                output.images = prompt.images
                 if resumed is not None:
                     output.resume(resumed[submit.rid])
                 if m.params.wants_prompt:
@@ -248,6 +260,11 @@ class Text(Actor):
             raise RequestError(f"n prompts of {tokens} tokens in all; the most is {most}", param="n", code="too_large")
         if self.prompt_tokens + tokens > most:
             raise Overloaded(f"prompts of {self.prompt_tokens} tokens are in the engine, the most is {most}; try again")
+
+    def _send_images(self, images: tuple[ImagePixels, ...]) -> None:
+        """Before the Submits that have them."""
+        for image in images:
+            self._to_scheduler(image)
 
     def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
         """Of the first token that is wanted: nothing is before it."""
@@ -290,6 +307,8 @@ class Text(Actor):
 
     def _tokenize(self, m: Tokenize, front: str) -> None:
         if self.prompts.is_long(m.prompt):
+            if isinstance(m.prompt, TokenPrompt):
+                m = replace(m, prompt=replace(m.prompt, ids=memoryview(bytes(m.prompt.ids))))
             self.context.nursery.start_soon(self._tokenize_in_thread, m, front)
         else:
             self._post(front, self._tokenized(m))
@@ -442,6 +461,7 @@ class Text(Actor):
         now = time.monotonic_ns()
         for output in self.outputs.values():
             output.asked_ns = now
+            self._send_images(output.images)
             self._to_scheduler(output.submission())
         for _, order in self.ordered.values():
             self._to_scheduler(order)
@@ -494,7 +514,7 @@ class Text(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | Unpin | Order | Look | AskTimelines) -> None:
+    def _to_scheduler(self, message: Abort | Submit | ImagePixels | Unpin | Order | Look | AskTimelines) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
         if self.scheduler_up:
             self._post(SCHEDULER, message)
@@ -502,7 +522,17 @@ class Text(Actor):
     def _post(
         self,
         name: str,
-        message: Abort | Submit | Unpin | Chunks | Refused | Stats | Order | Look | AskTimelines | FrontAnswer,
+        message: Abort
+        | Submit
+        | ImagePixels
+        | Unpin
+        | Chunks
+        | Refused
+        | Stats
+        | Order
+        | Look
+        | AskTimelines
+        | FrontAnswer,
     ) -> None:
         """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
         try:

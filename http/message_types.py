@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Struct, field
 
-from ..actors.conversation import ChatMessage, ContentPart
+from ..actors.conversation import ChatMessage, ContentPart, ImageUrl
 from ..errors import RequestError
 from .protocol import (
     ChatRequest,
@@ -31,10 +31,21 @@ from .protocol import (
 MaxTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 
+class ImageSource(Struct, frozen=True):
+    """An image in base64; type "url" is not fetched."""
+
+    type: Literal["base64", "url"]
+    media_type: str | None = None
+    data: str | None = None
+    url: str | None = None
+
+
 class Block(Struct, frozen=True):
-    """A piece of a turn: text, thinking, redacted_thinking, tool_use or tool_result; others are refused by name."""
+    """A piece of a turn: text, image, thinking, redacted_thinking, tool_use or tool_result; others are refused by
+    name."""
 
     type: str
+    source: ImageSource | None = None
     text: str | None = None
     thinking: str | None = None
     id: str | None = None
@@ -210,6 +221,8 @@ def _turns(turn: MessageTurn, where: str) -> list[ChatMessage]:
     for j, block in enumerate(turn.content):
         if block.type == "tool_result":
             turns.append(_tool_result(block, f"{where}[{j}]"))
+        elif block.type == "image":
+            said.append(_image_part(block, f"{where}[{j}].source"))
         else:
             said.append(_text_part(block, f"{where}[{j}]"))
     return [*turns, ChatMessage("user", said)] if said or not turns else turns
@@ -255,6 +268,18 @@ def _texts(content: str | list[Block], where: str) -> str | list[ContentPart]:
     if isinstance(content, str):
         return content
     return [_text_part(block, f"{where}[{j}]") for j, block in enumerate(content)]
+
+
+def _image_part(block: Block, where: str) -> ContentPart:
+    source = block.source
+    if source is None:
+        raise RequestError("an image needs source", param=where)
+    if source.type == "url":
+        return ContentPart("image_url", image_url=ImageUrl(source.url or ""), field=where)
+    if source.data is None:
+        raise RequestError("a source of type base64 needs data", param=f"{where}.data")
+    url = f"data:{source.media_type or 'image/png'};base64,{source.data}"
+    return ContentPart("image_url", image_url=ImageUrl(url), field=f"{where}.data")
 
 
 def _text_part(block: Block, where: str) -> ContentPart:

@@ -19,6 +19,7 @@ from ..actors.client import Choice, Stream, token_prompt
 from ..actors.grammar_fields import GIVEN as GRAMMAR_FIELDS
 from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
 from ..actors.grammar_fields import grammar_spec
+from ..actors.image_fields import with_images
 from ..actors.messages import Chunk, GrammarSpec, Prompt, TextPrompt, TokenLogprob
 from ..errors import RequestError
 from ..sampler.params import SamplingParams
@@ -186,6 +187,7 @@ def _timelines(service: Service, stream: Stream, continuations: list[Continuatio
 def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
     """Return what to submit, one Continuation a choice, and whether the reply is a list."""
     prompts, is_batch = native_prompts(request.text, request.input_ids, vocab_size)
+    prompts = with_images(prompts, request.image_data, is_batch)
     count = len(prompts)
     sampling = per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
     logprobs = _logprobs(request, count)

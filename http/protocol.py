@@ -101,8 +101,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     priority: Priority | None = None
     timeline: bool = False
     """Say in `meta_info` when what happened."""
+    image_data: str | list[str | list[str] | None] | None = None
+    """Base64 or data: addresses: one, or a list of one prompt's; of a batch a list, an entry or a list a prompt."""
     input_embeds: Refusable = None
-    image_data: Refusable = None
     video_data: Refusable = None
     audio_data: Refusable = None
     lora_path: Refusable = None
@@ -113,7 +114,6 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
 
 NATIVE_REFUSED = (
     "input_embeds",
-    "image_data",
     "video_data",
     "audio_data",
     "lora_path",

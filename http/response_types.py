@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ..actors.conversation import ChatMessage, ContentPart
+from ..actors.conversation import ChatMessage, ContentPart, ImageUrl
 from ..errors import RequestError
 from .protocol import (
     ChatRequest,
@@ -28,10 +28,12 @@ from .protocol import (
 
 
 class InputPart(Struct, frozen=True):
-    """A piece of a message: input_text of the user, output_text of the model."""
+    """A piece of a message: input_text and input_image of the user, output_text of the model."""
 
     type: str
     text: str | None = None
+    image_url: str | None = None
+    """A data: address."""
 
 
 class InputItem(Struct, frozen=True):
@@ -229,11 +231,16 @@ def _call(item: InputItem, i: int) -> dict[str, Any]:
 def _content(content: str | list[InputPart] | None, where: str) -> str | list[ContentPart]:
     if content is None or isinstance(content, str):
         return content or ""
-    for j, part in enumerate(content):
-        if part.type not in ("input_text", "output_text", "text") or part.text is None:
-            what = f"content of type {part.type[:64]} is not supported; this model reads text"
-            raise RequestError(what, param=f"{where}[{j}]", code="unsupported_value")
-    return [ContentPart("text", part.text) for part in content]
+    return [_part(part, f"{where}[{j}]") for j, part in enumerate(content)]
+
+
+def _part(part: InputPart, where: str) -> ContentPart:
+    if part.type == "input_image" and part.image_url is not None:
+        return ContentPart("image_url", image_url=ImageUrl(part.image_url), field=f"{where}.image_url")
+    if part.type not in ("input_text", "output_text", "text") or part.text is None:
+        what = f"content of type {part.type[:64]} is not supported; served: texts, and input_image with image_url"
+        raise RequestError(what, param=where, code="unsupported_value")
+    return ContentPart("text", part.text)
 
 
 def _function(tool: ResponseTool) -> FunctionDefinition:

@@ -47,17 +47,20 @@ class EngineBackend(Backend):
             template = model_template(running.model.path) or chat_template_of(name)
         super().__init__(name, template)
         self._engine = running
+        self.takes_pictures = running.model.image_token_id is not None
         self.most_calls = max(1, running.config.max_queued_requests // 2)
 
     async def generate(self, context: Context, sampling: Sampling) -> Reply:
-        outputs = await self._outputs(context.text, self._pin(context), n=sampling.n or 1, **_request(sampling))
+        options = _request(sampling) | _pictures(context)
+        outputs = await self._outputs(context.text, self._pin(context), n=sampling.n or 1, **options)
         first = outputs[0]
         return Reply([o.text for o in outputs], meta_info(first, first.logprobs, sampling, first.prompt_logprobs))
 
     async def stream(self, context: Context, sampling: Sampling) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         logprobs: list[TokenLogprob] = []
         of_prompt: list[TokenLogprob] = []
-        async with self._engine.stream(context.text, **_request(sampling)) as deltas:
+        options = _request(sampling) | _pictures(context, batch=False)
+        async with self._engine.stream(context.text, **options) as deltas:
             async for delta in deltas:
                 logprobs += delta.logprobs
                 of_prompt += delta.prompt_logprobs
@@ -68,6 +71,8 @@ class EngineBackend(Backend):
     ) -> ChoicesDecision:
         if temperature > 1e-5:
             raise RequestError("select chooses by probability: its temperature must be 0", param="temperature")
+        if context.pictures:
+            raise RequestError("select with pictures is not served", param="select", code="unsupported_value")
         (prompt,) = await self._outputs(context.text, self._pin(context), max_new_tokens=0)
         given = (context.text, prompt.prompt_tokens)
         scores = await _gathered([partial(self._score, *given, choice) for choice in choices])
@@ -77,7 +82,7 @@ class EngineBackend(Backend):
         return method.decide(choices, scores, unconditional)
 
     async def commit(self, context: Context) -> None:
-        await self._outputs(context.text, self._pin(context), max_new_tokens=0)
+        await self._outputs(context.text, self._pin(context), max_new_tokens=0, **_pictures(context))
 
     async def cache_prefix(self, text: str) -> None:
         if text:
@@ -205,6 +210,12 @@ def _request(sampling: Sampling) -> dict[str, Any]:
         if sampling.logprob_start_len is not None:
             given["logprob_start_len"] = sampling.logprob_start_len
     return given | {"priority": sampling.priority or 0}
+
+
+def _pictures(context: Context, batch: bool = True) -> dict[str, Any]:
+    """The option of the engine that has those of the text so far, if there are any; `batch`: of a list of prompts."""
+    urls = [picture.url for picture in context.pictures]
+    return {"image_data": [urls] if batch else urls} if urls else {}
 
 
 def spelling(rows: list[TokenLogprob], text: str) -> list[TokenLogprob]:

@@ -62,6 +62,8 @@ class Batch:
     """[D] int32 or int64: the row of decode_tables of each decode row; None: row i."""
     decode_lengths_host: np.ndarray | None = None
     """decode_lengths on the host, exact; only for attention backends that plan there (`needs_host_lengths`)."""
+    features: tuple[Tensor, Tensor] | None = None
+    """([n] int64 rows of the T tokens, [n, hidden]): what stands for their embeddings, those of images."""
 
     @property
     def num_decode(self) -> int:

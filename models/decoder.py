@@ -196,6 +196,9 @@ class Decoder:
         x = F.embedding(batch.ids, table) if self.group is None else embed(batch.ids, table, self.group)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
+        if batch.features is not None:
+            rows, values = batch.features
+            x = x.index_copy(0, rows, values)
         if self.weights.positions is not None:
             x = x + F.embedding(batch.positions, self.weights.positions)
         if self.weights.token_types is not None:

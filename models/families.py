@@ -17,6 +17,7 @@ from . import sparse_families as sparse
 from .names import PLAIN, Names, by_head, gate_up, grouped_qkv, qkv, stacked, transposed
 from .rope_config import Config
 from .spec import Score, Spec
+from .vision_config import is_vision_model, language_config
 
 FUSED: Final = Names(cuts={"qkv_proj": qkv, "gate_up_proj": gate_up})
 SANDWICH: Final = Names(
@@ -167,6 +168,15 @@ BASE: Final = (
 """Of models without a language model's head: the bare decoder's names, and those of classification heads."""
 
 
+LANGUAGE: Final = (
+    (r"^(language_model\.model|model\.language_model)\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
+"""Names of a vision-language model's decoder, as transformers wrote them before and since 4.52."""
+BESIDE: Final = r"(model\.)?(vision_tower|multi_modal_projector|image_newline)\b"
+"""Names of the rest of it; see vision.py."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How models of a `model_type` are read."""
@@ -214,7 +224,9 @@ FAMILIES: Final[dict[str, Family]] = {
 
 def names_of(config: Config, pooled: bool = False) -> Names:
     """How the tensors of a config's checkpoint are named; `spec_of`, or else `pooled_spec`, has taken it."""
-    names = FAMILIES[config["model_type"]].names
+    names = FAMILIES[language_config(config)["model_type"]].names
+    if is_vision_model(config):
+        names = replace(names, rewrites=LANGUAGE + names.rewrites, beside=BESIDE)
     return replace(names, rewrites=(*names.rewrites, *BASE)) if pooled else names
 
 
@@ -233,7 +245,9 @@ def score_of(config: Config, pooling: Pooling) -> Score:
 
 
 def spec_of(config: Config) -> Spec:
-    """Return the Spec of a config.json. Raises StartupError for what is not served or malformed."""
+    """Return the Spec of a config.json, of a vision-language model's decoder. Raises StartupError for what is not
+    served or malformed."""
+    config = language_config(config)
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

@@ -104,12 +104,12 @@ class MixedStep:
 def fits(decoding: np.ndarray, chunks: list[ChunkWork], largest: Bucket) -> bool:
     """Whether a step of these can run in a bucket up to `largest`: few chunks, short context, somebody draws.
 
-    Chunks with targets run eagerly: how many logits they want is not a bucket's.
+    Chunks with targets run eagerly, for how many logits they want is not a bucket's, and those with images do.
     """
     rows = len(decoding) + sum(c.draws for c in chunks)
     return (
         0 < rows <= largest.rows
         and len(chunks) <= MOST_CHUNKS
         and sum(len(c.ids) for c in chunks) <= largest.tokens
-        and all(c.start + len(c.ids) <= LONGEST and not len(c.targets) for c in chunks)
+        and all(c.start + len(c.ids) <= LONGEST and not len(c.targets) and not c.features for c in chunks)
     )

@@ -47,6 +47,8 @@ class Names:
     """A checkpoint may have more layers than config.json says, for predicting several tokens: they are left out."""
     unused: str | None = None
     """Regular expression for those of our names that a checkpoint may have and nothing needs."""
+    beside: str | None = None
+    """Regular expression of a checkpoint's tensors that are not the decoder's."""
 
 
 PLAIN: Final = Names()

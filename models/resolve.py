@@ -22,6 +22,7 @@ from .pooling import longest_text, pooling_of
 from .reasoning_parser import ReasoningFamily
 from .shard import sharded
 from .tokenizer import chat_templates
+from .vision_config import is_vision_model, language_config, vision_facts
 
 HEAD_BYTES = 1 << 20
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -33,7 +34,8 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
     Raises StartupError saying what is wrong and what to do.
     """
     folder, name = _folder(config, progress)
-    facts = _read_json(folder / "config.json")
+    whole = read_facts(folder)
+    facts = language_config(whole)
     if config.load_format not in ("dummy", "stub"):
         _check_weights(folder)
     vocab_size = vocabulary(facts)
@@ -49,14 +51,20 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
     return ModelInfo(
         name=config.served_model_name or name,
         path=str(folder),
-        model_type=facts["model_type"],
+        model_type=whole["model_type"],
         vocab_size=vocab_size,
         context_length=_context_length(facts, config.context_length, longest_text(folder) if pooling else None),
         eos_ids=_eos_ids(folder, facts),
         has_chat_template=_has_chat_template(folder, config),
         pooling=pooling,
+        image_token_id=vision_facts(whole).image_token if is_vision_model(whole) else None,
         **_parsers(folder, config),
     )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json. Raises StartupError."""
+    return _read_json(folder / "config.json")
 
 
 def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:

@@ -35,6 +35,8 @@ class ChunkWork:
     score_from: int = 0
     targets: np.ndarray = field(default_factory=lambda: NOTHING)
     ends: bool = False
+    features: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Parts of images: (place in the chunk, features [n, hidden]); `ids` is 0 there."""
 
 
 @dataclass(slots=True)
@@ -131,6 +133,7 @@ class Runner:
             max_decode_length=self.slots.tables.shape[1] * self.page_size,
             logit_rows=wanted,
             chunks=self._chunks(chunks),
+            features=self._features(chunks, len(host_rows)),
         )
         if exact:
             self._add_host_lengths(batch, host_rows)
@@ -172,6 +175,15 @@ class Runner:
         if len(hidden):
             return self.decoder.logits(hidden)
         return torch.empty(0, self.decoder.whole.vocab, dtype=torch.float32, device=self.device)
+
+    def _features(self, chunks: list[ChunkWork], decode_rows: int) -> tuple[Tensor, Tensor] | None:
+        rows, values, at = list[np.ndarray](), list[Tensor](), decode_rows
+        for chunk in chunks:
+            for place, features in chunk.features:
+                rows.append(np.arange(at + place, at + place + len(features)))
+                values.append(features)
+            at += len(chunk.ids)
+        return (upload(np.concatenate(rows), self.device), torch.cat(values)) if rows else None
 
     def _chunks(self, chunks: list[ChunkWork]) -> list[Chunk]:
         parts = []

@@ -110,6 +110,7 @@ class _Variant:
         self._mask = control.mask(words)
         self._takes_parts = self._probe([{"type": "text", "text": PROBE}])
         self._takes_strings = not self._takes_parts or self._probe(PROBE)
+        self._takes_images = self._takes_parts and self._probe_image()
         self._takes_silence = self._probe_silence()
 
     def render(self, request: ChatRequest, kwargs: Json) -> str:
@@ -169,10 +170,14 @@ class _Variant:
         if not isinstance(content, list):
             raise RequestError(f"{where} must be a string or a list of parts", param="messages")
         for part in content:
+            if isinstance(part, dict) and part.get("type") == "image" and self._takes_images:
+                continue
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise RequestError(f"{where}: this model takes parts of type text only", param="messages")
+                kinds = "text and image" if self._takes_images else "text"
+                text = f"{where}: this model's chat template takes parts of type {kinds} only"
+                raise RequestError(text, param="messages")
         if self._takes_parts:
-            return [{"type": "text", "text": part["text"]} for part in content]
+            return [_plain_part(part) for part in content]
         return "\n".join(part["text"] for part in content)
 
     def _probe(self, content: Any) -> bool:
@@ -184,6 +189,18 @@ class _Variant:
             return False
         return PROBE in text and not any(f"{q}text{q}" in text for q in "'\"")
 
+    def _probe_image(self) -> bool:
+        """Whether the template writes something for an image."""
+        text = {"type": "text", "text": PROBE}
+        rendered = []
+        for parts in ([text], [{"type": "image"}, text]):
+            probe = {"messages": [{"role": "user", "content": parts}], "tools": None, "documents": None}
+            try:
+                rendered.append(self._run(probe | {"add_generation_prompt": True}))
+            except (RequestError, RecursionError):
+                return False
+        return rendered[0] != rendered[1] and PROBE in rendered[1]
+
     def _probe_silence(self) -> bool:
         """Whether the template renders a message with calls and without content: some print the content unasked."""
         call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -193,6 +210,10 @@ class _Variant:
         except (RequestError, RecursionError):
             return False
         return True
+
+
+def _plain_part(part: Json) -> Json:
+    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
 
 
 def _parsed_call(call: Any) -> Any:
@@ -212,7 +233,7 @@ def _tag_end(message: Json) -> None:
     content = message.get("content")
     if isinstance(content, str):
         message["content"] = content + TAG + " "
-    elif isinstance(content, list) and content:
+    elif isinstance(content, list) and content and content[-1]["type"] == "text":
         content[-1]["text"] += TAG + " "
     else:
         raise RequestError("the final message has no text to continue", param="continue_final_message")

@@ -261,7 +261,7 @@ class Source:
         Raises StartupError for one that cannot be cut as its family's are.
         """
         for name, tensor in _tensors(self.files):
-            if IGNORED.search(name):
+            if IGNORED.search(name) or (self.names.beside and re.match(self.names.beside, name)):
                 continue
             made = None
             if self.collector is not None and self.collector.takes(name):
@@ -450,6 +450,11 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise StartupError("the model's folder holds no .safetensors files (other formats are not loaded)")
     return files
+
+
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model folder's safetensors under the checkpoint's names. Raises StartupError."""
+    return _tensors(_files(folder))
 
 
 def _dtypes(files: list[Path]) -> dict[str, str]:

@@ -30,6 +30,9 @@ from actorserve.actors.messages import (
     FrontInbox,
     Generate,
     GrammarSpec,
+    ImageFile,
+    ImagePixels,
+    ImageSpan,
     Look,
     Order,
     PeerDown,
@@ -50,10 +53,11 @@ from actorserve.actors.messages import (
     Unpin,
 )
 from actorserve.actors.output import MOST_ENTRIES
-from actorserve.actors.prompts import INLINE_CHARS, derived_seed
+from actorserve.actors.prompts import INLINE_CHARS, Prompts, derived_seed
 from actorserve.actors.text import Text
 from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import StartupError
+from actorserve.models.images import Image
 from actorserve.models.tokenizer import Tokenizer, load_tokenizer
 from actorserve.sampler.params import MAX_SEED, MIN_SEED, SamplingParams
 
@@ -589,6 +593,65 @@ def test_the_next_scheduler_is_asked_for_the_rest(world: World, tokenizer: Token
     (chunk,) = world.chunks()
     assert (chunk.rid, chunk.text, chunk.finish, chunk.completion_tokens) == (1, "", "stop", len(ids) + 1)
     assert list(world.text.outputs) == [5]
+
+
+class OneImage:
+    """In place of an ImageReader: every file is the same image."""
+
+    def read(self, file: bytes, alone: bool) -> Image:
+        return Image(b"digest", 20, (2, 2), alone, np.full((1, 3, 2, 2), 0.5, dtype=np.float32))
+
+
+def test_images_go_before_their_requests_and_again_to_the_next_scheduler(world: World, tokenizer: Tokenizer) -> None:
+    (token,) = tokenizer.encode("<think>")
+    model = msgspec.structs.replace(world.context.model, image_token_id=token)
+    reader: Any = OneImage()
+    world.text.prompts = Prompts(world.context.config, model, tokenizer, None, reader)
+    files = (ImageFile(b"a", "image_data"), ImageFile(b"b", "image_data"))
+    prompt = TextPrompt("A<think>B<think>", images=files)
+    world.text._submit(Generate(1, 2, prompt, SamplingParams(max_new_tokens=5)), "front.0")  # in a thread, else
+    sent = world.scheduler()
+    assert [type(message) for message in sent] == [ImagePixels, Submit, Submit]
+    assert (sent[0].image, sent[0].tokens, sent[0].shape, len(sent[0].pixels)) == (b"digest", 20, (1, 3, 2, 2), 48)
+    assert sent[1].images == (ImageSpan(b"digest", 1, 20), ImageSpan(b"digest", 22, 20))
+    ids = np.frombuffer(sent[1].ids, dtype=np.int32)
+    assert len(ids) == 42 and ids[0] == tokenizer.encode("A")[0] and ids[21] == tokenizer.encode("B")[0]
+    assert (ids[1:21] == ids[22:]).all() and ids[1:21].min() >= VOCAB
+    restart_scheduler(world)
+    assert world.scheduler() == [sent[0], sent[1], sent[0], sent[2]]
+    world.row((1, tokenizer.encode("C")[0], Finish.LENGTH))
+    (chunk,) = [chunk for m in world.front() if isinstance(m, Chunks) for chunk in m.chunks]
+    assert (chunk.text, chunk.prompt_tokens) == ("C", 42)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "params", "field", "message"),
+    [
+        ("A", 1, {}, "prompt", "0 image tokens"),
+        ("<think>" * 20, 20, {}, "image_data", "the most is 16"),
+        ("<think>" * 10, 10, {}, "prompt", "context_length"),
+        ("<think>", 1, {"logprobs": 0, "logprob_start_len": 0}, "logprob_start_len", "not served"),
+    ],
+)
+def test_images_that_do_not_fit_their_prompt(
+    world: World, tokenizer: Tokenizer, text: str, count: int, params: dict[str, int], field: str, message: str
+) -> None:
+    model = msgspec.structs.replace(world.context.model, image_token_id=tokenizer.encode("<think>")[0])
+    reader: Any = OneImage()
+    world.text.prompts = Prompts(world.context.config, model, tokenizer, None, reader)
+    prompt = TextPrompt(text, images=(ImageFile(b"a", "image_data"),) * count)
+    world.text._submit(Generate(1, 1, prompt, SamplingParams(**params)), "front.0")
+    (refused,) = world.front()
+    assert (refused.status, refused.param) == (400, field) and message in refused.message + refused.code
+    assert world.scheduler() == []
+
+
+def test_a_model_without_vision_takes_no_images(world: World) -> None:
+    prompt = TextPrompt("A", images=(ImageFile(b"a", "messages[0].content[1].image_url"),))
+    world.text._submit(Generate(1, 1, prompt, SamplingParams()), "front.0")
+    (refused,) = world.front()
+    assert (refused.status, refused.param) == (400, "messages[0].content[1].image_url")
+    assert "no images" in refused.message
 
 
 def test_a_request_that_sees_three_schedulers_die_is_refused(world: World, tokenizer: Tokenizer) -> None:

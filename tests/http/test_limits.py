@@ -1,23 +1,40 @@
 """docs/limits.md: its tables say what the flags say, and every row of them is tried just above its limit."""
 
 import asyncio
+import io
 import json
 import re
 import socket
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actorserve.actors import image_fields, image_store
 from actorserve.actors.client import token_prompt
 from actorserve.actors.conversation import MAX_DEPTH
 from actorserve.actors.fsm_worker import MEMORY, Compiler
-from actorserve.actors.messages import Cancel, ChatPrompt, Chunk, Chunks, Generate, GrammarSpec, Refused, TextPrompt
+from actorserve.actors.messages import (
+    Cancel,
+    ChatPrompt,
+    Chunk,
+    Chunks,
+    Generate,
+    GrammarSpec,
+    ImageFile,
+    Refused,
+    TextPrompt,
+    TokenPrompt,
+)
 from actorserve.actors.prompts import MOST_LOGPROBS, Prompts, check_start
-from actorserve.config import EngineConfig
+from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import ActorserveError
 from actorserve.flags import GROUPS
 from actorserve.fsm.budget import Budget
@@ -26,7 +43,7 @@ from actorserve.http import connection
 from actorserve.http.chat_tools import MAX_TOOLS
 from actorserve.http.json_depth import MAX_JSON_DEPTH, too_deep
 from actorserve.http.score import MAX_REPEATED, ScoreRequest, _prompts
-from actorserve.models import sandbox
+from actorserve.models import images, sandbox
 from actorserve.models.control import ControlTokens
 from actorserve.models.template import MAX_MESSAGES, ChatTemplate, decode_chat
 from actorserve.models.tokenizer import COMPOSED
@@ -67,6 +84,10 @@ FIXED = {
     "characters of a stop string": params.MAX_STOP_CHARS,
     "`stop_token_ids`": params.MAX_STOP_IDS,
     "entries of `logit_bias`": params.MAX_BIASES,
+    "bytes of their files together": image_fields.MOST_BYTES,
+    "the longer side to the shorter": images.MOST_ASPECT,
+    "bytes of an image as the model takes it": images.MOST_BYTES,
+    "bytes of such images of all requests": image_store.HELD_BYTES,
     "CPU seconds of a chat template": sandbox.RENDER_SECONDS,
     "characters that it makes": sandbox.MAX_CHARS,
     "bytes that the compiler may take beside the tokenizer's tables": MEMORY,
@@ -384,6 +405,51 @@ async def biases(rig):
     return await post(rig, logit_bias={str(i): 1 for i in range(params.MAX_BIASES + 1)})
 
 
+def with_image(file, read, count=1):
+    """What comes of a prompt with images, `read` in the place of an ImageReader."""
+    model = ModelInfo(
+        name="", path="", model_type="llava", vocab_size=9, context_length=99, eos_ids=(), image_token_id=7
+    )
+    prompts = Prompts(EngineConfig(), model, None, None, SimpleNamespace(read=read))
+    tokens = memoryview(array("i", [7] * count).tobytes())
+    return raised(prompts.encode, TokenPrompt(tokens, (ImageFile(file, "image_data"),) * count))
+
+
+def png(width, height):
+    made = io.BytesIO()
+    PIL.Image.new("RGB", (width, height)).save(made, "PNG")
+    return made.getvalue()
+
+
+async def many_images(rig):
+    return with_image(b"", None, EngineConfig().max_images + 1)
+
+
+async def image_bytes(rig):
+    return raised(image_fields.checked, [ImageFile(bytes(image_fields.MOST_BYTES + 1), "image_data")])
+
+
+async def image_pixels(rig):
+    return with_image(png(11, 10), lambda file, alone: images.decoded(file, 100))
+
+
+async def image_aspect(rig):
+    return with_image(png(images.MOST_ASPECT + 1, 1), lambda file, alone: images.decoded(file, 10**6))
+
+
+async def processed_bytes(rig):
+    reader = object.__new__(images.ImageReader)
+    reader.facts = SimpleNamespace(kind="llava")
+    pixels = np.zeros((1, 1, 1, images.MOST_BYTES // 4 + 1), dtype=np.float32)
+    reader._processor = lambda images, return_tensors: {"pixel_values": [pixels]}
+    return with_image(b"", lambda file, alone: reader._process(SimpleNamespace(height=1, width=1), alone))
+
+
+async def live_images(rig):
+    store = image_store.ImageStore(nbytes=image_store.HELD_BYTES + 1)
+    return raised(store.hold, (), [])
+
+
 def rendered(source):
     template = ChatTemplate(source, {}, ControlTokens([]))
     return raised(template.render, decode_chat(msgspec.json.encode({"messages": USER})))
@@ -464,6 +530,7 @@ CASES = dict(zip([row.limit for row in rows()], (
     body_bytes, file_bytes, json_depth, argument_depth, many_messages, many_tools,
     context, characters, batches, repeated_query, continuations, top_logprobs, listed, of_prompts,
     stops, stop_chars, stop_ids, biases,
+    many_images, image_bytes, image_pixels, image_aspect, processed_bytes, live_images,
     template_seconds, template_chars, grammar_bytes, grammar_seconds, grammar_memory, pattern_chars,
     live_requests, live_tokens, live_bytes,
 ), strict=True))  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import anthropic
 import pytest
 
-from actorserve.actors.messages import Chunks, GrammarSpec, Refused
+from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, Refused
 
 pytestmark = pytest.mark.anyio
 TOOL = {"name": "weather", "description": "Of a city", "input_schema": {"type": "object"}}
@@ -169,6 +169,19 @@ async def test_count_tokens(rig, claude):
     assert json.loads(rig.text.got[0].prompt.payload)["tools"][0]["function"]["name"] == "weather"
 
 
+def image(source):
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "x"}
+    return [{"role": "user", "content": [result, {"type": "image", "source": source}]}]
+
+
+async def test_image(rig, claude):
+    source = {"type": "base64", "media_type": "image/png", "data": "AQID"}
+    await claude.messages.create(**ASKED | {"messages": image(source)})
+    prompt = rig.text.generates[0].prompt
+    assert prompt.images == (ImageFile(b"\x01\x02\x03", "messages[0].content[1].source.data"),)
+    assert template_input(rig)["messages"][1] == {"role": "user", "content": [{"type": "image"}]}
+
+
 BAD = [
     ({"messages": []}, "messages"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -176,7 +189,10 @@ BAD = [
     ({"temperature": 101}, "temperature"),
     ({"stop_sequences": [""]}, "stop_sequences[0]"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].source"),
+    ({"messages": image({"type": "base64"})}, "messages[0].content[1].source.data"),
+    ({"messages": image({"type": "base64", "data": "?"})}, "messages[0].content[1].source.data"),
+    ({"messages": image({"type": "url", "url": "https://example.com/a.png"})}, "messages[0].content[1].source"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].id"),
     ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0]"),

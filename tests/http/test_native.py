@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from actorserve.actors.messages import Chunks, GrammarSpec, TextPrompt, TokenPrompt
+from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, TextPrompt, TokenPrompt
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -40,6 +40,14 @@ async def test_text(rig):
     (generate,) = rig.text.generates
     assert generate.prompt == TextPrompt("Hi")
     assert (generate.n, generate.params.max_new_tokens, generate.params.logprobs) == (1, 9, None)
+
+
+async def test_image_data(rig):
+    file = ImageFile(b"\x01\x02\x03", "image_data")
+    await rig.http.post("/generate", json={"text": "Hi", "image_data": "AQID"})
+    await rig.http.post("/generate", json={"text": ["a", "b"], "image_data": [None, ["AQID", "AQID"]]})
+    images = [generate.prompt.images for generate in rig.text.generates]
+    assert images == [(file,), (), (file, file)]
 
 
 async def test_put_and_defaults(rig):
@@ -193,6 +201,9 @@ async def test_batch_stream_has_index(rig):
         ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
         ({"text": ["a", "b"], "rid": "one"}, "rid"),
         ({"text": "a", "image_data": "x"}, "image_data"),
+        ({"text": "a", "image_data": "http://example.com/a.png"}, "image_data"),
+        ({"text": ["a", "b"], "image_data": "AQID"}, "image_data"),
+        ({"text": ["a", "b"], "image_data": ["AQID"]}, "image_data"),
         ({"text": "a", "stream": "yes"}, "stream"),
         ({"text": "a", "priority": 1 << 50}, "priority"),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import openai
 import pytest
 
-from actorserve.actors.messages import Chunks, GrammarSpec, Refused, TextPrompt
+from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, Refused, TextPrompt
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -164,11 +164,24 @@ async def test_chat_messages_arrive(rig, client):
     assert sent["chat_template_kwargs"] == {"thinking": False}
 
 
+async def test_chat_with_images(rig, client):
+    url = "data:image/png;base64,AQID"
+    parts = [{"type": "text", "text": "Look:"}, {"type": "image_url", "image_url": {"url": url, "detail": "low"}}]
+    await client.chat.completions.create(model="fake-model", messages=[{"role": "user", "content": parts}])
+    prompt = rig.text.generates[0].prompt
+    assert prompt.images == (ImageFile(b"\x01\x02\x03", "messages[0].content[1].image_url"),)
+    content = [{"type": "text", "text": "Look:"}, {"type": "image"}]
+    assert template_input(rig) == {"messages": [{"role": "user", "content": content}]}
+
+
 deep: list = []
 for _ in range(40):
     deep = [deep]
 ASSISTANT = [*USER, {"role": "assistant", "content": "a"}]
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}]
+
+
+def shown(url):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +192,11 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
-        ({"messages": IMAGE}, "messages[0].content[0]"),
+        ({"messages": shown("data:...")}, "messages[0].content[0].image_url"),
+        ({"messages": shown("data:image/png,x")}, "messages[0].content[0].image_url"),
+        ({"messages": shown("https://example.com/a.png")}, "messages[0].content[0].image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": USER, "temperature": "hot"}, "temperature"),
         ({"messages": USER, "temperature": -0.5}, "temperature"),

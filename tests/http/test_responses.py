@@ -20,6 +20,16 @@ def template_input(rig):
     return json.loads(rig.text.generates[-1].prompt.payload)
 
 
+def seen(url):
+    return [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+
+
+async def test_image(rig, client):
+    await client.responses.create(model="fake-model", input=seen("data:image/png;base64,AQID"))
+    assert [image.data for image in rig.text.generates[0].prompt.images] == [b"\x01\x02\x03"]
+    assert template_input(rig)["messages"] == [{"role": "user", "content": [{"type": "image"}]}]
+
+
 async def test_create(rig, client, fakes):
     fakes.say(rig, "Yes, 42")
     reply = await client.responses.create(
@@ -172,6 +182,7 @@ def test_the_store_is_bounded(monkeypatch):
         ({"input": [{"content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].arguments"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"input": seen("https://example.com/a.png")}, "input[0].content[0].image_url"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),

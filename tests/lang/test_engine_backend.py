@@ -23,7 +23,7 @@ REPLY |= {"completion_tokens": 1, "cached_tokens": 0, "logprobs": []}
 class FakeEngine:
     """Refuses with `errors`, one a call, then answers."""
 
-    model = SimpleNamespace(name="SmolLM2-135M-Instruct", path="/nowhere")
+    model = SimpleNamespace(name="SmolLM2-135M-Instruct", path="/nowhere", image_token_id=None)
     config = SimpleNamespace(max_queued_requests=4)
 
     def __init__(self, *errors):

@@ -1,0 +1,241 @@
+"""Towers and projectors, counts of tokens, and image files, against transformers on tiny models."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_vlm import picture, png, tiny_vlm
+
+from actorserve.actors.messages import ImageSpan
+from actorserve.config import EngineConfig
+from actorserve.errors import RequestError, StartupError
+from actorserve.models.batch import plain_batch
+from actorserve.models.families import names_of, spec_of
+from actorserve.models.image_features import image_features
+from actorserve.models.images import ImageReader, decoded, placeholders
+from actorserve.models.kv_cache import KVCache
+from actorserve.models.runner import ChunkWork
+from actorserve.models.vision import MOST_TILES, Pixels, VisionTower, _groups
+from actorserve.models.vision_config import language_config, vision_facts
+from actorserve.models.weights import load_decoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_next", "llava_onevision"])
+def vlm(request, tmp_path_factory):
+    return tiny_vlm(request.param, tmp_path_factory.mktemp("vlm") / request.param)
+
+
+def pixels(image):
+    return Pixels(torch.from_numpy(image.pixels), image.size, image.alone)
+
+
+def test_features_and_counts_are_those_of_transformers(vlm):
+    """For images of many shapes, alone and together; what is encoded together is what it is alone."""
+    reader, tower = ImageReader(Path(vlm.folder), 10**6), VisionTower(Path(vlm.folder), CPU, torch.float32)
+    sizes = [(40, 30), (90, 30), (31, 90), (200, 190), (28, 28), (7, 60)]
+    alone = []
+    for i, size in enumerate(sizes):
+        image = reader.read(png(picture(i, *size)), alone=True)
+        alone.append(image)
+        (features,) = tower.encode([pixels(image)])
+        torch.testing.assert_close(features, expected(vlm, [picture(i, *size)]))
+        assert len(features) == image.tokens
+    together = tower.encode([pixels(image) for image in alone])
+    for features, image in zip(together, alone, strict=True):
+        torch.testing.assert_close(features, tower.encode([pixels(image)])[0], atol=1e-5, rtol=1e-4)
+    several = [reader.read(png(picture(i, *size)), alone=False) for i, size in enumerate(sizes)]
+    found = tower.encode([pixels(image) for image in several])
+    wanted = expected(vlm, [picture(i, *size) for i, size in enumerate(sizes)])
+    torch.testing.assert_close(torch.cat(found), wanted, atol=1e-5, rtol=1e-4)
+    assert [len(features) for features in found] == [image.tokens for image in several]
+
+
+def test_logits_are_those_of_transformers(vlm):
+    """Of every token of a prompt with two images, in chunks that cut them."""
+    images, text = [picture(1), picture(2, 90, 30)], "Hello <image> and <image>?"
+    inputs = vlm.inputs(text, images)
+    with torch.no_grad():
+        wanted = vlm.model(**inputs).logits[0]
+    reader = ImageReader(Path(vlm.folder), 10**6)
+    features = image_features(VisionTower(Path(vlm.folder), CPU, torch.float32))
+    ids, spans, at = inputs["input_ids"][0].numpy(), [], 0
+    for image in (reader.read(png(image), alone=False) for image in images):
+        start = at + int(np.flatnonzero(ids[at:] == reader.facts.image_token)[0])
+        spans.append(ImageSpan(image.digest, start, image.tokens))
+        features.take(image.digest, image.pixels.shape, image.size, image.alone, image.pixels.data.cast("B"))
+        at = start + image.tokens
+    features.admit(0, tuple(spans))
+    decoder = load_decoder(vlm.folder, EngineConfig(device="cpu", dtype="float32"), lambda fraction: None)
+    pages, logits = torch.randperm(len(ids) // 16 + 1, dtype=torch.int32), []
+    kv = KVCache(decoder.spec, len(pages), 16, CPU, torch.float32, torch.float32)
+    for start in range(0, len(ids), 11):
+        chunk = ChunkWork(0, start, ids[start : start + 11].astype(np.int32), draws=False)
+        features.apply([chunk])
+        batch = plain_batch(chunk.ids.tolist(), start, pages, 16, all_logits=True)
+        if chunk.features:
+            rows = [torch.arange(place, place + len(values)) for place, values in chunk.features]
+            batch.features = torch.cat(rows), torch.cat([values for _, values in chunk.features])
+        logits.append(decoder.forward(batch, kv))
+    difference = (torch.cat(logits) - wanted).abs().max()
+    assert difference <= 1e-5 * wanted.std(), difference / wanted.std()
+
+
+def expected(vlm, images):
+    inputs = vlm.inputs("<image>" * len(images), images)
+    given = {key: inputs[key] for key in ("pixel_values", "image_sizes", "batch_num_images") if key in inputs}
+    with torch.no_grad():
+        return torch.cat(list(vlm.model.model.get_image_features(**given, return_dict=True).pooler_output))
+
+
+def test_equal_files_are_one_image_and_others_are_not(vlm):
+    reader = ImageReader(Path(vlm.folder), 10**6)
+    one, same = (reader.read(png(picture(1)), True) for _ in range(2))
+    assert one is same
+    other = reader.read(png(picture(2)), True)
+    assert one.digest != other.digest
+    ids, again = placeholders(b"secret", one, 416), placeholders(b"secret", same, 416)
+    assert ids.dtype == np.int32 and len(ids) == one.tokens and ids.min() >= 416
+    assert (ids == again).all() and len(set(ids.tolist())) == len(ids)
+    assert not set(ids.tolist()) & set(placeholders(b"secret", other, 416).tolist())
+    assert not set(ids.tolist()) & set(placeholders(b"another", one, 416).tolist())
+
+
+def test_groups_go_through_the_tower_together_within_bounds():
+    def image(tiles, side=4, alone=True):
+        return Pixels(torch.zeros(tiles, 3, side, side), (side, side), alone)
+
+    given = [image(5), image(5), image(2, 8), image(5), image(5), image(MOST_TILES + 9), image(1, alone=False)]
+    assert list(_groups(given)) == [[0, 1, 3], [4], [5], [2], [6]]
+
+
+# ------------------------------------------------------------------ files of strangers
+
+
+def bomb(width, height):
+    """A PNG of that many pixels in a few bytes of file."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (b"", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (bomb(65_000, 65_000), "too many pixels"),
+        (bomb(1001, 1000), "1001 x 1000 pixels, the most is 1000000"),
+        (bomb(500_000, 1), "one side is more than"),
+        (bomb(2000, 200), "the longest side is 1414"),
+        (bomb(20, 20), "cannot be decoded"),
+        (png(picture(1))[:-40], "cannot be decoded"),
+        (png(picture(1))[:30], "not an image|cannot be decoded"),
+    ],
+)
+def test_refused_files(file, message):
+    with pytest.raises(RequestError, match=message):
+        decoded(file, 1_000_000)
+
+
+def test_formats_and_turned_images():
+    image = picture(1, 40, 30)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter
+        image.save(file, kind, exif=exif)
+        assert decoded(file.getvalue(), 10_000).size == (30, 40)
+    grey = io.BytesIO()
+    image.convert("LA").save(grey, "PNG")
+    assert decoded(grey.getvalue(), 10_000).mode == "RGB"
+
+
+# ------------------------------------------------------------------ checkpoints and configurations
+
+REAL = {
+    "llava": {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "vocab_size": 32064,
+            "rms_norm_eps": 1e-5,
+        },
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+        "vision_feature_select_strategy": "default",
+        "torch_dtype": "float16",
+    },
+    "mistral": {
+        "model_type": "llava_next",
+        "image_token_index": 32000,
+        "text_config": {
+            "model_type": "mistral",
+            "num_key_value_heads": 8,
+            "vocab_size": 32064,
+            "rope_theta": 1000000.0,
+        },
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+    },
+}
+
+
+def test_a_text_config_says_only_what_differs():
+    spec = spec_of(REAL["llava"])
+    assert (spec.vocab, spec.hidden, spec.layers, spec.heads, spec.kv_heads) == (32064, 4096, 32, 32, 32)
+    assert names_of(REAL["llava"]).beside is not None
+    assert language_config(REAL["llava"])["torch_dtype"] == "float16"
+    spec = spec_of(REAL["mistral"])
+    assert (spec.hidden, spec.inter, spec.kv_heads, spec.rope.theta) == (4096, 14336, 8, 1000000.0)
+    assert vision_facts(REAL["llava"]).tokens((336, 336), (480, 640), True) == 576
+    # llava-v1.6's: 576 of the whole, 2 x 2 tiles of 24 x 24 without the padding, an end for each line.
+    assert vision_facts(REAL["mistral"]).tokens((336, 336), (480, 640), True) == 576 + 36 * 48 + 36
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": None}, "no text_config"),
+        ({"vision_config": {"image_size": "big"}}, "positive integers"),
+        ({"model_type": "llava_onevision", "vision_aspect_ratio": "square"}, "vision_aspect_ratio"),
+    ],
+)
+def test_refused_configurations(change, message):
+    with pytest.raises(StartupError, match=message):
+        config = REAL["llava"] | change
+        spec_of(config)
+        vision_facts(config)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    """Names as they were before transformers 5 are taken; what lacks, is left over or misshapen is not."""
+    vlm = tiny_vlm("llava", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "vision_tower.post_layernorm.bias"
+
+    def tower(changed):
+        save_file(changed, file)
+        return VisionTower(Path(vlm.folder), CPU, torch.float32)
+
+    old = {key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in tensors.items()}
+    image = pixels(ImageReader(Path(vlm.folder), 10**6).read(png(picture(1)), True))
+    (features,) = tower(old).encode([image])
+    torch.testing.assert_close(features, expected(vlm, [picture(1)]))
+    with pytest.raises(StartupError, match=r"lacks vision_tower\.post_layernorm\.bias"):
+        tower({key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(StartupError, match="does not account for"):
+        tower(tensors | {"vision_tower.more": torch.zeros(2)})
+    with pytest.raises(StartupError, match=r"is \[3\], config.json asks for \[32\]"):
+        tower(tensors | {name: torch.zeros(3)})

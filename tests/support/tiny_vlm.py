@@ -1,0 +1,126 @@
+"""Tiny random vision-language models as model folders, and what transformers makes of them."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tiny_tokenizers import byte_level
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+SIDE, PATCH, VOCAB = 28, 7, 416
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "initializer_range": 0.2,
+}
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GRIDS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE]]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class _Onevision(transformers.LlavaOnevisionProcessor):
+    """Without a processor of videos, which would need torchvision."""
+
+    def check_argument_for_proper_class(self, *_: Any) -> Any:
+        return None
+
+
+@dataclass
+class TinyVlm:
+    """A model folder, transformers' model of it, and its processor."""
+
+    folder: str
+    model: Any
+    processor: Any
+
+    def inputs(self, text: str, images: list[Image.Image]) -> Any:
+        """What the model takes, for one prompt with these images."""
+        return self.processor(images=[images] if images else None, text=text, return_tensors="pt")
+
+    def greedy(self, text: str, images: list[Image.Image], count: int, **options: Any) -> list[int]:
+        """What transformers continues `text`, with <image> for each image, by."""
+        inputs = self.inputs(text, images)
+        found = self.model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **options)
+        return found[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def tiny_vlm(kind: str, folder: Path) -> TinyVlm:
+    """Make the model of a kind: llava, llava_next, llava_onevision."""
+    byte_level(folder, chat_template=TEMPLATE, extra_special_tokens=["<image>"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    square = {"height": SIDE, "width": SIDE}
+    common = {"patch_size": PATCH, "image_token": "<image>", "chat_template": TEMPLATE}
+    fields: dict[str, Any] = {"image_token_index": token, "image_token_id": token}
+    clip = CLIPVisionConfig(**TOWER)
+    torch.manual_seed(5)
+    if kind == "llava":
+        images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square)
+        config = transformers.LlavaConfig(vision_config=clip, text_config=LlamaConfig(**TEXT), **fields)
+        model = transformers.LlavaForConditionalGeneration(config)
+        options = common | {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        processor = transformers.LlavaProcessor(images, tokenizer, **options)
+    elif kind == "llava_next":
+        images = LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square, image_grid_pinpoints=GRIDS)
+        fields["image_grid_pinpoints"] = GRIDS
+        config = transformers.LlavaNextConfig(vision_config=clip, text_config=MistralConfig(**TEXT), **fields)
+        model = transformers.LlavaNextForConditionalGeneration(config)
+        options = common | {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        processor = transformers.LlavaNextProcessor(images, tokenizer, **options)
+    else:
+        images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=GRIDS)
+        fields |= {"image_grid_pinpoints": GRIDS, "vision_aspect_ratio": "anyres_max_2"}
+        tower = SiglipVisionConfig(**(TOWER | {"vision_use_head": False}))
+        config = transformers.LlavaOnevisionConfig(vision_config=tower, text_config=Qwen2Config(**TEXT), **fields)
+        model = transformers.LlavaOnevisionForConditionalGeneration(config)
+        options = {"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
+        options |= {"image_token": "<image>", "chat_template": TEMPLATE, "vision_aspect_ratio": "anyres_max_2"}
+        processor = _Onevision(images, tokenizer, None, **options)
+    model.eval().save_pretrained(folder)
+    images.save_pretrained(folder)
+    return TinyVlm(str(folder), model, processor)
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    """Noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(image: Image.Image) -> bytes:
+    """A file of it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
