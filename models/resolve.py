@@ -214,7 +214,7 @@ def _has_chat_template(folder: Path, config: EngineConfig) -> bool:
         if not Path(config.chat_template).expanduser().is_file():
             raise StartupError(f"--chat-template {config.chat_template}: no such file")
         return True
-    if (tokenizer / "chat_template.jinja").exists():
+    if any((tokenizer / f"chat_template.{kind}").exists() for kind in ("jinja", "json")):
         return True
     settings = tokenizer / "tokenizer_config.json"
     return settings.exists() and bool(_read_json(settings).get("chat_template"))

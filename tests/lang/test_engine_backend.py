@@ -61,6 +61,17 @@ def test_parameters_reach_the_engine_by_its_names():
     assert not {"dtype", "return_logprob", "json_schema"} & set(options)
 
 
+def test_pictures_reach_a_model_that_takes_images():
+    engine = FakeEngine()
+    asked = sgl.function(lambda s: s.__iadd__("Look: " + sgl.image("data:image/png;base64,AQID") + sgl.gen("x")))
+    with pytest.raises(sgl.ProgramError, match="no vision"):
+        asked.run(backend=EngineBackend(engine))["x"]
+    engine.model = SimpleNamespace(**vars(FakeEngine.model) | {"image_token_id": 7})
+    assert asked.run(backend=EngineBackend(engine))["x"] == "four"
+    ((prompt, options),) = engine.asked
+    assert (prompt, options["image_data"]) == (["Look: <image>"], [["data:image/png;base64,AQID"]])
+
+
 class TokenEngine(FakeEngine):
     """A token is a character, but "\n" and spaces before it are one; the logprob of one at place i is -i."""
 
