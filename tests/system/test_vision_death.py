@@ -1,4 +1,4 @@
-"""A server of a vision-language model over HTTP: kill -9 of each process while it answers questions about images."""
+"""A vision-language model in processes of its own: kill -9 of each while it answers over HTTP, and two ranks."""
 
 import os
 import signal
@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 from live_server import LiveServer, live_server, wait_until
-from tiny_vlm import data_url, picture, tiny_vlm
+from tiny_vlm import data_url, picture, png, tiny_vlm
+
+import actorserve
 
 STEPS = 300
 IMAGES = [picture(i, 40 + 10 * i, 60) for i in range(4)]
@@ -54,3 +56,17 @@ def test_answers_survive_every_death(tmp_path: Path, thorough: bool) -> None:
             assert [text(answer.result()) for answer in answers] == undisturbed * 2, node
             wait_until(lambda node=node, pid=pid: server.children().get(node, pid) != pid, 30, f"{node} is back")
             wait_until(server.is_ready, 60, "the server is ready again")
+
+
+def test_every_rank_gets_the_images(tmp_path: Path, thorough: bool) -> None:
+    if not thorough:
+        pytest.skip("processes for two ranks: --thorough")
+    vlm = tiny_vlm("llava_next", tmp_path / "model")
+    settings = {"tp_size": 2, "cpu_threads": 1, "device": "cpu", "dtype": "float32", "max_total_tokens": 2048}
+    greedy = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+    with actorserve.Engine.sync(vlm.folder, chunked_prefill_size=24, **settings) as engine:
+        files, text = [png(image) for image in IMAGES[:2]], "A <image> and <image>."
+        outputs = [engine.generate(text, image_data=files, **greedy) for _ in range(2)]
+    expected = vlm.greedy(text, IMAGES[:2], 6)
+    assert [output.ids for output in outputs] == [expected, expected]
+    assert outputs[1].cached_tokens == outputs[1].prompt_tokens - 1
