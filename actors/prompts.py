@@ -7,6 +7,7 @@ the start. Invariant: a Submit's prompt is not empty, its ids are the model's, a
 import hashlib
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Final, NamedTuple, assert_never
 
 import msgspec
@@ -21,7 +22,7 @@ from ..models.stop_regex import automaton_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
-from .messages import ChatPrompt, Generate, ImagePixels, ImageSpan, Prompt, Submit, TextPrompt, TokenPrompt
+from .messages import ChatPrompt, Generate, ImageFile, ImagePixels, ImageSpan, Prompt, Submit, TextPrompt, TokenPrompt
 
 INLINE_CHARS: Final = 4096
 """Longer prompts are tokenized in a thread: this many take about a millisecond."""
@@ -89,27 +90,31 @@ class Prompts:
 
         A text that cannot fit, whatever its tokens are, is not tokenized.
         """
+        self._check_images(prompt.images)
         encoded, field = self._encoded(prompt, most_chars=self._most_chars)
         self._check_ids(encoded.ids, field)
         if prompt.images:
-            encoded = self._with_images(encoded, prompt, field)
+            encoded = self._with_images(encoded, prompt.images, field)
         self._check_length(encoded.ids, field)
         return encoded
 
     def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> NDArray[np.int32]:
         """The prompt's token ids, however many. Raises RequestError naming the field."""
+        self._check_images(prompt.images)
         encoded, field = self._encoded(prompt, add_special_tokens)
-        return (self._with_images(encoded, prompt, field) if prompt.images else encoded).plain
+        return (self._with_images(encoded, prompt.images, field) if prompt.images else encoded).plain
 
-    def _with_images(self, encoded: Encoded, prompt: Prompt, field: str) -> Encoded:
-        """The prompt with its images in the places of its image tokens. Raises RequestError naming an image's field."""
-        files = prompt.images
-        if self._images is None or self._image_token is None:
-            text = "this model takes no images"
-            raise RequestError(text, param=files[0].field, code="unsupported_value")
+    def _check_images(self, files: Sequence[ImageFile]) -> None:
+        """Raise RequestError where the model takes no images, or not as many."""
+        if files and self._images is None:
+            raise RequestError("this model takes no images", param=files[0].field, code="unsupported_value")
         if len(files) > self._max_images:
             text = f"the prompt has {len(files)} images, the most is {self._max_images} (--max-images)"
             raise RequestError(text, param=files[self._max_images].field, code="too_many")
+
+    def _with_images(self, encoded: Encoded, files: Sequence[ImageFile], field: str) -> Encoded:
+        """The prompt with its images in the places of its image tokens. Raises RequestError naming an image's field."""
+        assert self._images is not None, "checked before"
         places = np.flatnonzero(encoded.ids == self._image_token)
         if len(places) != len(files):
             text = f"{len(files)} images were sent, but the prompt has {len(places)} image tokens"

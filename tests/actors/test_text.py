@@ -646,8 +646,11 @@ def test_images_that_do_not_fit_their_prompt(
     assert world.scheduler() == []
 
 
-def test_a_model_without_vision_takes_no_images(world: World) -> None:
-    prompt = TextPrompt("A", images=(ImageFile(b"a", "messages[0].content[1].image_url"),))
+@pytest.mark.parametrize("kind", [TextPrompt, ChatPrompt])
+def test_a_model_without_vision_takes_no_images(world: World, kind: Any) -> None:
+    content = json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+    images = (ImageFile(b"a", "messages[0].content[1].image_url"),)
+    prompt = kind(content if kind is TextPrompt else content.encode(), images=images)
     world.text._submit(Generate(1, 1, prompt, SamplingParams()), "front.0")
     (refused,) = world.front()
     assert (refused.status, refused.param) == (400, "messages[0].content[1].image_url")
