@@ -70,7 +70,7 @@ def test_values() -> None:
         ("run --disable-radix", "unrecognized arguments: --disable-radix"),
         ("run --host", "argument --host: expected one argument"),
         ("serve", "invalid choice: 'serve'"),
-        ("run --tp 2", "--tp-size above 1 is not supported yet"),
+        ("run --tp 2", "--tp-size 2 does not divide 9 attention heads and 3 KV heads; possible: 3, 9"),
         ("run --model /no/where", "--model /no/where: no such file or folder"),
         ("run --model org/a/b", "no such file or folder"),
         ("run --host no.such.host.invalid", "--host no.such.host.invalid is not an address of this machine"),
