@@ -53,7 +53,8 @@ class Gpu:
     """A decoder that says it is on a GPU, and that GPU's memory. Bytes."""
 
     def __init__(self, decoder: Decoder, total: int, used: int, peak: int) -> None:
-        self.spec, self.dtype, self.device = decoder.spec, torch.bfloat16, torch.device("cuda")
+        self.spec = self.whole = decoder.spec
+        self.dtype, self.device = torch.bfloat16, torch.device("cuda")
         self.total, self.used, self.peak = total, used, peak
 
     def pages(self, **settings: object) -> int:

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
+from actorserve.config import EngineConfig
 from actorserve.models import transfer, weights
-from actorserve.models.names import PLAIN
-from actorserve.models.places import allocate
 from actorserve.models.transfer import BulkCopy, can_copy
 
+add = BulkCopy.add
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -52,13 +53,14 @@ def test_errors_come_out() -> None:
 def test_the_loader_with_bulk_copies(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the loader is told that it has a GPU; a bfloat16 checkpoint in bfloat16 goes through BulkCopy."""
     folder = tiny.save(tiny.build(name).to(torch.bfloat16), tmp_path)
-    spec = weights.spec_of(weights.read_config(tmp_path))
-    _, plain = allocate(spec, torch.device("cpu"), torch.bfloat16)
-    weights._fill(plain, tmp_path, spec, PLAIN, lambda fraction: None, {})
-    _, bulk = allocate(spec, DEVICE, torch.bfloat16)
+    config = EngineConfig(device="cpu", dtype="bfloat16")
+    plain = weights.load_decoder(folder, config, lambda fraction: None)
     seen: list[float] = []
+    moved: list[Tensor] = []
     monkeypatch.setattr(weights, "uses_bulk_copy", lambda device: True)
-    weights._fill(bulk, Path(folder), spec, PLAIN, seen.append, {})
-    for place in plain:
-        assert torch.equal(plain[place].view, bulk[place].view.cpu()), place
+    monkeypatch.setattr(BulkCopy, "add", lambda self, target, source: (moved.append(target), add(self, target, source)))
+    bulk = weights.load_decoder(folder, config, seen.append)
+    assert len(moved) > 10
+    ids = tiny.prompt(20)
+    assert torch.equal(tiny.Driver.of(plain).logits(ids, [20]), tiny.Driver.of(bulk).logits(ids, [20]))
     assert seen == sorted(seen) and seen[-1] > 0.9
