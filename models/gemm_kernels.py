@@ -93,6 +93,20 @@ def _finish(
 
 
 @triton.jit
+def operands_before(bias, gain, rn, n, BIAS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+    """What the epilogue reads that no predecessor writes: (biases of the product and of its second half, gains)."""
+    biases = (0.0, 0.0)
+    if BIAS:
+        biases = (tl.load(bias + rn, rn < n, other=0.0).to(tl.float32), 0.0)
+        if ACT != "":
+            biases = (biases[0], tl.load(bias + n + rn, rn < n, other=0.0).to(tl.float32))
+    gains = 0.0
+    if ADD:
+        gains = tl.load(gain + rn, rn < n, other=0.0).to(tl.float32)
+    return biases, gains
+
+
+@triton.jit
 def operands_after(
     residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k,
     SWAP: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, ROTATE: tl.constexpr, LATE: tl.constexpr,
@@ -199,14 +213,7 @@ def linear_kernel(
         ahead = ahead + (tl.load(w_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         if ACT != "":
             ahead_up = ahead_up + (tl.load(up_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    biases = (0.0, 0.0)
-    if BIAS:
-        biases = (tl.load(bias + rn, rn < n, other=0.0).to(tl.float32), 0.0)
-        if ACT != "":
-            biases = (biases[0], tl.load(bias + n + rn, rn < n, other=0.0).to(tl.float32))
-    gains = 0.0
-    if ADD:
-        gains = tl.load(gain + rn, rn < n, other=0.0).to(tl.float32)
+    biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
     if PDL:
         tl.extra.cuda.gdc_wait()
 

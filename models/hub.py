@@ -38,8 +38,11 @@ class Hub(Protocol):
     def files(self, repo: str, revision: str | None) -> Sizes | None:
         """What the repository holds; None: the hub cannot be reached."""
 
-    def fetch(self, repo: str, revision: str | None, paths: list[str], told: Callable[[int], None]) -> Path:
-        """Fetch these files, or find them in the cache; `told` is called with the bytes that have come in all."""
+    def fetch(self, repo: str, revision: str | None, paths: list[str], told: Callable[[int], None]) -> Path | None:
+        """Fetch these files, or find them in the cache; `told` is called with the bytes that have come in all.
+
+        None: the connection broke off.
+        """
 
     def cached(self, repo: str, revision: str | None) -> Path | None:
         """The folder of an earlier fetch, without a network."""
@@ -72,6 +75,8 @@ def hub_model(model: str, source: str, revision: str | None, weights: bool, prog
         progress(STAGE, min(done, total), total)
 
     folder = hub.fetch(repo, revision, paths, told)
+    if folder is None:
+        raise StartupError(f"the connection to {hub.title} broke off; what has come is kept, try again")
     told(total)
     return folder / paths[0] if paths[0].endswith(".gguf") else folder
 
@@ -138,10 +143,10 @@ class HuggingFace:
         assert unreachable
         return None
 
-    def fetch(self, repo: str, revision: str | None, paths: list[str], told: Callable[[int], None]) -> Path:
+    def fetch(self, repo: str, revision: str | None, paths: list[str], told: Callable[[int], None]) -> Path | None:
         with self._failures(repo, revision), _watched(self._storage(repo) / "blobs", told):
             return Path(self._library.snapshot_download(repo, revision=revision, allow_patterns=paths))
-        raise StartupError(f"the connection to {self.title} broke off; what has come is kept, try again")
+        return None
 
     def cached(self, repo: str, revision: str | None) -> Path | None:
         storage, name = self._storage(repo), revision or "main"
@@ -198,7 +203,7 @@ class ModelScope:
         assert unreachable
         return None
 
-    def fetch(self, repo: str, revision: str | None, paths: list[str], told: Callable[[int], None]) -> Path:
+    def fetch(self, repo: str, revision: str | None, paths: list[str], told: Callable[[int], None]) -> Path | None:
         lock, come = threading.Lock(), 0
 
         class Counter(self._library.ProgressCallback):  # type: ignore[name-defined,misc]
@@ -222,7 +227,7 @@ class ModelScope:
                     repo, "model", revision=revision, allow_patterns=paths, progress_callbacks=[Counter]
                 )
             )
-        raise StartupError(f"the connection to {self.title} broke off; what has come is kept, try again")
+        return None
 
     def cached(self, repo: str, revision: str | None) -> Path | None:
         with suppress(self._errors.HubError):

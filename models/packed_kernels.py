@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .gemm_epilogues import rounded
-from .gemm_kernels import conclude, operands_after
+from .gemm_kernels import conclude, operands_after, operands_before
 from .layer_kernels import activate
 
 CHUNK: tl.constexpr = tl.constexpr(32)
@@ -254,14 +254,7 @@ def packed_kernel(
     up_at = w_at + n.to(tl.int64) * width
     x_at = x + rm.to(tl.int64)[:, None] * k + inputs[None, :]
     stride = 2 * n if ACT != "" else n
-    biases = (0.0, 0.0)
-    if BIAS:
-        biases = (tl.load(bias + rn, rn < n, other=0.0).to(tl.float32), 0.0)
-        if ACT != "":
-            biases = (biases[0], tl.load(bias + n + rn, rn < n, other=0.0).to(tl.float32))
-    gains = 0.0
-    if ADD:
-        gains = tl.load(gain + rn, rn < n, other=0.0).to(tl.float32)
+    biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
     metas = _metas(meta + safe_n, stride, 1)
     up_metas = _metas(meta + safe_n + n, stride, 1) if ACT != "" else metas
     if PDL:
