@@ -123,7 +123,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     )
     max_body_bytes: Annotated[Positive, Meta(description="largest HTTP body before 413")] = 8 << 20
     max_images: Annotated[int, Meta(ge=0, description="images of one prompt, for a model that takes any")] = 16
+    max_video_frames: Annotated[int, Meta(ge=1, description="frames of a video")] = 128
     max_image_pixels: Annotated[int, Meta(ge=1, le=1 << 27, description="pixels of an image before 400")] = 50_000_000
+    allow_image_urls: Annotated[bool, Meta(description="fetch images that requests name by http(s) addresses")] = False
+    allowed_media_domains: Annotated[
+        str | None,
+        Meta(description="hosts, separated by commas, that images are fetched from, also private ones; no others then"),
+    ] = None
+    image_url_seconds: Annotated[float, Meta(gt=0, description="for fetching an image before 400")] = 10.0
     max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     max_headers: Annotated[Positive, Meta(description="headers of an HTTP request before 431")] = 100
     max_header_bytes: Annotated[Positive, Meta(description="largest address and headers before 431")] = 32 << 10
@@ -276,3 +283,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """None: it generates text."""
     image_token_id: int | None = None
     """The token that stands for an image in a prompt; None: the model takes none."""
+    video_token_id: int | None = None
+    """The same of videos."""

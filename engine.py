@@ -25,7 +25,7 @@ from .actors.client import Client, LoopWakeup, Stream, token_prompt, truncated
 from .actors.conversation import ChatMessage, chat_prompt
 from .actors.embedded_host import Root
 from .actors.grammar_fields import GIVEN, grammar_spec
-from .actors.image_fields import ImageData, with_images
+from .actors.image_fields import ImageData, VideoData, with_images
 from .actors.lifeline import Failed, Progress, Up
 from .actors.messages import Chunk, FrontInbox, PeerUp, Prompt, Stats, TextPrompt
 from .config import EngineConfig, ModelInfo, Pooling
@@ -192,6 +192,7 @@ class Engine:
         priority: int = 0,
         pin: int = 0,
         image_data: ImageData = None,
+        video_data: VideoData = None,
         **overrides: Any,
     ) -> Output | list[Output]:
         """Continue a text or token ids, or each of a list of them, n times.
@@ -202,10 +203,11 @@ class Engine:
         Output for one prompt and n 1, otherwise a list, prompt by prompt with n each. Cancelling the call stops the
         work. `pin`: of Client.new_pin, for programs that come back to what this call leaves in the prefix cache.
         `image_data`: for a model that takes images those of the prompt's image tokens, as base64, data: address or a
-        file's bytes: one or a list; for a list of prompts a list of these.
+        file's bytes: one or a list; for a list of prompts a list of these. `video_data`: the same of videos, each a
+        list of frames, which are images.
         """
         prompts, is_batch = self._prompts(prompt)
-        prompts = with_images(prompts, image_data, is_batch)
+        prompts = with_images(prompts, image_data, is_batch, video_data)
         stream = self._submit(prompts, params, overrides, n, cache_salt, priority, pin)
         return await collect(stream, is_batch or n > 1)
 
@@ -218,6 +220,7 @@ class Engine:
         cache_salt: str = "",
         priority: int = 0,
         image_data: ImageData = None,
+        video_data: VideoData = None,
         **overrides: Any,
     ) -> Deltas:
         """As `generate` for one prompt, but give out the output as it comes: `async for delta in engine.stream(...)`.
@@ -227,7 +230,7 @@ class Engine:
         prompts, is_batch = self._prompts(prompt)
         if is_batch:
             raise RequestError("stream takes one prompt", param="prompt")
-        prompts = with_images(prompts, image_data, is_batch)
+        prompts = with_images(prompts, image_data, is_batch, video_data)
         return Deltas(self._client, self._submit(prompts, params, overrides, n, cache_salt, priority))
 
     @overload

@@ -20,6 +20,8 @@ VECTOR_BYTES: Final = 32
 """Of a number in a vector: as float32, and on its way to JSON as a Python object."""
 LOGPROB_BYTES: Final = 160
 """Of one logprob that waits for its reader: the value, the token and its bytes, as Python objects."""
+ADDRESS_BYTES: Final = 1 << 20
+"""Of an image that is still to be fetched; what it has is known then."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,7 +100,8 @@ class Admission:
                 size = tokens = len(prompt.payload)
             case messages.TokenPrompt():
                 size, tokens = len(prompt.ids), len(prompt.ids) // 4
-        size += sum(len(image.data) for image in prompt.images)
+        files = [*prompt.images, *(frame for video in prompt.videos for frame in video.frames)]
+        size += sum(ADDRESS_BYTES if file.url else len(file.data) for file in files)
         most = context if params.max_new_tokens is None else min(params.max_new_tokens, context)
         logprobs = 0
         if params.logprobs is not None:

@@ -10,26 +10,40 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import RequestError
-from .image_fields import checked, image_file
-from .messages import ChatPrompt, ImageFile
+from .image_fields import checked, checked_videos, image_file, video_file
+from .messages import ChatPrompt, ImageFile, VideoFile
 
 MAX_DEPTH: Final = 32
 """How deep template arguments and tool calls may be nested."""
 
 
 class ImageUrl(Struct, frozen=True):
-    """An image, as a data: address. `detail` has no effect: the model's own processor says how fine it looks."""
+    """An image, by a data: or http(s) address. `detail` has no effect: the model's own processor says how fine it
+    looks."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
+class VideoUrl(Struct, frozen=True):
+    """A video, by its frames: data:video/jpeg;base64,FRAME,FRAME,... or a list of images' addresses."""
+
+    url: str | list[str]
+    fps: float | None = None
+    """Frames of a second."""
+
+
 class ContentPart(Struct, frozen=True, omit_defaults=True):
-    """A piece of a message: type "text", or "image_url" where the model takes images. Others are refused by name."""
+    """A piece of a message: type "text"; "image_url", "video_url" or "video" where the model takes images or videos.
+    Others are refused by name."""
 
     type: str
     text: str | None = None
     image_url: ImageUrl | str | None = None
+    video_url: VideoUrl | str | None = None
+    video: str | list[str] | None = None
+    """As Qwen's own tools have it: the frames, with `fps` beside."""
+    fps: float | None = None
     field: str | None = None
     """Of the request, if another than this one, that errors about the image name."""
 
@@ -80,19 +94,20 @@ def chat_prompt(
         raise RequestError(what, param="continue_final_message")
     _check_depth(chat_template_kwargs, "chat_template_kwargs")
     _check_depth(tools, "tools")
-    images = list[ImageFile]()
-    turns = [_checked(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
+    images, videos = list[ImageFile](), list[VideoFile]()
+    turns = [_checked(message, f"messages[{i}]", images, videos) for i, message in enumerate(messages)]
     payload = Payload(turns, add_generation_prompt, continue_final_message, chat_template_kwargs, tools)
     try:
-        return ChatPrompt(msgspec.json.encode(payload), shown, opens, checked(images))
+        encoded = msgspec.json.encode(payload)
+        return ChatPrompt(encoded, shown, opens, checked(images), checked_videos(images, videos))
     except (msgspec.EncodeError, TypeError, UnicodeEncodeError) as error:
         raise RequestError(f"the conversation is not JSON: {error}", param="messages") from None
 
 
-def _checked(message: ChatMessage, where: str, images: list[ImageFile]) -> ChatMessage:
-    """The turn for the template; its images go to the end of `images`."""
+def _checked(message: ChatMessage, where: str, images: list[ImageFile], videos: list[VideoFile]) -> ChatMessage:
+    """The turn for the template; its images and videos go to the ends of the lists."""
     if isinstance(message.content, list):
-        parts = [_part(part, f"{where}.content[{j}]", images) for j, part in enumerate(message.content)]
+        parts = [_part(part, f"{where}.content[{j}]", images, videos) for j, part in enumerate(message.content)]
         message = msgspec.structs.replace(message, content=parts)
     elif message.content is None and not message.tool_calls:
         raise RequestError(f"a {message.role} message needs content", param=f"{where}.content")
@@ -101,15 +116,23 @@ def _checked(message: ChatMessage, where: str, images: list[ImageFile]) -> ChatM
     return msgspec.structs.replace(message, role="system") if message.role == "developer" else message
 
 
-def _part(part: ContentPart, where: str, images: list[ImageFile]) -> ContentPart:
+def _part(part: ContentPart, where: str, images: list[ImageFile], videos: list[VideoFile]) -> ContentPart:
     if part.type == "image_url":
         if part.image_url is None:
             raise RequestError("an image_url part needs image_url", param=f"{where}.image_url")
         url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
         images.append(image_file(url, part.field or f"{where}.image_url"))
         return ContentPart("image")
+    if part.type in ("video_url", "video"):
+        given = part.video_url if part.type == "video_url" else part.video
+        if given is None:
+            raise RequestError(f"a {part.type} part needs {part.type}", param=f"{where}.{part.type}")
+        frames, fps = (given.url, given.fps) if isinstance(given, VideoUrl) else (given, part.fps)
+        videos.append(video_file(frames, part.field or f"{where}.{part.type}", fps))
+        return ContentPart("video")
     if part.type != "text":
-        what = f"content of type {part.type} is not supported; served: text, and image_url for models that take images"
+        served = "served: text; image_url and video_url for models that take images or videos"
+        what = f"content of type {part.type[:64]} is not supported; {served}"
         raise RequestError(what, param=where, code="unsupported_value")
     if part.text is None:
         raise RequestError("a text part needs text", param=f"{where}.text")

@@ -301,7 +301,7 @@ class Executor(Actor):
                 self.context.nursery.start_soon(self._instructed, message)
             case ImagePixels():
                 assert self.images is not None
-                self.images.take(message.image, message.shape, message.size, message.alone, message.pixels)
+                self.images.take(message)
                 self._hand_on(message)
             case DropImage():
                 assert self.images is not None
@@ -439,11 +439,10 @@ class Executor(Actor):
                 self.checksums.copied(ints(plan.copies).reshape(-1, 3))
         for a in plan.admits:
             self.rid_of[a.slot] = a.rid
-            runner.admit(a.slot, ints(a.pages), a.cached, a.limit)
+            shift = 0 if self.images is None else self.images.admit(a.slot, a.images)
+            runner.admit(a.slot, ints(a.pages), a.cached, a.limit, shift)
             if self.checksums is not None:
                 self.checksums.verify(ints(a.pages), a.cached)
-            if self.images is not None:
-                self.images.admit(a.slot, a.images)
         if sampler is not None:
             sampler.sync(plan.window, plan.sampler_changes)
         runner.slots.grow(ints(plan.grow_slots), ints(plan.grow_pages))

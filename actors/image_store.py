@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from ..errors import Overloaded
 from .messages import DropImage, ImagePixels, ImageSpan
 from .request import Request
@@ -40,7 +42,7 @@ class ImageStore:
         """Keep an image, a copy, for the Submit that follows."""
         if m.image not in self.pixels:
             raw = memoryview(bytes(m.pixels))
-            self.pixels[m.image] = ImagePixels(m.image, m.tokens, m.shape, m.size, m.alone, raw)
+            self.pixels[m.image] = msgspec.structs.replace(m, pixels=raw)
             self.nbytes += len(raw)
         self.fresh.add(m.image)
 

@@ -88,18 +88,31 @@ class ImageFile(Message, frozen=True, tag=90):
 
     data: bytes
     field: str
+    url: str = ""
+    """An address, http or https, at which the file is to be had; `data` is empty then."""
+
+
+class VideoFile(Message, frozen=True, tag=94):
+    """A video of a prompt: its frames, in their order."""
+
+    frames: tuple[ImageFile, ...]
+    field: str
+    interval: float | None = None
+    """Seconds from one frame to the next, where the client says so."""
 
 
 class TextPrompt(Message, frozen=True, tag=4):
     """A prompt as text; special tokens in it are recognised, as SGLang does for /generate.
 
-    Of every prompt: `images` are those of its image tokens, in their order, one each.
+    Of every prompt: `images` are those of its image tokens, in their order, one each; `videos` those of its video
+    tokens.
     """
 
     text: str
     most: int = 0
     """Of its tokens only the first are taken, so many with the special ones around them; 0: all."""
     images: tuple[ImageFile, ...] = ()
+    videos: tuple[VideoFile, ...] = ()
 
 
 class TokenPrompt(Message, frozen=True, tag=5):
@@ -107,6 +120,7 @@ class TokenPrompt(Message, frozen=True, tag=5):
 
     ids: memoryview
     images: tuple[ImageFile, ...] = ()
+    videos: tuple[VideoFile, ...] = ()
 
 
 class ChatPrompt(Message, frozen=True, tag=6):
@@ -121,6 +135,7 @@ class ChatPrompt(Message, frozen=True, tag=6):
     opens: tuple[str, ...] = ()
     """Chunk.thinking says whether the prompt ends in one of these: the opening tags of thoughts."""
     images: tuple[ImageFile, ...] = ()
+    videos: tuple[VideoFile, ...] = ()
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -273,29 +288,36 @@ class AskTimelines(Message, frozen=True, tag=85):
 
 
 class ImagePixels(Message, frozen=True, tag=92):
-    """An image as the vision tower takes it. From text to the scheduler before the Submit that has it, and from there
-    to every executor before the Plan that computes its tokens."""
+    """An image or a video as the vision tower takes it. From text to the scheduler before the Submit that has it, and
+    from there to every executor before the Plan that computes its tokens."""
 
     image: bytes
     """Digest of all that follows: equal images are one."""
     tokens: int
     """Places that it takes in a prompt."""
-    shape: tuple[int, int, int, int]
-    """Tiles, channels, height and width of `pixels`."""
-    size: tuple[int, int]
-    """Height and width of the image that was sent."""
+    shape: tuple[int, ...]
+    """Of `pixels`: tiles or frames, channels, height, width; or patches and the numbers of one."""
+    size: tuple[int, ...]
+    """Height and width of the image that was sent; of patches the frames, rows and columns."""
     alone: bool
-    """It is its prompt's only one; OneVision tiles only such."""
+    """It is its prompt's only image; OneVision tiles only such."""
     pixels: memoryview
-    """float32, of `shape`."""
+    """float32; uint8, as the image has them, of patches."""
+    video: bool = False
 
 
 class ImageSpan(Message, frozen=True, tag=91):
-    """Part of Submit and Admit: where a sequence has an image, tokens `start` to `start + length - 1`."""
+    """Part of Submit and Admit: where a sequence has an image or a video, tokens `start` to `start + length - 1`."""
 
     image: bytes
     start: int
     length: int
+    token: int
+    """The model's token for it, which it counts as."""
+    grid: tuple[int, ...] = ()
+    """Frames, rows and columns of its tokens, where those are their positions (models/positions.py)."""
+    step: float = 1.0
+    """Positions from one frame to the next."""
 
 
 class Submit(Message, frozen=True, tag=20):

@@ -7,8 +7,8 @@ the start. Invariant: a Submit's prompt is not empty, its ids are the model's, a
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Final, NamedTuple, assert_never
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, TypeVar, assert_never
 
 import msgspec
 import numpy as np
@@ -22,7 +22,20 @@ from ..models.stop_regex import automaton_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
-from .messages import ChatPrompt, Generate, ImageFile, ImagePixels, ImageSpan, Prompt, Submit, TextPrompt, TokenPrompt
+from .messages import (
+    ChatPrompt,
+    Generate,
+    ImageFile,
+    ImagePixels,
+    ImageSpan,
+    Prompt,
+    Submit,
+    TextPrompt,
+    TokenPrompt,
+    VideoFile,
+)
+
+F = TypeVar("F")
 
 INLINE_CHARS: Final = 4096
 """Longer prompts are tokenized in a thread: this many take about a millisecond."""
@@ -47,6 +60,13 @@ class Encoded(NamedTuple):
         return self.ids if self.shown is None else self.shown
 
 
+class Placed(NamedTuple):
+    """An image or a video, and the token that it is sent for."""
+
+    image: Image
+    token: int
+
+
 class Prompts:
     """Tokenizes and checks. Without a tokenizer (skip_tokenizer_init) it takes token ids only."""
 
@@ -68,12 +88,14 @@ class Prompts:
         self._most_chars = None if chars is None else chars * model.context_length
         self._images = images
         self._image_token = model.image_token_id
+        self._video_token = model.video_token_id
         self._max_images = config.max_images
+        self._max_frames = config.max_video_frames
         self._secret = secrets.token_bytes(16)
 
     def is_long(self, prompt: Prompt) -> bool:
         """Whether `encode` would stall the loop."""
-        if prompt.images:
+        if prompt.images or prompt.videos:
             return True
         match prompt:
             case TextPrompt():
@@ -90,57 +112,71 @@ class Prompts:
 
         A text that cannot fit, whatever its tokens are, is not tokenized.
         """
-        self._check_images(prompt.images)
+        self.check_images(prompt)
         encoded, field = self._encoded(prompt, most_chars=self._most_chars)
         self._check_ids(encoded.ids, field)
-        if prompt.images:
-            encoded = self._with_images(encoded, prompt.images, field)
+        encoded = self._with_images(encoded, prompt, field)
         self._check_length(encoded.ids, field)
         return encoded
 
     def tokenize(self, prompt: Prompt, add_special_tokens: bool) -> NDArray[np.int32]:
         """The prompt's token ids, however many. Raises RequestError naming the field."""
-        self._check_images(prompt.images)
+        self.check_images(prompt)
         encoded, field = self._encoded(prompt, add_special_tokens)
-        return (self._with_images(encoded, prompt.images, field) if prompt.images else encoded).plain
+        return self._with_images(encoded, prompt, field).plain
 
-    def _check_images(self, files: Sequence[ImageFile]) -> None:
-        """Raise RequestError where the model takes no images, or not as many."""
-        if files and self._images is None:
-            raise RequestError("this model takes no images", param=files[0].field, code="unsupported_value")
-        if len(files) > self._max_images:
-            text = f"the prompt has {len(files)} images, the most is {self._max_images} (--max-images)"
-            raise RequestError(text, param=files[self._max_images].field, code="too_many")
+    def check_images(self, prompt: Prompt) -> None:
+        """Raise RequestError where the model takes no images or videos, or not as many."""
+        for what, files, token in (
+            ("images", prompt.images, self._image_token),
+            ("videos", prompt.videos, self._video_token),
+        ):
+            if files and (self._images is None or token is None):
+                raise RequestError(f"this model takes no {what}", param=files[0].field, code="unsupported_value")
+            if len(files) > self._max_images:
+                text = f"the prompt has {len(files)} {what}, the most is {self._max_images} (--max-images)"
+                raise RequestError(text, param=files[self._max_images].field, code="too_many")
+        for video in prompt.videos:
+            if len(video.frames) > self._max_frames:
+                text = f"the video has {len(video.frames)} frames, the most is {self._max_frames} (--max-video-frames)"
+                raise RequestError(text, param=video.field, code="too_many")
 
-    def _with_images(self, encoded: Encoded, files: Sequence[ImageFile], field: str) -> Encoded:
-        """The prompt with its images in the places of its image tokens. Raises RequestError naming an image's field."""
+    def _with_images(self, encoded: Encoded, prompt: Prompt, field: str) -> Encoded:
+        """The prompt with its images and videos in the places of their tokens. Raises RequestError naming a field."""
+        images, videos = prompt.images, prompt.videos
+        found = {
+            place: Placed(self._read(image, alone=len(images) == 1), int(encoded.ids[place]))
+            for place, image in _placed(encoded, "image", images, self._image_token, field)
+        }
+        for place, video in _placed(encoded, "video", videos, self._video_token, field):
+            found[place] = Placed(self._read(video, alone=False), int(encoded.ids[place]))
+        return self._expanded(encoded, found) if found else encoded
+
+    def _read(self, file: ImageFile | VideoFile, alone: bool) -> Image:
         assert self._images is not None, "checked before"
-        places = np.flatnonzero(encoded.ids == self._image_token)
-        if len(places) != len(files):
-            text = f"{len(files)} images were sent, but the prompt has {len(places)} image tokens"
-            raise RequestError(text, param=field)
-        images = list[Image]()
-        for file in files:
-            try:
-                images.append(self._images.read(file.data, alone=len(files) == 1))
-            except RequestError as error:
-                raise RequestError(error.message, param=file.field, code="invalid_image") from error
-        return self._expanded(encoded, images, places)
+        try:
+            if isinstance(file, VideoFile):
+                return self._images.read_video([frame.data for frame in file.frames], file.interval)
+            return self._images.read(file.data, alone)
+        except RequestError as error:
+            code = "invalid_video" if isinstance(file, VideoFile) else "invalid_image"
+            raise RequestError(error.message, param=file.field, code=code) from error
 
-    def _expanded(self, encoded: Encoded, images: list[Image], places: NDArray[np.int64]) -> Encoded:
+    def _expanded(self, encoded: Encoded, found: dict[int, Placed]) -> Encoded:
         """The prompt with all tokens of its images, one of which it has at each of the places."""
         ids, shown, spans, done, length = list[NDArray[np.int32]](), [], [], 0, 0
-        for image, place in zip(images, places.tolist(), strict=True):
+        for place, (image, token) in sorted(found.items()):
             text = encoded.ids[done:place]
-            spans.append(ImageSpan(image.digest, length + len(text), image.tokens))
+            start = length + len(text)
+            spans.append(ImageSpan(image.digest, start, image.tokens, token, image.grid, image.step))
             ids += [text, placeholders(self._secret, image, self._vocab_size)]
-            shown += [text, np.full(image.tokens, self._image_token, dtype=np.int32)]
-            done, length = place + 1, length + len(text) + image.tokens
+            shown += [text, np.full(image.tokens, token, dtype=np.int32)]
+            done, length = place + 1, start + image.tokens
         rest = encoded.ids[done:]
         return Encoded(
             np.concatenate([*ids, rest]),
             encoded.thinking,
-            tuple(pixels_of(image) for image in {image.digest: image for image in images}.values()),
+            tuple(pixels_of(image) for image in {image.digest: image for image, _ in found.values()}.values()),
             tuple(spans),
             np.concatenate([*shown, rest]),
         )
@@ -181,7 +217,7 @@ class Prompts:
             opened = msgspec.structs.replace(grammar.thoughts, opened=True)
             grammar = msgspec.structs.replace(grammar, thoughts=opened)
         if prompt.spans and params.wants_prompt:
-            text = "logprobs of a prompt with images are not served"
+            text = "logprobs of a prompt with images or videos are not served"
             raise RequestError(text, param="logprob_start_len", code="unsupported_value")
         check_start(params, len(ids))
         room = 0 if request.pooled else self._context_length - len(ids)
@@ -270,11 +306,19 @@ def _check_chars(text: str, most: int | None, field: str) -> None:
         raise RequestError(what, param=field, code="context_length_exceeded")
 
 
+def _placed(encoded: Encoded, what: str, files: Sequence[F], token: int | None, field: str) -> Iterator[tuple[int, F]]:
+    """Yield (place in the prompt, file). Raises RequestError where the prompt has not as many tokens."""
+    places = np.flatnonzero(encoded.ids == token).tolist() if files else []
+    if len(places) != len(files):
+        text = f"{len(files)} {what}s were sent, but the prompt has {len(places)} {what} tokens"
+        raise RequestError(text, param=field)
+    yield from zip(places, files, strict=True)
+
+
 def pixels_of(image: Image) -> ImagePixels:
     """The message of a processed image."""
-    tiles, channels, height, width = image.pixels.shape
     raw = image.pixels.reshape(-1).data.cast("B")
-    return ImagePixels(image.digest, image.tokens, (tiles, channels, height, width), image.size, image.alone, raw)
+    return ImagePixels(image.digest, image.tokens, image.pixels.shape, image.size, image.alone, raw, image.video)
 
 
 def check_start(params: SamplingParams, tokens: int) -> None:

@@ -572,9 +572,8 @@ class Scheduler(Actor):
         looks_at_tokens = request.params.has_penalty
         prompt, output = request.tokens[: request.prompt_length], request.tokens[request.prompt_length :]
         if request.images and looks_at_tokens:  # penalties know the vocabulary only
-            vocabulary, image = self.context.model.vocab_size, self.context.model.image_token_id
-            assert image is not None
-            prompt = array("i", [token if token < vocabulary else image for token in prompt])
+            for span in request.images:
+                prompt[span.start : span.start + span.length] = array("i", [span.token]) * span.length
         return SlotParams(
             window=number,
             slot=request.slot,

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, assert_never
+from typing import ClassVar, Final, TypeVar, assert_never
 
 import numpy as np
 import trio
@@ -27,6 +27,7 @@ from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Actor, Context
+from .fetch import Fetcher, address_of, fetched, hosts_of, not_fetched
 from .messages import (
     NO_STATS,
     Abort,
@@ -70,6 +71,8 @@ from .prompts import Encoded, Prompts
 from .ref import Gone
 from .view import with_lanes_of
 
+R = TypeVar("R")
+G = TypeVar("G", Generate, Tokenize)
 SCHEDULER: Final = "sched"
 MAX_DEATHS: Final = 3
 GUILTY_NS: Final = 3_000_000_000
@@ -108,6 +111,8 @@ class Text(Actor):
         self.stats = NO_STATS
         """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
+        self.fetcher: Fetcher | None = None
+        """Of images that clients name by an address."""
         self.pins: dict[str, set[int]] = {}
         """Of each front, what a scheduler may hold for it."""
         self._changed: dict[str, dict[int, Output]] = {}
@@ -119,6 +124,8 @@ class Text(Actor):
         """Load tokenizer and template. Raises StartupError."""
         context = self.context
         images = None
+        if context.config.allow_image_urls:
+            self.fetcher = Fetcher(hosts_of(context.config.allowed_media_domains), context.config.image_url_seconds)
         if context.model.image_token_id is not None:
             most = context.config.max_image_pixels
             images = await trio.to_thread.run_sync(ImageReader, Path(context.model.path), most)
@@ -209,7 +216,7 @@ class Text(Actor):
 
     async def _submit_from_thread(self, m: Generate, front: str) -> None:
         """A long prompt, or one with images: nothing of `m` aliases the ring."""
-        prompt = await trio.to_thread.run_sync(self._encode, m, abandon_on_cancel=True, limiter=self._threads)
+        prompt = await self._in_thread(self._encode, m)
         if self.tokenizing.pop(m.rid, None) is not None:
             self._admit(m, front, prompt)
 
@@ -314,7 +321,27 @@ class Text(Actor):
             self._post(front, self._tokenized(m))
 
     async def _tokenize_in_thread(self, m: Tokenize, front: str) -> None:
-        self._post(front, await trio.to_thread.run_sync(self._tokenized, m, limiter=self._threads))
+        result = await self._in_thread(self._tokenized, m)
+        if isinstance(result, ActorserveError):
+            result = Refused(m.rid, 1, result.status, result.code, result.message, result.param)
+        self._post(front, result)
+
+    async def _in_thread(self, work: Callable[[G], R], m: G) -> R | RequestError:
+        """What a thread makes of a message, once the images of its prompt are there; or why they are not."""
+        address = address_of(m.prompt)
+        if address is None:
+            return await self._threaded(work, m)
+        try:
+            self.prompts.check_images(m.prompt)
+            if self.fetcher is None:
+                raise not_fetched(address)
+            async with self.fetcher.at_once:
+                return await self._threaded(work, replace(m, prompt=await fetched(self.fetcher, m.prompt)))
+        except RequestError as error:
+            return error
+
+    async def _threaded(self, work: Callable[[G], R], m: G) -> R:
+        return await trio.to_thread.run_sync(work, m, abandon_on_cancel=True, limiter=self._threads)
 
     def _tokenized(self, m: Tokenize) -> Tokenized | Refused:
         try:

@@ -32,7 +32,7 @@ MaxTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 
 class ImageSource(Struct, frozen=True):
-    """An image in base64; type "url" is not fetched."""
+    """An image in base64, or its address."""
 
     type: Literal["base64", "url"]
     media_type: str | None = None
@@ -284,7 +284,7 @@ def _image_part(block: Block, where: str) -> ContentPart:
 
 def _text_part(block: Block, where: str) -> ContentPart:
     if block.type != "text":
-        what = f"a block of type {block.type[:64]} is not supported here; this model reads text"
+        what = f"a block of type {block.type[:64]} is not supported here; served: text, and image in a user's turn"
         raise RequestError(what, param=where, code="unsupported_value")
     if block.text is None:
         raise RequestError("a text block needs text", param=f"{where}.text")

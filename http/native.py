@@ -187,7 +187,7 @@ def _timelines(service: Service, stream: Stream, continuations: list[Continuatio
 def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
     """Return what to submit, one Continuation a choice, and whether the reply is a list."""
     prompts, is_batch = native_prompts(request.text, request.input_ids, vocab_size)
-    prompts = with_images(prompts, request.image_data, is_batch)
+    prompts = with_images(prompts, request.image_data, is_batch, request.video_data)
     count = len(prompts)
     sampling = per_prompt(request.sampling_params, count, NativeSampling(), "sampling_params")
     logprobs = _logprobs(request, count)

@@ -104,7 +104,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     image_data: str | list[str | list[str] | None] | None = None
     """Base64 or data: addresses: one, or a list of one prompt's; of a batch a list, an entry or a list a prompt."""
     input_embeds: Refusable = None
-    video_data: Refusable = None
+    video_data: str | list[str | list[str | list[str]] | None] | None = None
+    """A video is a list of its frames, as image_data's; one, or a list of one prompt's; of a batch a list of these."""
     audio_data: Refusable = None
     lora_path: Refusable = None
     session_params: Refusable = None

@@ -44,7 +44,7 @@ class Batch:
     ids: Tensor
     """[T] int64 token ids: D decode tokens, then the chunks' tokens."""
     positions: Tensor
-    """[T] int64 position of each token in its sequence."""
+    """[T] int64 position of each token in its sequence; [3, T] where an image's tokens have three (Rope.sections)."""
     kv_slots: Tensor
     """[T] int64 flat KV slot where each token's key and value are written."""
     decode_tables: Tensor

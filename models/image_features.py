@@ -1,4 +1,5 @@
-"""Images on the executor: which sequence has one where, and the features that stand for its tokens' embeddings.
+"""Images and videos on the executor: which sequence has one where, the features that stand for its tokens' embeddings,
+and the positions that tokens have because of them.
 
 Used by the executor, told by the scheduler: what is kept here, and how long, is its decision (actors/image_store.py).
 Images are encoded when the first chunk needs one of them, all that wait at once. Invariant: a slot's spans are those
@@ -6,25 +7,22 @@ of the request that was admitted to it last.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .positions import GridSpan, positions_between, shift_of
 from .runner import ChunkWork
 from .vision import Pixels, VisionTower
 
 
-class Span(Protocol):
+class Span(GridSpan, Protocol):
     """messages.ImageSpan."""
 
     @property
     def image(self) -> bytes: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def length(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -37,10 +35,11 @@ class ImageFeatures:
     spans: dict[int, tuple[Span, ...]]
     """By slot."""
 
-    def take(self, image: bytes, shape: tuple[int, ...], size: tuple[int, int], alone: bool, raw: memoryview) -> None:
-        """An image has come: `raw` float32 of `shape`, copied here."""
-        tiles = torch.from_numpy(np.frombuffer(raw, dtype=np.float32).reshape(shape).copy())
-        self.waiting[image] = Pixels(tiles, size, alone)
+    def take(self, message: Any) -> None:
+        """An image has come, a messages.ImagePixels; its pixels are copied here."""
+        dtype = np.uint8 if len(message.shape) == 2 else np.float32
+        tiles = torch.from_numpy(np.frombuffer(message.pixels, dtype=dtype).reshape(message.shape).copy())
+        self.waiting[message.image] = Pixels(tiles, message.size, message.alone, message.video)
 
     def drop(self, image: bytes) -> None:
         """Forget an image."""
@@ -53,14 +52,19 @@ class ImageFeatures:
         self.features.clear()
         self.spans.clear()
 
-    def admit(self, slot: int, spans: tuple[Span, ...]) -> None:
-        """A sequence with these images, or none, takes a slot."""
+    def admit(self, slot: int, spans: tuple[Span, ...]) -> int:
+        """A sequence with these images, or none, takes a slot. Returns what its text's positions differ by behind."""
         self.spans.pop(slot, None)
         if spans:
             self.spans[slot] = spans
+        return shift_of(spans)
 
     def apply(self, chunks: list[ChunkWork]) -> None:
-        """Give chunks the features of their tokens that are images'."""
+        """Give chunks the features of their tokens that are images', and their positions."""
+        for chunk in chunks:
+            spans = self.spans.get(chunk.slot, ())
+            if any(span.grid for span in spans):
+                chunk.positions = positions_between(spans, chunk.start, chunk.start + len(chunk.ids))
         parts = [(chunk, span) for chunk in chunks for span in self.spans.get(chunk.slot, ()) if _touches(chunk, span)]
         if parts and self.waiting:
             self._encode()

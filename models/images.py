@@ -1,4 +1,4 @@
-"""ImageReader: the bytes of an image file to what the vision tower takes, by transformers' image processor.
+"""ImageReader: the bytes of image files to what the vision tower takes, by transformers' image processor.
 
 Used by the text actor, in its threads. What is decoded comes from strangers: the format and the number of pixels are
 read from the file's head and checked before anything is decoded. Invariant: equal files of one prompt's kind give the
@@ -10,6 +10,7 @@ import io
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, StartupError
-from .resolve import read_facts
-from .vision_config import ONEVISION, vision_facts
+from .resolve import read_facts, read_json
+from .vision_config import ONEVISION, VisionFacts, vision_facts
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 MOST_ASPECT: Final = 100
@@ -27,6 +28,8 @@ MOST_ASPECT: Final = 100
 square, so the longer side has a limit of its own.)"""
 MOST_BYTES: Final = 60 << 20
 """Of a processed image: it travels in one message."""
+INTERVAL: Final = 0.5
+"""Seconds between a video's frames where nothing is said: transformers' processors take two a second."""
 KEPT_BYTES: Final = 128 << 20
 """Of processed images that are kept for when they come again, as in the next turn of a conversation."""
 
@@ -37,10 +40,14 @@ class Image:
 
     digest: bytes
     tokens: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     alone: bool
-    pixels: NDArray[np.float32]
-    """[tiles, channels, height, width]"""
+    pixels: NDArray[np.float32] | NDArray[np.uint8]
+    """Tiles float32 [tiles, channels, height, width], or patches uint8 [patches, numbers]."""
+    video: bool = False
+    grid: tuple[int, ...] = ()
+    step: float = 1.0
+    """As in messages.ImageSpan."""
 
 
 class ImageReader:
@@ -50,24 +57,33 @@ class ImageReader:
         """`most_pixels`: of an image as it is sent. Raises StartupError for a model folder without a processor."""
         self.facts = vision_facts(read_facts(folder))
         self._most_pixels = most_pixels
-        self._processor = _processor(folder)
-        self._kept: OrderedDict[tuple[bytes, bool], Image] = OrderedDict()
+        self._processor = image_processor(folder)
+        self._video_pixels = _video_pixels(folder, self.facts)
+        self._kept: OrderedDict[tuple[bytes, Any], Image] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
 
     def read(self, file: bytes, alone: bool) -> Image:
         """Process a file; `alone`: it is its prompt's only image. Raises RequestError without a field."""
-        key = hashlib.blake2b(file, digest_size=16).digest(), alone
+        return self._read([file], alone, lambda: self._process(decoded(file, self._most_pixels), alone))
+
+    def read_video(self, frames: Sequence[bytes], interval: float | None) -> Image:
+        """Process files that are a video's frames, `interval` seconds apart. Raises RequestError without a field."""
+        return self._read(frames, ("video", interval), lambda: self._process_video(frames, interval or INTERVAL))
+
+    def _read(self, files: Sequence[bytes], how: Any, process: Callable[[], Image]) -> Image:
+        hashes = [hashlib.blake2b(file, digest_size=16).digest() for file in files]
+        key = hashlib.blake2b(b"".join(hashes), digest_size=16).digest(), how
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 return kept
-        image = self._process(decoded(file, self._most_pixels), alone)
+        image = process()
         with self._lock:
             self._keep(key, image)
         return image
 
-    def _keep(self, key: tuple[bytes, bool], image: Image) -> None:
+    def _keep(self, key: tuple[bytes, Any], image: Image) -> None:
         if key in self._kept:
             return
         self._kept[key] = image
@@ -77,23 +93,98 @@ class ImageReader:
 
     def _process(self, picture: Any, alone: bool) -> Image:
         facts, size = self.facts, (picture.height, picture.width)
+        if facts.patched:
+            patches, grid = self._patches(picture, {})
+            return _patched(facts, patches[:, :, 0].reshape(len(patches), -1), (1, *grid), False, 1.0)
         # What OneVision's processor makes of an image depends on how many its prompt has.
-        images: Any = [[picture, picture]] if facts.kind == ONEVISION and not alone else [picture]
-        try:
-            found = self._processor(images=images, return_tensors="np")
-            pixels = np.asarray(found["pixel_values"][0], dtype=np.float32)
-        except Exception as error:  # whatever the processor raises for a shape that it cannot take
-            raise RequestError("the image cannot be resized to what the model takes") from error
+        several = facts.kind == ONEVISION and not alone
+        pixels = np.asarray(self._processed([[picture, picture]] if several else [picture])[0], dtype=np.float32)
         pixels = np.ascontiguousarray(pixels if pixels.ndim == 4 else pixels[None])
-        if facts.kind == ONEVISION and not alone:
+        if several:
             pixels = pixels[:1]  # the rest is padding
-        if pixels.nbytes > MOST_BYTES:
-            raise RequestError(f"the model makes {pixels.nbytes >> 20} MiB of it, the most is {MOST_BYTES >> 20}")
         tokens = facts.tokens((pixels.shape[2], pixels.shape[3]), size, alone)
         alone = alone or facts.kind != ONEVISION  # to others it is all the same
-        digest = hashlib.blake2b(f"{pixels.shape} {size} {alone}".encode(), digest_size=16)
-        digest.update(pixels.data.cast("B"))
-        return Image(digest.digest(), tokens, size, alone, pixels)
+        return _image(tokens, size, alone, pixels)
+
+    def _process_video(self, files: Sequence[bytes], interval: float) -> Image:
+        facts, frames, size = self.facts, list[Any](), None
+        assert facts.video_token is not None, "checked before"
+        for i, file in enumerate(files):
+            try:
+                picture = decoded(file, self._most_pixels)
+            except RequestError as error:
+                raise RequestError(f"frame {i}: {error.message}") from None
+            size = size or picture.size
+            if picture.size != size:
+                raise RequestError(f"frame {i} has {picture.size} pixels, the first has {size}")
+            frames.append(self._frame(picture, len(files)))
+            if len(files) * frames[0][0].nbytes > MOST_BYTES:
+                raise RequestError(f"the model makes more than {MOST_BYTES >> 20} MiB of so many frames")
+        if not facts.patched:
+            tiles = np.concatenate([pixels for pixels, _ in frames])
+            return _image(facts.video_tokens(len(frames)), (tiles.shape[2], tiles.shape[3]), True, tiles, True)
+        return self._joined(frames, interval)
+
+    def _frame(self, picture: Any, count: int) -> tuple[NDArray[Any], tuple[int, int]]:
+        """One of `count` frames: a tile, or patches uint8 [patches, channels, side * side]; their rows and columns."""
+        if not self.facts.patched:  # as OneVision takes each of several images
+            pixels = np.asarray(self._processed([[picture, picture]])[0], dtype=np.float32)
+            return pixels[:1], (0, 0)
+        least, most, total = self._video_pixels
+        most = max(min(most, total * self.facts.frames // count), int(least * 1.05))
+        patches, grid = self._patches(picture, {"size": {"shortest_edge": least, "longest_edge": most}})
+        return patches[:, :, 0], grid
+
+    def _joined(self, frames: list[tuple[NDArray[Any], tuple[int, int]]], interval: float) -> Image:
+        """Patches of frames made patches of several frames each; the last frame is repeated where one lacks."""
+        facts, (first, grid) = self.facts, frames[0]
+        deep = facts.frames
+        stack = [patches for patches, _ in frames]
+        stack += stack[-1:] * (-len(stack) % deep)
+        shape = (len(stack) // deep, deep, *first.shape)
+        patches = np.stack(stack).reshape(shape).transpose(0, 2, 3, 1, 4)  # [times, patches, channels, deep, numbers]
+        step = 1.0 if facts.per_second is None else facts.per_second * interval * deep
+        flat = patches.reshape(shape[0] * shape[2], -1)
+        return _patched(facts, flat, (shape[0], *grid), True, step)
+
+    def _patches(self, picture: Any, options: dict[str, Any]) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """Patches of a picture, [patches, channels, frames, side * side], all frames alike; their rows and columns."""
+        found = self._processed([picture], "image_grid_thw", do_rescale=False, do_normalize=False, **options)
+        pixels, (_, rows, columns) = np.asarray(found[0]), np.asarray(found[1])[0].tolist()
+        facts = self.facts
+        return pixels.astype(np.uint8).reshape(rows * columns, -1, facts.frames, facts.patch**2), (rows, columns)
+
+    def _processed(self, images: list[Any], beside: str | None = None, **options: Any) -> Any:
+        """What the processor makes of images: of the first, or of all with what it says beside."""
+        try:
+            found = self._processor(images=images, return_tensors="np", **options)
+            return found["pixel_values"] if beside is None else (found["pixel_values"], found[beside])
+        except Exception as error:  # whatever the processor raises for a shape that it cannot take
+            raise RequestError("the image cannot be resized to what the model takes") from error
+
+
+def _patched(facts: VisionFacts, pixels: NDArray[np.uint8], size: tuple[int, ...], video: bool, step: float) -> Image:
+    """Of patches [patches, numbers] in `size` frames, rows and columns."""
+    times, rows, columns = size
+    grid = times, rows // facts.merge, columns // facts.merge
+    return _image(math.prod(grid), size, True, np.ascontiguousarray(pixels), video, grid, step)
+
+
+def _image(
+    tokens: int,
+    size: tuple[int, ...],
+    alone: bool,
+    pixels: NDArray[Any],
+    video: bool = False,
+    grid: tuple[int, ...] = (),
+    step: float = 1.0,
+) -> Image:
+    """With the digest of all that the features and the positions of an image depend on."""
+    if pixels.nbytes > MOST_BYTES:
+        raise RequestError(f"the model makes {pixels.nbytes >> 20} MiB of it, the most is {MOST_BYTES >> 20}")
+    digest = hashlib.blake2b(f"{pixels.shape} {size} {alone} {video} {step}".encode(), digest_size=16)
+    digest.update(pixels.data.cast("B"))
+    return Image(digest.digest(), tokens, size, alone, pixels, video, grid, step)
 
 
 def decoded(file: bytes, most_pixels: int) -> Any:
@@ -136,7 +227,22 @@ def placeholders(secret: bytes, image: Image, vocab_size: int) -> NDArray[np.int
     return numbers.astype(np.int32)
 
 
-def _processor(folder: Path) -> Any:
+def _video_pixels(folder: Path, facts: VisionFacts) -> tuple[int, int, int]:
+    """(fewest, most) pixels of a frame, and the most of all frames together: of Qwen-VL's own processor."""
+    area, stated = facts.side**2, dict[str, Any]()
+    path = folder / "video_preprocessor_config.json"
+    if path.exists():
+        stated = read_json(path)
+    size = stated.get("size") or {}
+    least = stated.get("min_pixels") or size.get("shortest_edge") or 128 * area
+    most = stated.get("max_pixels") or size.get("longest_edge") or 768 * area
+    if not isinstance(least, int) or not isinstance(most, int):
+        raise StartupError(f"{path}: sizes must be numbers of pixels")
+    return least, most, 115_200 * area
+
+
+def image_processor(folder: Path) -> Any:
+    """transformers' image processor of a model. Raises StartupError."""
     try:
         from transformers import AutoImageProcessor
 

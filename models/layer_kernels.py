@@ -23,12 +23,21 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def rotation_kernel(positions, frequencies, out, count, half, factor, BLOCK: tl.constexpr):
-    """Write out float32 [T, 2, half]: cosines, then sines, of position * frequency; `count` is T * half."""
+def rotation_kernel(
+    positions, frequencies, out, count, half, factor, rows_from, columns_from, BLOCK: tl.constexpr, AXES: tl.constexpr
+):  # fmt: skip
+    """Write out float32 [T, 2, half]: cosines, then sines, of position * frequency; `count` is T * half.
+
+    With AXES positions are [3, T]: pairs before `rows_from` turn by the first, from `columns_from` on by the last.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
     token, pair = i // half, i % half
-    position = tl.load(positions + token, live, other=0).to(tl.float32)
+    place = token
+    if AXES:
+        axis = (pair >= rows_from).to(tl.int32) + (pair >= columns_from).to(tl.int32)
+        place += axis * (count // half)
+    position = tl.load(positions + place, live, other=0).to(tl.float32)
     angle = position * tl.load(frequencies + pair, live, other=0.0)
     at = token.to(tl.int64) * 2 * half + pair
     tl.store(out + at, tl.cos(angle) * factor, live)

@@ -84,7 +84,7 @@ class Ops(Protocol):
     """What a forward is made of, besides attention: GEMMs with what follows each, and these parts by themselves."""
 
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> Any:
-        """Return what `rope_and_write` needs to rotate tokens at positions [T]: made once a forward."""
+        """Return what `rope_and_write` needs to rotate tokens at positions [T], or [3, T]: made once a forward."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm of x [T, hidden]."""

@@ -44,7 +44,7 @@ class MixedStep:
         self.runner = runner
         self.bucket = bucket
         r, c = bucket.rows, bucket.tokens
-        self._sizes = [r, r, r, r, c, c, c, 4 * bucket.tiles]
+        self._sizes = [r, r, r, r, c, runner.axes * c, c, 4 * bucket.tiles]
         self._buffer = torch.empty(sum(self._sizes), dtype=runner.index_dtype, device=runner.device)
         parts = torch.split(self._buffer, self._sizes)
         self.decoding, self.slots, self.wanted, self.draw_positions, self.ids, self.positions, self.kv_slots = parts[:7]
@@ -73,8 +73,10 @@ class MixedStep:
         table = tile_table([(len(c.ids), c.start, c.slot * width) for c in chunks], r)
         tiles = np.zeros((self.bucket.tiles, 4), dtype=np.int32)
         tiles[: len(table)] = table
-        fillers = (0, 0, slots.scratch_slot)
-        padded = [self._padded(part, filler) for part, filler in zip(tokens, fillers, strict=True)]
+        ids, places, kv_slots = tokens
+        axes = places.reshape(self.runner.axes, -1)
+        padded = [self._padded(ids, 0), *(self._padded(axis, 0) for axis in axes)]
+        padded.append(self._padded(kv_slots, slots.scratch_slot))
         return [rows, drawn, logits, positions, *padded, tiles.ravel()]
 
     def _padded(self, values: np.ndarray, filler: int) -> np.ndarray:
@@ -87,7 +89,7 @@ class MixedStep:
         tables = runner.slots.tables
         batch = Batch(
             ids=torch.cat([inputs.ids, self.ids]),
-            positions=torch.cat([inputs.positions, self.positions]),
+            positions=runner.joined_positions(inputs.positions, self.positions),
             kv_slots=torch.cat([inputs.kv_slots, self.kv_slots]),
             decode_tables=tables,
             decode_rows=self.decoding,

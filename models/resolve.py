@@ -44,6 +44,7 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
             f"{folder / 'config.json'} has no model_type or no vocab_size: not a language model's folder"
         )
     pooling = pooling_of(folder, facts, config)
+    vision = vision_facts(whole) if is_vision_model(whole) else None
     if config.tp_size > 1 and config.load_format != "stub":
         if config.placement == "inline":
             raise StartupError("--tp-size needs --placement process: ranks wait for each other")
@@ -57,14 +58,15 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         eos_ids=_eos_ids(folder, facts),
         has_chat_template=_has_chat_template(folder, config),
         pooling=pooling,
-        image_token_id=vision_facts(whole).image_token if is_vision_model(whole) else None,
+        image_token_id=None if vision is None else vision.image_token,
+        video_token_id=None if vision is None else vision.video_token,
         **_parsers(folder, config),
     )
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """A model folder's config.json. Raises StartupError."""
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
@@ -111,7 +113,7 @@ def _converted(gguf: Path, progress: Progress) -> Path:
     return target
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or StartupError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +155,7 @@ def _thoughts(folder: Path, config: EngineConfig, family: ReasoningFamily) -> Th
     """The ids of a family's tags; None if one of them is no token of its own."""
     tokenizer = Path(config.tokenizer_path).expanduser() if config.tokenizer_path else folder
     file = tokenizer / "tokenizer.json"
-    added = _read_json(file).get("added_tokens") if file.exists() else None
+    added = read_json(file).get("added_tokens") if file.exists() else None
     ids = {t["content"]: t["id"] for t in added or [] if isinstance(t, dict) and {"content", "id"} <= t.keys()}
     if not all(isinstance(ids.get(tag), int) for tag in (*family.opens, *family.closes)):
         return None
@@ -167,7 +169,7 @@ def _chat_templates(folder: Path, config: EngineConfig) -> dict[str, str]:
         return {"default": Path(config.chat_template).expanduser().read_text(encoding="utf-8", errors="replace")}
     tokenizer = Path(config.tokenizer_path).expanduser() if config.tokenizer_path else folder
     settings = tokenizer / "tokenizer_config.json"
-    return chat_templates(tokenizer, _read_json(settings) if settings.exists() else {})
+    return chat_templates(tokenizer, read_json(settings) if settings.exists() else {})
 
 
 def vocabulary(facts: dict[str, Any]) -> Any:
@@ -196,7 +198,7 @@ def _context_length(facts: dict[str, Any], wanted: int | None, usual: int | None
 def _eos_ids(folder: Path, facts: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json's end tokens, else config.json's, as transformers' generate has it; may be empty."""
     generation = folder / "generation_config.json"
-    found = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    found = read_json(generation).get("eos_token_id") if generation.exists() else None
     if found is None:
         found = facts.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
@@ -217,4 +219,4 @@ def _has_chat_template(folder: Path, config: EngineConfig) -> bool:
     if any((tokenizer / f"chat_template.{kind}").exists() for kind in ("jinja", "json")):
         return True
     settings = tokenizer / "tokenizer_config.json"
-    return settings.exists() and bool(_read_json(settings).get("chat_template"))
+    return settings.exists() and bool(read_json(settings).get("chat_template"))

@@ -50,13 +50,14 @@ def _yarn(frequencies: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
 
 
 def rotation_table(positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [tokens, 1, rope.dim] of `dtype`, for positions int64 [tokens].
+    """Return (cos, sin), each [tokens, 1, rope.dim] of `dtype`, for positions int64 [tokens], or [3, tokens] where
+    `rope.sections` has pairs turn by different ones.
 
     `sin` carries the sign of the rotation, so that rotated = x * cos + swapped(x) * sin (see `rotate_`).
     Angles are computed in float32: at position 131,072 a bfloat16 angle would be off by whole turns.
     """
     factor = rope.scaling.attention_factor if rope.scaling else 1.0
-    angles = positions.to(torch.float32)[:, None] * frequencies
+    angles = positions_of_pairs(positions, rope).to(torch.float32) * frequencies
     cos, sin = angles.cos() * factor, angles.sin() * factor
     if rope.interleaved:
         cos = cos.repeat_interleave(2, dim=-1)
@@ -65,6 +66,15 @@ def rotation_table(positions: Tensor, frequencies: Tensor, rope: Rope, dtype: to
         cos = torch.cat((cos, cos), dim=-1)
         sin = torch.cat((-sin, sin), dim=-1)
     return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+
+def positions_of_pairs(positions: Tensor, rope: Rope) -> Tensor:
+    """Return [tokens, 1], or [tokens, rope.dim / 2] of positions [3, tokens]: what each pair turns by."""
+    if positions.dim() == 1:
+        return positions[:, None]
+    assert rope.sections is not None
+    parts = zip(positions.unbind(0), rope.sections, strict=True)
+    return torch.cat([own[:, None].expand(-1, pairs) for own, pairs in parts], dim=1)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:

@@ -27,18 +27,32 @@ def rope_of(
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default_partial
+    dim = int(head_dim_of(config) * partial) if dim is None else dim
     return Rope(
         theta=float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta),
-        dim=int(head_dim_of(config) * partial) if dim is None else dim,
+        dim=dim,
         interleaved=interleaved,
         scaling=_scaling(parameters, config.get("max_position_embeddings", 0)),
+        sections=_sections(parameters, dim),
     )
+
+
+def _sections(parameters: Config, dim: int) -> tuple[int, int, int] | None:
+    sections = parameters.get("mrope_section")
+    if sections is None:
+        return None
+    if parameters.get("mrope_interleaved"):
+        raise StartupError("config.json: mrope_interleaved is not served yet")
+    frames, rows, columns = map(int, sections)
+    if min(frames, rows, columns) < 0 or frames + rows + columns != dim // 2:
+        raise StartupError(f"config.json: mrope_section {sections} does not share out {dim // 2} pairs")
+    return frames, rows, columns
 
 
 def _scaling(parameters: Config, max_position: int) -> RopeScaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     original = parameters.get("original_max_position_embeddings")
-    if kind == "default" or (kind == "dynamic" and original in (None, max_position)):
+    if kind in ("default", "mrope") or (kind == "dynamic" and original in (None, max_position)):
         return None  # dynamic NTK changes nothing up to max_position, and no longer context is served
     if kind == "linear":
         return RopeScaling("linear", float(parameters["factor"]))

@@ -37,6 +37,8 @@ class ChunkWork:
     ends: bool = False
     features: list[tuple[int, Tensor]] = field(default_factory=list)
     """Parts of images: (place in the chunk, features [n, hidden]); `ids` is 0 there."""
+    positions: np.ndarray | None = None
+    """int64 [3, n] in a slot with images, where the model has three positions; None: they are the tokens' numbers."""
 
 
 @dataclass(slots=True)
@@ -60,13 +62,16 @@ class Runner:
         self.page_size = kv.page_size
         self.device = decoder.device
         self.index_dtype = torch.int64 if decoder.device.type == "cpu" else torch.int32
+        rope = decoder.spec.rope
+        self.axes = 1 if rope is None or rope.sections is None else len(rope.sections)
+        """Positions of a token."""
         self.slots = SlotArrays(max_slots, max_pages, kv.num_pages - 1, kv.page_size, decoder.device)
         self.lengths = np.zeros(max_slots + 1, dtype=np.int64)
         """`slots.length` as the host knows it: exact where steps do not run ahead, of no use elsewhere."""
 
-    def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int) -> None:
+    def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int, shift: int = 0) -> None:
         """Seat a sequence; see SlotArrays.admit. Takes effect with `flush`."""
-        self.slots.admit(slot, pages, cached, limit)
+        self.slots.admit(slot, pages, cached, limit, shift)
         self.lengths[slot] = cached
 
     def upload_rows(self, rows: np.ndarray) -> Tensor:
@@ -120,12 +125,12 @@ class Runner:
         rows = self.upload_rows(host_rows)
         inputs = self.slots.prepare(rows)
         packed, places = self.chunk_inputs(chunks, len(host_rows))
-        n = len(packed[0])
-        device = upload(np.concatenate([*packed, *places]), self.device).to(self.index_dtype)
-        ids, positions, kv_slots, wanted, slots, draw_positions = torch.split(device, [n, n, n, *map(len, places)])
+        parts = [*packed, *places]
+        device = upload(np.concatenate(parts), self.device).to(self.index_dtype)
+        ids, positions, kv_slots, wanted, slots, draw_positions = torch.split(device, [len(part) for part in parts])
         batch = Batch(
             ids=torch.cat([inputs.ids, ids]),
-            positions=torch.cat([inputs.positions, positions]),
+            positions=self.joined_positions(inputs.positions, positions),
             kv_slots=torch.cat([inputs.kv_slots, kv_slots]),
             decode_tables=self.slots.tables,
             decode_rows=rows,
@@ -148,19 +153,25 @@ class Runner:
         positions = torch.cat([inputs.draw_positions, draw_positions])
         return StepLogits(logits, torch.cat([rows, slots]), positions, scored)
 
+    def joined_positions(self, decoding: Tensor, chunks: Tensor) -> Tensor:
+        """Those of decode rows [B], which are of text, before those of chunks as `chunk_inputs` has them."""
+        if self.axes == 1:
+            return torch.cat([decoding, chunks])
+        return torch.cat([decoding.expand(self.axes, -1), chunks.view(self.axes, -1)], dim=1)
+
     def states(self, chunks: list[ChunkWork], wanted: np.ndarray) -> Tensor:
         """Run one forward over the chunks, and nothing else.
 
         Returns the normed hidden states [n, hidden] of `wanted` int64 [n], places in the chunks' tokens.
         """
         (ids, positions, kv_slots), _ = self.chunk_inputs(chunks, 0)
-        n = len(ids)
-        packed = upload(np.concatenate([ids, positions, kv_slots, wanted]), self.device).to(self.index_dtype)
-        parts = torch.split(packed, [n, n, n, len(wanted)])
+        given = [ids, positions, kv_slots, wanted]
+        packed = upload(np.concatenate(given), self.device).to(self.index_dtype)
+        parts = torch.split(packed, [len(part) for part in given])
         nobody = self.upload_rows(NOTHING)
         batch = Batch(
             ids=parts[0],
-            positions=parts[1],
+            positions=parts[1] if self.axes == 1 else parts[1].view(self.axes, -1),
             kv_slots=parts[2],
             decode_tables=self.slots.tables,
             decode_rows=nobody,
@@ -193,8 +204,11 @@ class Runner:
         return parts
 
     def chunk_inputs(self, chunks: list[ChunkWork], decode_rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return ([ids, positions, KV slots] of the chunks' tokens, [wanted rows, drawing slots, draw positions])."""
-        ids, positions, kv_slots, wanted = [], [], [], list(range(decode_rows))
+        """Return ([ids, positions, KV slots] of the chunks' tokens, [wanted rows, drawing slots, draw positions]).
+
+        With several positions of a token, all first ones come before all second ones.
+        """
+        ids, positions, kv_slots, wanted = [], list[np.ndarray](), [], list(range(decode_rows))
         drawing = [c.slot for c in chunks if c.draws]
         draw_positions, scored = [], list[int]()
         at = decode_rows
@@ -202,12 +216,13 @@ class Runner:
             place = np.arange(c.start, c.start + len(c.ids))
             pages = self.slots.host_tables[c.slot, place // self.page_size].astype(np.int64)
             ids.append(c.ids)
-            positions.append(place)
+            positions.append(np.tile(place, (self.axes, 1)) if c.positions is None else c.positions)
             kv_slots.append(pages * self.page_size + place % self.page_size)
             scored += range(at + c.score_from, at + c.score_from + len(c.targets))
             at += len(c.ids)
             if c.draws:
                 wanted.append(at - 1)
                 draw_positions.append(c.start + len(c.ids))
-        tokens = [np.concatenate([NOTHING, *part]).astype(np.int64) for part in (ids, positions, kv_slots)]
+        ahead = np.concatenate([np.empty((self.axes, 0), dtype=np.int64), *positions], axis=1).ravel()
+        tokens = [np.concatenate([NOTHING, *part]).astype(np.int64) for part in (ids, [ahead], kv_slots)]
         return tokens, [np.array(part, dtype=np.int64) for part in (wanted + scored, drawing, draw_positions)]

@@ -19,7 +19,7 @@ BLOCK = 256
 
 @triton.jit
 def _prepare(
-    rows_ptr, length_ptr, last_ptr, done_ptr, tables_ptr, out_ptr, count, width, scratch_slot,
+    rows_ptr, length_ptr, last_ptr, shift_ptr, done_ptr, tables_ptr, out_ptr, count, width, scratch_slot,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -30,7 +30,8 @@ def _prepare(
     column = tl.minimum(position // PAGE, width - 1)
     page = tl.load(tables_ptr + row * width + column, live, other=0)
     tl.store(out_ptr + i, tl.load(last_ptr + row, live, other=0), live)
-    tl.store(out_ptr + count + i, tl.where(done, 0, position), live)
+    shift = tl.load(shift_ptr + row, live, other=0)
+    tl.store(out_ptr + count + i, tl.where(done, 0, position + shift), live)
     tl.store(out_ptr + 2 * count + i, tl.where(done, scratch_slot, page * PAGE + position % PAGE), live)
     tl.store(out_ptr + 3 * count + i, tl.where(done, 1, position + 1), live)
     tl.store(out_ptr + 4 * count + i, position + 1, live)
@@ -65,7 +66,7 @@ def prepare(slots: "SlotArrays", rows: Tensor) -> "DecodeInputs":
     count = len(rows)
     out = torch.empty(5, count, dtype=torch.int32, device=rows.device)
     _prepare[(triton.cdiv(count, BLOCK),)](
-        rows, slots.length, slots.last, slots.done, slots.tables, out, count, slots.tables.shape[1],
+        rows, slots.length, slots.last, slots.shift, slots.done, slots.tables, out, count, slots.tables.shape[1],
         slots.scratch_slot, PAGE=slots.page_size, BLOCK=BLOCK,
     )  # fmt: skip
     return DecodeInputs(*out.unbind(0))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..sampler.upload import upload
 
-NUMBERS: Final = ("length", "last", "limit", "done")
+NUMBERS: Final = ("length", "last", "limit", "shift", "done")
 """The int32 numbers of a slot, in the order in which they lie before the tables."""
 NO_TOKEN: Final = -1
 LENGTH: Final = 2
@@ -30,7 +30,7 @@ class DecodeInputs:
     ids: Tensor
     """The slot's last token."""
     positions: Tensor
-    """Its position."""
+    """Its position, as the model counts them."""
     kv_slots: Tensor
     """Where its KV goes."""
     lengths: Tensor
@@ -40,7 +40,7 @@ class DecodeInputs:
 
 
 class SlotArrays:
-    """`cells` int32 holds, for S + 1 slots: length, last, limit, done, then the tables [S + 1, P]."""
+    """`cells` int32 holds, for S + 1 slots: length, last, limit, shift, done, then the tables [S + 1, P]."""
 
     def __init__(self, max_slots: int, max_pages: int, scratch_page: int, page_size: int, device: torch.device) -> None:
         self.padding = max_slots
@@ -49,8 +49,9 @@ class SlotArrays:
         rows = max_slots + 1
         numbers = len(NUMBERS) * rows
         self.cells = torch.zeros(numbers + rows * max_pages, dtype=torch.int32, device=device)
-        self.length, self.last, self.limit, self.done = self.cells[:numbers].view(len(NUMBERS), rows).unbind(0)
-        """int32 [S + 1] each."""
+        self.length, self.last, self.limit, self.shift, self.done = self.cells[:numbers].view(-1, rows).unbind(0)
+        """int32 [S + 1] each. `shift`: what is added to a token's number, that it is its position: below 0
+        behind images, whose tokens share positions."""
         self.tables = self.cells[numbers:].view(rows, max_pages)
         """int32 [S + 1, P]"""
         self.scratch_slot = scratch_page * page_size
@@ -65,10 +66,10 @@ class SlotArrays:
 
     # ------------------------------------------------------------------ deltas
 
-    def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int) -> None:
+    def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int, shift: int = 0) -> None:
         """Seat a sequence: pages int32 [n], of which the first `cached` tokens have KV; ends at `limit` tokens."""
         rows = self.padding + 1
-        self._change(np.arange(len(NUMBERS)) * rows + slot, np.array([cached, 0, limit, 0]))
+        self._change(np.arange(len(NUMBERS)) * rows + slot, np.array([cached, 0, limit, shift, 0]))
         self.host_tables[slot, : len(pages)] = pages
         self.page_counts[slot] = len(pages)
         self._change(self._table_offset(slot) + np.arange(len(pages)), pages)
@@ -120,7 +121,7 @@ class SlotArrays:
         scratch = torch.full_like(kv_slots, self.scratch_slot)
         return DecodeInputs(
             ids=self.last[rows].to(rows.dtype),
-            positions=torch.where(done, 0, positions),
+            positions=torch.where(done, 0, positions + self.shift[rows]),
             kv_slots=torch.where(done, scratch, kv_slots),
             lengths=torch.where(done, 1, positions + 1).to(torch.int32),
             draw_positions=positions + 1,

@@ -54,6 +54,9 @@ class Rope:
     interleaved: bool = False
     """Pairs are (2i, 2i+1) instead of (i, i + dim/2)."""
     scaling: RopeScaling | None = None
+    sections: tuple[int, int, int] | None = None
+    """A token of an image has three positions, its frame's, row's and column's: so many pairs turn by each (M-RoPE,
+    Qwen2-VL, 2024, section 2.1). They are dim / 2 together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,8 @@ class _Variant:
         self._mask = control.mask(words)
         self._takes_parts = self._probe([{"type": "text", "text": PROBE}])
         self._takes_strings = not self._takes_parts or self._probe(PROBE)
-        self._takes_images = self._takes_parts and self._probe_image()
+        self._takes = ["text", *(kind for kind in ("image", "video") if self._takes_parts and self._probe_part(kind))]
+        """Types of parts."""
         self._takes_silence = self._probe_silence()
 
     def render(self, request: ChatRequest, kwargs: Json) -> str:
@@ -170,10 +171,10 @@ class _Variant:
         if not isinstance(content, list):
             raise RequestError(f"{where} must be a string or a list of parts", param="messages")
         for part in content:
-            if isinstance(part, dict) and part.get("type") == "image" and self._takes_images:
+            if isinstance(part, dict) and part.get("type") != "text" and part.get("type") in self._takes:
                 continue
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                kinds = "text and image" if self._takes_images else "text"
+                kinds = " and ".join(self._takes)
                 text = f"{where}: this model's chat template takes parts of type {kinds} only"
                 raise RequestError(text, param="messages")
         if self._takes_parts:
@@ -189,11 +190,11 @@ class _Variant:
             return False
         return PROBE in text and not any(f"{q}text{q}" in text for q in "'\"")
 
-    def _probe_image(self) -> bool:
-        """Whether the template writes something for an image."""
+    def _probe_part(self, kind: str) -> bool:
+        """Whether the template writes something for a part of this type."""
         text = {"type": "text", "text": PROBE}
         rendered = []
-        for parts in ([text], [{"type": "image"}, text]):
+        for parts in ([text], [{"type": kind}, text]):
             probe = {"messages": [{"role": "user", "content": parts}], "tools": None, "documents": None}
             try:
                 rendered.append(self._run(probe | {"add_generation_prompt": True}))
@@ -213,7 +214,7 @@ class _Variant:
 
 
 def _plain_part(part: Json) -> Json:
-    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+    return {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": part["type"]}
 
 
 def _parsed_call(call: Any) -> Any:

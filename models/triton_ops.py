@@ -77,13 +77,16 @@ class TritonOps:
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
         """See Ops; float32 [T, 2, dim / 2]: cosines and sines, whatever `dtype`."""
         half = len(frequencies)
-        table = torch.empty(len(positions), 2, half, dtype=torch.float32, device=positions.device)
-        count, block = len(positions) * half, 256
+        tokens, axes = positions.shape[-1], positions.dim() == 2
+        first, second, _ = rope.sections if axes and rope.sections is not None else (0, 0, 0)
+        table = torch.empty(tokens, 2, half, dtype=torch.float32, device=positions.device)
+        count, block = tokens * half, 256
         factor = rope.scaling.attention_factor if rope.scaling else 1.0
         if count:
             rotation_kernel[(triton.cdiv(count, block),)](
-                positions, frequencies, table, count, half, factor, BLOCK=block, num_warps=4
-            )
+                positions, frequencies, table, count, half, factor, first, first + second,
+                BLOCK=block, AXES=axes, num_warps=4,
+            )  # fmt: skip
         return table
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -16,21 +16,25 @@ from torch import Tensor
 
 from ..errors import StartupError
 from .families import BESIDE
+from .images import image_processor
 from .vision_config import LLAVA, ONEVISION, vision_facts
 from .weights import checkpoint_tensors, read_config
 
 MOST_TILES: Final = 16
 """Tiles that go through the tower at once."""
+MOST_PATCHES: Final = 16384
+"""The same of patches where images are of any size: some megapixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """A processed image: float32 [tiles, channels, height, width], and the (height, width) that it was sent with."""
+    """A processed image or video; see messages.ImagePixels."""
 
     tiles: Tensor
-    size: tuple[int, int]
+    """float32 [tiles or frames, channels, height, width], or uint8 [patches, numbers]"""
+    size: tuple[int, ...]
     alone: bool
-    """As in messages.ImagePixels."""
+    video: bool = False
 
 
 class VisionTower:
@@ -44,7 +48,8 @@ class VisionTower:
         self._model = _modules(folder)
         if not dummy:
             _fill(self._model, folder)
-        self._model = self._model.to(device, dtype).eval()
+        self._model = _moved(self._model, device, dtype)
+        self._normal = _normalisation(folder) if self.facts.patched else None
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Pixels]) -> list[Tensor]:
@@ -57,6 +62,10 @@ class VisionTower:
         return [rows for rows in features if rows is not None]
 
     def _encode(self, images: list[Pixels]) -> list[Tensor]:
+        if self._normal is not None:
+            return self._encode_patches(images, *self._normal)
+        if images[0].video:
+            return [self._encode_video(image) for image in images]
         pixels = torch.cat([image.tiles for image in images]).to(self._device, self._dtype)
         arguments: dict[str, Any] = {}
         if self.facts.kind != LLAVA:
@@ -69,17 +78,49 @@ class VisionTower:
         found = self._model.get_image_features(pixel_values=pixels, return_dict=True, **arguments)
         return list(found.pooler_output)
 
+    def _encode_video(self, video: Pixels) -> Tensor:
+        """OneVision's: every frame through the tower, some at a time, and one end of line behind all."""
+        tiles = torch.split(video.tiles, MOST_TILES)
+        parts = [part.to(self._device, self._dtype) for part in tiles]
+        found = [self._model.get_video_features(part[None], return_dict=True).pooler_output[0] for part in parts]
+        return torch.cat([*(rows[:-1] for rows in found[:-1]), found[-1]])
+
+    def _encode_patches(self, images: list[Pixels], scale: Tensor, shift: Tensor) -> list[Tensor]:
+        """Qwen-VL's: patches of all images in a row."""
+        facts = self.facts
+        pixels = torch.cat([self._patches(image, scale, shift) for image in images]).to(self._dtype)
+        grids = torch.tensor([image.size for image in images], device=self._device)
+        # A video is what an image of several times is: its features are made the same way.
+        found = self._model.get_image_features(pixels, grids, return_dict=True).pooler_output
+        assert sum(map(len, found)) * facts.merge**2 == len(pixels)
+        return list(found)
+
+    def _patches(self, image: Pixels, scale: Tensor, shift: Tensor) -> Tensor:
+        """float32 [patches, channels * frames * side * side], normalised; an image's frames are all the same."""
+        facts = self.facts
+        x = image.tiles.to(self._device).view(len(image.tiles), len(scale), -1, facts.patch**2).float()
+        x = x * scale.to(self._device) - shift.to(self._device)
+        return x.expand(-1, -1, facts.frames, -1).reshape(len(x), -1)
+
+
+def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
+    """(scale, shift) float32 [channels, 1, 1]: what the tower takes of a number 0 to 255 is number * scale - shift."""
+    processor = image_processor(folder)
+    mean, deviation = (torch.tensor(value) for value in (processor.image_mean, processor.image_std))
+    return (processor.rescale_factor / deviation).view(-1, 1, 1), (mean / deviation).view(-1, 1, 1)
+
 
 def _groups(images: Sequence[Pixels]) -> Iterator[list[int]]:
-    """Indices of images that go through the tower at once: of one tile's shape, MOST_TILES tiles or one image."""
+    """Indices of images that go through the tower at once: of one tile's shape, as many as a group holds or one."""
     by_shape: dict[Any, list[int]] = {}
     for i, image in enumerate(images):
-        by_shape.setdefault((image.tiles.shape[1:], image.alone), []).append(i)
-    for indices in by_shape.values():
+        by_shape.setdefault((image.tiles.dim(), image.tiles.shape[2:], image.alone, image.video), []).append(i)
+    for (dimensions, _, _, video), indices in by_shape.items():
+        most = MOST_PATCHES if dimensions == 2 else 1 if video else MOST_TILES
         group, tiles = list[int](), 0
         for i in indices:
             count = len(images[i].tiles)
-            if group and tiles + count > MOST_TILES:
+            if group and tiles + count > most:
                 yield group
                 group, tiles = [], 0
             group.append(i)
@@ -99,6 +140,16 @@ def _modules(folder: Path) -> Any:
         model.language_model = None
     except Exception as error:  # whatever transformers raises for a config of its own kind
         raise StartupError(f"config.json: the vision tower cannot be built: {error}") from error
+    return model
+
+
+def _moved(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model on a device in a dtype; frequencies, which are no weights, stay float32."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    model = model.to(device, dtype).eval()
+    for name, buffer in model.named_buffers():
+        if name in kept and name not in model.state_dict():
+            buffer.data = kept[name].to(device)
     return model
 
 

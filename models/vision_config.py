@@ -17,7 +17,10 @@ Config = dict[str, Any]
 LLAVA: Final = "llava"
 NEXT: Final = "llava_next"
 ONEVISION: Final = "llava_onevision"
-KINDS: Final = (LLAVA, NEXT, ONEVISION)
+QWEN2: Final = "qwen2_vl"
+QWEN2_5: Final = "qwen2_5_vl"
+QWEN: Final = (QWEN2, QWEN2_5)
+KINDS: Final = (LLAVA, NEXT, ONEVISION, *QWEN)
 
 _LLAMA: Final[Config] = {
     "vocab_size": 32000,
@@ -38,6 +41,18 @@ _DEFAULTS: Final[dict[str, Config]] = {
         "max_position_embeddings": 32768,
     },
 }
+_QWEN_TEXT: Final[Config] = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 29568,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_window_layers": 80,
+}
 """transformers' defaults: `text_config` says only what differs from them."""
 
 
@@ -54,12 +69,25 @@ def language_config(config: Config) -> Config:
     if not is_vision_model(config):
         return config
     text = config.get("text_config")
+    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if config.get(key)}
+    if config["model_type"] in QWEN:
+        return outer | _qwen_text(config)
     if not isinstance(text, dict):
         raise StartupError(f"config.json of model_type {config['model_type']!r} has no text_config")
     kind = text.get("model_type", "llama" if config["model_type"] != ONEVISION else "qwen2")
-    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if config.get(key)}
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     return _DEFAULTS.get(kind, {}) | outer | text | {"model_type": kind, "tie_word_embeddings": tied}
+
+
+def _qwen_text(config: Config) -> Config:
+    """Of Qwen-VL: Qwen 2 with three positions for each token. Configs before transformers 5 have no text_config."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        text = {key: value for key, value in config.items() if key not in ("vision_config", "text_config")}
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    rope.setdefault("mrope_section", [16, 24, 24])
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return _QWEN_TEXT | text | {"model_type": "qwen2", "rope_parameters": rope, "tie_word_embeddings": tied}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +107,19 @@ class VisionFacts:
     """(height, width) to which images may be resized before they are cut into tiles; (): no tiles."""
     most_tiles: int | None = None
     """Beyond it OneVision makes the features of the whole image fewer."""
+    video_token: int | None = None
+    """Id of the token that stands for a video; None: the model takes none."""
+    merge: int = 1
+    """Qwen-VL: so many rows and columns of patches make one token,"""
+    frames: int = 1
+    """and so many frames one patch;"""
+    per_second: float | None = None
+    """positions of a second of video; None: patches of frames count as one each."""
+
+    @property
+    def patched(self) -> bool:
+        """Whether images are patches of any number (Qwen-VL), not tiles of one size."""
+        return self.kind in QWEN
 
     def tokens(self, tile: tuple[int, int], size: tuple[int, int], alone: bool) -> int:
         """How many tokens an image of `size` (height, width) is, processed to tiles of (height, width).
@@ -93,6 +134,11 @@ class VisionFacts:
             return base + 1  # an end of line
         height, width = self._unpadded(size, self.side // self.patch)
         return base + height * width + height
+
+    def video_tokens(self, frames: int) -> int:
+        """How many tokens a video of tiles is: a quarter of each frame's, and an end of line."""
+        across = math.ceil(self.side // self.patch / 2)
+        return frames * across * across + 1
 
     def _unpadded(self, size: tuple[int, int], across: int) -> tuple[int, int]:
         """Rows and columns of features of the tiles together, without those that only pad."""
@@ -113,6 +159,8 @@ class VisionFacts:
 def vision_facts(config: Config) -> VisionFacts:
     """Read them from a config.json of one of KINDS. Raises StartupError for what is missing or not served."""
     kind, tower = config["model_type"], config.get("vision_config") or {}
+    if kind in QWEN:
+        return _qwen_facts(config, tower)
     token = config.get("image_token_index", config.get("image_token_id", 151646 if kind == ONEVISION else 32000))
     side, patch = tower.get("image_size", 384 if kind == ONEVISION else 336), tower.get("patch_size", 14)
     strategy = config.get("vision_feature_select_strategy", "full" if kind == ONEVISION else "default")
@@ -133,7 +181,23 @@ def vision_facts(config: Config) -> VisionFacts:
         classes - (strategy == "default"),
         () if kind == LLAVA else tuple((int(height), int(width)) for height, width in grids),
         int(most) if kind == ONEVISION else None,
+        config.get("video_token_index", config.get("video_token_id", 151647)) if kind == ONEVISION else None,
     )
+
+
+def _qwen_facts(config: Config, tower: Config) -> VisionFacts:
+    patch, frames, merge = (
+        tower.get(name, default)
+        for name, default in (("patch_size", 14), ("temporal_patch_size", 2), ("spatial_merge_size", 2))
+    )
+    image, video = config.get("image_token_id", 151655), config.get("video_token_id", 151656)
+    if not all(isinstance(n, int) and n > 0 for n in (patch, frames, merge, image, video)):
+        raise StartupError("config.json: sizes of patches and tokens of images must be positive integers")
+    rate = float(tower.get("tokens_per_second", 4)) if config["model_type"] == QWEN2_5 else None
+    return VisionFacts(
+        config["model_type"], image, patch * merge, patch, 0,
+        video_token=video, merge=merge, frames=frames, per_second=rate,
+    )  # fmt: skip
 
 
 def best_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def came(store: ImageStore, *names: bytes) -> list[ImagePixels]:
 
 def request(*names: bytes) -> Request:
     """A prompt of images only."""
-    spans = tuple(ImageSpan(name, TOKENS * i, TOKENS) for i, name in enumerate(names))
+    spans = tuple(ImageSpan(name, TOKENS * i, TOKENS, 7) for i, name in enumerate(names))
     tokens = array("i", range(TOKENS * len(names) + 1))
     return Request(1, tokens, len(tokens), SamplingParams(), "", 0, 0, len(tokens) + 1, images=spans)
 

@@ -1,5 +1,7 @@
 """Mixed steps at a fixed shape against those of any shape: same logits, same KV, whatever pads them; in graphs, too."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -25,14 +27,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.save(tiny.build("llama"), tmp_path_factory.mktemp("llama"))
 
 
-def make_runner(folder: str) -> Runner:
-    """Six slots of which 0 to 3 hold 5, 20, 33 and 64 tokens."""
+def make_runner(folder: str, sections: tuple[int, int, int] | None = None) -> Runner:
+    """Six slots of which 0 to 3 hold 5, 20, 33 and 64 tokens. With `sections` tokens have three positions."""
     decoder = load_decoder(folder, EngineConfig(model=folder, dtype="float32", device=DEVICE), lambda _: None)
+    assert decoder.spec.rope is not None
+    decoder.spec = replace(decoder.spec, rope=replace(decoder.spec.rope, sections=sections))
     kv = KVCache(decoder.spec, SLOTS * PAGES + 1, PAGE, decoder.device, torch.float32)
     runner = Runner(decoder, kv, SLOTS, PAGES)
     order = np.random.default_rng(0).permutation(SLOTS * PAGES).astype(np.int32).reshape(SLOTS, PAGES)
     for slot in range(SLOTS):
-        runner.admit(slot, order[slot], 0, PAGES * PAGE)
+        runner.admit(slot, order[slot], 0, PAGES * PAGE, shift=0 if sections is None else -slot)
     runner.slots.flush()
     for slot, length in enumerate((5, 20, 33, 64)):
         prompt = ChunkWork(slot, 0, ids(length, slot), draws=True)
@@ -77,10 +81,13 @@ SAMPLE = ["jumps"]
 """What the interpreter has time for."""
 
 
+@pytest.mark.parametrize("axes", [1, 3])
 @pytest.mark.parametrize("name", SAMPLE if DEVICE == "cpu" else list(WORK))
-def test_a_padded_step_is_a_mixed_step(folder: str, few_tiles: None, name: str) -> None:
-    runner = make_runner(folder)
-    decoding, chunks = np.array(WORK[name][0], dtype=np.int64), WORK[name][1]
+def test_a_padded_step_is_a_mixed_step(folder: str, few_tiles: None, name: str, axes: int) -> None:
+    runner = make_runner(folder, None if axes == 1 else (1, 2, 1))
+    decoding, chunks = np.array(WORK[name][0], dtype=np.int64), [replace(chunk) for chunk in WORK[name][1]]
+    if axes == 3:  # the first chunk is of an image, the others of text
+        chunks[0].positions = chunks[0].start + np.random.default_rng(1).integers(0, 5, (3, len(chunks[0].ids)))
     before = runner.kv.storage.clone()
     with torch.inference_mode():
         plain = runner.mixed(decoding, chunks, exact=False)

@@ -17,8 +17,8 @@ def arrays(device: torch.device = DEVICE) -> SlotArrays:
     return SlotArrays(SLOTS, PAGES, SCRATCH, PAGE, device)
 
 
-def seat(slots: SlotArrays, slot: int, length: int, last: int, limit: int, pages: list[int]) -> None:
-    slots.admit(slot, np.array(pages, dtype=np.int32), length, limit)
+def seat(slots: SlotArrays, slot: int, length: int, last: int, limit: int, pages: list[int], shift: int = 0) -> None:
+    slots.admit(slot, np.array(pages, dtype=np.int32), length, limit, shift)
     slots.flush()
     slots.last[slot] = last
 
@@ -41,11 +41,12 @@ def test_deltas_reach_the_device() -> None:
 
 def test_a_step_reads_and_advances() -> None:
     slots = arrays(torch.device("cpu"))
-    seat(slots, 1, 17, 5, 40, [3, 4])
+    seat(slots, 1, 17, 5, 40, [3, 4], shift=-6)
     rows = torch.tensor([1, slots.padding])
     inputs = slots.prepare(rows)
     assert inputs.ids.tolist()[0] == 5
-    assert inputs.positions.tolist() == [17, 0]
+    assert inputs.positions.tolist() == [11, 0]
+    assert inputs.draw_positions.tolist() == [18, 1]
     assert inputs.kv_slots.tolist() == [4 * PAGE + 1, SCRATCH * PAGE]
     assert inputs.lengths.tolist() == [18, 1]
     out = torch.empty(2, 2, dtype=torch.int32)
@@ -86,7 +87,7 @@ def test_kernels_equal_the_plain_torch(state: list[tuple], order: list[int], cou
     pair = [arrays(), arrays()]
     for slots in pair:
         for slot, (length, last, limit, done) in enumerate(state):
-            seat(slots, slot, length, last, limit, [slot * PAGES + i for i in range(PAGES)])
+            seat(slots, slot, length, last, limit, [slot * PAGES + i for i in range(PAGES)], shift=-slot)
             slots.done[slot] = int(done)
     rows = torch.tensor([*order[:count], SLOTS, SLOTS], dtype=torch.int32, device=DEVICE)
     plain, fused = pair[0].prepare_plain(rows), slot_kernels.prepare(pair[1], rows)
@@ -98,6 +99,6 @@ def test_kernels_equal_the_plain_torch(state: list[tuple], order: list[int], cou
     pair[0].advance_plain(rows, plain.draw_positions, ids, codes, outs[0])
     slot_kernels.advance(pair[1], rows, fused.draw_positions, ids, codes, outs[1])
     assert torch.equal(*outs)
-    for name in ("length", "last", "limit", "done"):
+    for name in ("length", "last", "limit", "shift", "done"):
         mine, theirs = (getattr(s, name)[:SLOTS] for s in pair)
         assert torch.equal(mine, theirs), name

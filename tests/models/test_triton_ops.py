@@ -117,6 +117,22 @@ def test_rope_and_write(head_dim: int, rope: Rope | None, normed: bool, dtype: t
         assert torch.equal(cache[slots, 1], qkv[:, heads + kv_heads :])
 
 
+@pytest.mark.parametrize("sections", [(16, 24, 24), (3, 0, 5), (1, 2, 1)])
+def test_rotation_by_three_positions(sections: tuple[int, int, int]) -> None:
+    rope = Rope(1e4, 2 * sum(sections), sections=sections)
+    frequencies = inverse_frequencies(rope).to(DEVICE)
+    positions = torch.randint(0, 4000, (3, 5)).to(DEVICE)
+    table = OPS.rotation(positions, frequencies, rope, torch.bfloat16)
+    for token in range(5):
+        turns = torch.cat([positions[i, token].expand(pairs) for i, pairs in enumerate(sections)]).float() * frequencies
+        torch.testing.assert_close(table[token], torch.stack([turns.cos(), turns.sin()]), rtol=1e-3, atol=1e-4)
+    cos, sin = PLAIN.rotation(positions, frequencies, rope, torch.float32)
+    torch.testing.assert_close(table[:, 0], cos[:, 0, : sum(sections)], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(table[:, 1], sin[:, 0, sum(sections) :], rtol=1e-3, atol=1e-4)
+    alike = OPS.rotation(positions[:1].expand(3, -1).contiguous(), frequencies, rope, torch.bfloat16)
+    assert torch.equal(alike, OPS.rotation(positions[0], frequencies, rope, torch.bfloat16))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_layers_without_rope_and_tokens_that_share_a_slot(interleaved: bool) -> None:
     """A layer without a table rotates nothing, although the model has rope; padding rows write one scratch slot."""

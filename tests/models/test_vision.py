@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vlm import picture, png, tiny_vlm
 
 from actorserve.actors.messages import ImageSpan
+from actorserve.actors.prompts import pixels_of
 from actorserve.config import EngineConfig
 from actorserve.errors import RequestError, StartupError
 from actorserve.models.batch import plain_batch
@@ -26,15 +27,16 @@ from actorserve.models.vision_config import language_config, vision_facts
 from actorserve.models.weights import load_decoder
 
 CPU = torch.device("cpu")
+KINDS = ["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"]
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next", "llava_onevision"])
+@pytest.fixture(scope="module", params=KINDS)
 def vlm(request, tmp_path_factory):
     return tiny_vlm(request.param, tmp_path_factory.mktemp("vlm") / request.param)
 
 
 def pixels(image):
-    return Pixels(torch.from_numpy(image.pixels), image.size, image.alone)
+    return Pixels(torch.from_numpy(image.pixels), image.size, image.alone, image.video)
 
 
 def test_features_and_counts_are_those_of_transformers(vlm):
@@ -69,8 +71,8 @@ def test_logits_are_those_of_transformers(vlm):
     ids, spans, at = inputs["input_ids"][0].numpy(), [], 0
     for image in (reader.read(png(image), alone=False) for image in images):
         start = at + int(np.flatnonzero(ids[at:] == reader.facts.image_token)[0])
-        spans.append(ImageSpan(image.digest, start, image.tokens))
-        features.take(image.digest, image.pixels.shape, image.size, image.alone, image.pixels.data.cast("B"))
+        spans.append(ImageSpan(image.digest, start, image.tokens, reader.facts.image_token, image.grid, image.step))
+        features.take(pixels_of(image))
         at = start + image.tokens
     features.admit(0, tuple(spans))
     decoder = load_decoder(vlm.folder, EngineConfig(device="cpu", dtype="float32"), lambda fraction: None)
@@ -83,6 +85,8 @@ def test_logits_are_those_of_transformers(vlm):
         if chunk.features:
             rows = [torch.arange(place, place + len(values)) for place, values in chunk.features]
             batch.features = torch.cat(rows), torch.cat([values for _, values in chunk.features])
+        if chunk.positions is not None:
+            batch.positions = torch.from_numpy(chunk.positions)
         logits.append(decoder.forward(batch, kv))
     difference = (torch.cat(logits) - wanted).abs().max()
     assert difference <= 1e-5 * wanted.std(), difference / wanted.std()
@@ -90,7 +94,11 @@ def test_logits_are_those_of_transformers(vlm):
 
 def expected(vlm, images):
     inputs = vlm.inputs("<image>" * len(images), images)
-    given = {key: inputs[key] for key in ("pixel_values", "image_sizes", "batch_num_images") if key in inputs}
+    given = {
+        key: inputs[key]
+        for key in ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
+        if key in inputs
+    }
     with torch.no_grad():
         return torch.cat(list(vlm.model.model.get_image_features(**given, return_dict=True).pooler_output))
 

@@ -107,7 +107,8 @@ def latents() -> Iterator[None]:
 
 def layers() -> Iterator[None]:
     """What is between the GEMMs, and the slot arrays."""
-    yield build(layer_kernels.rotation_kernel, 4, BLOCK=256)
+    for axes in (False, True):
+        yield build(layer_kernels.rotation_kernel, 4, BLOCK=256, AXES=axes)
     for pdl in (False, True):
         yield build(layer_kernels.norm_kernel, 8, pdl, ADD=True, BLOCK=4096, PDL=pdl)
         yield build(layer_kernels.act_mul_kernel, 4, pdl, ACT="silu", BLOCK=1024, PDL=pdl)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Conf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SIDE, PATCH, VOCAB = 28, 7, 416
 TOWER = {
@@ -41,13 +43,20 @@ TEXT = {
 GRIDS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE]]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<{{ p.type }}>{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 class _Onevision(transformers.LlavaOnevisionProcessor):
     """Without a processor of videos, which would need torchvision."""
+
+    def check_argument_for_proper_class(self, *_: Any) -> Any:
+        return None
+
+
+class _Qwen(transformers.Qwen2VLProcessor):
+    """The same; Qwen2.5-VL's makes the same of images."""
 
     def check_argument_for_proper_class(self, *_: Any) -> Any:
         return None
@@ -72,16 +81,18 @@ class TinyVlm:
         return found[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def tiny_vlm(kind: str, folder: Path) -> TinyVlm:
-    """Make the model of a kind: llava, llava_next, llava_onevision."""
-    byte_level(folder, chat_template=TEMPLATE, extra_special_tokens=["<image>"])
+def tiny_vlm(kind: str, folder: Path, seed: int = 5) -> TinyVlm:
+    """Make the model of a kind: llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl."""
+    byte_level(folder, chat_template=TEMPLATE, extra_special_tokens=["<image>", "<video>"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     token = tokenizer.convert_tokens_to_ids("<image>")
     square = {"height": SIDE, "width": SIDE}
     common = {"patch_size": PATCH, "image_token": "<image>", "chat_template": TEMPLATE}
     fields: dict[str, Any] = {"image_token_index": token, "image_token_id": token}
     clip = CLIPVisionConfig(**TOWER)
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
+    if kind.startswith("qwen"):
+        return _qwen(kind, folder, tokenizer)
     if kind == "llava":
         images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square)
         config = transformers.LlavaConfig(vision_config=clip, text_config=LlamaConfig(**TEXT), **fields)
@@ -97,6 +108,8 @@ def tiny_vlm(kind: str, folder: Path) -> TinyVlm:
         processor = transformers.LlavaNextProcessor(images, tokenizer, **options)
     else:
         images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=GRIDS)
+        video = tokenizer.convert_tokens_to_ids("<video>")
+        fields |= {"video_token_index": video, "video_token_id": video}
         fields |= {"image_grid_pinpoints": GRIDS, "vision_aspect_ratio": "anyres_max_2"}
         tower = SiglipVisionConfig(**(TOWER | {"vision_use_head": False}))
         config = transformers.LlavaOnevisionConfig(vision_config=tower, text_config=Qwen2Config(**TEXT), **fields)
@@ -106,6 +119,33 @@ def tiny_vlm(kind: str, folder: Path) -> TinyVlm:
         processor = _Onevision(images, tokenizer, None, **options)
     model.eval().save_pretrained(folder)
     images.save_pretrained(folder)
+    return TinyVlm(str(folder), model, processor)
+
+
+def _qwen(kind: str, folder: Path, tokenizer: Any) -> TinyVlm:
+    """Patches of PATCH pixels, 2 x 2 of which are a token; images are of any size."""
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 1]}
+    text = TEXT | {"rope_parameters": rope}
+    tower = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "initializer_range": 0.2}
+    if kind == "qwen2_vl":
+        tower |= {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": TEXT["hidden_size"]}
+        names = "Qwen2VLConfig", "Qwen2VLForConditionalGeneration"
+    else:
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": TEXT["hidden_size"]}
+        tower |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1], "tokens_per_second": 3}
+        names = "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"
+    ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": 1, "vision_end_token_id": 2}
+    config = getattr(transformers, names[0])(text_config=text, vision_config=tower, **ids)
+    model = getattr(transformers, names[1])(config)
+    model.eval().save_pretrained(folder)
+    pixels = {"shortest_edge": 72 * PATCH * PATCH, "longest_edge": 200 * PATCH * PATCH}
+    images = Qwen2VLImageProcessorPil(size=pixels, patch_size=PATCH)
+    images.save_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"size": pixels}))
+    processor = _Qwen(images, tokenizer, None, chat_template=TEMPLATE)
+    processor.image_token, processor.image_token_id = "<image>", image
+    processor.video_token, processor.video_token_id = "<video>", video
     return TinyVlm(str(folder), model, processor)
 
 

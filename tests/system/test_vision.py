@@ -14,7 +14,7 @@ SETTINGS = {"placement": "inline", "device": "cpu", "dtype": "float32", "max_tot
 ONE, WIDE, TALL = picture(1), picture(2, 90, 30), picture(3, 31, 90)
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next", "llava_onevision"])
+@pytest.fixture(scope="module", params=["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
 def vlm(request, tmp_path_factory):
     return tiny_vlm(request.param, tmp_path_factory.mktemp("vlm") / request.param)
 
