@@ -74,7 +74,10 @@ class Fetcher:
             answer = await self._get(self._checked(url), budget)
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(url, answer.target)
+            try:
+                url = urljoin(url, answer.target)
+            except ValueError:
+                raise refused("the image's server sends us on to what is no address") from None
         raise refused(f"more than {MOST_REDIRECTS} redirects")
 
     def _checked(self, url: str) -> SplitResult:

@@ -21,6 +21,7 @@ from ..models.reasoning_parser import opens_reasoning
 from ..models.stop_regex import automaton_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
+from ..models.vision_config import PLACEHOLDER
 from ..sampler.params import MAX_SEED, MIN_SEED, SamplingParams
 from .messages import (
     ChatPrompt,
@@ -88,6 +89,8 @@ class Prompts:
         self._most_chars = None if chars is None else chars * model.context_length
         self._images = images
         self._image_token = model.image_token_id
+        if tokenizer is not None and model.image_token_id == model.vocab_size:  # the tokenizer's number of the mark
+            self._image_token = tokenizer.core.token_to_id(PLACEHOLDER)
         self._video_token = model.video_token_id
         self._max_images = config.max_images
         self._max_frames = config.max_video_frames
@@ -114,7 +117,7 @@ class Prompts:
         """
         self.check_images(prompt)
         encoded, field = self._encoded(prompt, most_chars=self._most_chars)
-        self._check_ids(encoded.ids, field)
+        self._check_ids(encoded.ids, field, self._image_token if prompt.images else None)
         encoded = self._with_images(encoded, prompt, field)
         self._check_length(encoded.ids, field)
         return encoded
@@ -165,7 +168,8 @@ class Prompts:
     def _expanded(self, encoded: Encoded, found: dict[int, Placed]) -> Encoded:
         """The prompt with all tokens of its images, one of which it has at each of the places."""
         ids, shown, spans, done, length = list[NDArray[np.int32]](), [], [], 0, 0
-        for place, (image, token) in sorted(found.items()):
+        for place, (image, mark) in sorted(found.items()):
+            token = mark if mark < self._vocab_size else 0  # what penalties count it as
             text = encoded.ids[done:place]
             start = length + len(text)
             spans.append(ImageSpan(image.digest, start, image.tokens, token, image.grid, image.step))
@@ -280,12 +284,14 @@ class Prompts:
         except RequestError as error:
             raise RequestError(error.message, param=error.param or "messages", code=error.code) from error
 
-    def _check_ids(self, ids: NDArray[np.int32], field: str) -> None:
+    def _check_ids(self, ids: NDArray[np.int32], field: str, beside: int | None) -> None:
+        """Raise RequestError unless there are ids, and all are the vocabulary's, or `beside`."""
         if not len(ids):
             raise RequestError("the prompt has no tokens", param=field)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
-            wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
-            raise RequestError(f"{field} has token {wrong}; ids are 0 to {self._vocab_size - 1}", param=field)
+            wrong = ids[((ids < 0) | (ids >= self._vocab_size)) & (ids != beside)]
+            if len(wrong):
+                raise RequestError(f"{field} has token {wrong[0]}; ids are 0 to {self._vocab_size - 1}", param=field)
 
     def _check_length(self, ids: NDArray[np.int32], field: str) -> None:
         if self._pooled and len(ids) > self._context_length:

@@ -173,7 +173,7 @@ LANGUAGE: Final = (
     (r"^language_model\.lm_head\.", "lm_head."),
 )
 """Names of a vision-language model's decoder, as transformers wrote them before and since 4.52."""
-BESIDE: Final = r"(model\.)?(vision_tower|multi_modal_projector|image_newline|visual)\b"
+BESIDE: Final = r"(model\.)?(vision_tower|multi_modal_projector|image_newline|visual|mm_projector)\b"
 """Names of the rest of it; see vision.py."""
 
 

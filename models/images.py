@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError, StartupError
-from .resolve import read_facts, read_json
-from .vision_config import ONEVISION, VisionFacts, vision_facts
+from .resolve import read_facts, read_json, tower_folder
+from .vision_config import ONEVISION, VisionFacts, is_yi, vision_facts
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 MOST_ASPECT: Final = 100
@@ -58,6 +58,8 @@ class ImageReader:
         self.facts = vision_facts(read_facts(folder))
         self._most_pixels = most_pixels
         self._processor = image_processor(folder)
+        self._paper = tuple(int(255 * value) for value in self._processor.image_mean) if self.facts.square else None
+        """RGB of what is beside an image that is made square."""
         self._video_pixels = _video_pixels(folder, self.facts)
         self._kept: OrderedDict[tuple[bytes, Any], Image] = OrderedDict()
         self._kept_bytes = 0
@@ -96,6 +98,8 @@ class ImageReader:
         if facts.patched:
             patches, grid = self._patches(picture, {})
             return _patched(facts, patches[:, :, 0].reshape(len(patches), -1), (1, *grid), False, 1.0)
+        if self._paper is not None:
+            picture = squared(picture, self._paper)
         # What OneVision's processor makes of an image depends on how many its prompt has.
         several = facts.kind == ONEVISION and not alone
         pixels = np.asarray(self._processed([[picture, picture]] if several else [picture])[0], dtype=np.float32)
@@ -206,6 +210,16 @@ def decoded(file: bytes, most_pixels: int) -> Any:
         raise RequestError(f"the image cannot be decoded: {error}") from None
 
 
+def squared(picture: Any, paper: tuple[int, ...]) -> Any:
+    """A picture in the middle of the smallest square that holds it, of one colour."""
+    from PIL import Image as Pillow
+
+    side = max(picture.size)
+    square = Pillow.new("RGB", (side, side), paper)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
 def _check_size(width: int, height: int, most_pixels: int) -> None:
     text = f"the image has {width} x {height} pixels"
     if width * height > most_pixels:
@@ -243,6 +257,9 @@ def _video_pixels(folder: Path, facts: VisionFacts) -> tuple[int, int, int]:
 
 def image_processor(folder: Path) -> Any:
     """transformers' image processor of a model. Raises StartupError."""
+    facts = read_facts(folder)
+    if is_yi(facts):
+        folder = tower_folder(folder, facts)
     try:
         from transformers import AutoImageProcessor
 

@@ -22,7 +22,7 @@ from .pooling import longest_text, pooling_of
 from .reasoning_parser import ReasoningFamily
 from .shard import sharded
 from .tokenizer import chat_templates
-from .vision_config import is_vision_model, language_config, vision_facts
+from .vision_config import is_vision_model, is_yi, language_config, vision_facts
 
 HEAD_BYTES = 1 << 20
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -65,8 +65,24 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json. Raises StartupError."""
-    return read_json(folder / "config.json")
+    """A model folder's config.json; with the config of a vision tower that has a folder of its own in it.
+
+    Raises StartupError.
+    """
+    facts = read_json(folder / "config.json")
+    if is_yi(facts):
+        tower = read_json(tower_folder(folder, facts) / "config.json")
+        facts["vision_config"] = tower.get("vision_config", tower)
+    return facts
+
+
+def tower_folder(folder: Path, facts: dict[str, Any]) -> Path:
+    """Where the tower's config and processor are. Raises StartupError for a place outside of the model's folder."""
+    named = str(facts["mm_vision_tower"])
+    found = (folder / named).resolve()
+    if not found.is_relative_to(folder.resolve()) or not found.is_dir():
+        raise StartupError(f"config.json: mm_vision_tower {named!r} is no folder in the model's; Yi-VL has it in ./vit")
+    return found
 
 
 def _folder(config: EngineConfig, progress: Progress) -> tuple[Path, str]:

@@ -21,6 +21,7 @@ from tokenizers import AddedToken
 from ..errors import RequestError, StartupError
 from .cache import cache_folder, locked, publish
 from .control import ControlTokens, isolated, spelling
+from .vision_config import PLACEHOLDER, is_yi
 
 Json: TypeAlias = dict[str, Any]
 
@@ -55,6 +56,8 @@ class TokenizerFiles:
     eos_ids: tuple[int, ...]
     templates: Mapping[str, str] = field(default_factory=dict)
     """Chat templates by name; "default" is the usual one."""
+    placeholder: bool = False
+    """Text has a mark for images that is no token (Yi-VL)."""
 
 
 class Tokenizer:
@@ -206,7 +209,7 @@ def read_files(folder: Path, core: tokenizers.Tokenizer) -> TokenizerFiles:
     eos = [*_ints(generation.get("eos_token_id")), *_ints(model.get("eos_token_id"))]
     if "eos_token" in special and (own := core.token_to_id(special["eos_token"])) is not None:
         eos.append(own)
-    return TokenizerFiles(config, special, tuple(dict.fromkeys(eos)), chat_templates(folder, config))
+    return TokenizerFiles(config, special, tuple(dict.fromkeys(eos)), chat_templates(folder, config), is_yi(model))
 
 
 def byte_scheme(decoder: Json | None) -> ByteScheme | None:
@@ -244,6 +247,7 @@ def _add_tokens(core: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
     extra = more.values() if isinstance(more, dict) else more
     names = [*files.special.values(), *filter(None, map(_content, extra))]
     special = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    names += [PLACEHOLDER] if files.placeholder else []
     core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in names if t not in special])
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..errors import StartupError
 from .families import BESIDE
 from .images import image_processor
-from .vision_config import LLAVA, ONEVISION, vision_facts
-from .weights import checkpoint_tensors, read_config
+from .resolve import read_facts
+from .vision_config import ONEVISION, YI, vision_facts
+from .weights import checkpoint_tensors
 
 MOST_TILES: Final = 16
 """Tiles that go through the tower at once."""
@@ -42,10 +43,10 @@ class VisionTower:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, dummy: bool = False) -> None:
         """Raises StartupError for a config or checkpoint that does not fit. `dummy`: the weights stay random."""
-        self.facts = vision_facts(read_config(folder))
+        self.facts = vision_facts(read_facts(folder))
         self._device = device
         self._dtype = dtype
-        self._model = _modules(folder)
+        self._model = _yi(folder) if self.facts.kind == YI else _modules(folder)
         if not dummy:
             _fill(self._model, folder)
         self._model = _moved(self._model, device, dtype)
@@ -68,7 +69,7 @@ class VisionTower:
             return [self._encode_video(image) for image in images]
         pixels = torch.cat([image.tiles for image in images]).to(self._device, self._dtype)
         arguments: dict[str, Any] = {}
-        if self.facts.kind != LLAVA:
+        if self.facts.grids:
             arguments["image_sizes"] = torch.tensor([image.size for image in images])
         if self.facts.kind == ONEVISION:
             # Images of prompts with one are tiled, those of prompts with several are not: a number above 1 is all
@@ -153,13 +154,24 @@ def _moved(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
+def _yi(folder: Path) -> Any:
+    from .yi_vision import YiVision
+
+    try:
+        return YiVision(read_facts(folder))
+    except StartupError:
+        raise
+    except Exception as error:  # whatever transformers raises for a config of its own kind
+        raise StartupError(f"the vision tower cannot be built: {error}") from error
+
+
 def _fill(model: Any, folder: Path) -> None:
     places = model.state_dict()
     missing = {name for name in places if not name.startswith("vision_tower.head.")}  # features do not go through it
     for name, tensor in checkpoint_tensors(folder):
         if not re.match(BESIDE, name) or name.endswith(".position_ids"):
             continue
-        name = name.removeprefix("model.")
+        name = name.removeprefix("model.").replace("vision_tower.vision_tower.", "vision_tower.", 1)
         if name not in places:  # as written before transformers 5
             name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
         place = places.get(name)

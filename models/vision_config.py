@@ -20,7 +20,10 @@ ONEVISION: Final = "llava_onevision"
 QWEN2: Final = "qwen2_vl"
 QWEN2_5: Final = "qwen2_5_vl"
 QWEN: Final = (QWEN2, QWEN2_5)
+YI: Final = "yi_vl"
 KINDS: Final = (LLAVA, NEXT, ONEVISION, *QWEN)
+PLACEHOLDER: Final = "<image_placeholder>"
+"""What Yi-VL's prompts have for an image: no token of its vocabulary."""
 
 _LLAMA: Final[Config] = {
     "vocab_size": 32000,
@@ -61,6 +64,11 @@ def is_vision_model(config: Config) -> bool:
     return config.get("model_type") in KINDS
 
 
+def is_yi(config: Config) -> bool:
+    """Whether it is in the form of the first LLaVA, of which Yi-VL is served."""
+    return config.get("model_type") == LLAVA and "mm_vision_tower" in config
+
+
 def language_config(config: Config) -> Config:
     """The config of the language model in a vision-language model's, whole; any other config as it is.
 
@@ -68,6 +76,8 @@ def language_config(config: Config) -> Config:
     """
     if not is_vision_model(config):
         return config
+    if is_yi(config):
+        return {key: value for key, value in config.items() if key != "vision_config"} | {"model_type": "llama"}
     text = config.get("text_config")
     outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if config.get(key)}
     if config["model_type"] in QWEN:
@@ -109,6 +119,8 @@ class VisionFacts:
     """Beyond it OneVision makes the features of the whole image fewer."""
     video_token: int | None = None
     """Id of the token that stands for a video; None: the model takes none."""
+    square: bool = False
+    """Images are made square before they are resized (Yi-VL)."""
     merge: int = 1
     """Qwen-VL: so many rows and columns of patches make one token,"""
     frames: int = 1
@@ -128,7 +140,7 @@ class VisionFacts:
         """
         rows, columns = tile[0] // self.patch, tile[1] // self.patch
         base = rows * columns + self.extra
-        if self.kind == LLAVA:
+        if not self.grids:
             return base
         if self.kind == ONEVISION and not alone:
             return base + 1  # an end of line
@@ -161,6 +173,8 @@ def vision_facts(config: Config) -> VisionFacts:
     kind, tower = config["model_type"], config.get("vision_config") or {}
     if kind in QWEN:
         return _qwen_facts(config, tower)
+    if is_yi(config):
+        return _yi_facts(config, tower)
     token = config.get("image_token_index", config.get("image_token_id", 151646 if kind == ONEVISION else 32000))
     side, patch = tower.get("image_size", 384 if kind == ONEVISION else 336), tower.get("patch_size", 14)
     strategy = config.get("vision_feature_select_strategy", "full" if kind == ONEVISION else "default")
@@ -183,6 +197,15 @@ def vision_facts(config: Config) -> VisionFacts:
         int(most) if kind == ONEVISION else None,
         config.get("video_token_index", config.get("video_token_id", 151647)) if kind == ONEVISION else None,
     )
+
+
+def _yi_facts(config: Config, tower: Config) -> VisionFacts:
+    """An image's token is the one behind the vocabulary's last."""
+    side, patch, vocabulary = tower.get("image_size", 448), tower.get("patch_size", 14), config.get("vocab_size")
+    if not all(isinstance(n, int) and n > 0 for n in (side, patch, vocabulary)):
+        raise StartupError("config.json: vocab_size, image_size and patch_size must be positive integers")
+    extra = int(config.get("mm_vision_select_feature") == "cls_patch")
+    return VisionFacts(YI, vocabulary, side, patch, extra, square=config.get("image_aspect_ratio") == "pad")
 
 
 def _qwen_facts(config: Config, tower: Config) -> VisionFacts:

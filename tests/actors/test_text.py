@@ -613,7 +613,7 @@ def test_images_go_before_their_requests_and_again_to_the_next_scheduler(world: 
     sent = world.scheduler()
     assert [type(message) for message in sent] == [ImagePixels, Submit, Submit]
     assert (sent[0].image, sent[0].tokens, sent[0].shape, len(sent[0].pixels)) == (b"digest", 20, (1, 3, 2, 2), 48)
-    assert sent[1].images == (ImageSpan(b"digest", 1, 20), ImageSpan(b"digest", 22, 20))
+    assert sent[1].images == (ImageSpan(b"digest", 1, 20, token), ImageSpan(b"digest", 22, 20, token))
     ids = np.frombuffer(sent[1].ids, dtype=np.int32)
     assert len(ids) == 42 and ids[0] == tokenizer.encode("A")[0] and ids[21] == tokenizer.encode("B")[0]
     assert (ids[1:21] == ids[22:]).all() and ids[1:21].min() >= VOCAB

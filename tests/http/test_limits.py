@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 import PIL.Image
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actorserve.actors import image_fields, image_store
+from actorserve.actors import fetch, image_fields, image_store
 from actorserve.actors.client import token_prompt
 from actorserve.actors.conversation import MAX_DEPTH
 from actorserve.actors.fsm_worker import MEMORY, Compiler
@@ -32,6 +33,7 @@ from actorserve.actors.messages import (
     Refused,
     TextPrompt,
     TokenPrompt,
+    VideoFile,
 )
 from actorserve.actors.prompts import MOST_LOGPROBS, Prompts, check_start
 from actorserve.config import EngineConfig, ModelInfo
@@ -88,6 +90,8 @@ FIXED = {
     "the longer side to the shorter": images.MOST_ASPECT,
     "bytes of an image as the model takes it": images.MOST_BYTES,
     "bytes of such images of all requests": image_store.HELD_BYTES,
+    "redirects of an image's address": fetch.MOST_REDIRECTS,
+    "prompts whose images are fetched at once": fetch.MOST_AT_ONCE,
     "CPU seconds of a chat template": sandbox.RENDER_SECONDS,
     "characters that it makes": sandbox.MAX_CHARS,
     "bytes that the compiler may take beside the tokenizer's tables": MEMORY,
@@ -439,7 +443,7 @@ async def image_aspect(rig):
 
 async def processed_bytes(rig):
     reader = object.__new__(images.ImageReader)
-    reader.facts = SimpleNamespace(kind="llava")
+    reader.facts = SimpleNamespace(kind="llava", patched=False, tokens=lambda *_: 1)
     pixels = np.zeros((1, 1, 1, images.MOST_BYTES // 4 + 1), dtype=np.float32)
     reader._processor = lambda images, return_tensors: {"pixel_values": [pixels]}
     return with_image(b"", lambda file, alone: reader._process(SimpleNamespace(height=1, width=1), alone))
@@ -448,6 +452,46 @@ async def processed_bytes(rig):
 async def live_images(rig):
     store = image_store.ImageStore(nbytes=image_store.HELD_BYTES + 1)
     return raised(store.hold, (), [])
+
+
+async def many_frames(rig):
+    model = ModelInfo(
+        name="", path="", model_type="", vocab_size=9, context_length=99, eos_ids=(), image_token_id=7, video_token_id=8
+    )
+    prompts = Prompts(EngineConfig(), model, None, None, SimpleNamespace())
+    frames = (ImageFile(b"", ""),) * (EngineConfig().max_video_frames + 1)
+    video = VideoFile(frames, "video_data")
+    return raised(prompts.encode, TokenPrompt(memoryview(array("i", [8]).tobytes()), videos=(video,)))
+
+
+async def slow_image(rig):
+    return await not_fetched(trio.sleep_forever)
+
+
+async def many_redirects(rig):
+    async def another():
+        return fetch.Redirect("/")
+
+    return await not_fetched(another)
+
+
+async def not_fetched(answer):
+    """What comes of an image whose server does this."""
+
+    class Fetcher(fetch.Fetcher):
+        async def _get(self, parts, budget):
+            return await answer()
+
+    async def main():
+        with pytest.raises(ActorserveError) as caught:
+            await Fetcher((), 0.1).fetch("http://a.example/", fetch.Budget(1))
+        return Answer(caught.value.status, caught.value.code)
+
+    return await asyncio.to_thread(trio.run, main)
+
+
+async def many_fetches(rig):
+    assert fetch.Fetcher((), 1).at_once.total_tokens == fetch.MOST_AT_ONCE
 
 
 def rendered(source):
@@ -531,6 +575,7 @@ CASES = dict(zip([row.limit for row in rows()], (
     context, characters, batches, repeated_query, continuations, top_logprobs, listed, of_prompts,
     stops, stop_chars, stop_ids, biases,
     many_images, image_bytes, image_pixels, image_aspect, processed_bytes, live_images,
+    many_frames, slow_image, many_redirects, many_fetches,
     template_seconds, template_chars, grammar_bytes, grammar_seconds, grammar_memory, pattern_chars,
     live_requests, live_tokens, live_bytes,
 ), strict=True))  # fmt: skip

@@ -192,7 +192,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].source"),
     ({"messages": image({"type": "base64"})}, "messages[0].content[1].source.data"),
     ({"messages": image({"type": "base64", "data": "?"})}, "messages[0].content[1].source.data"),
-    ({"messages": image({"type": "url", "url": "https://example.com/a.png"})}, "messages[0].content[1].source"),
+    ({"messages": image({"type": "url", "url": "file:///etc/passwd"})}, "messages[0].content[1].source"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].id"),
     ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0]"),

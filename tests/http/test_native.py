@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, TextPrompt, TokenPrompt
+from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, TextPrompt, TokenPrompt, VideoFile
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -48,6 +48,24 @@ async def test_image_data(rig):
     await rig.http.post("/generate", json={"text": ["a", "b"], "image_data": [None, ["AQID", "AQID"]]})
     images = [generate.prompt.images for generate in rig.text.generates]
     assert images == [(file,), (), (file, file)]
+
+
+async def test_video_data(rig):
+    """A video is a list of frames; what a prompt has is one, or a list of them."""
+    frame, jpeg = "AQID", "data:video/jpeg;base64,AQID,AQID"
+    image = ImageFile(b"\x01\x02\x03", "video_data")
+    one, two = (VideoFile((image,) * n, "video_data") for n in (1, 2))
+    for asked, wanted in (
+        ({"text": "Hi", "video_data": [frame, frame]}, [(two,)]),
+        ({"text": "Hi", "video_data": [[frame], [frame, frame]]}, [(one, two)]),
+        ({"text": "Hi", "video_data": jpeg}, [(two,)]),
+        ({"text": "Hi", "video_data": [jpeg, [frame]]}, [(two, one)]),
+        ({"text": ["a", "b"], "video_data": [None, [frame]]}, [(), (one,)]),
+        ({"text": ["a", "b"], "video_data": [[[frame]], jpeg]}, [(one,), (two,)]),
+    ):
+        await rig.http.post("/generate", json=asked)
+        found = rig.text.generates[-len(wanted) :]
+        assert [generate.prompt.videos for generate in found] == wanted
 
 
 async def test_put_and_defaults(rig):
@@ -201,6 +219,9 @@ async def test_batch_stream_has_index(rig):
         ({"text": "a", "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
         ({"text": ["a", "b"], "rid": "one"}, "rid"),
         ({"text": "a", "image_data": "x"}, "image_data"),
+        ({"text": "a", "video_data": "AQID"}, "video_data"),
+        ({"text": "a", "video_data": [["AQID"], "AQID"]}, "video_data"),
+        ({"text": ["a", "b"], "video_data": ["AQID"]}, "video_data"),
         ({"text": "a", "image_data": "http://example.com/a.png"}, "image_data"),
         ({"text": ["a", "b"], "image_data": "AQID"}, "image_data"),
         ({"text": ["a", "b"], "image_data": ["AQID"]}, "image_data"),

@@ -6,7 +6,7 @@ import numpy as np
 import openai
 import pytest
 
-from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, Refused, TextPrompt
+from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, Refused, TextPrompt, VideoFile
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -180,6 +180,29 @@ for _ in range(40):
 ASSISTANT = [*USER, {"role": "assistant", "content": "a"}]
 
 
+def filmed(url, **more):
+    return [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url, **more}}]}]
+
+
+async def test_chat_with_videos_and_addresses(rig, client):
+    """Frames in vLLM's form and in Qwen's, and images that the text actor is to fetch."""
+    png, jpeg, at = "data:image/png;base64,AQID", "data:video/jpeg;base64,AQID,BAUG", "https://example.com/a.png"
+    parts = [
+        filmed(jpeg)[0]["content"][0],
+        {"type": "video", "video": [png, at], "fps": 4},
+        {"type": "image_url", "image_url": {"url": at}},
+    ]
+    await client.chat.completions.create(model="fake-model", messages=[{"role": "user", "content": parts}])
+    prompt = rig.text.generates[0].prompt
+    fields = [f"messages[0].content[{i}].{kind}" for i, kind in enumerate(("video_url", "video", "image_url"))]
+    first = VideoFile((ImageFile(b"\x01\x02\x03", fields[0]), ImageFile(b"\x04\x05\x06", fields[0])), fields[0])
+    second = VideoFile((ImageFile(b"\x01\x02\x03", fields[1]), ImageFile(b"", fields[1], at)), fields[1], 0.25)
+    assert prompt.videos == (first, second)
+    assert prompt.images == (ImageFile(b"", fields[2], at),)
+    content = [{"type": "video"}, {"type": "video"}, {"type": "image"}]
+    assert template_input(rig)["messages"] == [{"role": "user", "content": content}]
+
+
 def shown(url):
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
@@ -194,9 +217,14 @@ def shown(url):
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": shown("data:...")}, "messages[0].content[0].image_url"),
         ({"messages": shown("data:image/png,x")}, "messages[0].content[0].image_url"),
-        ({"messages": shown("https://example.com/a.png")}, "messages[0].content[0].image_url"),
+        ({"messages": shown("file:///etc/passwd")}, "messages[0].content[0].image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
-        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0].video_url"),
+        ({"messages": filmed("data:video/mp4;base64,AQID")}, "messages[0].content[0].video_url"),
+        ({"messages": filmed([])}, "messages[0].content[0].video_url"),
+        ({"messages": filmed("data:video/jpeg;base64,AQID,?")}, "messages[0].content[0].video_url"),
+        ({"messages": filmed(["data:image/png;base64,AQID"], fps=0)}, "messages[0].content[0].video_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": USER, "temperature": "hot"}, "temperature"),
         ({"messages": USER, "temperature": -0.5}, "temperature"),

@@ -182,7 +182,7 @@ def test_the_store_is_bounded(monkeypatch):
         ({"input": [{"content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].arguments"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
-        ({"input": seen("https://example.com/a.png")}, "input[0].content[0].image_url"),
+        ({"input": seen("file:///etc/passwd")}, "input[0].content[0].image_url"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),

@@ -16,6 +16,7 @@ from actorserve.actors.messages import ImageSpan
 from actorserve.actors.prompts import pixels_of
 from actorserve.config import EngineConfig
 from actorserve.errors import RequestError, StartupError
+from actorserve.models import vision
 from actorserve.models.batch import plain_batch
 from actorserve.models.families import names_of, spec_of
 from actorserve.models.image_features import image_features
@@ -27,6 +28,8 @@ from actorserve.models.vision_config import language_config, vision_facts
 from actorserve.models.weights import load_decoder
 
 CPU = torch.device("cpu")
+FRAME = {True: (84, 56), False: (28, 28)}
+"""Sizes of frames that need no resizing, of models that take patches and of others."""
 KINDS = ["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"]
 
 
@@ -62,7 +65,17 @@ def test_features_and_counts_are_those_of_transformers(vlm):
 
 def test_logits_are_those_of_transformers(vlm):
     """Of every token of a prompt with two images, in chunks that cut them."""
-    images, text = [picture(1), picture(2, 90, 30)], "Hello <image> and <image>?"
+    check_logits(vlm, [picture(1), picture(2, 90, 30)], "Hello <image> and <image>?")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_other_weights(kind, tmp_path):
+    vlm = tiny_vlm(kind, tmp_path / kind, seed=6)
+    check_logits(vlm, [picture(3, 70, 70)], "<image> Hello")
+    check_logits(vlm, [picture(4, 30, 80), picture(5, 60, 40), picture(4, 30, 80)], "<image><image>A<image>B")
+
+
+def check_logits(vlm, images, text):
     inputs = vlm.inputs(text, images)
     with torch.no_grad():
         wanted = vlm.model(**inputs).logits[0]
@@ -101,6 +114,51 @@ def expected(vlm, images):
     }
     with torch.no_grad():
         return torch.cat(list(vlm.model.model.get_image_features(**given, return_dict=True).pooler_output))
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_features_of_videos_are_those_of_transformers(vlm, count):
+    """Frames one after another: of patches two are one, the last may stand alone. More than go through at once."""
+    reader, tower = ImageReader(Path(vlm.folder), 10**6), VisionTower(Path(vlm.folder), CPU, torch.float32)
+    if reader.facts.video_token is None:
+        pytest.skip("takes no videos")
+    frames = [picture(i, *FRAME[reader.facts.patched]) for i in range(count)]
+    inputs = vlm.video_inputs("<video>", frames)
+    given = {key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw") if key in inputs}
+    with torch.no_grad():
+        (wanted,) = vlm.model.model.get_video_features(**given, return_dict=True).pooler_output
+    video = reader.read_video([png(frame) for frame in frames], None)
+    image = pixels(reader.read(png(frames[0]), alone=False))
+    vision.MOST_TILES, most = 2, vision.MOST_TILES
+    try:
+        features, _ = tower.encode([pixels(video), image])
+    finally:
+        vision.MOST_TILES = most
+    torch.testing.assert_close(features, wanted, atol=1e-5, rtol=1e-4)
+    assert len(features) == video.tokens == (inputs["input_ids"] == reader.facts.video_token).sum()
+
+
+def test_frames_that_are_no_video(vlm):
+    reader = ImageReader(Path(vlm.folder), 10**6)
+    if reader.facts.video_token is None:
+        pytest.skip("takes no videos")
+    with pytest.raises(RequestError, match=r"frame 1 has \(30, 40\) pixels, the first has \(40, 30\)"):
+        reader.read_video([png(picture(1, 40, 30)), png(picture(1, 30, 40))], None)
+    with pytest.raises(RequestError, match="frame 1: not an image"):
+        reader.read_video([png(picture(1)), b"GIF"], None)
+    one, same, other = (reader.read_video([png(picture(1))] * 2, seconds) for seconds in (0.5, None, 2.0))
+    assert one.digest == same.digest
+    assert (one.digest != other.digest) == (reader.facts.per_second is not None)
+
+
+def test_a_long_video_has_smaller_frames(tmp_path):
+    """Of patches, all frames together have a limit, as in transformers' own processor."""
+    vlm = tiny_vlm("qwen2_vl", tmp_path / "model")
+    reader = ImageReader(Path(vlm.folder), 10**6)
+    least, most, total = reader._video_pixels
+    assert total == 115_200 * 14**2
+    few, many = (reader._frame(picture(1, 300, 200), count)[1] for count in (2, 8000))
+    assert few[0] * few[1] > 150 and many[0] * many[1] * 49 <= max(total * 2 // 8000, least * 1.05) < most
 
 
 def test_equal_files_are_one_image_and_others_are_not(vlm):

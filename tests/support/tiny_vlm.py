@@ -74,6 +74,38 @@ class TinyVlm:
         """What the model takes, for one prompt with these images."""
         return self.processor(images=[images] if images else None, text=text, return_tensors="pt")
 
+    def video_inputs(self, text: str, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the model takes, for one prompt with a video in the place of <video>.
+
+        `frames` have a size that needs no resizing: what a processor does beside that is written out here, for
+        transformers' own needs torchvision.
+        """
+        images = self.processor.image_processor
+        pixels = torch.from_numpy(np.stack([np.asarray(frame, dtype=np.float32) for frame in frames])) / 255
+        pixels = (pixels - torch.tensor(images.image_mean)) / torch.tensor(images.image_std)
+        pixels = pixels.permute(0, 3, 1, 2)
+        given: dict[str, Any] = {"pixel_values_videos": pixels[None]}
+        tokens = len(frames) * ((SIDE // PATCH + 1) // 2) ** 2 + 1
+        if "qwen" in self.model.config.model_type:
+            pixels = torch.cat([pixels, pixels[-1:]]) if len(pixels) % 2 else pixels
+            times, rows, columns = len(pixels) // 2, pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
+            cut = pixels.reshape(times, 2, 3, rows // 2, 2, PATCH, columns // 2, 2, PATCH)
+            flat = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(times * rows * columns, -1)
+            given = {"pixel_values_videos": flat, "video_grid_thw": torch.tensor([[times, rows, columns]])}
+            if self.model.config.model_type == "qwen2_5_vl":
+                given["second_per_grid_ts"] = torch.tensor([1.0])
+            tokens = times * rows * columns // 4
+        ids = self.processor.tokenizer(text.replace("<video>", "<video>" * tokens), return_tensors="pt")["input_ids"]
+        if "video_grid_thw" in given:
+            given["mm_token_type_ids"] = 2 * (ids == self.model.config.video_token_id).int()
+        return given | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def greedy_video(self, text: str, frames: list[Image.Image], count: int) -> list[int]:
+        """As `greedy`, of a video."""
+        inputs = self.video_inputs(text, frames)
+        found = self.model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return found[0, inputs["input_ids"].shape[1] :].tolist()
+
     def greedy(self, text: str, images: list[Image.Image], count: int, **options: Any) -> list[int]:
         """What transformers continues `text`, with <image> for each image, by."""
         inputs = self.inputs(text, images)

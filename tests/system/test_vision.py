@@ -84,9 +84,33 @@ def test_image_data_as_base64_and_penalties(vlm, engine):
     assert output.ids == vlm.greedy("<image>Hello", [ONE], STEPS, repetition_penalty=1.7)
 
 
+def test_videos(vlm, engine):
+    """Frames as a video, twice, and beside an image: what transformers says, from the prefix cache and not."""
+    patched = "qwen" in vlm.model.config.model_type
+    frames = [picture(20 + i, *((84, 56) if patched else (28, 28))) for i in range(4)]
+    files = [png(frame) for frame in frames]
+    if vlm.model.config.model_type in ("llava", "llava_next"):
+        with pytest.raises(RequestError, match="this model takes no videos") as caught:
+            engine.generate("<video>Hello", video_data=files)
+        assert caught.value.param == "video_data"
+        return
+    expected = vlm.greedy_video("A <video>Hello", frames, STEPS)
+    first, again = (engine.generate("A <video>Hello", video_data=files, **GREEDY) for _ in range(2))
+    assert first.ids == again.ids == expected
+    assert again.cached_tokens == again.prompt_tokens - 1
+    parts = [{"type": "video", "video": [data_url(frame) for frame in frames]}, {"type": "text", "text": "Hello"}]
+    said = engine.chat([{"role": "user", "content": parts}], **GREEDY)
+    assert said.ids == vlm.greedy_video(chat_text("<video>Hello"), frames, STEPS)
+    both = engine.generate("A <video>B <image>", video_data=files, image_data=png(ONE), **GREEDY)
+    assert both.cached_tokens >= first.prompt_tokens - len(engine_ids(vlm, "Hello"))
+    alone = engine.generate("C <video>B <image>", video_data=files, image_data=png(ONE), **GREEDY)
+    assert len(both.ids) == len(alone.ids) == STEPS and both.prompt_tokens == alone.prompt_tokens
+
+
 WRONG = [
     ({"image_data": "!!"}, "image_data", "base64"),
     ({"image_data": "http://127.0.0.1/a.png"}, "image_data", "not fetched"),
+    ({"image_data": "file:///etc/passwd"}, "image_data", "not read"),
     ({"image_data": base64.b64encode(b"GIF89a" + bytes(50)).decode()}, "image_data", "PNG, JPEG, WEBP"),
     ({"image_data": png(ONE)[:900]}, "image_data", "cannot be decoded"),
     ({"image_data": png(picture(4, 101, 100))}, "image_data", "101 x 100 pixels"),

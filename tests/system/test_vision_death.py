@@ -14,6 +14,7 @@ from tiny_vlm import data_url, picture, png, tiny_vlm
 
 import actorserve
 
+KINDS = ["llava_next", "qwen2_vl"]
 STEPS = 300
 IMAGES = [picture(i, 40 + 10 * i, 60) for i in range(4)]
 
@@ -37,10 +38,11 @@ def text(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def test_answers_survive_every_death(tmp_path: Path, thorough: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_survive_every_death(kind: str, tmp_path: Path, thorough: bool) -> None:
     if not thorough:
         pytest.skip("two starts' worth of processes: --thorough")
-    vlm = tiny_vlm("llava_next", tmp_path / "model")
+    vlm = tiny_vlm(kind, tmp_path / "model")
     flags = ("--model", vlm.folder, "--dtype", "float32", "--max-total-tokens", "8192", "--device", "cpu")
     with live_server(tmp_path, *flags) as server, ThreadPoolExecutor(8) as pool:
         undisturbed = [text(ask(server, i)) for i in range(3)]
@@ -58,10 +60,11 @@ def test_answers_survive_every_death(tmp_path: Path, thorough: bool) -> None:
             wait_until(server.is_ready, 60, "the server is ready again")
 
 
-def test_every_rank_gets_the_images(tmp_path: Path, thorough: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_gets_the_images(kind: str, tmp_path: Path, thorough: bool) -> None:
     if not thorough:
         pytest.skip("processes for two ranks: --thorough")
-    vlm = tiny_vlm("llava_next", tmp_path / "model")
+    vlm = tiny_vlm(kind, tmp_path / "model")
     settings = {"tp_size": 2, "cpu_threads": 1, "device": "cpu", "dtype": "float32", "max_total_tokens": 2048}
     greedy = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
     with actorserve.Engine.sync(vlm.folder, chunked_prefill_size=24, **settings) as engine:
