@@ -108,6 +108,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str | None,
         Meta(description="folder in which the models of /update_weights_from_disk must lie; without it: none"),
     ] = None
+    allow_image_urls: Annotated[bool, Meta(description="fetch images that requests name by http(s) addresses")] = False
+    allowed_media_domains: Annotated[
+        str | None,
+        Meta(description="hosts, separated by commas, that images are fetched from, also private ones; no others then"),
+    ] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     max_queued_requests: Annotated[Positive, Meta(description="requests in the engine before 429")] = 4096
@@ -125,11 +130,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_images: Annotated[int, Meta(ge=0, description="images of one prompt, for a model that takes any")] = 16
     max_video_frames: Annotated[int, Meta(ge=1, description="frames of a video")] = 128
     max_image_pixels: Annotated[int, Meta(ge=1, le=1 << 27, description="pixels of an image before 400")] = 50_000_000
-    allow_image_urls: Annotated[bool, Meta(description="fetch images that requests name by http(s) addresses")] = False
-    allowed_media_domains: Annotated[
-        str | None,
-        Meta(description="hosts, separated by commas, that images are fetched from, also private ones; no others then"),
-    ] = None
     image_url_seconds: Annotated[float, Meta(gt=0, description="for fetching an image before 400")] = 10.0
     max_file_bytes: Annotated[Positive, Meta(description="largest file of /v1/files before 413")] = 200 << 20
     max_headers: Annotated[Positive, Meta(description="headers of an HTTP request before 431")] = 100

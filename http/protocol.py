@@ -115,7 +115,6 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
 
 NATIVE_REFUSED = (
     "input_embeds",
-    "video_data",
     "audio_data",
     "lora_path",
     "session_params",

@@ -201,7 +201,7 @@ def vision_facts(config: Config) -> VisionFacts:
 
 def _yi_facts(config: Config, tower: Config) -> VisionFacts:
     """An image's token is the one behind the vocabulary's last."""
-    side, patch, vocabulary = tower.get("image_size", 448), tower.get("patch_size", 14), config.get("vocab_size")
+    side, patch, vocabulary = tower.get("image_size", 448), tower.get("patch_size", 14), config.get("vocab_size", 0)
     if not all(isinstance(n, int) and n > 0 for n in (side, patch, vocabulary)):
         raise StartupError("config.json: vocab_size, image_size and patch_size must be positive integers")
     extra = int(config.get("mm_vision_select_feature") == "cls_patch")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 import trio
+import trio.lowlevel
 
-from actorserve.actors import prompts
+from actorserve.actors import fetch, prompts
 from actorserve.actors.actor import Context, connect, disconnect
 from actorserve.actors.messages import (
     NO_STATS,
@@ -644,6 +645,64 @@ def test_images_that_do_not_fit_their_prompt(
     (refused,) = world.front()
     assert (refused.status, refused.param) == (400, field) and message in refused.message + refused.code
     assert world.scheduler() == []
+
+
+def named_images(world: World, *urls: str) -> None:
+    """A prompt whose images are at these addresses, and a short one behind it."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            files = tuple(ImageFile(b"", f"image{i}", url) for i, url in enumerate(urls))
+            prompt = TextPrompt("<think>" * len(files), images=files)
+            world.fronts["front.0"].ref("text").post(Generate(1, 1, prompt, SamplingParams(max_new_tokens=5)))
+            world.fronts["front.0"].ref("text").post(Tokenize(9, prompt, True))
+            world.settle()
+            world.ask(2, "short")
+            assert [s.rid for s in world.scheduler()] == [2]
+
+    trio.run(main)
+
+
+def seeing(world: World, tokenizer: Tokenizer) -> None:
+    model = msgspec.structs.replace(world.context.model, image_token_id=tokenizer.encode("<think>")[0])
+    reader: Any = OneImage()
+    world.text.prompts = Prompts(world.context.config, model, tokenizer, None, reader)
+
+
+def test_addresses_are_not_fetched_unless_that_is_allowed(world: World, tokenizer: Tokenizer) -> None:
+    seeing(world, tokenizer)
+    named_images(world, "https://a.example/a.png")
+    for refused in world.front():
+        assert isinstance(refused, Refused) and refused.rid in (1, 9)
+        assert (refused.status, refused.code, refused.param) == (400, "unsupported_value", "image0")
+        assert "--allow-image-urls" in refused.message
+    assert world.scheduler() == []
+
+
+def test_images_are_fetched_while_others_go_on(world: World, tokenizer: Tokenizer) -> None:
+    """They come in their places; one that does not come ends its request alone."""
+    asked = []
+
+    class Fetcher(fetch.Fetcher):
+        async def fetch(self, url: str, budget: fetch.Budget) -> bytes:
+            asked.append(url)
+            await trio.lowlevel.checkpoint()
+            if "wrong" in url:
+                raise fetch.refused("no")
+            return url.encode()
+
+    seeing(world, tokenizer)
+    world.text.fetcher = Fetcher((), 5)
+    named_images(world, "https://a.example/1", "https://a.example/2")
+    (tokenized,) = world.front()
+    assert len(tokenized.ids) // 4 == 40
+    assert [type(message) for message in world.scheduler()] == [ImagePixels, Submit]
+    assert sorted(asked) == [f"https://a.example/{i}" for i in (1, 1, 2, 2)]
+    named_images(world, "https://a.example/1", "https://a.example/wrong")
+    refusals = world.front()
+    assert {(m.rid, m.code, m.param) for m in refusals} == {(n, "image_not_fetched", "image1") for n in (1, 9)}
+    assert not world.text.tokenizing
 
 
 @pytest.mark.parametrize("kind", [TextPrompt, ChatPrompt])

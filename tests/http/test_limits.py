@@ -444,6 +444,7 @@ async def image_aspect(rig):
 async def processed_bytes(rig):
     reader = object.__new__(images.ImageReader)
     reader.facts = SimpleNamespace(kind="llava", patched=False, tokens=lambda *_: 1)
+    reader._paper = None
     pixels = np.zeros((1, 1, 1, images.MOST_BYTES // 4 + 1), dtype=np.float32)
     reader._processor = lambda images, return_tensors: {"pixel_values": [pixels]}
     return with_image(b"", lambda file, alone: reader._process(SimpleNamespace(height=1, width=1), alone))

@@ -222,7 +222,7 @@ async def test_batch_stream_has_index(rig):
         ({"text": "a", "video_data": "AQID"}, "video_data"),
         ({"text": "a", "video_data": [["AQID"], "AQID"]}, "video_data"),
         ({"text": ["a", "b"], "video_data": ["AQID"]}, "video_data"),
-        ({"text": "a", "image_data": "http://example.com/a.png"}, "image_data"),
+        ({"text": "a", "image_data": "file:///etc/passwd"}, "image_data"),
         ({"text": ["a", "b"], "image_data": "AQID"}, "image_data"),
         ({"text": ["a", "b"], "image_data": ["AQID"]}, "image_data"),
         ({"text": "a", "stream": "yes"}, "stream"),
