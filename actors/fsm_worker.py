@@ -11,11 +11,13 @@ import signal
 import socket
 import struct
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
 from ..config import Thoughts
+from .courtesy import Courteous
 from .messages import GrammarSpec
 
 if TYPE_CHECKING:
@@ -245,6 +247,11 @@ def make_matchers(tokenizer: "Tokenizer", setup: Setup) -> "Matchers":
     return Matchers(tokens, special, eos, lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
+def is_too_large(result: Result) -> bool:
+    """Whether a grammar cost its time for nothing."""
+    return isinstance(result, Failed) and result.code == "grammar_too_large"
+
+
 def limit_memory() -> None:
     """Let this process take MEMORY more than it has."""
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -257,6 +264,7 @@ def serve(channel: socket.socket) -> None:
     """Answer until the other end closes."""
     stream = channel.makefile("rb")
     compiler: Compiler | None = None
+    courteous = Courteous()
     while len(head := stream.read(LENGTH.size)) == LENGTH.size:
         order = _decode_order(stream.read(LENGTH.unpack(head)[0]))
         if isinstance(order, Setup):
@@ -265,7 +273,7 @@ def serve(channel: socket.socket) -> None:
             answer: Answer = Ready(compiler.refusal)
         else:
             assert compiler is not None
-            answer = compiler.compile(order.spec)
+            answer = courteous.do(partial(compiler.compile, order.spec), is_too_large)
         channel.sendall(framed(answer))
 
 

@@ -15,12 +15,13 @@ a row's result does not depend on the batch that it is in, nor on the threads.
 #if LANES == 16
 #define FEW 10    /* rows for which weights are used as they leave the registers */
 #define TOKENS 14 /* rows that a panel is multiplied with at a time */
-#else
-#define FEW 4
-#define TOKENS 6
-#endif
 /* Vectors of outputs at a time for FEW rows: what the registers hold. */
 #define WIDTH(rows) (rows < FEW / 2 - 1 ? 4 : 2)
+#else
+#define FEW 8
+#define TOKENS 6
+#define WIDTH(rows) (rows > FEW / 2 ? 1 : 2)
+#endif
 
 enum kind { Q4_0, Q4_1, Q8_0, Q4_Z }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
 
