@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Final
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import h11
 import trio
@@ -30,6 +30,8 @@ MOST_AT_ONCE: Final = 64
 """Prompts whose images are fetched; more wait."""
 HEAD_BYTES: Final = 32 << 10
 READ_BYTES: Final = 64 << 10
+SAFE: Final = "%/?:@!$&'()*+,;=[]~"
+"""What an address has as it is sent, beside letters and digits."""
 NAT64: Final = IPv6Network("64:ff9b::/96")
 CODE: Final = "image_not_fetched"
 PORTS: Final = {"http": 80, "https": 443}
@@ -229,7 +231,7 @@ async def _connected(addresses: Sequence[str], port: int) -> trio.abc.Stream:
 
 async def _exchange(stream: trio.abc.Stream, parts: SplitResult, budget: Budget) -> bytes | Redirect:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=SAFE)
     headers = [
         ("Host", parts.netloc.rpartition("@")[2]), ("User-Agent", "actorserve"), ("Accept", "image/*"),
         ("Accept-Encoding", "identity"), ("Connection", "close"),

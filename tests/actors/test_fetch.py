@@ -101,6 +101,11 @@ def test_without_a_length_and_in_pieces() -> None:
             await stream.send_all(IMAGE[at : at + 1000])
 
     assert run(closing, fetcher(), "http://localhost:{}/a.png?size=3#part") == IMAGE
+
+    async def named(stream: trio.SocketStream, path: str) -> None:
+        await stream.send_all(reply(path.encode()))
+
+    assert run(named, fetcher(), "http://localhost:{}/%20ü?a=b%2Fc") == b"/%20%C3%BC?a=b%2Fc"
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
     assert run(always(chunked), fetcher()) == b"hello"
 

@@ -1,6 +1,8 @@
 """Vision-language models through the whole engine: what transformers says, prefix cache by image, cut anywhere."""
 
 import base64
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from tiny_vlm import data_url, picture, png, tiny_vlm
@@ -127,6 +129,47 @@ def test_refused(vlm, engine, wrong, param, message):
     with pytest.raises(RequestError, match=message) as caught:
         engine.generate("<image>Hello", **(GREEDY | wrong))
     assert caught.value.param == param
+
+
+@pytest.fixture
+def shop():
+    """An HTTP server with one picture, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png(ONE))
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/one.png", asked
+        server.shutdown()
+
+
+def test_an_image_by_its_address(vlm, shop):
+    """Fetched from a host that the operator names, and from this machine not otherwise."""
+    if vlm.model.config.model_type != "llava":
+        pytest.skip("it does not depend on the model")
+    url, asked = shop
+    part = {"type": "image_url", "image_url": {"url": url}}
+    with actorserve.Engine.sync(vlm.folder, allow_image_urls=True, **SETTINGS) as engine:
+        with pytest.raises(RequestError, match="localhost is not a public host") as caught:
+            engine.chat([{"role": "user", "content": [part]}], **GREEDY)
+        assert caught.value.param == "messages[0].content[0].image_url" and asked == []
+    with actorserve.Engine.sync(
+        vlm.folder, allow_image_urls=True, allowed_media_domains="a.example, localhost", **SETTINGS
+    ) as engine:
+        said = engine.chat([{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}], **GREEDY)
+        assert said.ids == vlm.greedy(chat_text("<image>What is this?"), [ONE], STEPS)
+        with pytest.raises(RequestError, match="--allowed-media-domains"):
+            engine.generate("<image>Hello", image_data=url.replace("localhost", "127.0.0.1"))
+    assert asked == ["/one.png"]
 
 
 def test_refused_in_a_conversation(engine):
