@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import tiny_tokenizers
+import torch
 import trio
 
 from actorserve.actors import fsm as module
@@ -19,12 +20,13 @@ from actorserve.actors.constraint import Constraint, Grammar
 from actorserve.actors.fsm import Cache, Fsm
 from actorserve.actors.fsm_worker import Failed, Made
 from actorserve.actors.grammar_fields import grammar_spec
-from actorserve.actors.grammar_store import GrammarStore
+from actorserve.actors.grammar_store import IDLE_MOST, GrammarStore
 from actorserve.actors.messages import (
     Compile,
     Compiled,
     CompileFailed,
     Discard,
+    DropGrammar,
     FsmInbox,
     GrammarSpec,
     PeerDown,
@@ -34,6 +36,7 @@ from actorserve.config import EngineConfig, ModelInfo, Thoughts
 from actorserve.errors import RequestError
 from actorserve.models.tokenizer import load_tokenizer
 from actorserve.perf.blowup import LARGE, WRONG
+from actorserve.sampler.grammar import Grammars
 
 SLOW = "([a-z]{1,40} ?){0,300}x"
 """Takes seconds."""
@@ -157,11 +160,11 @@ def test_equal_grammars_compile_once(folder: str, monkeypatch: pytest.MonkeyPatc
 
     async def main() -> None:
         async with bench(folder) as b:
-            for handle in range(20):
+            for handle in range(64):
                 b.send(Compile(handle, regex("ab*c" if handle % 2 else "[a-f]+")))
-            assert sorted([(await b.answer()).handle for _ in range(20)]) == list(range(20))
-            b.send(Compile(20, regex("ab*c")))
-            assert (await b.answer()).handle == 20
+            assert sorted([(await b.answer()).handle for _ in range(64)]) == list(range(64))
+            b.send(Compile(64, regex("ab*c")))
+            assert (await b.answer()).handle == 64
         assert sorted(compiled) == ["[a-f]+", "ab*c"]
 
     run(main)
@@ -331,3 +334,33 @@ def test_samplers_have_what_runs_and_little_more() -> None:
                 loaded.add(message.handle)
         assert loaded == set(store.loaded) and len(loaded) <= 2 * slots
         assert {r.constraint.grammar.handle for r in running if r.constraint} <= loaded
+
+
+def test_thousands_of_grammars_leave_little_behind(thorough: bool) -> None:
+    """No two alike: what the scheduler and the sampler keep is bounded, and what a slot follows is never dropped."""
+    store, slots, size = GrammarStore(), 8, 64
+    sampler = Grammars(slots, size, torch.device("cpu"))
+    running: list[FakeRequest] = []
+    for i in range(10_000 if thorough else 1_000):
+        request = FakeRequest(i)
+        entry = store.ask(regex(str(i)), request)
+        assert entry is not None and store.compiled(compiled(entry.handle, size)) == [request]
+        store.trim(running)
+        running = [*running[-slots + 1 :], request]
+        for m in store.load(i, [request], running, slots):
+            if isinstance(m, DropGrammar):
+                sampler.drop(m.handle)
+            else:
+                classes, moves, canonical = (
+                    np.frombuffer(part, dtype)
+                    for part, dtype in ((m.token_class, "u2"), (m.transitions, "i2"), (m.canonical, "i4"))
+                )
+                sampler.load(m.handle, classes, moves.reshape(size, -1), canonical)
+        for r in running:
+            assert r.constraint is not None
+            handle, slot = r.constraint.grammar.handle, r.rid % slots
+            if r is request:
+                sampler.bind(slot, handle, 0)
+            assert sampler._by_number[int(sampler.host_bound[slot])] is sampler._loaded[handle]
+        assert len(sampler._loaded) == len(store.loaded) <= 2 * slots
+        assert len(store._entries) == len(store._by_handle) <= IDLE_MOST + slots

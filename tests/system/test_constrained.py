@@ -8,6 +8,7 @@ and seeded, in each of the twelve ways. `-k jumps_change_nothing` selects it.
 import gc
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -320,6 +321,52 @@ def test_a_grammar_that_ends_before_min_new_tokens_fails_alone(engine: Any) -> N
     with pytest.raises(Exception, match="grammar left no token"):
         engine.generate("x", temperature=0.0, min_new_tokens=50, max_new_tokens=60, choice=["yes", "no"])
     assert engine.generate("x", temperature=0.0, max_new_tokens=9, choice=["yes", "no"]).text in ("yes", "no")
+
+
+BLANKS = [
+    "An empty form, as JSON with much space in it:\n\n\n\n\n\n\n\n\n",
+    "{\n\n\n\n    \n\n\n\n    \n\n\n",
+    '{"city":                                        \n                                    ',
+    "\t\t\t\t\t\t\t\t\t\t\t\t\t\t\t\t",
+]
+"""Prompts that a small model continues with blanks."""
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_blanks_never_go_on_and_on(engine: Any, most: int) -> None:
+    """Where the spacing is left to the model, too: a place has so many blanks, and the output ends."""
+    for i, prompt in enumerate(2 * BLANKS):
+        params = SamplingParams(temperature=float(i // len(BLANKS)), seed=i, max_new_tokens=120)
+        o = engine.generate(prompt, params, json_schema=SCHEMA, json_whitespace={"any": most})
+        outside = re.sub(r'"(?:[^"\\]|\\.)*"?', '""', o.text)  # strings may have as many as they like
+        assert not re.search(rf"\s{{{most + 1}}}", outside), o.text
+        assert o.finish_reason == "length" or matches({"json_schema": SCHEMA}, o.text)
+
+
+def test_many_new_grammars_do_not_stop_others(engine: Any) -> None:
+    """64 that nobody has seen, all at once: a stream beside them goes on while they are compiled."""
+    done = threading.Event()
+    during = []
+
+    def read() -> None:
+        for delta in engine.stream("Once upon a time", temperature=0.0, max_new_tokens=2000, ignore_eos=True):
+            during.append(delta.ids)
+            if done.is_set():
+                return
+
+    def ask(i: int) -> Any:
+        return engine.generate("x", temperature=0.0, max_new_tokens=8, regex=f"number {i}: [a-z]{{1,{i + 1}}}")
+
+    with ThreadPoolExecutor(65) as pool:
+        stream = pool.submit(read)
+        first = ask(64)
+        before = len(during)
+        outputs = list(pool.map(ask, range(64)))
+        after = len(during)
+        done.set()
+        stream.result()
+    assert all(o.text.startswith(f"number {i}: ") for i, o in enumerate(outputs)) and first.text
+    assert after - before >= 10
 
 
 BAD = [
