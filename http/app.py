@@ -39,6 +39,7 @@ from . import (
     page,
     programs,
     protocol,
+    rerank,
     response_types,
     responses,
     resume,
@@ -236,6 +237,7 @@ ROUTES: tuple[Served, ...] = (
         _e.EncodeReply | list[_e.EncodeReply],
     ),
     Served(("/v1/classify",), POST, embeddings.classify, _e.ClassifyRequest, _e.ClassifyReply),
+    Served(("/v1/rerank", "/rerank", "/v2/rerank"), POST, rerank.rerank, rerank.RerankRequest, rerank.RerankReply),
     Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,

@@ -33,7 +33,7 @@ BAR_TTFT_MS: Final = 3.0
 ROUTES: Final = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 CONTEXT: Final = 1 << 17
 PROBE_GAP: Final = (0.5, 1.5)
-"""Between two requests whose first token is waited for, in steps: they come at any moment of one, not always the same."""
+"""Steps between two requests whose first token is waited for: they come at any moment of a step."""
 
 # ------------------------------------------------------------------ the client
 
