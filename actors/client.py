@@ -94,8 +94,9 @@ class Choice:
         """Count a chunk's content."""
         self.ids.extend(chunk.ids)
         self.chars += len(chunk.text)
-        self.logprobs += len(chunk.logprobs)
-        self.prompt_logprobs += len(chunk.prompt_logprobs)
+        if chunk.logprobs or chunk.prompt_logprobs:
+            self.logprobs += len(chunk.logprobs)
+            self.prompt_logprobs += len(chunk.prompt_logprobs)
         self.last = chunk
         self.deaths = 0
 
@@ -114,8 +115,8 @@ class Stream:
     """
 
     __slots__ = (
-        "_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "groups", "open", "priority",
-        "requests", "rid",
+        "_client", "_error", "_ready", "_taken", "_wakeup", "_whole", "choices", "direct", "groups", "open",
+        "priority", "requests", "rid",
     )  # fmt: skip
 
     def __init__(
@@ -136,9 +137,12 @@ class Stream:
         self.choices = [Choice(rid + i, self, [], now, cost, asked_ns=now) for i, cost in enumerate(each)]
         self.open = len(self.choices)
         """Choices whose final chunk has not arrived; 0 also once the stream was cancelled or failed."""
+        self.direct: Callable[[messages.Chunk], bool] | None = None
+        """Where output that is not its choice's last goes while the reader waits in `take`, which spares waking it;
+        False: it is the reader's. What it raises ends the stream."""
         self._client = client
         self._ready: list[Choice] = []
-        self._error: ActorserveError | None = None
+        self._error: Exception | None = None
         self._taken: deque[messages.Chunk] = deque()
         self._wakeup: Wakeup | None = None
         self._whole = False
@@ -194,18 +198,27 @@ class Stream:
         self.fail(error)
 
     def push(self, choice: Choice, chunk: messages.Chunk) -> None:
-        """Append output of a choice and wake the reader. Only the client calls this."""
+        """Append output of a choice and wake the reader, or show it directly. Only the client calls this."""
+        if chunk.finish is not None:
+            self.open -= 1
+        elif self.direct is not None and self._wakeup is not None:
+            # The reader has all that came before.
+            try:
+                if self.direct(chunk):
+                    return
+            except Exception as error:  # of this request alone; its reader raises it
+                self._client.forget(self)
+                self.fail(error)
+                return
         if not choice.pending:
             self._ready.append(choice)
         elif len(choice.pending) >= JOIN_EVERY:
             choice.pending[:] = [_join(choice.pending)]
         choice.pending.append(chunk)
-        if chunk.finish is not None:
-            self.open -= 1
         if not (self._whole and self.open):
             self._wake()
 
-    def fail(self, error: ActorserveError | None) -> None:
+    def fail(self, error: Exception | None) -> None:
         """End the stream with an error, if it has not ended yet. Only the client calls this from outside."""
         if self.open and self._error is None:
             self._error = error
@@ -316,7 +329,7 @@ class Client:
         """Take one message of the front's inbox. Sync, never blocks, raises nothing."""
         match message:
             case messages.Chunks(chunks=chunks):
-                self._deliver(chunks)
+                self.deliver(chunks)
             case messages.Refused():
                 if not self.questions.take(message):
                     self._refuse(message)
@@ -446,15 +459,12 @@ class Client:
             self.admission.leave(choice.cost)
         return choice
 
-    def _deliver(self, chunks: list[messages.Chunk]) -> None:
+    def deliver(self, chunks: list[messages.Chunk]) -> None:
+        """Take output: what `receive` does with Chunks."""
         while self.orphans:
             self.orphans.popleft().cancel()
         now = time.monotonic_ns()
         table = self.table
-        # Who waits for a first token is woken first: writing everybody's next one takes milliseconds.
-        first = [c for c in chunks if (choice := table.get(c.rid)) is not None and not choice.first_ns]
-        if first and len(first) < len(chunks):
-            chunks = [*first, *(c for c in chunks if (choice := table.get(c.rid)) is not None and choice.first_ns)]
         for chunk in chunks:
             choice = table.get(chunk.rid)
             if choice is None:

@@ -45,6 +45,7 @@ class Output:
         "_vector",
         "aborted",
         "asked_ns",
+        "begun",
         "cached_tokens",
         "deaths",
         "finish",
@@ -82,6 +83,8 @@ class Output:
         """Its prompt's, for a scheduler that is asked again."""
         self.aborted = False
         """Its front wants it to end with what there is."""
+        self.begun = False
+        """Its front has been told something of it."""
         self.asked_ns = time.monotonic_ns()
         """When the present scheduler was asked."""
         self.deaths = 0
@@ -233,6 +236,7 @@ class Output:
         prompt: list[TokenLogprob],
         ends: bool = False,
     ) -> Chunk:
+        self.begun = True
         return Chunk(
             rid=self.rid,
             text=text,

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar, assert_never
@@ -190,12 +190,12 @@ class Text(Actor):
                 assert_never(message)
 
     def flush(self) -> None:
-        """Send each front what is new, in one message. A front that lags behind gets its chunks joined."""
+        """Send each front what is new in one message, first tokens first. Where one lags behind, chunks are joined."""
         for front in list(self._changed):
             ref = self.context.ref(front)
             if ref.backlog:
                 continue  # credit wakes us, and flush is called again
-            changed = list(self._changed.pop(front).values())
+            changed = sorted(self._changed.pop(front).values(), key=_is_begun)
             while changed:
                 made = [output.chunk() for output in changed]
                 chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
@@ -373,11 +373,23 @@ class Text(Actor):
 
     def _tokens(self, m: Tokens) -> None:
         rids = np.frombuffer(m.rids, dtype=np.int64).tolist()
+        outputs = self.outputs
+        first = [i for i, rid in enumerate(rids) if (output := outputs.get(rid)) is not None and not output.begun]
+        self._rows(m, rids, first or range(len(rids)))
+        if first and len(first) < len(rids):
+            # Who waits for a first token has it before everybody's next one is written, which takes milliseconds.
+            self.flush()
+            begun = set(first)
+            self._rows(m, rids, [i for i in range(len(rids)) if i not in begun])
+
+    def _rows(self, m: Tokens, rids: list[int], rows: Sequence[int]) -> None:
+        """Take these rows of a message."""
         ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
         finishes = bytes(m.finish)
         logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist() if len(m.logprobs) else None
         complete = set(np.frombuffer(m.complete, dtype=np.int32).tolist())
-        for row, rid in enumerate(rids):
+        for row in rows:
+            rid = rids[row]
             output = self.outputs.get(rid)
             if output is None:
                 continue  # cancelled, or ended by a stop string
@@ -566,6 +578,10 @@ class Text(Actor):
             self.context.ref(name).post(message)
         except Gone:
             self.context.log.debug("%s is down", name)
+
+
+def _is_begun(output: Output) -> bool:
+    return output.begun
 
 
 def load_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:

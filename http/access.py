@@ -51,7 +51,6 @@ class Access:
                 ]
             await send(message)
 
-        state["send"] = send
         path = scope["path"]
         if self._root and path.startswith(self._root + "/"):
             scope["path"] = path[len(self._root) :]

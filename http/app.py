@@ -39,6 +39,7 @@ from . import (
     page,
     programs,
     protocol,
+    rerank,
     response_types,
     responses,
     resume,
@@ -56,7 +57,7 @@ from .error_replies import (
     error_headers,
     route_error,
 )
-from .exchange import ClientGone, Exchange
+from .exchange import ClientGone, Exchange, Outlet
 from .metrics import CONTENT_TYPE
 from .protocol import ModelCard, ModelList, encode
 from .service import Service
@@ -78,14 +79,14 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._served.event is None:
-            await self._answer(scope, receive, send, send_body=scope["state"].get("send"))
+            await self._answer(scope, receive, send, outlet=scope["state"].get("outlet"))
         elif resume.header(scope, b"last-event-id"):
             await self._answer(scope, receive, send, self._resume)
         elif resume.wants_log(scope, self._service.config.resumable_streams):
             log, body_read = self._service.streams.open(self._answer, scope, receive)
             await self._service.streams.follow(log, -1, send, resume.client_left(receive, body_read))
         else:
-            await self._answer(scope, receive, send, send_body=scope["state"].get("send"))
+            await self._answer(scope, receive, send, outlet=scope["state"].get("outlet"))
 
     async def _resume(self, service: Service, exchange: Exchange) -> None:
         last = resume.header(exchange.scope, b"last-event-id").decode("latin-1")
@@ -98,10 +99,10 @@ class Endpoint:
         receive: Receive,
         send: Send,
         handler: Handler | None = None,
-        send_body: Send | None = None,
+        outlet: Outlet | None = None,
     ) -> None:
         """Let the request in, have the handler reply, turn what it raises into a reply."""
-        exchange = Exchange(scope, receive, send, self._served.errors, send_body)
+        exchange = Exchange(scope, receive, send, self._served.errors, outlet)
         client: TenantClient | None = None
         began_ns = time.time_ns()
         try:
@@ -236,6 +237,7 @@ ROUTES: tuple[Served, ...] = (
         _e.EncodeReply | list[_e.EncodeReply],
     ),
     Served(("/v1/classify",), POST, embeddings.classify, _e.ClassifyRequest, _e.ClassifyReply),
+    Served(("/v1/rerank", "/rerank", "/v2/rerank"), POST, rerank.rerank, rerank.RerankRequest, rerank.RerankReply),
     Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,

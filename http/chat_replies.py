@@ -15,7 +15,7 @@ from ..models.chat_reply import ChatReply
 from ..models.parse_events import CallArguments, CallEnd, CallStart, Event
 from ..models.parsers import ChatParser
 from .chat_tools import Reading
-from .openai_replies import Head, Template, UsageFrames, finite, token_name, usage
+from .openai_replies import MARK, Head, UsageFrames, finite, token_name, usage
 from .protocol import (
     AssistantMessage,
     ChatChoice,
@@ -30,6 +30,7 @@ from .protocol import (
     encode,
     said,
 )
+from .sse import DONE, data_event, event_format
 
 
 def chat_logprobs(items: list[TokenLogprob]) -> ChatLogprobs:
@@ -69,7 +70,10 @@ class Answer:
             events += self._parser.finish()
         if self._reading.single:
             events = [event for event in events if not _is_further_call(event)]
-        return [msgspec.convert(delta, Delta) for delta in self._reply.add(events)]
+        return [
+            msgspec.convert(delta, Delta) if "tool_calls" in delta else Delta(**delta)
+            for delta in self._reply.add(events)
+        ]
 
     def whole(self, chunk: Chunk) -> tuple[AssistantMessage, str | None]:
         """Return the message and the finish reason of an answer that is one chunk."""
@@ -94,7 +98,10 @@ class ChatWriter:
         self._answers = [Answer(reading) for _ in stream.choices]
         self._with_logprobs = with_logprobs
         self._usage = usage_frames
-        self._templates: dict[int, Template] = {}
+        self._plain = not with_logprobs and not usage_frames.each
+        """Most events have content or thoughts and nothing else."""
+        self._formats: dict[tuple[int, bool], bytes] = {}
+        """Of those; by choice, and whether it is thoughts."""
 
     def whole(self, chunks: list[Chunk]) -> ChatCompletion:
         """Return the reply of a request that was not streamed."""
@@ -110,15 +117,17 @@ class ChatWriter:
 
     def head(self) -> Iterable[bytes]:
         role = Delta(role="assistant", content="", refusal=None)
-        return [self._frame(ChunkChoice(i, role, None, None)) for i in range(len(self._stream.choices))]
+        return [self._event(ChunkChoice(i, role, None, None)) for i in range(len(self._stream.choices))]
 
     def chunk(self, chunk: Chunk) -> Iterable[bytes]:
-        index = self._stream.index(chunk)
+        index = chunk.rid - self._stream.rid
         answer = self._answers[index]
-        self._usage.see(index, chunk)
-        if chunk.finish is None and answer.is_plain and not self._with_logprobs and not self._usage.each:
-            return (self._template(index).document(chunk.text),) if chunk.text else ()
+        self._usage.written[index] = chunk
+        if self._plain and chunk.finish is None and answer.is_plain:
+            return (self._text(index, chunk.text),) if chunk.text else ()
         deltas = answer.deltas(chunk)
+        if self._plain and chunk.finish is None:
+            return [self._delta(index, delta) for delta in deltas]
         logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs and chunk.logprobs else None
         if logprobs is not None and not deltas:
             deltas.append(Delta())  # the tokens of markup have logprobs, too
@@ -126,23 +135,31 @@ class ChatWriter:
         choices = [ChunkChoice(index, delta, None if i else logprobs, None) for i, delta in enumerate(deltas)]
         if chunk.finish is not None:
             choices.append(ChunkChoice(index, Delta(), None, answer.finish_reason(chunk), said(chunk.valid)))
-        return map(self._frame, choices)
+        return map(self._event, choices)
 
     def tail(self) -> Iterable[bytes]:
         if not self._usage.at_end and self._head.timeline is UNSET:
-            return ()
-        return (encode(self._object([], self._usage.last())),)
+            return (DONE,)
+        return (data_event(encode(self._object([], self._usage.last()))), DONE)
 
-    def _template(self, index: int) -> Template:
-        """Of a frame of this choice that has content and nothing else."""
-        if index not in self._templates:
-            self._templates[index] = Template(
-                lambda text: self._frame(ChunkChoice(index, Delta(content=text), None, None))
-            )
-        return self._templates[index]
+    def _delta(self, index: int, delta: Delta) -> bytes:
+        """An event with this delta and nothing else."""
+        if isinstance(delta.content, str):
+            return self._text(index, delta.content)
+        if isinstance(delta.reasoning_content, str):
+            return self._text(index, delta.reasoning_content, thoughts=True)
+        return self._event(ChunkChoice(index, delta, None, None))
 
-    def _frame(self, choice: ChunkChoice) -> bytes:
-        return encode(self._object([choice], self._usage.so_far()))
+    def _text(self, index: int, text: str, thoughts: bool = False) -> bytes:
+        known = self._formats.get((index, thoughts))
+        if known is None:
+            delta = Delta(reasoning_content=MARK) if thoughts else Delta(content=MARK)
+            known = event_format(self._event(ChunkChoice(index, delta, None, None)), MARK)
+            self._formats[index, thoughts] = known
+        return known % encode(text)
+
+    def _event(self, choice: ChunkChoice) -> bytes:
+        return data_event(encode(self._object([choice], self._usage.so_far())))
 
     def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
         head = self._head

@@ -48,6 +48,28 @@ class ConnectionLimits(NamedTuple):
     refused: Callable[[int], None]
 
 
+class ChunkedBody:
+    """An Outlet (exchange.py) for the body of one reply: uvicorn's `send` without a message for each part."""
+
+    __slots__ = ("_cycle", "_flow", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._transport = cycle.transport
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        if self._flow.write_paused or cycle.disconnected or cycle.response_complete:
+            return False
+        return cycle.chunked_encoding is True
+
+    def write(self, body: bytes) -> None:
+        if body:  # an empty chunk would be the end
+            self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
 class Connection(HttpToolsProtocol):
     """See the module's text."""
 
@@ -130,6 +152,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        cycle.scope["state"]["outlet"] = ChunkedBody(cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:

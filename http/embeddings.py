@@ -53,7 +53,7 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
     """Serve POST /v1/embeddings."""
     request = decode_body(_embedding_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
-    pooling = _pooling(service, "embed")
+    pooling = pooling_of(service, "embed")
     _check_dimensions(request.dimensions, pooling)
     prompts = _prompts(request, service)
     with renamed(_OF_INPUT):
@@ -73,7 +73,7 @@ async def encode_prompts(service: Service, exchange: Exchange) -> None:
     for name in ("image_data", "video_data", "audio_data", "lora_path"):
         if getattr(request, name):
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_value")
-    pooling = _pooling(service)
+    pooling = pooling_of(service)
     _check_dimensions(request.dimensions, pooling)
     prompts, is_batch = native_prompts(request.text, request.input_ids, service.model.vocab_size)
     with renamed({"prompt": "text"}):
@@ -83,7 +83,7 @@ async def encode_prompts(service: Service, exchange: Exchange) -> None:
 async def judge(service: Service, exchange: Exchange) -> None:
     """Serve POST or PUT /judge and /classify: SGLang's, the logits of a reward or classification head."""
     request = decode_body(_judge_decoder, await exchange.body(service.config.max_body_bytes))
-    pooling = _pooling(service, "classify")
+    pooling = pooling_of(service, "classify")
     if request.conv is None:
         prompts, is_batch = native_prompts(request.text, request.input_ids, service.model.vocab_size)
     else:
@@ -96,7 +96,7 @@ async def classify(service: Service, exchange: Exchange) -> None:
     """Serve POST /v1/classify: the label of each input, and the probabilities of all."""
     request = decode_body(_classify_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
-    pooling = _pooling(service, "classify")
+    pooling = pooling_of(service, "classify")
     prompts = _prompts(request, service)
     with renamed(_OF_INPUT):
         stream = _submit(service, prompts, request)
@@ -132,7 +132,7 @@ async def _reply_natively(
 # ------------------------------------------------------------------ requests
 
 
-def _pooling(service: Service, task: str | None = None) -> Pooling:
+def pooling_of(service: Service, task: str | None = None) -> Pooling:
     """How the model makes vectors. Raises RequestError where it makes none, or none of this task."""
     pooling = service.model.pooling
     check_task(pooling, pooled=True)

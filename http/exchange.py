@@ -28,6 +28,17 @@ class Cancellable(Protocol):
     def cancel(self, error: ActorserveError | None = None) -> None: ...
 
 
+class Outlet(Protocol):
+    """A way past the ASGI layers for parts of a body that has begun and not ended, where there is one."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `write` takes something now: the client keeps up, and is there."""
+
+    def write(self, body: bytes) -> None:
+        """Send a part; only while `ready`."""
+
+
 class ClientGone(ActorserveError):
     """The client closed its connection; there is nobody to reply to. 499 is what access logs call it."""
 
@@ -44,9 +55,8 @@ class Exchange:
         receive: Receive,
         send: Send,
         errors: ErrorShape = OPENAI_ERRORS,
-        send_body: Send | None = None,
+        outlet: Outlet | None = None,
     ) -> None:
-        """`send_body`: for what follows a reply's start, past those who only look at that; default: `send`."""
         self.scope = scope
         self.errors = errors
         self.inside = "owner" in self.state
@@ -58,12 +68,13 @@ class Exchange:
         """Parts of the body so far."""
         self._receive = receive
         self._send = send
-        self._send_body = send_body or send
+        self.outlet = outlet
+        """May be used in place of `write`, also by who cannot wait."""
         self._finished = False
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is known of the request: `owner`, `request_id`, `key`, `tokens`, `send` (the server's own)."""
+        """What is known of the request: `owner`, `request_id`, `key`, `tokens`, `outlet`."""
         state: dict[str, Any] = self.scope.setdefault("state", {})
         return state
 
@@ -138,7 +149,10 @@ class Exchange:
         """Send a part of the body. Waits while the client is slow to read."""
         self._finished = last
         self.writes += 1
-        await self._send_body({"type": "http.response.body", "body": body, "more_body": not last})
+        if not last and self.outlet is not None and self.outlet.ready:
+            self.outlet.write(body)
+        else:
+            await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def relay(self, message: Message) -> None:
         """Send a message of another reply."""

@@ -1,7 +1,7 @@
 """HttpFront: the actor that speaks HTTP. uvicorn on uvloop, the Starlette application, and a Client to the engine.
 
 The supervisor runs one process of it (or several on one listening socket, handed over as files["listen"]).
-Invariant: everything runs in one event loop; the inbox is drained once per wake and each stream's reader wakes once.
+Invariant: everything runs in one event loop, and output in slices, so that no request waits for all that is written.
 At the end running streams may finish until Drain's deadline, and get a last error event then, never a silent cut.
 """
 
@@ -19,7 +19,7 @@ import uvicorn
 
 from ..actors.actor import Actor, Context
 from ..actors.client import Client, LoopWakeup
-from ..actors.messages import Drain, FrontInbox
+from ..actors.messages import Chunk, Chunks, Drain, FrontInbox
 from ..errors import Overloaded, StartupError
 from .app import build_app
 from .batch_runner import BatchRunner
@@ -31,6 +31,8 @@ from .tracing import Tracer
 
 KEEP_ALIVE_SECONDS: Final = 75
 POLL_SECONDS: Final = 0.02
+SLICE: Final = 32
+"""Chunks in a row; then requests have their turn. They take half a millisecond."""
 FIRST: Final = "front.0"
 """Of several fronts, the one that does the lines of batches."""
 
@@ -74,6 +76,8 @@ class HttpFront(Actor):
         self._served = asyncio.Event()
         self._deadline_ns = 0
         """Until then running requests may end; Drain's."""
+        self._late: list[Chunk] = []
+        """Received, and not delivered yet; nothing else is received meanwhile."""
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -97,6 +101,26 @@ class HttpFront(Actor):
             loop.remove_reader(inbox.fileno())
             for server in self._server.servers:
                 server.close()
+
+    def drain(self) -> None:
+        """Receive what has arrived, at most SLICE chunks and messages; more leaves `inbox.fileno()` readable."""
+        inbox, room, look = self.context.inbox, SLICE, True
+        while room > 0:
+            if self._late:
+                chunks, self._late = self._late[:room], self._late[room:]
+                self.client.deliver(chunks)
+                room -= len(chunks)
+                continue
+            item = inbox.poll(look=look)
+            look = False
+            if item is None:
+                return
+            if isinstance(item[0], Chunks):
+                self._late = item[0].chunks
+            else:
+                self.receive(*item)
+                room -= 1
+        inbox.ring()
 
     def receive(self, message: Any, source: str) -> None:
         """Pass messages to the client; from a Drain on, new requests are refused and old ones have a deadline."""

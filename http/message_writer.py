@@ -14,10 +14,16 @@ from ..actors.messages import Chunk
 from .chat_replies import Answer
 from .chat_tools import Reading
 from .message_types import Message, MessageUsage
+from .openai_replies import MARK
 from .protocol import Delta, encode
+from .sse import event_format, named_event
 
-_DELTAS: Final = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}
-"""By a block's type: its deltas' type, and the field of the text in both."""
+_DELTAS: Final = {
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+"""By a block's type: its deltas' type, and the field of their text (the block's own, too, but for a call)."""
 _REASONS: Final = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn", "abort": "end_turn"}
 
 
@@ -33,6 +39,8 @@ class MessageWriter:
         self._open: dict[str, Any] | None = None
         """The last block, while it goes on; its text is in `_text`."""
         self._text: list[str] = []
+        self._format = b""
+        """Of the events with more of it."""
         self._call = -1
         """Index of the call that goes on."""
         self._events: list[bytes] = []
@@ -81,8 +89,8 @@ class MessageWriter:
                 if call.index != self._call:
                     self._call = call.index
                     self._begin({"type": "tool_use", "id": call.id, "name": call.function.name, "input": {}})
-                if text := call.function.arguments:
-                    self._more({"type": "input_json_delta", "partial_json": text}, text)
+                if call.function.arguments:
+                    self._more(call.function.arguments)
 
     def _say(self, kind: str, text: str) -> None:
         if self._open is None or self._open["type"] != kind:
@@ -90,17 +98,22 @@ class MessageWriter:
             more = {"thinking": "", "signature": ""} if kind == "thinking" else {"text": "", "citations": None}
             self._begin({"type": kind, **more})
         if kind == "text" or self._show_thoughts:
-            delta, name = _DELTAS[kind]
-            self._more({"type": delta, name: text}, text)
+            self._more(text)
 
     def _begin(self, block: dict[str, Any]) -> None:
         self._close()
-        self._open = block
+        self._open, self._format = block, b""
         self._event("content_block_start", index=len(self._blocks), content_block=block)
 
-    def _more(self, delta: dict[str, Any], text: str) -> None:
+    def _more(self, text: str) -> None:
+        assert self._open is not None
         self._text.append(text)
-        self._event("content_block_delta", index=len(self._blocks), delta=delta)
+        if not self._format:
+            delta, name = _DELTAS[self._open["type"]]
+            kind = "content_block_delta"
+            fields = {"type": kind, "index": len(self._blocks), "delta": {"type": delta, name: MARK}}
+            self._format = event_format(named_event(kind, encode(fields)), MARK)
+        self._events.append(self._format % encode(text))
 
     def _close(self) -> None:
         """The block that is open, if there is one, is done."""
@@ -120,7 +133,7 @@ class MessageWriter:
         return _REASONS[reason], None
 
     def _event(self, kind: str, **fields: Any) -> None:
-        self._events.append(encode({"type": kind, **fields}))
+        self._events.append(named_event(kind, encode({"type": kind, **fields})))
 
     def _take(self) -> list[bytes]:
         events, self._events = self._events, []

@@ -27,7 +27,6 @@ from .message_writer import MessageWriter
 from .openai import planned_prompt, renamed, submitted_chat
 from .openai_grammar import requested_grammar
 from .protocol import encode
-from .response_writer import named_frame
 from .service import Service
 from .sse import send_output
 
@@ -44,7 +43,7 @@ async def create(service: Service, exchange: Exchange) -> None:
     with renamed(CHAT_NAMES), submitted_chat(service, chat_request(request), message.id) as (stream, reading):
         omitted = request.thinking is not None and request.thinking.display == "omitted"
         writer = MessageWriter(message, stream, reading, not omitted)
-        await send_output(exchange, stream, writer, bool(request.stream), named_frame, done=b"")
+        await send_output(exchange, stream, writer, bool(request.stream))
 
 
 async def count_tokens(service: Service, exchange: Exchange) -> None:

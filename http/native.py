@@ -38,7 +38,7 @@ from .protocol import (
     said,
 )
 from .service import Service
-from .sse import AtEnd, send_stream
+from .sse import DONE, AtEnd, data_event, send_stream
 from .timelines import RequestTimeline, timeline_of
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Rows:
 
 
 class NativeRenderer:
-    """A frame a chunk; see sse.Renderer."""
+    """An event a chunk; see sse.Renderer."""
 
     def __init__(self, stream: Stream, continuations: list[Continuation]) -> None:
         self._stream = stream
@@ -130,10 +130,10 @@ class NativeRenderer:
         index = self._stream.index(chunk)
         continuation = self._continuations[index]
         continuation.add(chunk)
-        return (encode(continuation.reply(chunk, self._stream.choices[index])),)
+        return (data_event(encode(continuation.reply(chunk, self._stream.choices[index]))),)
 
     def tail(self) -> Iterable[bytes]:
-        return ()
+        return (DONE,)
 
 
 async def generate(service: Service, exchange: Exchange) -> None:

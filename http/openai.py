@@ -190,6 +190,10 @@ def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | No
         value = getattr(request, name)
         if value is not None:
             given[name] = value
+    if request.top_k == 0:
+        given["top_k"] = -1
+    if request.include_stop_str_in_output:
+        given["no_stop_trim"] = True
     stop, patterns = request.stop, request.stop_regex
     return SamplingParams(
         max_new_tokens=max_tokens,

@@ -8,7 +8,7 @@ from typing import Any, Final
 from ..actors.grammar_fields import WHITESPACE, grammar_spec
 from ..actors.messages import GrammarSpec
 from ..errors import RequestError
-from .protocol import OpenAIRequest, ResponseFormat
+from .protocol import OpenAIRequest, ResponseFormat, StructuredOutputs
 
 _ALIASES: Final = {
     "regex": "regex",
@@ -22,6 +22,14 @@ _ALIASES: Final = {
     "structural_tag": "structural_tag",
 }
 """A client's field, and ours."""
+_STRUCTURED: Final = {
+    "json": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "ebnf",
+    "structural_tag": "structural_tag",
+}
+"""The same for those of `structured_outputs`."""
 
 
 def requested_grammar(
@@ -31,6 +39,8 @@ def requested_grammar(
     given: list[tuple[str, str, Any]] = [
         (name, ours, value) for name, ours in _ALIASES.items() if (value := getattr(request, name)) is not None
     ]
+    if request.structured_outputs is not None:
+        given += _structured(request.structured_outputs)
     wanted = None if response_format is None else _wanted(response_format)
     if wanted is not None:
         given.append(("response_format", *wanted))
@@ -42,6 +52,24 @@ def requested_grammar(
         return grammar_spec(whitespace), {}
     name, ours, value = given[0]
     return grammar_spec({ours: value} | whitespace, {ours: name}), {ours: name}
+
+
+def _structured(wanted: StructuredOutputs) -> list[tuple[str, str, Any]]:
+    """(the client's field, ours, its value) of each grammar in vLLM's `structured_outputs`."""
+    prefix = "structured_outputs."
+    for name in ("disable_additional_properties", "whitespace_pattern"):
+        if getattr(wanted, name):
+            raise RequestError(f"{prefix}{name} is not supported", param=prefix + name, code="unsupported_value")
+    given = [
+        (prefix + name, ours, value)
+        for name, ours in _STRUCTURED.items()
+        if (value := getattr(wanted, name)) is not None
+    ]
+    if wanted.json_object:
+        given.append((f"{prefix}json_object", "json_schema", {"type": "object"}))
+    if not given:
+        raise RequestError("structured_outputs names no grammar", param="structured_outputs")
+    return given
 
 
 def _wanted(wanted: ResponseFormat) -> tuple[str, Any] | None:

@@ -7,7 +7,7 @@ would have said.
 
 import codecs
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,24 +24,13 @@ from .protocol import (
     encode,
     said,
 )
+from .sse import DONE, data_event, event_format
 from .timelines import RequestTimeline
 
-_MARK: Final = "\ue000 the text \ue000"
+MARK: Final = "\ue000 the text \ue000"
+"""Stands for the text in an event that becomes a format."""
 NO_LOGPROB: Final = -9999.0
 """What OpenAI writes for a logprob of minus infinity, which JSON cannot say."""
-
-
-class Template:
-    """A frame with one text in it, made once: what streams say most costs a join instead of a tree of structs."""
-
-    __slots__ = ("_after", "_before")
-
-    def __init__(self, frame: Callable[[str], bytes]) -> None:
-        """`frame`: makes the document for a text."""
-        self._before, self._after = frame(_MARK).split(encode(_MARK))
-
-    def document(self, text: str) -> bytes:
-        return b"".join((self._before, encode(text), self._after))
 
 
 @dataclass(slots=True)
@@ -83,18 +72,15 @@ class UsageFrames:
     Invariant: a frame counts the tokens of what was written up to it.
     """
 
-    __slots__ = ("_last", "_n", "at_end", "each")
+    __slots__ = ("_n", "at_end", "each", "written")
 
     def __init__(self, choices: int, n: int, at_end: bool = False, each: bool = False) -> None:
         """`n` choices in a row share a prompt."""
         self.at_end = at_end
         self.each = each
         self._n = n
-        self._last: list[Chunk | None] = [None] * choices
-
-    def see(self, index: int, chunk: Chunk) -> None:
-        """The next chunk of a choice is written."""
-        self._last[index] = chunk
+        self.written: list[Chunk | None] = [None] * choices
+        """The newest chunk of each choice."""
 
     def so_far(self) -> Usage | UnsetType | None:
         """The `usage` of a frame with output."""
@@ -107,7 +93,7 @@ class UsageFrames:
         return self.total() if self.at_end or self.each else UNSET
 
     def total(self) -> Usage:
-        return usage(self._last, self._n)
+        return usage(self.written, self._n)
 
 
 def best(chunks: list[Chunk], n: int) -> list[Chunk]:
@@ -186,7 +172,10 @@ class CompletionWriter:
             shown = (self._echoes.get(i, "") for i in range(len(stream.choices)))
             self._logprobs = [LegacyLogprobs(echo, logprobs) for echo in shown]
         self._usage = usage_frames
-        self._templates: dict[int, Template] = {}
+        self._plain = logprobs is None and not echoes and not usage_frames.each
+        """Most events have a text and nothing else."""
+        self._formats: dict[int, bytes] = {}
+        """Of those, by choice."""
 
     def whole(self, chunks: list[Chunk]) -> Completion:
         """Return the reply of a request that was not streamed."""
@@ -199,31 +188,27 @@ class CompletionWriter:
         return ()
 
     def chunk(self, chunk: Chunk) -> Iterable[bytes]:
-        index = self._stream.index(chunk)
-        if chunk.finish is None and not self._logprobs and not self._echoes and not self._usage.each:
+        index = chunk.rid - self._stream.rid
+        if self._plain and chunk.finish is None:
             if not chunk.text:
                 return ()
-            self._usage.see(index, chunk)
-            return (self._template(index).document(chunk.text),)
+            self._usage.written[index] = chunk
+            return ((self._formats.get(index) or self._format(index)) % encode(chunk.text),)
         choice = self._choice(index, chunk)
         if not choice.text and choice.logprobs is None and choice.finish_reason is None:
             return ()  # the first bytes of a character
-        self._usage.see(choice.index, chunk)
-        return (encode(self._object([choice], self._usage.so_far())),)
+        self._usage.written[choice.index] = chunk
+        return (data_event(encode(self._object([choice], self._usage.so_far()))),)
 
     def tail(self) -> Iterable[bytes]:
         if not self._usage.at_end and self._head.timeline is UNSET:
-            return ()
-        return (encode(self._object([], self._usage.last(), self._head.timeline)),)
+            return (DONE,)
+        return (data_event(encode(self._object([], self._usage.last(), self._head.timeline))), DONE)
 
-    def _template(self, index: int) -> Template:
-        """Of a frame of this choice that has a text and nothing else."""
-        if index not in self._templates:
-            usage = self._usage.so_far()
-            self._templates[index] = Template(
-                lambda text: encode(self._object([CompletionChoice(text, index, None, None)], usage))
-            )
-        return self._templates[index]
+    def _format(self, index: int) -> bytes:
+        shown = self._object([CompletionChoice(MARK, index, None, None)], self._usage.so_far())
+        self._formats[index] = event_format(data_event(encode(shown)), MARK)
+        return self._formats[index]
 
     def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
         logprobs = self._logprobs[index].write(chunk.prompt_logprobs, chunk.logprobs) if self._logprobs else None

@@ -181,6 +181,22 @@ class StreamOptions(Struct, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
+class StructuredOutputs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: one of the first six. `disable_any_whitespace` and `disable_fallback` ask for what
+    holds anyway."""
+
+    json: str | bool | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool | None = None
+    disable_fallback: bool | None = None
+    disable_additional_properties: Refusable = None
+    whitespace_pattern: Refusable = None
+
+
 class OpenAIRequest(Struct, frozen=True, kw_only=True):
     """OpenAI's common fields (null means the default), then our extras under SGLang's and vLLM's names."""
 
@@ -198,6 +214,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     max_tokens: Tokens | None = None
 
     top_k: TopK | None = None
+    """Off with -1 (SGLang) or 0 (vLLM)."""
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Tokens | None = None
@@ -205,6 +222,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    """vLLM's name of `no_stop_trim`."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     cache_salt: str | None = None
@@ -222,15 +241,37 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     json_whitespace: str | dict[str, int] | None = None
     ebnf: str | None = None
     structural_tag: str | dict[str, Any] | None = None
-    structured_outputs: Refusable = None
+    structured_outputs: StructuredOutputs | None = None
     whitespace_pattern: Refusable = None
     guided_whitespace_pattern: Refusable = None
 
+    allowed_token_ids: Refusable = None
+    bad_words: Refusable = None
+    use_beam_search: Refusable = None
+    prompt_logprobs: Refusable = None
+    truncate_prompt_tokens: Refusable = None
+    thinking_token_budget: Refusable = None
+    return_token_ids: Refusable = None
+    return_tokens_as_token_ids: Refusable = None
+    return_hidden_states: Refusable = None
+    custom_logit_processor: Refusable = None
+    lora_path: Refusable = None
+
 
 OPENAI_REFUSED = (
-    "structured_outputs",
     "whitespace_pattern",
     "guided_whitespace_pattern",
+    "allowed_token_ids",
+    "bad_words",
+    "use_beam_search",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "thinking_token_budget",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "return_hidden_states",
+    "custom_logit_processor",
+    "lora_path",
 )
 
 

@@ -15,21 +15,18 @@ from ..actors.conversation import ChatMessage
 from ..actors.messages import Chunk
 from .chat_replies import Answer
 from .chat_tools import Reading
-from .openai_replies import usage
+from .openai_replies import MARK, usage
 from .protocol import Delta, encode
 from .response_types import CachedTokens, ReasoningTokens, Response, ResponseUsage
+from .sse import event_format, named_event
 
-_HEAD: Final = len(b'{"type":"')
+_COUNT_MARK: Final = 987_654_321_987
+"""Stands for the number of an event that becomes a format."""
 _PARTS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "message": ("content_part", "output_text", {"annotations": [], "logprobs": []}),
     "reasoning": ("content_part", "reasoning_text", {}),
 }
 """By an item's type: how the events of its part are called, its part's type, and what else is in that."""
-
-
-def named_frame(document: bytes) -> bytes:
-    """Return a document, which begins with its type, as an event of this name."""
-    return b"event: " + document[_HEAD : document.index(b'"', _HEAD)] + b"\ndata: " + document + b"\n\n"
 
 
 class ResponseWriter:
@@ -46,6 +43,8 @@ class ResponseWriter:
         self._open: dict[str, Any] | None = None
         """The last item, while it goes on; its text is in `_text`."""
         self._text: list[str] = []
+        self._format = b""
+        """Of the events with more of it."""
         self._call = -1
         """Index of the call that goes on."""
         self._count = 0
@@ -105,12 +104,17 @@ class ResponseWriter:
         self._close("completed")
         prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[item["type"]]
         self._open = {"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **item}
+        self._format = b""
         self._event("response.output_item.added", output_index=len(self._items), item=self._open)
 
     def _more(self, event: str, text: str) -> None:
         self._text.append(text)
-        extra: dict[str, Any] = {"logprobs": []} if event == "response.output_text.delta" else {}
-        self._event(event, **self._place(), delta=text, **extra)
+        if not self._format:
+            extra: dict[str, Any] = {"logprobs": []} if event == "response.output_text.delta" else {}
+            fields = {"type": event, "sequence_number": _COUNT_MARK, **self._place(), "delta": MARK, **extra}
+            self._format = event_format(named_event(event, encode(fields)), _COUNT_MARK, MARK)
+        self._events.append(self._format % (encode(self._count), encode(text)))
+        self._count += 1
 
     def _close(self, status: str) -> None:
         """The item that is open, if there is one, is done."""
@@ -180,7 +184,7 @@ class ResponseWriter:
         return ChatMessage("assistant", text if text or not calls else None, tool_calls=calls or None)
 
     def _event(self, kind: str, **fields: Any) -> None:
-        self._events.append(encode({"type": kind, "sequence_number": self._count, **fields}))
+        self._events.append(named_event(kind, encode({"type": kind, "sequence_number": self._count, **fields})))
         self._count += 1
 
     def _take(self) -> list[bytes]:

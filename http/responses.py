@@ -18,7 +18,7 @@ from .openai import renamed, submitted_chat
 from .protocol import encode
 from .response_store import Stored
 from .response_types import CHAT_NAMES, REFUSED, DeletedResponse, Response, ResponseRequest, chat_request
-from .response_writer import ResponseWriter, named_frame
+from .response_writer import ResponseWriter
 from .service import Service
 from .sse import send_output
 
@@ -48,7 +48,7 @@ async def create(service: Service, exchange: Exchange) -> None:
 
         with submitted_chat(service, chat, response.id) as (stream, reading):
             writer = ResponseWriter(response, stream, reading, keep)
-            await send_output(exchange, stream, writer, bool(request.stream), named_frame, done=b"")
+            await send_output(exchange, stream, writer, bool(request.stream))
 
 
 async def retrieve(service: Service, exchange: Exchange) -> None:

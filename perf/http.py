@@ -16,6 +16,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -31,8 +32,8 @@ BAR_EVENTS: Final = 25_000
 BAR_TTFT_MS: Final = 3.0
 ROUTES: Final = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 CONTEXT: Final = 1 << 17
-PROBE_GAP: Final = 0.05
-"""Seconds between two requests whose first token is waited for."""
+PROBE_GAP: Final = (0.5, 1.5)
+"""Steps between two requests whose first token is waited for: they come at any moment of a step."""
 
 # ------------------------------------------------------------------ the client
 
@@ -129,9 +130,9 @@ def front_seconds(pid: int) -> float:
     return sum(spent for name, spent in cpu_seconds(pid).items() if name.startswith("front."))
 
 
-async def first_tokens(url: str, requests: Sequence[bytes], probes: int) -> dict[str, float]:
+async def first_tokens(url: str, requests: Sequence[bytes], probes: int, step: float) -> dict[str, float]:
     """While the requests stream, the overhead on the TTFT of some more, one at a time, in ms."""
-    overheads, waits = [], []
+    overheads, waits, draw = [], [], random.Random(0)
     async with streaming(url, requests) as counters:
         await all_stream(counters)
         for i in range(probes):
@@ -142,7 +143,7 @@ async def first_tokens(url: str, requests: Sequence[bytes], probes: int) -> dict
             (timeline,) = json.loads(line[6 : line.index(b"\n")])["timeline"]
             waits.append(1e3 * (counter.first - counter.sent))
             overheads.append(waits[-1] - 1e3 * timeline["first_token"])
-            await asyncio.sleep(PROBE_GAP)
+            await asyncio.sleep(draw.uniform(*PROBE_GAP) * step)
     cuts = statistics.quantiles(overheads, n=100)
     return {"ttft_ms": statistics.median(waits), "ttft_overhead_ms": cuts[49], "ttft_overhead_p90_ms": cuts[89]}
 
@@ -173,7 +174,7 @@ def ours(args: argparse.Namespace, folder: str, workers: int) -> dict[str, Any]:
     steps = f"--stub-step-ms {args.step_ms} --num-continuous-decode-steps 1"
     with launched(f"{flags} {steps}") as (url, _, _):
         requests = [request_of(url, path, body_of("chat", CONTEXT - 64, i)) for i in range(args.streams)]
-        figures |= asyncio.run(first_tokens(url, requests, args.probes))
+        figures |= asyncio.run(first_tokens(url, requests, args.probes, args.step_ms / 1e3))
     return figures
 
 

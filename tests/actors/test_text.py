@@ -1041,3 +1041,18 @@ def test_all_messages_are_encodable(world: World) -> None:
     world.row((1, 70, Finish.LENGTH), logprobs=[-1.0], top_n=2, top_ids=[70, 71], top_logprobs=[-1.0, -2.0])
     (message,) = world.front()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Chunks) == message
+
+
+def test_first_tokens_do_not_wait_for_the_rest(world):
+    """They have a message of their own, before everybody's next token is made text; in one message they come first."""
+    for rid in (1, 2):
+        world.ask(rid, "Hi")
+    world.row((1, 70), (2, 71))
+    assert [[c.rid for c in m.chunks] for m in world.front()] == [[1, 2]]
+    world.ask(3, "Hi")
+    world.row((1, 72), (2, 73), (3, 74))
+    assert [[c.rid for c in m.chunks] for m in world.front()] == [[3], [1, 2]]
+    world.ask(4, "Hi")
+    world.row((1, 75), (2, 76), settle=False)
+    world.row((4, 77))
+    assert [[c.rid for c in m.chunks] for m in world.front()] == [[4, 1, 2]]

@@ -253,6 +253,22 @@ def shown(url):
         ({"messages": USER, "ebnf": "root ::= a", "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": USER, "structural_tag": "{"}, "structural_tag"),
         ({"messages": USER, "whitespace_pattern": " *"}, "whitespace_pattern"),
+        ({"messages": USER, "structured_outputs": {}}, "structured_outputs"),
+        ({"messages": USER, "structured_outputs": {"jsn": {}}}, "structured_outputs.jsn"),
+        ({"messages": USER, "structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"messages": USER, "structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        (
+            {"messages": USER, "structured_outputs": {"regex": "a", "json_object": True}},
+            "structured_outputs.json_object",
+        ),
+        ({"messages": USER, "structured_outputs": {"regex": "a"}, "response_format": SCHEMA_FORMAT}, "response_format"),
+        (
+            {"messages": USER, "structured_outputs": {"json": {}, "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+        ),
+        ({"messages": USER, "allowed_token_ids": [5]}, "allowed_token_ids"),
+        ({"messages": USER, "bad_words": ["a"]}, "bad_words"),
+        ({"messages": USER, "use_beam_search": True}, "use_beam_search"),
         ({"messages": USER, "regex": "a", "guided_regex": "a"}, "guided_regex"),
         ({"messages": USER, "regex": "a", "response_format": SCHEMA_FORMAT}, "response_format"),
         ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
@@ -282,6 +298,13 @@ async def test_chat_refused_with_the_field(rig, body, param):
         ({"guided_grammar": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
         ({"response_format": {"type": "json_object"}}, "json_schema", '{"type":"object"}'),
         ({"structural_tag": json.dumps(TAG)}, "structural_tag", TAG_TEXT),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "choice", '["a","b"]'),
+        ({"structured_outputs": {"grammar": 'root ::= "a"', "disable_fallback": True}}, "ebnf", 'root ::= "a"'),
+        ({"structured_outputs": {"json": {"type": "integer"}}}, "json_schema", '{"type":"integer"}'),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, "json_schema", '{"type":"integer"}'),
+        ({"structured_outputs": {"json_object": True, "json": None}}, "json_schema", '{"type":"object"}'),
+        ({"structured_outputs": {"structural_tag": TAG}}, "structural_tag", TAG_TEXT),
         ({"response_format": TAG}, "structural_tag", TAG_TEXT),
         ({"json_schema": ' {"type":  "integer"}'}, "json_schema", '{"type":"integer"}'),
         ({"guided_json": {"type": "integer"}}, "json_schema", '{"type":"integer"}'),
@@ -308,6 +331,13 @@ async def test_replies_say_whether_a_constrained_output_matches(rig):
         frames = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
         assert [f.get("valid") for f in frames] == [None] * (len(frames) - 1) + [False]
         assert frames[-1]["finish_reason"] == "stop"
+
+
+async def test_names_of_other_servers_mean_the_same(rig):
+    body = {"messages": USER, "top_k": 0, "include_stop_str_in_output": True, "bad_words": [], "lora_path": None}
+    assert (await rig.http.post("/v1/chat/completions", json=body)).status_code == 200
+    params = rig.text.generates[0].params
+    assert (params.top_k, params.no_stop_trim) == (-1, True)
 
 
 async def test_whitespace_travels_with_a_schema(rig):

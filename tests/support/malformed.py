@@ -45,6 +45,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("POST", "/v1/messages", {"model": "", "max_tokens": 6, "messages": CHAT["messages"], "stream": True}),
     ("POST", "/v1/messages/count_tokens", {"model": "", "messages": CHAT["messages"]}),
     ("POST", "/v1/score", {"query": "a", "items": ["b", "c"], "label_token_ids": [5, 6], "apply_softmax": True}),
+    ("POST", "/v1/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1, "return_documents": False}),
     ("POST", "/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64", "dimensions": 3}),
     ("POST", "/encode", {"text": "a", "normalize": True}),
     ("POST", "/judge", {"conv": CHAT["messages"], "rid": "r"}),
