@@ -153,6 +153,7 @@ def _version(name: str) -> str | None:
 
 def _lanes() -> Iterator[Finding]:
     from .actors.lane import create_lane
+    from .actors.ring import native
 
     try:
         create_lane().close()
@@ -160,6 +161,10 @@ def _lanes() -> Iterator[Finding]:
         yield Finding("fail", "lanes", f"no shared memory between processes: {error.strerror} (memfd_create, eventfd)")
         return
     yield Finding("ok", "lanes", "sealed shared memory and eventfd work: actors run in processes of their own")
+    if native() is None:
+        yield Finding(
+            "warn", "lanes", "written in Python here, which takes more CPU: no C compiler, or no headers of Python"
+        )
 
 
 def _limits() -> Finding:

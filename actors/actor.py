@@ -138,9 +138,8 @@ class Actor:
             if item is None:
                 break
             self.receive(*item)
-        else:
-            inbox.ring()
         self.flush()
+        inbox.listen()
 
     async def run(self) -> None:
         """Until cancelled: wait, drain. An actor with work of its own between messages overrides this."""

@@ -3,10 +3,12 @@
 Every actor has one Inbox; its node adds and drops lanes, the actor polls it and waits for it from trio, asyncio or
 anything that can wait for a descriptor. Invariant: after `poll` returned None, `fileno()` is readable if and only if
 something arrived since, be it in shared memory, from an actor of the same node, from the supervisor, or credit for a
-message that waits behind a full lane. Lanes take turns, so that a busy one cannot starve another. A lane's header
-words spare most looks into the kernel, and some sleeps (spin.py), but only say where to look first.
+message that waits behind a full lane. Lanes take turns, so that a busy one cannot starve another. What is in the rings
+is seen by a look into memory (ring.Watch); the kernel is asked only after a sleep, whose wake-up it has to forget, and
+for what is not in a ring. Some sleeps are spared by looking for a while first (spin.py).
 """
 
+import operator
 import os
 import select
 import time
@@ -18,15 +20,15 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
+from . import ring
 from .lane import LaneCorrupt, LaneMetrics, LaneReceiver
+from .ring import BUCKETS
 from .spin import DISTURBED, LONGEST, Spin
 
 SUPERVISOR = "supervisor"
 """Source of PeerUp, PeerDown and Drain."""
 TURN = 32
 """Messages a lane may deliver in a row while others wait."""
-
-_BUCKETS = 66  # of any difference of two u64
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,29 @@ class LocalLane:
     A message goes over as it is, so its arrays belong to the receiver once sent.
     """
 
-    __slots__ = ("closed", "codec", "feed", "inbox", "limit", "queue", "ready", "sent", "sent_ns", "source", "space")
+    __slots__ = (
+        "closed",
+        "codec",
+        "feed",
+        "histogram",
+        "inbox",
+        "limit",
+        "queue",
+        "ready",
+        "sent",
+        "sent_ns",
+        "source",
+        "space",
+        "wait_ns",
+    )
 
     def __init__(self, source: str, inbox: "Inbox", limit: int, codec: bool) -> None:
         self.source, self.inbox, self.limit, self.codec = source, inbox, limit, codec
         self.queue: deque[tuple[Any, int]] = deque()
         self.ready = self.closed = False
         self.feed = self
-        self.sent = self.sent_ns = 0
+        self.sent = self.sent_ns = self.wait_ns = 0
+        self.histogram = [0] * BUCKETS
         self.space = trio.lowlevel.ParkingLot()
 
     @property
@@ -93,23 +110,31 @@ class LocalLane:
         """As a ring's, but for bytes: there are none, and `capacity` is in messages."""
         return LaneMetrics(0, len(self.queue), self.sent, self.sent - len(self.queue), 0, self.limit)
 
+    def waits(self) -> tuple[int, tuple[int, ...]]:
+        """As a ring's."""
+        return self.wait_ns, tuple(self.histogram)
+
     def next(self) -> Any:
-        """The next message, or None; when it was sent is `sent_ns`."""
+        """The next message, or None."""
         if not self.queue:
             return None
         message, self.sent_ns = self.queue.popleft()
+        waited = time.monotonic_ns() - self.sent_ns
+        self.wait_ns += waited
+        self.histogram[waited.bit_length()] += 1
         if self.space and not self.full:
             self.space.unpark_all()
         return message
 
 
 class RingLane:
-    """A lane from another node."""
+    """A lane from another node; `feed` is the receiver's reader."""
 
-    __slots__ = ("feed", "ready", "source")
+    __slots__ = ("feed", "ready", "receiver", "source")
 
-    def __init__(self, source: str, feed: LaneReceiver) -> None:
-        self.source, self.feed = source, feed
+    def __init__(self, source: str, receiver: LaneReceiver) -> None:
+        self.source, self.receiver = source, receiver
+        self.feed = receiver.reader
         self.ready = False
 
 
@@ -128,6 +153,9 @@ class Inbox:
         self._epoll.register(self._bell, select.EPOLLIN)
         self._rung = False
         self._rings: dict[int, RingLane] = {}
+        self._watch = ring.types().Watch(self._epoll)
+        self._rings_always: bool = self._watch.rings_always
+        self._asleep = False  # see _look
         self._locals: dict[str, LocalLane] = {}
         self._credits: dict[int, Watched] = {}
         self._system: deque[Any] = deque()
@@ -135,10 +163,10 @@ class Inbox:
         self._turn = 0
         self._spin = Spin()
         self._slept_at = 0  # when the last wait fell asleep; 0 once its first message told how it went
-        self._glances = 0  # since everything was looked at
         self._caught = 0
-        self._wait_ns = self._parks = self._decode_errors = self._corrupt_lanes = 0
-        self._histogram = [0] * _BUCKETS
+        self._parks = self._decode_errors = self._corrupt_lanes = 0
+        self._wait_ns = 0  # of lanes that are gone, and the same in buckets
+        self._histogram = [0] * BUCKETS
 
     # ------------------------------------------------------------------ for the actor
 
@@ -146,15 +174,14 @@ class Inbox:
         """The next (message, name of the actor that sent it), or None. Never blocks.
 
         System messages come first, with source "supervisor". memoryview fields of the message are valid until the
-        next poll. Costs at most one epoll_wait per turn of 32 messages, and one per None unless look=False: that None
-        means that all which was there at the last look is taken, enough for who waits for `fileno()` next.
+        next poll. Without `look` a None means that all is taken which was there; with it, also that `fileno()` will
+        become readable, which costs a look into the kernel now and then.
         """
         if self._system:
             return self._system.popleft(), SUPERVISOR
         while True:
             if self._turn <= 0 or not self._ready:
-                if (look or self._ready or self._rung) and not (look and self._glance()):
-                    self._look(0)
+                self._look(look)
                 if self._system:
                     return self._system.popleft(), SUPERVISOR
                 if not self._ready:
@@ -173,14 +200,10 @@ class Inbox:
                 lane.ready = False
                 self._turn = TURN
                 continue
-            now = time.monotonic_ns()
-            waited = now - feed.sent_ns
             if self._slept_at:
                 if feed is not lane:
-                    self._spin.slept(self._slept_at, feed.sent_ns, now)
+                    self._spin.slept(self._slept_at, feed.sent_ns, feed.received_ns)
                 self._slept_at = 0
-            self._wait_ns += waited
-            self._histogram[waited.bit_length()] += 1
             self._turn -= 1
             if feed.drained:
                 self._ready.popleft()
@@ -192,30 +215,28 @@ class Inbox:
 
     async def wait(self) -> None:
         """Return when `poll` may return something; also after credit came. Always a checkpoint."""
-        if self._ready or self._system:
-            self.ring()  # the descriptor is readable then, so this is one checkpoint under any loop
-            await self.wait_readable(self._descriptor)
-            return
         if self.wait_readable is trio.lowlevel.wait_readable:
             await trio.lowlevel.checkpoint_if_cancelled()
-            if self._glance() or (self._spin.on and self._watch()):
-                self._caught += 1
+            if self._ready or self._system or self._find_before_sleep():
                 await trio.lowlevel.cancel_shielded_checkpoint()  # cheaper than asking the kernel for what we know
                 return
+        else:
+            if not self._asleep:
+                self._fall_asleep()
+            if self._ready or self._system:
+                self.ring()  # the descriptor is readable then, so this is one checkpoint under any loop
         self._parks += 1
         self._slept_at = time.monotonic_ns()
         await self.wait_readable(self._descriptor)
+        self._ask_kernel(0)
 
     def wait_in_thread(self, seconds: float | None = None) -> None:
         """`wait` for a thread without a loop: blocks until `poll` may return something, or for `seconds`."""
-        if self._ready or self._system:
-            return
-        if self._glance() or (self._spin.on and self._watch()):
-            self._caught += 1
+        if self._ready or self._system or self._find_before_sleep():
             return
         self._parks += 1
         self._slept_at = time.monotonic_ns()
-        self._look(seconds)
+        self._ask_kernel(-1 if seconds is None else round(seconds * 1000))
 
     def fileno(self) -> int:
         """A descriptor that is readable when `poll` may return something, for the time until poll returned None."""
@@ -227,12 +248,24 @@ class Inbox:
             self._rung = True
             os.eventfd_write(self._bell, 1)
 
+    def listen(self) -> None:
+        """Before one waits for `fileno()`, after a None of poll(look=False): it will be readable as after any None."""
+        if not (self._asleep or self._ready or self._system):
+            self._fall_asleep()
+        if self._ready or self._system:
+            self.ring()
+
     def statistics(self) -> InboxStatistics:
         """A snapshot of the counters."""
+        wait_ns, histogram = self._wait_ns, self._histogram
+        for lane in (*self._rings.values(), *self._locals.values()):
+            more, counts = lane.feed.waits()
+            wait_ns += more
+            histogram = list(map(operator.add, histogram, counts))
         return InboxStatistics(
-            sum(self._histogram),
-            self._wait_ns,
-            tuple(self._histogram),
+            sum(histogram),
+            wait_ns,
+            tuple(histogram),
             self._parks,
             self._caught,
             self._decode_errors,
@@ -241,7 +274,7 @@ class Inbox:
 
     def lanes(self) -> dict[str, LaneMetrics]:
         """Each connected lane by the name of the actor that sends."""
-        found = {ring.source: ring.feed.metrics() for ring in self._rings.values()}
+        found = {lane.source: lane.receiver.metrics() for lane in self._rings.values()}
         return found | {source: lane.metrics() for source, lane in self._locals.items()}
 
     # ------------------------------------------------------------------ for the node and the refs
@@ -254,8 +287,12 @@ class Inbox:
     def add_ring(self, source: str, receiver: LaneReceiver) -> None:
         """Listen to a lane of another node; replaces an older one of the same source."""
         self.drop(source)
-        self._rings[receiver.fds.data] = RingLane(source, receiver)
-        self._epoll.register(receiver.fds.data, select.EPOLLIN)
+        lane = self._rings[receiver.fds.data] = RingLane(source, receiver)
+        self._epoll.register(receiver.fds.data, select.EPOLLIN | select.EPOLLET)
+        self._watch.add(lane.feed, receiver.fds.data, lane)
+        self._asleep = True
+        if not self._watch.sleep():
+            self.ring()
 
     def add_local(self, source: str, limit: int, codec: bool) -> LocalLane:
         """The lane of an actor of this node; its Ref puts messages into it."""
@@ -267,12 +304,13 @@ class Inbox:
         """Forget the lane of `source` and what is in it."""
         local = self._locals.pop(source, None)
         if local is not None:
+            self._keep_waits(local)
             local.closed = True
             local.space.unpark_all()
             self._unready(local)
-        for descriptor, ring in list(self._rings.items()):
-            if ring.source == source:
-                self._drop_ring(descriptor, ring)
+        for descriptor, lane in list(self._rings.items()):
+            if lane.source == source:
+                self._drop_ring(descriptor, lane)
 
     def watch(self, descriptor: int, sender: Watched) -> None:
         """Call `sender.pump` in poll when `descriptor` is readable, until it returns True."""
@@ -292,82 +330,108 @@ class Inbox:
 
     def close(self) -> None:
         """Close all lanes and descriptors."""
-        for source in [*self._locals, *(ring.source for ring in self._rings.values())]:
+        for source in [*self._locals, *(lane.source for lane in self._rings.values())]:
             self.drop(source)
         self._epoll.close()
         os.close(self._bell)
 
     # ------------------------------------------------------------------ inside
 
-    def _watch(self) -> bool:
-        """Watch the lanes' header words for at most LONGEST ns. True: a message is there.
+    # Awake, we look into the rings ourselves and senders do not ring. Asleep, each sender rings once, so while
+    # `_asleep` holds, a lane's bell is set or its wake-up is in the kernel or on its way there. Whoever takes wake-ups
+    # from the kernel must therefore end the sleep, and the next one sets all bells anew. A wake-up may come late, for
+    # a message that was taken long before: it makes one look for nothing.
 
-        Nothing of this node can come meanwhile, as we are its thread.
-        """
-        if self._rung or self._credits:
-            return False
-        receivers = [ring.feed for ring in self._rings.values()]
-        now = time.monotonic_ns
-        before = now()
-        deadline, undisturbed = before + LONGEST, True
-        while (instant := now()) < deadline:
-            if instant - before > DISTURBED:
-                undisturbed = False  # somebody else had our core meanwhile, perhaps the sender itself
-            before = instant
-            for receiver in receivers:
-                if receiver.hinted:
-                    found = self._glance()
-                    self._spin.watched(found and undisturbed)
-                    return found
-        self._spin.watched(False)
-        return False
-
-    def _glance(self) -> bool:
-        """Look only at lanes whose header words hint at news. True if there are some; False says nothing.
-
-        Spares the epoll_wait of most wake-ups. Each time after TURN of them everything is looked at, as hints can be
-        missing: a sender may be stopped between its publication and its hint.
-        """
-        if self._rung or self._credits:
-            return False
-        if self._glances >= TURN:
-            self._look(0)
-            return bool(self._ready)
-        for ring in self._rings.values():
-            if ring.feed.hinted and not ring.ready:
-                if not self._refresh(ring):
-                    return False
-                self._glances += 1
-                self._turn = TURN
-                return True  # other lanes are seen when this one is empty
-        return False
-
-    def _refresh(self, ring: RingLane) -> bool:
-        """Queue a lane if something arrived in it."""
-        try:
-            arrived = ring.feed.refresh()
-        except LaneCorrupt as error:
-            self._give_up(ring, error)
-            return False
-        if arrived and not ring.ready:
-            self.queue_lane(ring)
-        return arrived
-
-    def _look(self, timeout: float | None) -> None:
-        """See what arrived in which lane."""
+    def _look(self, kernel: bool) -> None:
+        """See what arrived in which lane. With `kernel`, be sure that the descriptor tells what arrives later."""
         self._turn = TURN
-        self._glances = 0
-        for descriptor, _ in self._epoll.poll(timeout, 64):
-            ring = self._rings.get(descriptor)
-            if ring is not None:
-                self._refresh(ring)
-            elif descriptor == self._bell:
-                os.eventfd_read(self._bell)
-                self._rung = False
-            else:
-                sender = self._credits.get(descriptor)
-                if sender is not None and sender.pump():
+        if self._rung or (self._credits and (kernel or self._ready)):
+            self._ask_kernel(0)
+        elif self._find():
+            self._wake()
+        elif self._asleep and kernel:
+            self._ask_kernel(0)  # it may have woken who called us
+        if kernel and not self._ready and not self._asleep:
+            self._fall_asleep()
+
+    def _find(self) -> bool:
+        """Queue the rings that have news. True if there are some."""
+        found = self._watch.news()
+        return found is not None and self._queue(found)
+
+    def _queue(self, found: list[RingLane]) -> bool:
+        for lane in found:
+            if not lane.ready:
+                lane.ready = True
+                self._ready.append(lane)
+        return True
+
+    def _fall_asleep(self) -> None:
+        """From now on each sender rings; what arrived before is queued."""
+        if self._rings_always:
+            self._ask_kernel(0)
+        self._asleep = True
+        if not self._watch.sleep():
+            self._wake()
+            self._find()
+
+    def _wake(self) -> None:
+        """End the sleep: senders need not ring any more, and what they rang is forgotten."""
+        if self._asleep:
+            self._asleep = False
+            if self._watch.wake():
+                self._ask_kernel(0)
+
+    def _ask_kernel(self, milliseconds: int) -> None:
+        """Wait as long as told (negative: for ever), end the sleep, and see what arrived."""
+        found = self._watch.wait(milliseconds)
+        self._asleep = False
+        if found is not None:
+            self._queue(found)
+        if (self._rung or self._credits) and (others := self._watch.others) is not None:
+            for descriptor in others:
+                if descriptor == self._bell:
+                    os.eventfd_read(self._bell)
+                    self._rung = False
+                elif (sender := self._credits.get(descriptor)) is not None and sender.pump():
                     self.unwatch(descriptor)
+
+    def _find_before_sleep(self) -> bool:
+        """True: no sleep is needed, for there are news or they came while we watched. False: it may begin."""
+        if not self._asleep and not self._spin.on:
+            self._fall_asleep()
+            found = bool(self._ready)
+        else:
+            found = self._find()
+            if found:
+                self._wake()
+            elif self._spin.on and self._spin_for_news():
+                found = True
+            elif not self._asleep:
+                self._fall_asleep()
+                found = bool(self._ready)
+        self._caught += found
+        return found
+
+    def _find_before_sleep(self) -> bool:
+        """True: no sleep is needed, for there are news or they came while we watched. False: it may begin."""
+        if self._find():
+            self._wake()
+        elif not (self._spin.on and self._spin_for_news()):
+            if not self._asleep:
+                self._fall_asleep()
+            return bool(self._ready)
+        self._caught += 1
+        return True
+
+    def _spin_for_news(self) -> bool:
+        """Look into the rings for at most LONGEST ns. Nothing of this node can come meanwhile, as we are its thread."""
+        if self._rung or self._credits:
+            return False
+        self._wake()
+        undisturbed = self._watch.spin(LONGEST, DISTURBED)  # else somebody had our core, perhaps the sender itself
+        self._spin.watched(bool(undisturbed))
+        return self._find()
 
     def _give_up(self, lane: RingLane | LocalLane, error: Exception) -> None:
         """What comes after a broken frame cannot be trusted: the lane is closed, the supervisor restarts its sender."""
@@ -381,11 +445,19 @@ class Inbox:
             raise LaneCorrupt(f"lane from {lane.source}: {detail}") from error
         self.on_corrupt(lane.source, detail)
 
-    def _drop_ring(self, descriptor: int, ring: RingLane) -> None:
+    def _drop_ring(self, descriptor: int, lane: RingLane) -> None:
         self._epoll.unregister(descriptor)
         del self._rings[descriptor]
-        self._unready(ring)
-        ring.feed.close()
+        self._unready(lane)
+        self._keep_waits(lane)
+        self._watch.remove(lane.feed)
+        lane.receiver.close()
+
+    def _keep_waits(self, lane: RingLane | LocalLane) -> None:
+        """The counters outlive the lane."""
+        wait_ns, counts = lane.feed.waits()
+        self._wait_ns += wait_ns
+        self._histogram = list(map(operator.add, self._histogram, counts))
 
     def _unready(self, lane: RingLane | LocalLane) -> None:
         if lane.ready:

@@ -34,6 +34,7 @@ class Ref:
         """Called with (name, detail) when the peer broke the lane."""
         self._inbox = inbox
         self._ring: LaneSender | None = None
+        self._quick: Callable[[bytes], bool] = self._refuse  # the ring's `send`
         self._local: LocalLane | None = None
         self._backlog: deque[bytes] = deque()
         self._sending = False  # a task sleeps in send() and is the only one to take credit
@@ -65,19 +66,14 @@ class Ref:
                 return False
             local.put(message)
             return True
-        ring = self._ring
-        if ring is None:
-            raise Gone(self.name)
-        if (self._backlog or self._sending or ring.busy) and not self._flush():
-            return False
+        data = _encode(message)
         try:
-            sent = ring.try_send(_encode(message))
+            if not self._backlog and not self._sending and self._quick(data):
+                return True
         except LaneCorrupt as error:
             self._corrupt(error)
             raise Gone(self.name) from error
-        if ring.busy:
-            self._watch()
-        return sent
+        return self._flush() and self._push(data)
 
     def post(self, message: Any) -> None:
         """Send now, or keep the message, in order, until there is room; never drops, never blocks. Raises Gone.
@@ -88,11 +84,14 @@ class Ref:
         if local is not None and not local.closed:
             local.put(message)
             return
-        ring = self._ring
-        if ring is None:
-            raise Gone(self.name)
         data = _encode(message)
-        if ((self._backlog or self._sending or ring.busy) and not self._flush()) or not self._push(data):
+        try:
+            if not self._backlog and not self._sending and self._quick(data):
+                return
+        except LaneCorrupt as error:
+            self._corrupt(error)
+            raise Gone(self.name) from error
+        if not self._flush() or not self._push(data):
             self._backlog.append(data)
             self._watch()
 
@@ -122,13 +121,13 @@ class Ref:
         if isinstance(link, LocalLane):
             self._local = link
         else:
-            self._ring = link
+            self._ring, self._quick = link, link.send
 
     def disconnect(self) -> None:
         """The peer is gone, and what waits with it."""
         self._local = None
         self._backlog.clear()
-        ring, self._ring = self._ring, None
+        ring, self._ring, self._quick = self._ring, None, self._refuse
         if ring is not None:
             self._inbox.unwatch(ring.fds.credit)
             if self._sending:
@@ -136,6 +135,9 @@ class Ref:
             ring.close()
 
     # ------------------------------------------------------------------ inside
+
+    def _refuse(self, data: bytes) -> bool:
+        raise Gone(self.name)
 
     def _flush(self) -> bool:
         """Send what waits. True: nothing waits any more, and a message may go next. Raises Gone."""

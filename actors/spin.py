@@ -1,11 +1,11 @@
 """When a wait begins with watching instead of sleep: a decision from how the last waits went.
 
 Each Inbox owns one Spin. Waking a sleeper on another core takes an interrupt, 10 to 40 us where the kernel has halted
-that core; when the next message comes soon, watching the lanes' header words for it is several times faster and takes
+that core; when the next message comes soon, watching the rings for it (ring.Watch) is several times faster and takes
 less CPU than sleeping. Messages carry the time at which they were sent, so each wait that slept tells whether watching
 would have paid: nothing is tried blindly. Invariant: a wait watches for at most LONGEST, and after MISSES failures in
 a row not again before a growing number of sleeps in a row says so. What comes rarely, wakes cheaply because both sides
-share a core, or finds no core free thus costs next to no spinning. What is seen is a hint; the descriptor decides.
+share a core, or finds no core free thus costs next to no spinning.
 """
 
 from typing import Final

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 
 from ..config import EngineConfig, ModelInfo
 from ..errors import StartupError
+from . import ring
 from .control import (
     ActorBoot,
     Boot,
@@ -125,6 +126,7 @@ class Supervisor:
         Cancelled: all nodes are killed.
         """
         self._token = trio.lowlevel.current_trio_token()
+        ring.types()  # compiled here once, and not in each node at the same time
         try:
             async with trio.open_nursery() as nursery:
                 for node in self._nodes:

@@ -1,7 +1,8 @@
 """C source to a loaded library: compiled for this very CPU at the first use, then taken from the cache folder.
 
-Used by cpu_kernels.py. Needs a C compiler at run time, as Triton does on a GPU; who calls has another way where there
-is none. Invariant: a cached library was made from these files, by this compiler, for a CPU with these features.
+Used by cpu_kernels.py, and by actors/ring.py for an extension module of Python. Needs a C compiler at run time, as
+Triton does on a GPU; who calls has another way where there is none. Invariant: a cached library was made from these
+files, by this compiler, for a CPU with these features.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -26,14 +28,33 @@ def load_library(*files: Path) -> ctypes.CDLL:
     It is named after the first. Symbols that are not defined are looked up among those of the libraries that torch has
     loaded. Raises StartupError when there is no compiler, or when what it makes does not run here.
     """
-    compiler = find_compiler()
-    target = cache_folder() / "kernels" / f"{files[0].stem}-{_key(files, compiler)}.so"
     try:
-        if not target.exists():
-            _compile(compiler, [str(file) for file in files if file.suffix == ".c"], target)
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(compile_library(*files)))
     except OSError as error:
         raise StartupError(f"{files[0].name} cannot be compiled and loaded: {error}") from error
+
+
+def compile_library(*files: Path, options: tuple[str, ...] = ()) -> Path:
+    """`load_library` without loading: the path of the shared object. `options` go to the compiler too.
+
+    Raises StartupError.
+    """
+    compiler = find_compiler()
+    target = cache_folder() / "kernels" / f"{files[0].stem}-{_key(files, compiler, options)}.so"
+    try:
+        if not target.exists():
+            _compile(compiler, options, [str(file) for file in files if file.suffix == ".c"], target)
+    except OSError as error:
+        raise StartupError(f"{files[0].name} cannot be compiled: {error}") from error
+    return target
+
+
+def include_python() -> tuple[str, ...]:
+    """Options that compile an extension module of this very Python. Raises StartupError without its headers."""
+    folder = Path(sysconfig.get_path("include"))
+    if not (folder / "Python.h").exists():
+        raise StartupError("there are no headers of Python (python3-dev)")
+    return (f"-I{folder}", f"-DINTERPRETER_{sysconfig.get_config_var('SOABI').replace('-', '_')}")
 
 
 def find_compiler() -> str:
@@ -44,9 +65,9 @@ def find_compiler() -> str:
     raise StartupError("there is no C compiler (cc, gcc or clang, or the one that $CC names)")
 
 
-def _key(files: tuple[Path, ...], compiler: str) -> str:
+def _key(files: tuple[Path, ...], compiler: str, options: tuple[str, ...]) -> str:
     digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files))
-    digest.update(" ".join((os.path.realpath(compiler), *FLAGS, *_cpu_features())).encode())
+    digest.update(" ".join((os.path.realpath(compiler), *FLAGS, *options, *_cpu_features())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -59,12 +80,12 @@ def _cpu_features() -> list[str]:
     return [line for line in first if line.startswith(("model name", "flags", "Features"))]
 
 
-def _compile(compiler: str, sources: list[str], target: Path) -> None:
+def _compile(compiler: str, options: tuple[str, ...], sources: list[str], target: Path) -> None:
     """Run the compiler; the library appears under its name whole or not at all."""
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [compiler, *FLAGS, "-o", str(made), *sources]
+        command = [compiler, *FLAGS, "-o", str(made), *options, *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -4,6 +4,8 @@ import asyncio
 import os
 import random
 import select
+import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +15,14 @@ import trio
 import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rings import rings  # noqa: F401 (each test runs in all ways)
 
 from actorserve.actors.actor import BURST, Actor, Context, connect, disconnect
 from actorserve.actors.inbox import TURN, Inbox
 from actorserve.actors.lane import LaneCorrupt, LaneReceiver, LaneSender, create_lane
 from actorserve.actors.messages import Drain, PeerUp, SystemMessage
 from actorserve.actors.ref import Gone, Ref
+from actorserve.actors.ring import HEAD
 from actorserve.config import EngineConfig, ModelInfo
 
 
@@ -80,7 +84,7 @@ def note(number: int, size: int = 0) -> Note:
 actions = st.lists(st.tuples(st.sampled_from(["post", "try", "receive", "credit"]), st.integers(0, 3000)), max_size=60)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(actions)
 def test_order_is_kept_between_post_and_try_send(actions: list[tuple[str, int]]) -> None:
     pair, accepted, got = Pair(), [], []
@@ -219,7 +223,8 @@ def test_a_message_that_cannot_be_decoded_closes_its_lane(garbage: bytes) -> Non
 
 def test_a_broken_ring_closes_its_lane(pair: Pair) -> None:
     told: list[str] = []
-    os.eventfd_write(next(iter(pair.inbox._rings)), 12)
+    lane = next(iter(pair.inbox._rings.values())).receiver
+    os.pwrite(lane.fds.memory, (12).to_bytes(8, sys.byteorder), HEAD * 8)
     with pytest.raises(LaneCorrupt, match="here"):
         pair.inbox.poll()
     assert pair.inbox.statistics().corrupt_lanes == 1
@@ -509,3 +514,58 @@ def test_a_context_knows_its_peers_only() -> None:
         _ = left.nursery
     left.close()
     right.close()
+
+
+# ------------------------------------------------------------------ two processes
+
+
+def echo(there: Pair, back: Pair, seed: int) -> None:
+    """The child: answers each message, falling asleep in a way drawn at random before each."""
+    for number in range(EXCHANGES):
+        assert receive_somehow(there.inbox, random.Random(seed + number)) == number
+        back.ref.post(note(number))
+
+
+def receive_somehow(inbox: Inbox, source: random.Random) -> int:
+    """The next message's number; fails if none comes for long although one was sent."""
+    while True:
+        for _ in range(source.randrange(3)):
+            if (item := inbox.poll(look=source.random() < 0.5)) is not None:
+                return item[0].number  # type: ignore[no-any-return]
+        inbox._spin.on = source.random() < 0.2
+        if source.random() < 0.3:
+            inbox.listen()
+            assert select.select([inbox.fileno()], [], [], 60)[0], "a wake-up was lost"
+        else:
+            before = inbox.statistics().parks
+            inbox.wait_in_thread(60)
+            if inbox.statistics().parks > before and (item := inbox.poll()) is not None:
+                return item[0].number  # type: ignore[no-any-return]
+
+
+EXCHANGES = 3000
+
+
+def test_no_wakeup_is_lost_between_two_processes() -> None:
+    """Each message finds the other side asleep, awake, or in between; a lost wake-up stops the exchange for good."""
+    there, back = Pair(), Pair()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            echo(there, back, 1000)
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        for number in range(EXCHANGES):
+            there.ref.post(note(number))
+            assert receive_somehow(back.inbox, random.Random(number)) == number
+        assert os.waitpid(child, 0)[1] == 0
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        there.close()
+        back.close()

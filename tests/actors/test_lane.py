@@ -1,16 +1,22 @@
-"""The ring: order and content against a deque, hostile memory, a producer that is killed while it writes."""
+"""The ring: order and content against a deque, hostile memory, a producer that is killed while it writes.
 
+Each test runs with the ring in C, in Python, and with one end in each.
+"""
+
+import contextlib
 import os
 import random
 import select
 import signal
 import struct
+import sys
 import zlib
 from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rings import rings  # noqa: F401 (each test runs in all ways)
 
 from actorserve.actors.lane import (
     FRAME_HEADER,
@@ -23,6 +29,7 @@ from actorserve.actors.lane import (
     LaneSender,
     create_lane,
 )
+from actorserve.actors.ring import HEAD
 
 CAPACITY = 4096
 
@@ -30,6 +37,12 @@ CAPACITY = 4096
 def make_lane(capacity: int = CAPACITY) -> tuple[LaneSender, LaneReceiver]:
     fds = create_lane(capacity, epoch=7)
     return LaneSender(fds.dup()), LaneReceiver(fds)
+
+
+def publish_falsely(sender: LaneSender, count: int) -> None:
+    """Say in the header page that `count` bytes more were published."""
+    head = int.from_bytes(os.pread(sender.fds.memory, 8, HEAD * 8), sys.byteorder)
+    os.pwrite(sender.fds.memory, ((head + count) % 2**64).to_bytes(8, sys.byteorder), HEAD * 8)
 
 
 def open_fds() -> int:
@@ -43,7 +56,7 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(steps, st.sampled_from([4096, 8192]))
 def test_any_sequence_equals_a_queue(steps: list[tuple], capacity: int) -> None:
     sender, receiver = make_lane(capacity)
@@ -136,7 +149,7 @@ def test_a_message_of_many_rings_goes_through_in_fragments() -> None:
     receiver.close()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     st.binary(max_size=400),
     st.integers(0, CAPACITY - 400).map(lambda offset: offset & ~7),
@@ -149,7 +162,7 @@ def test_hostile_memory_and_counters_raise_lane_corrupt(junk: bytes, offset: int
     if before <= sender.max_frame:
         sender.try_send(bytes(before))
     os.pwrite(sender.fds.memory, junk, HEADER + offset)
-    os.eventfd_write(sender.fds.data, published)
+    publish_falsely(sender, published)
     try:
         for _ in range(CAPACITY):
             receiver.refresh()
@@ -180,7 +193,7 @@ def test_hostile_memory_and_counters_raise_lane_corrupt(junk: bytes, offset: int
 def test_each_check_of_a_frame(words: list[int], published: int) -> None:
     sender, receiver = make_lane()
     os.pwrite(sender.fds.memory, struct.pack(f"{len(words)}Q", *words), HEADER)
-    os.eventfd_write(sender.fds.data, published)
+    publish_falsely(sender, published)
     with pytest.raises(LaneCorrupt):
         receiver.refresh()
         receiver.next()
@@ -196,7 +209,7 @@ def test_a_frame_beyond_the_end_of_the_ring_is_corrupt() -> None:
         receiver.refresh()
         assert receiver.next() is not None and receiver.next() is None
     os.pwrite(sender.fds.memory, struct.pack("Q", 100), HEADER + CAPACITY - 64)
-    os.eventfd_write(sender.fds.data, 256)
+    publish_falsely(sender, 256)
     receiver.refresh()
     with pytest.raises(LaneCorrupt, match="out of range"):
         receiver.next()
@@ -295,6 +308,8 @@ def consume_until_killed(child: int, receiver: LaneReceiver, lifetime: int) -> i
         if not arrival.poll(0 if killed else 1000):
             assert killed, "the producer stalled"
             return expected
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(receiver.fds.data)
         receiver.refresh()
         while (view := receiver.next()) is not None:
             checksum, number = struct.unpack_from("<IQ", view)
@@ -307,7 +322,7 @@ def consume_until_killed(child: int, receiver: LaneReceiver, lifetime: int) -> i
 def test_a_killed_producer_leaves_whole_messages_only() -> None:
     before, shm = open_fds(), sorted(os.listdir("/dev/shm"))
     source = random.Random(5)
-    for _ in range(20):
+    for _ in range(8):
         fds = create_lane(1 << 16)
         child = os.fork()
         if child == 0:

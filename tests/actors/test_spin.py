@@ -1,21 +1,22 @@
-"""The decision to watch before sleeping, told by invented times; and an inbox that looks and watches by hints."""
+"""The decision to watch before sleeping, told by invented times; and an inbox that looks, watches and sleeps."""
 
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
 
-import msgspec
 import pytest
 import trio
 import trio.testing
+from rings import rings  # noqa: F401 (each test runs in all ways)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from test_inbox import Pair, collect, contexts, note, numbers, readable
 
 from actorserve.actors.actor import connect
 from actorserve.actors.inbox import TURN
-from actorserve.actors.lane import _W_SENT, LaneReceiver, LaneSender, create_lane
+from actorserve.actors.lane import LaneSender
+from actorserve.actors.ring import ALWAYS, ASLEEP, AWAKE, BELL, HEAD
 from actorserve.actors.spin import CAUTION, DEAR, LONGEST, MISSES, STREAK, Spin
 
 
@@ -82,7 +83,7 @@ def test_attempts_in_vain_become_rare_and_success_forgives() -> None:
     assert spin.on
 
 
-# ------------------------------------------------------------------ hints and watching
+# ------------------------------------------------------------------ looking, watching, sleeping
 
 
 @pytest.fixture
@@ -92,45 +93,92 @@ def pair() -> Iterator[Pair]:
     pair.close()
 
 
-def hint(ring: LaneSender, sent: int) -> None:
-    """Write into the header page how many frames were sent, as the sender does after each publication."""
-    os.pwrite(ring.fds.memory, sent.to_bytes(8, sys.byteorder), _W_SENT * 8)
+def word(ring: LaneSender, index: int) -> int:
+    """A u64 of the header page."""
+    return int.from_bytes(os.pread(ring.fds.memory, 8, index * 8), sys.byteorder)
 
 
-def test_a_sender_that_dies_before_its_hint_is_heard(pair: Pair) -> None:
-    """Published in the kernel's counter, but the header words do not say so."""
+def set_word(ring: LaneSender, index: int, value: int) -> None:
+    os.pwrite(ring.fds.memory, value.to_bytes(8, sys.byteorder), index * 8)
+
+
+def ring_of(pair: Pair) -> LaneSender:
     assert pair.ref._ring is not None
-    for sent in range(3 * TURN):
-        pair.ref.post(note(sent))
-        hint(pair.ref._ring, sent)
+    return pair.ref._ring
+
+
+def send_without_ring(pair: Pair, number: int) -> None:
+    """As by a sender that is killed after it published and before it wakes us."""
+    ring = ring_of(pair)
+    bell = word(ring, BELL)
+    set_word(ring, BELL, AWAKE)
+    pair.ref.post(note(number))
+    set_word(ring, BELL, bell)
+
+
+def test_a_sender_that_dies_before_it_rings_is_heard_at_the_next_look(pair: Pair) -> None:
+    for number in range(3 * TURN):
+        send_without_ring(pair, number)
         pair.inbox._spin.on = True
-        assert readable(pair.inbox.fileno())
         pair.inbox.wait_in_thread(0)
-        assert numbers(pair.inbox) == [sent]
+        assert numbers(pair.inbox) == [number]
 
 
-def test_a_false_hint_is_no_message(pair: Pair) -> None:
-    assert pair.ref._ring is not None
-    hint(pair.ref._ring, 5)
-    pair.inbox._spin.on = True
-    assert pair.inbox.poll() is None
-    pair.inbox.wait_in_thread(0)
-    assert pair.inbox.poll() is None and pair.inbox.statistics().caught == 0
-    pair.ref.post(note(1))
-    assert numbers(pair.inbox) == [1]
+def test_a_late_wakeup_for_a_message_that_was_taken_is_forgotten(pair: Pair) -> None:
+    """The sender published, we looked and fell asleep again; only then does it ring, for a bell that it took along."""
+    ring = ring_of(pair)
+    for number in range(2 * TURN):
+        send_without_ring(pair, 2 * number)
+        assert numbers(pair.inbox) == [2 * number]
+        if word(ring, BELL) == ASLEEP:
+            set_word(ring, BELL, AWAKE)
+        os.eventfd_write(ring.fds.data, 1)
+        assert readable(pair.inbox.fileno())
+        if number % 2:
+            pair.inbox.wait_in_thread(0)
+        assert pair.inbox.poll() is None and not readable(pair.inbox.fileno())
+        pair.ref.post(note(2 * number + 1))
+        assert readable(pair.inbox.fileno()), "it rings again"
+        assert numbers(pair.inbox) == [2 * number + 1]
 
 
-def test_under_trio_a_false_hint_does_not_keep_awake(pair: Pair) -> None:
-    assert pair.ref._ring is not None
-    hint(pair.ref._ring, 5)
-
+def test_under_trio_a_late_wakeup_does_not_keep_awake(pair: Pair) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(collect, pair.inbox, 1)
-            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(3):
+                os.eventfd_write(ring_of(pair).fds.data, 1)
+                await trio.testing.wait_all_tasks_blocked()
             pair.ref.post(note(1))
 
     trio.run(main)
+
+
+def test_a_sender_rings_once_for_one_that_sleeps(pair: Pair, rings: tuple[str, str]) -> None:  # noqa: F811
+    if rings != ("c", "c"):
+        pytest.skip("without fences it always rings")
+    ring = ring_of(pair)
+    rung = os.dup(ring.fds.data)
+    assert pair.inbox.poll() is None and word(ring, BELL) == ASLEEP
+    for number in range(5):
+        pair.ref.post(note(number))
+        assert word(ring, BELL) == AWAKE
+    assert os.eventfd_read(rung) == 1 and numbers(pair.inbox) == [*range(5)]
+    assert word(ring, BELL) == ASLEEP, "the None of poll promises that the descriptor tells"
+    pair.ref.post(note(1))
+    assert pair.inbox.poll() and pair.inbox.poll(look=False) is None and word(ring, BELL) == AWAKE
+    pair.inbox.listen()
+    assert word(ring, BELL) == ASLEEP
+    os.close(rung)
+
+
+def test_a_ring_in_python_is_always_rung(pair: Pair, rings: tuple[str, str]) -> None:  # noqa: F811
+    if rings[1] == "python":
+        assert word(ring_of(pair), BELL) == ALWAYS
+    for number in range(3):
+        assert pair.inbox.poll() is None and not readable(pair.inbox.fileno())
+        pair.ref.post(note(number))
+        assert readable(pair.inbox.fileno()) and numbers(pair.inbox) == [number]
 
 
 def test_watching_finds_messages_without_sleep(pair: Pair) -> None:
@@ -145,33 +193,13 @@ def test_watching_finds_messages_without_sleep(pair: Pair) -> None:
     assert (seen.caught, seen.parks) == (5 * TURN, 0)
 
 
-def test_busy_lanes_with_hints_do_not_hide_one_without(pair: Pair) -> None:
-    fds = create_lane(4096)
-    silent = LaneSender(fds.dup())
-    pair.inbox.add_ring("silent", LaneReceiver(fds))
-    silent.try_send(msgspec.msgpack.encode(note(1)))
-    hint(silent, 0)
-    for _ in range(TURN + 2):
-        pair.ref.post(note(0))
-        item = pair.inbox.poll()
-        assert item is not None
-        if item[1] == "silent":
-            break
-        assert pair.inbox.poll(look=False) is None
-    else:
-        pytest.fail("the lane without a hint was never looked at")
-    silent.close()
-
-
 def test_a_lane_that_breaks_while_it_is_watched_is_given_up(pair: Pair) -> None:
     told: list[str] = []
     pair.inbox.on_corrupt = lambda source, _: told.append(source)
-    assert pair.ref._ring is not None
-    os.eventfd_write(pair.ref._ring.fds.data, 12)
-    hint(pair.ref._ring, 1)
+    set_word(ring_of(pair), HEAD, 12)
     pair.inbox._spin.on = True
     pair.inbox.wait_in_thread(0)
-    assert told == ["here"] and pair.inbox.poll() is None
+    assert pair.inbox.poll() is None and told == ["here"]
 
 
 @pytest.mark.parametrize("watching", [False, True])
