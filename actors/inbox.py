@@ -187,7 +187,7 @@ class Inbox:
                 if not self._ready:
                     return None
             lane = self._ready[0]
-            feed = lane.feed
+            feed: Any = lane.feed
             try:
                 message = feed.next()
                 if message is not None and feed is not lane:
@@ -258,7 +258,8 @@ class Inbox:
     def statistics(self) -> InboxStatistics:
         """A snapshot of the counters."""
         wait_ns, histogram = self._wait_ns, self._histogram
-        for lane in (*self._rings.values(), *self._locals.values()):
+        lanes: tuple[RingLane | LocalLane, ...] = (*self._rings.values(), *self._locals.values())
+        for lane in lanes:
             more, counts = lane.feed.waits()
             wait_ns += more
             histogram = list(map(operator.add, histogram, counts))
@@ -395,23 +396,6 @@ class Inbox:
                     self._rung = False
                 elif (sender := self._credits.get(descriptor)) is not None and sender.pump():
                     self.unwatch(descriptor)
-
-    def _find_before_sleep(self) -> bool:
-        """True: no sleep is needed, for there are news or they came while we watched. False: it may begin."""
-        if not self._asleep and not self._spin.on:
-            self._fall_asleep()
-            found = bool(self._ready)
-        else:
-            found = self._find()
-            if found:
-                self._wake()
-            elif self._spin.on and self._spin_for_news():
-                found = True
-            elif not self._asleep:
-                self._fall_asleep()
-                found = bool(self._ready)
-        self._caught += found
-        return found
 
     def _find_before_sleep(self) -> bool:
         """True: no sleep is needed, for there are news or they came while we watched. False: it may begin."""
