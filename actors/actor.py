@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import trio
 
 from ..config import EngineConfig, ModelInfo
+from .desk import NOBODY, Desk
 from .inbox import Inbox
 from .messages import PeerUp
 from .ref import Ref
@@ -35,6 +36,7 @@ class Context:
         sends_to: Iterable[str] = (),
         epoch: int = 1,
         files: Mapping[str, int] | None = None,
+        desk: Desk | None = None,
     ) -> None:
         """`sends_to`: names of the actors this one has a lane to; `files`: descriptors handed to its node."""
         self.name = name
@@ -44,6 +46,8 @@ class Context:
         self.model = model
         self.inbox = Inbox(inbox_type)
         self.files = dict(files or {})
+        self.desk = desk or Desk()
+        """Its node's: what it works on."""
         self.log = logging.getLogger(f"actorserve.{name}")
         self.reporter: Callable[[str, float], None] | None = None
         """Where `report` goes; set by the node."""
@@ -132,13 +136,16 @@ class Actor:
 
     def drain(self) -> None:
         """Receive what has arrived, then flush. Stops after BURST messages, with `inbox.fileno()` left readable."""
-        inbox = self.context.inbox
+        inbox, desk = self.context.inbox, self.context.desk
         for count in range(BURST):
             item = inbox.poll(look=not count)
             if item is None:
                 break
+            desk.now(getattr(item[0], "rid", NOBODY))
             self.receive(*item)
+        desk.rest()
         self.flush()
+        desk.rest()
         inbox.listen()
 
     async def run(self) -> None:

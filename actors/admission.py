@@ -67,13 +67,18 @@ class Admission:
         if size > most_bytes:
             what = f"this may come to {size} bytes, of prompts, n times max_new_tokens, and logprobs beside each token"
             raise RequestError(f"{what}; the most is {most_bytes}", param="max_new_tokens", code="too_large")
-        if self.requests + count > most:
-            raise Overloaded(f"{self.requests} requests are in the engine, the most is {most}; try again")
+        self.check_room(count)
         if self.bytes + size > most_bytes:
             raise Overloaded(f"the requests in the engine may come to {self.bytes} bytes; try again")
         self.requests += count
         self.bytes += size
         return costs
+
+    def check_room(self, count: int) -> None:
+        """Raise Overloaded where so many requests are too many for now."""
+        most = self._config.max_queued_requests
+        if self.requests + count > most:
+            raise Overloaded(f"{self.requests} requests are in the engine, the most is {most}; try again")
 
     def leave(self, cost: int) -> None:
         """A continuation is over."""

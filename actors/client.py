@@ -25,15 +25,14 @@ from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
 from ..sampler.params import SamplingParams
 from . import messages
 from .admission import Admission, Submission
+from .desk import MAX_DEATHS, Suspects
 from .questions import Questions, Wakeup, refusal
 from .ref import Gone
 
 INDEX_SHIFT: Final = 40
 EPOCH_SHIFT: Final = 32
-MAX_DEATHS: Final = 3
-GUILTY_NS: Final = 3_000_000_000
-"""Who was asked for longer ago when the text actor died is not the cause."""
-TEXT_DIED: Final = f"the text actor died {MAX_DEATHS} times soon after it got this request; it is not tried again"
+TEXT_DIED: Final = f"the text actor died {MAX_DEATHS} times while it worked on this request; it is not tried again"
+DRAINING: Final = "the server is shutting down"
 JOIN_EVERY: Final = 64
 """A stalled reader's chunks are joined in blocks of this many: memory stays near the text's own size."""
 
@@ -85,10 +84,6 @@ class Choice:
     """Received so far, as the tokens."""
     prompt_logprobs: int = 0
     aborted: bool = False
-    asked_ns: int = 0
-    """When the present text actor was asked."""
-    deaths: int = 0
-    """Of text actors in a row, soon after they were asked and before a chunk came."""
 
     def received(self, chunk: messages.Chunk) -> None:
         """Count a chunk's content."""
@@ -98,7 +93,6 @@ class Choice:
             self.logprobs += len(chunk.logprobs)
             self.prompt_logprobs += len(chunk.prompt_logprobs)
         self.last = chunk
-        self.deaths = 0
 
     def resumed(self) -> messages.Resumed:
         """What a new text actor must know of it."""
@@ -134,7 +128,7 @@ class Stream:
         self.groups = list(zip(accumulate(counts, initial=rid), counts, strict=False))
         """(first id, number of choices) of each prompt."""
         each = chain.from_iterable([cost] * n for cost, n in zip(costs, counts, strict=True))
-        self.choices = [Choice(rid + i, self, [], now, cost, asked_ns=now) for i, cost in enumerate(each)]
+        self.choices = [Choice(rid + i, self, [], now, cost) for i, cost in enumerate(each)]
         self.open = len(self.choices)
         """Choices whose final chunk has not arrived; 0 also once the stream was cancelled or failed."""
         self.direct: Callable[[messages.Chunk], bool] | None = None
@@ -258,6 +252,7 @@ class Client:
         self._text = text
         self._text_died = False
         """And is not back yet."""
+        self._suspects = Suspects()
         self.admission = Admission(config, model)
         self._fronts = config.http_workers
         self._on_end = on_end
@@ -292,7 +287,7 @@ class Client:
         is a text actor; then nothing of it runs. While one is restarted the request waits for it.
         """
         if self.draining:
-            raise Overloaded("the server is shutting down", status=503)
+            raise Overloaded(DRAINING, status=503)
         costs, counts = self.admission.admit(submissions), [s.n for s in submissions]
         stream = Stream(self, self._take_rids(sum(counts)), counts, costs, priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
@@ -325,6 +320,12 @@ class Client:
             raise EngineDown("the engine is starting or restarting; try again") from None
         return stream
 
+    def check_room(self) -> None:
+        """Raise Overloaded where any request would be refused, whatever it is."""
+        if self.draining:
+            raise Overloaded(DRAINING, status=503)
+        self.admission.check_room(1)
+
     def receive(self, message: messages.FrontInbox, source: str) -> None:
         """Take one message of the front's inbox. Sync, never blocks, raises nothing."""
         match message:
@@ -341,7 +342,7 @@ class Client:
                 self.stats = message
             case messages.PeerDown(name=name):
                 if name == "text":
-                    self._text_down()
+                    self._text_down(message)
             case messages.Drain():
                 self.draining = True
             case messages.PeerUp(name=name):
@@ -413,17 +414,16 @@ class Client:
         if not self._text_died:
             self._text.post(message)
 
-    def _text_down(self) -> None:
-        """All wait for the next text actor, but those that may be what it dies of."""
+    def _text_down(self, down: messages.PeerDown) -> None:
+        """All wait for the next text actor, but those that it died of."""
         self.stats = None
         self._text_died = True
-        given_up, now = [], time.monotonic_ns()
-        for choice in self.table.values():
-            choice.deaths = choice.deaths + 1 if now - choice.asked_ns < GUILTY_NS else 0
-            if choice.deaths >= MAX_DEATHS:
-                given_up.append(choice.stream)
-        for stream in given_up:
-            stream.cancel(EngineDown(TEXT_DIED, code="text_crashed"))
+        for rid in self._suspects.guilty(down):
+            error = EngineDown(TEXT_DIED, code="text_crashed")
+            for stream in {choice.stream for choice in self.table.values()}:
+                if any(first <= rid < first + n for first, n in stream.groups):
+                    stream.cancel(error)
+            self.questions.fail(rid, error)
 
     def _ask_again(self) -> None:
         """Ask a new text actor for the rest of everything."""
@@ -433,9 +433,7 @@ class Client:
             for stream in live.values():
                 for asked in stream.requests:
                     self._text.post(self._rest_of(asked))
-            now = time.monotonic_ns()
             for choice in self.table.values():
-                choice.asked_ns = now
                 if choice.aborted:
                     self._text.post(messages.Abort(choice.rid))
             self.questions.ask_again()

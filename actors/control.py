@@ -76,6 +76,9 @@ class Down(ControlMessage, frozen=True, tag=3):
     actors: list[str]
     epoch: int
     reason: str
+    fault: bool = True
+    at_work: tuple[int, ...] = ()
+    """As in messages.PeerDown."""
 
 
 class DrainUntil(ControlMessage, frozen=True, tag=4):

@@ -43,6 +43,7 @@ from ..models.vision import VisionTower
 from ..models.weights import DTYPES, load_decoder, pick_device
 from ..sampler.reference import Sampled
 from .actor import Actor, Context
+from .desk import NOBODY
 from .memory import batch_slots, keep_freed_memory, kv_pages
 from .messages import (
     NOTHING,
@@ -411,7 +412,10 @@ class Executor(Actor):
                 self.decoding = [s for s in self.decoding if s not in chunked]
             rows = self.decoding if number else [*self.decoding, *sorted(once - chunked)]
             started = time.perf_counter_ns()
+            # Where the scheduler dies with us (placement inline), only this says what it was of.
+            self.context.desk.now(next(iter(self.rid_of.values())) if len(self.rid_of) == 1 else NOBODY)
             step = self.stepper.launch(np.array(rows, dtype=np.int64), work)
+            self.context.desk.rest()
             if self.checksums is not None and self.runner is not None:
                 self.checksums.written(self.runner.written_slots(np.array(rows, dtype=np.int64), work))
             rids = np.array([self.rid_of[s] for s in step.slots.tolist()], dtype=np.int64)

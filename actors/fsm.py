@@ -85,7 +85,7 @@ class Fsm(Actor):
         tokenizer, seconds = config.tokenizer_path or model.path, config.grammar_seconds
         setup = Setup(tokenizer, model.eos_ids, model.vocab_size, seconds, config.grammar_backend)
         self.workers = [Worker(setup, f"{context.name}.{i}") for i in range(WORKERS)]
-        self.matches = MatchPool(setup, self._send)
+        self.matches = MatchPool(setup, self._send, context.desk)
         self.cache = Cache()
         self.works: dict[GrammarSpec, Work] = {}
         """Those without an answer."""

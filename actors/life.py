@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 import trio
@@ -38,6 +39,8 @@ class Life(Protocol):
     """Seconds between the end of the control socket and `kill`."""
     killable: ClassVar[bool]
     """`kill` works even if the node's loop is stuck."""
+    outside: bool
+    """It was ended by SIGKILL, not by the kernel for want of memory, and if not by `kill` then by somebody else."""
 
     async def ended(self) -> str:
         """Wait for the end; why it ended. To be awaited once, and the life of an inline node is this call."""
@@ -78,12 +81,15 @@ class ProcessLife:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
         self.pid: int | None = self._process.pid
+        self.outside = False
+        self._killed_for_memory = kills_for_memory()
         self._pidfd = os.pidfd_open(self._process.pid)
 
     async def ended(self) -> str:
         """A real exit status is required: a readable pidfd alone says no more than that there is one."""
         await trio.lowlevel.wait_readable(self._pidfd)
         code = self._process.wait()
+        self.outside = code == -signal.SIGKILL and self._killed_for_memory == kills_for_memory() is not None
         if code >= 0:
             return f"exit code {code}"
         with contextlib.suppress(ValueError):
@@ -107,6 +113,14 @@ class ProcessLife:
         self.control.close()
 
 
+def kills_for_memory() -> int | None:
+    """How many processes the kernel has killed for want of memory, in any cgroup; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+    return None
+
+
 class InlineLife:
     """A task in the supervisor's loop: the task that awaits `ended`."""
 
@@ -116,6 +130,7 @@ class InlineLife:
     def __init__(self) -> None:
         self.control, theirs = control_pair()
         self.pid: int | None = None
+        self.outside = False
         self._node_control = ControlSocket(theirs)
         self._scope = trio.CancelScope()
 
@@ -151,6 +166,7 @@ class AttachedLife:
     def __init__(self, control: ControlSocket) -> None:
         self.control = control
         self.pid: int | None = None
+        self.outside = True
         self._gone = trio.Event()
 
     async def ended(self) -> str:
@@ -196,6 +212,8 @@ class Node:
         self.stopped = trio.Event()
         self.guests: deque[ControlSocket] = deque()
         self.guest_came = trio.Event()
+        self.desk = -1
+        """What this life works on (desk.py)."""
         self.leaving = False  # has been told to stop: there will be no next life
         self.begin(None)
 
@@ -207,6 +225,8 @@ class Node:
         self.failed: Failed | None = None
         self.verdict: str | None = None  # why we ended it
         self.with_group = False  # ended because another node of its group failed
+        self.outside = False  # ... which was killed from outside
+        self.at_fault = True  # its end was of its own making
         self.pinged = False  # and has not answered yet
 
     def kill(self, verdict: str) -> None:
@@ -224,6 +244,10 @@ class Node:
         """The reason of the end, as others are told."""
         reason = self.verdict or end
         return f"{reason}: {self.failed.summary}" if self.failed else reason
+
+    def judge(self, life: Life) -> None:
+        """Set `at_fault`, at the end of a life."""
+        self.at_fault = not (self.outside if self.with_group else self.verdict is None and life.outside)
 
     def has(self, actor: str) -> bool:
         """Whether the actor lives here."""

@@ -17,6 +17,7 @@ import numpy as np
 import trio
 
 from ..errors import ActorserveError
+from .desk import Desk
 from .fsm_worker import Guidance, Setup, make_matchers
 from .messages import Masks, Match, MatchFailed
 
@@ -55,9 +56,10 @@ class Job:
 class MatchPool:
     """See the module's text."""
 
-    def __init__(self, setup: Setup, send: Callable[[Masks | MatchFailed], None]) -> None:
+    def __init__(self, setup: Setup, send: Callable[[Masks | MatchFailed], None], desk: Desk) -> None:
         self._setup = setup
         self._send = send
+        self._desk = desk
         self._words = -(-setup.vocab_size // 32)
         self._places: dict[int, Place] = {}
         self._jobs: deque[Job] = deque()
@@ -125,7 +127,9 @@ class MatchPool:
                 job = self._jobs.popleft()
             except IndexError:
                 return
+            note = self._desk.begin(job.rid)
             self._work(job)
+            self._desk.end(note)
             self._done.append(job)
 
     def _work(self, job: Job) -> None:

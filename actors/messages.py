@@ -72,6 +72,10 @@ class PeerDown(Message, frozen=True, tag=2):
     name: str
     epoch: int
     reason: str
+    fault: bool = True
+    """It died of itself: of an exception, a signal, a hang, no memory. False: somebody from outside killed it."""
+    at_work: tuple[int, ...] = ()
+    """The requests that its node was working on; see desk.py."""
 
 
 class Drain(Message, frozen=True, tag=3):

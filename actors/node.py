@@ -46,6 +46,7 @@ from .control import (
     Wire,
     node_decoder,
 )
+from .desk import DESK, Desk
 from .lane import LaneFds, LaneReceiver, LaneSender
 from .messages import Drain, PeerDown, PeerUp
 
@@ -65,6 +66,7 @@ class NodeCore:
         self.contexts: dict[str, Context] = {}
         self.actors: dict[str, Actor] = {}
         self._files: dict[str, int] = {}
+        self._desk = Desk()
         self._up: dict[tuple[str, str], int] = {}  # (actor, peer) -> the peer's epoch
         control.send(Hello(os.getpid()), patient=True)
 
@@ -80,7 +82,7 @@ class NodeCore:
                     self._wire(message, fds)
                 case Down():
                     for actor, peer in [pair for pair in self._up if pair[1] in message.actors]:
-                        self._peer_down(actor, peer, message.reason)
+                        self._peer_down(actor, peer, message.reason, message.fault, message.at_work)
                 case DrainUntil():
                     for context in self.contexts.values():
                         context.inbox.put_system(Drain(message.deadline_ns))
@@ -104,6 +106,7 @@ class NodeCore:
         """After Boot: make the contexts and the actors; both arguments are asked by actor name."""
         boot = self.boot
         assert boot is not None
+        self._desk = desk = Desk(self._files.get(DESK))
         for spec in boot.actors:
             context = Context(
                 spec.name,
@@ -113,6 +116,7 @@ class NodeCore:
                 sends_to=spec.sends_to,
                 epoch=boot.epoch,
                 files=self._files,
+                desk=desk,
             )
             context.reporter = functools.partial(self._report, spec.name)
             context.accuser = functools.partial(self._accuse, spec.name)
@@ -153,12 +157,13 @@ class NodeCore:
     def all_down(self, reason: str) -> None:
         """Every peer is gone, as if the supervisor had said so of each."""
         for actor, peer in list(self._up):
-            self._peer_down(actor, peer, reason)
+            self._peer_down(actor, peer, reason, fault=False, at_work=())
 
     def close(self) -> None:
         """Close the lanes, the files and the control socket."""
         for context in self.contexts.values():
             context.close()
+        self._desk.close()
         for descriptor in self._files.values():
             with contextlib.suppress(OSError):  # the actor may have closed it
                 os.close(descriptor)
@@ -176,12 +181,12 @@ class NodeCore:
             self._up[pair] = message.epoch
             self.contexts[pair[0]].inbox.put_system(PeerUp(pair[1], message.epoch))
 
-    def _peer_down(self, actor: str, peer: str, reason: str) -> None:
+    def _peer_down(self, actor: str, peer: str, reason: str, fault: bool, at_work: tuple[int, ...]) -> None:
         context, epoch = self.contexts[actor], self._up.pop((actor, peer))
         if peer in context.peers():
             context.ref(peer).disconnect()
         context.inbox.drop(peer)
-        context.inbox.put_system(PeerDown(peer, epoch, reason))
+        context.inbox.put_system(PeerDown(peer, epoch, reason, fault, at_work))
 
     def _report(self, actor: str, stage: str, fraction: float) -> None:
         with contextlib.suppress(ControlClosed, BlockingIOError):

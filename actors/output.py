@@ -4,7 +4,6 @@ Invariant: `chunk` gives out each character, token and logprob once and in order
 tokens came between two chunks; work per token does not grow with the output.
 """
 
-import time
 from array import array
 from collections import deque
 from typing import Final, Literal
@@ -44,10 +43,8 @@ class Output:
         "_submit",
         "_vector",
         "aborted",
-        "asked_ns",
         "begun",
         "cached_tokens",
-        "deaths",
         "finish",
         "forced_tokens",
         "front",
@@ -85,10 +82,6 @@ class Output:
         """Its front wants it to end with what there is."""
         self.begun = False
         """Its front has been told something of it."""
-        self.asked_ns = time.monotonic_ns()
-        """When the present scheduler was asked."""
-        self.deaths = 0
-        """Of schedulers in a row, soon after they were asked and before a token came."""
         self.forced_tokens = 0
         self.jumps = 0
         self.thinking = thinking

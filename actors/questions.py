@@ -111,11 +111,17 @@ class Questions:
             if question.answer is None:
                 self._post(question.message)
 
-    def fail_all(self, error: ActorserveError) -> None:
-        """The engine is gone, or the front stops."""
-        for question in self._open.values():
+    def fail(self, rid: int, error: ActorserveError) -> None:
+        """Answer one of them, if it is one, by an error."""
+        question = self._open.get(rid)
+        if question is not None:
             question.answer = error
             question.wakeup.set()
+
+    def fail_all(self, error: ActorserveError) -> None:
+        """The engine is gone, or the front stops."""
+        for rid in self._open:
+            self.fail(rid, error)
 
     async def _ask(self, rid: int, message: messages.Message) -> Answer:
         if len(self._open) >= MOST:

@@ -65,10 +65,8 @@ class Request:
     """The tenant's share in relation to others'."""
     charged: int = 0
     """Of its tokens, those that the tenant was charged for, or that it found in the cache."""
-    suspect: bool = False
-    """An executor died while it was at work, and no token of it has come since."""
     crashes: int = 0
-    """Such deaths of which it alone can be the cause."""
+    """Deaths of an executor of which it alone can be the cause, since its last token."""
     matched: tuple[int, int] = (-1, 0)
     """(state of the tree, cached prefix tokens in that state): the queue orders by it again and again."""
     constraint: Constraint | None = None

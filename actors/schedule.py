@@ -20,6 +20,7 @@ from ..kvstore.eviction import make_policy
 from ..kvstore.pages import PagePool
 from ..kvstore.radix import Match, RadixTree
 from . import jumps
+from .desk import Desk
 from .fair_share import FairShare
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
@@ -47,11 +48,13 @@ class Schedule:
         window_ms: float,
         mixed_tokens: int | None = None,
         reuses: bool = True,
+        desk: Desk | None = None,
     ) -> None:
         """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
 
         `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with decode rows, if
-        that is fewer and not more than CROWD tokens wait. `reuses`: KV of one prompt may serve another.
+        that is fewer and not more than CROWD tokens wait. `reuses`: KV of one prompt may serve another. `desk`: where
+        it notes whom it works on, for the case that it raises.
         """
         self.config = config
         self.window_ms = window_ms
@@ -63,9 +66,12 @@ class Schedule:
         self.tree = RadixTree(self.pool, self.page, policy, enabled=reuses and not config.disable_radix_cache)
         self.tree_state = 0
         self.slots = SlotTable(max_slots, jumps=not config.disable_jump_forward)
+        self.desk = desk or Desk()
         self.requests: dict[int, Request] = {}
         self.waiting: dict[int, Request] = {}
         self.prefilling: dict[int, Request] = {}
+        self.suspects: set[int] = set()
+        """Ids of requests that were at work when an executor died, and of which no token has come since."""
         self.order = make_order(
             config.schedule_policy, config.random_seed, self._matched, lambda r: self._match(r).node
         )
@@ -154,19 +160,18 @@ class Schedule:
         self.tree.clear()
         self.tree_state += 1
 
-    def executor_lost(self) -> list[Request]:
+    def executor_lost(self, fault: bool = True) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
 
         One of those that were at work may be the cause, so they are suspects until a token of them comes, and run one
-        at a time until then (`_admit`). Returns those of which the executor died MAX_CRASHES times while no other
-        suspect was at work: they are ended.
+        at a time until then (`_admissible`). Returns those of which the executor died MAX_CRASHES times while no other
+        suspect was at work: they are ended. Not `fault`: it was killed from outside, and nobody is suspected.
         """
         guilty = []
-        begun = self.in_flight[0].number if self.in_flight else -1
+        begun = self.in_flight[0].number if self.in_flight and fault else -1
         at_work = [r for r in self.slots.running() if r.window <= begun]
-        causes = [r for r in at_work if r.suspect] or at_work
-        for request in at_work:
-            request.suspect = True
+        causes = [r for r in at_work if r.rid in self.suspects] or at_work
+        self.suspects.update(r.rid for r in at_work)
         if len(causes) == 1:
             causes[0].crashes += 1
         for request in self.slots.running():
@@ -175,6 +180,7 @@ class Schedule:
             if request.crashes >= MAX_CRASHES:
                 request.stage = Stage.ENDED
                 del self.requests[request.rid]
+                self.suspects.discard(request.rid)
                 guilty.append(request)
             else:
                 self._requeue(request)
@@ -215,15 +221,18 @@ class Schedule:
             of_prompts = self._learn(current, scores)
             self._land(jumps.landed(chunks, current.jumps, of_prompts))
         self.complete = []
+        suspects, desk = self.suspects, self.desk
         followed: list[Request] = []
         for row, (rid, token) in enumerate(zip(rids, ids, strict=True)):
             request = requests.get(rid)
             if request is None:
                 continue
             request.tokens.append(token)
-            if request.suspect:
-                request.suspect, request.crashes = False, 0
+            if request.rid in suspects:
+                suspects.discard(request.rid)
+                request.crashes = 0
             if request.constraint is not None or request.guided is not None:  # no call: this is run for each token
+                desk.now(rid)
                 request.follow(token)
                 followed.append(request)
                 if request.matches_with(token, finish[row] == Finish.STOP):
@@ -317,6 +326,7 @@ class Schedule:
             if request.planned < request.target and window.budget > 0:
                 self._add_chunk(window, request)
         more_waits = self._admit(window, reserved=self._pages_needed(rows, 1))
+        self.desk.rest()
         if not len(rows) and not window.chunks and not window.jumps:
             return None
         joined = [c.request.slot for c in window.chunks if c.draws]
@@ -431,17 +441,17 @@ class Schedule:
         """
         if not self.waiting or not self.slots.free:
             return False
-        held_back = 0
-        suspected = any(r.suspect for r in self.slots.running())
-        reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
-        for request in self.fair.arrange(self.order(list(self.waiting.values())), self.slots.running()):
+        candidates, most = self._admissible()
+        held_back, others = 0, len(self.waiting) > len(candidates)
+        for request in self.fair.arrange(self.order(candidates), self.slots.running()):
+            if not most:
+                return True
+            self.desk.now(request.rid)
             if not self.slots.free:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            barred = max(request.blocked_until, self.since - 1) > reported or request.waits_for_mask
-            barred = barred or (request.suspect and suspected)
-            if barred or self._prefix_is_coming(request):
+            if self._barred(request) or self._prefix_is_coming(request):
                 held_back += 1
                 continue
             if not self.config.disable_jump_forward:
@@ -455,8 +465,27 @@ class Schedule:
             if not fits:
                 break
             self._seat(window, request, match)
-            suspected = suspected or request.suspect
-        return held_back > 0
+            most -= 1
+        return held_back > 0 or others
+
+    def _admissible(self) -> tuple[list[Request], int]:
+        """(the waiting requests that may be admitted, how many of them at most)
+
+        Suspects come first, one at a time, and beside them are only such of which a token has come since they were
+        admitted. So what crashes the executor is found in few deaths, and what is innocent is not taken for it.
+        """
+        waiting = list(self.waiting.values())
+        if not self.suspects:
+            return waiting, len(waiting)
+        if any(len(r.tokens) <= r.target for r in self.slots.running()):
+            return [], 0
+        suspects = [r for r in waiting if r.rid in self.suspects and not self._barred(r)]
+        return (suspects, 1) if suspects else (waiting, len(waiting))
+
+    def _barred(self, request: Request) -> bool:
+        """Whether it cannot be admitted yet: tokens of its last life may still come, or its mask has not come."""
+        reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
+        return max(request.blocked_until, self.since - 1) > reported or request.waits_for_mask
 
     def _prefix_is_coming(self, request: Request) -> bool:
         """Whether a prefilling request is about to provide a much longer prefix than the tree has now."""
@@ -640,6 +669,7 @@ class Schedule:
         self.prefilling.pop(request.rid, None)
 
     def _end(self, request: Request, keep: bool) -> None:
+        self.desk.now(request.rid)
         if request.stage is Stage.WAITING:
             del self.waiting[request.rid]
         else:
@@ -650,6 +680,7 @@ class Schedule:
             self._leave_slot(request)
         request.stage = Stage.ENDED
         del self.requests[request.rid]
+        self.suspects.discard(request.rid)
 
     # ------------------------------------------------------------------ accounting
 

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from ..errors import ActorserveError, RequestError
 from ..models.ledger import CHUNK, MIXED_CHUNK
 from .actor import Actor, Context
+from .desk import MAX_DEATHS, Suspects
 from .errands import Errands
 from .grammar_store import GrammarStore
 from .guided import GuidedRequests
@@ -82,6 +83,8 @@ from .window import Closed, Landed, PrefillChunk, Window
 
 STATS_SECONDS: Final = 0.25
 FSM: Final = "fsm"
+EXECUTOR_DIED: Final = "the executor died twice of this request, as far as can be told; it is not tried again"
+FSM_DIED: Final = f"the fsm actor died {MAX_DEATHS} times while it followed this request; it is not tried again"
 AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
 
 
@@ -172,6 +175,8 @@ class Scheduler(Actor):
         self.executor_up = False
         self.lost: dict[str, str] = {}
         """Peers that died and are not back, and why they died."""
+        self.suspects = Suspects()
+        """Of the fsm actor's deaths; the schedule knows those of the executor's."""
         self.paused = False
         self.timelines = TimelineStore()
         self.errands = Errands(self._to_executors, self._to_text)
@@ -430,7 +435,9 @@ class Scheduler(Actor):
                 chunk, mixed = 0, None
             window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms
             reuses = pooling is None or pooling.reuses
-            self.schedule = Schedule(config, m.num_pages, m.max_slots, chunk, window_ms, mixed, reuses)
+            self.schedule = Schedule(
+                config, m.num_pages, m.max_slots, chunk, window_ms, mixed, reuses, self.context.desk
+            )
             early, self.early = self.early, []
             for request in early:
                 self._add(request)
@@ -448,9 +455,12 @@ class Scheduler(Actor):
             self.images.executor_lost()
         self._send_stats()
         if m.name in self.executors:
-            for request in self.schedule.executor_lost() if self.schedule is not None else []:
-                text = "the executor died twice of this request, as far as can be told; it is not tried again"
-                self._to_text(Ended(request.rid, 503, "executor_crashed", text))
+            for request in self.schedule.executor_lost(m.fault) if self.schedule is not None else []:
+                self._to_text(Ended(request.rid, 503, "executor_crashed", EXECUTOR_DIED))
+        elif m.name == FSM:
+            for rid in self.suspects.guilty(m):
+                if self.schedule is not None and self.schedule.abort(rid):
+                    self._to_text(Ended(rid, 503, "fsm_crashed", FSM_DIED))
         elif m.name == "text":
             self.early = []
             self.images.fresh.clear()

@@ -45,6 +45,7 @@ from .control import (
     Wire,
     supervisor_decoder,
 )
+from .desk import DESK, make_page, read_page
 from .lane import LaneGauge, LaneMetrics, create_lane
 from .life import AttachedLife, InlineLife, Life, Node, NodeHealth, ProcessLife
 from .topology import MEETING, NodeSpec, Topology
@@ -53,6 +54,8 @@ log = logging.getLogger("actorserve.supervisor")
 
 QUICK_DRAIN = 0.4
 """Seconds that running requests have when nobody gave them any."""
+WATCH_SECONDS = 0.3
+"""Between two looks at who is stuck: it is killed within --hang-seconds and a little more than two of these."""
 OnEvent = Callable[[str, str, str, float], None]
 """(kind, node, detail, fraction), called in the loop. Kinds: spawn; progress (detail "actor: stage", fraction 0 to 1);
 ready; down (detail: the reason); hang; and for the whole engine, with an empty node: up, stopping, stopped."""
@@ -202,6 +205,7 @@ class Supervisor:
     async def _live(self, node: Node, life: Life) -> str:
         """From the beginning of a life to its end, whose reason is returned."""
         node.begin(life)
+        node.desk = make_page()
         node.epoch += 1
         node.state = "starting"
         self._event("spawn", node)
@@ -217,6 +221,7 @@ class Supervisor:
         finally:
             self._down(node, end)
             life.close()
+            os.close(node.desk)
         return end
 
     async def _listen(self, node: Node, life: Life) -> None:
@@ -278,7 +283,7 @@ class Supervisor:
         log.error("%s is down (%s), restarting%s", node.spec.name, reason, trace)
         for other in self._nodes:
             if node.spec.group is not None and other is not node and other.spec.group == node.spec.group:
-                other.with_group = other.life is not None
+                other.with_group, other.outside = other.life is not None, not node.at_fault
                 other.kill(f"restarts together with {node.spec.name}")
         await trio.sleep(policy.pause_after(count))
 
@@ -296,7 +301,7 @@ class Supervisor:
             for actor in spec.actors
         ]
         inside = [(lane.source, lane.target) for lane in self.topology.between(spec, spec)]
-        files = self._files(spec)
+        files = {**self._files(spec), DESK: node.desk}
         config = self.config if "listen" in spec.files else replace(self.config, api_key=None, api_key_file=None)
         boot = Boot(spec.name, node.epoch, actors, inside, self._codec, list(files), config, self.model)
         self._tell(node, boot, list(files.values()))
@@ -349,12 +354,14 @@ class Supervisor:
         assert life is not None
         if self._stopping:
             return
-        reason = node.why(end)
+        reason, at_work = node.why(end), tuple(read_page(node.desk))
+        node.judge(life)
         self._event("down", node, reason)
+        down = Down([actor.name for actor in node.spec.actors], node.epoch, reason, node.at_fault, at_work)
         for other in self._nodes:
             lanes = self.topology.between(node.spec, other.spec) if other is not node else []
             if was_running and lanes and other.state == "running":
-                self._tell(other, Down([actor.name for actor in node.spec.actors], node.epoch, reason))
+                self._tell(other, down)
             for lane in lanes:
                 gauge = self._gauges.pop((lane.source, lane.target), None)
                 if gauge is not None:
@@ -390,7 +397,7 @@ class Supervisor:
     async def _watch_hangs(self) -> None:
         """Kill who is stuck for hang_seconds: takes no frames of its lanes, or answers no Ping; and who is accused."""
         limit = self.config.hang_seconds
-        interval = min(0.8, limit / 4)
+        interval = min(WATCH_SECONDS, limit / 4)
         # Time that our own loop lost does not count: the node may have lost it too.
         stalled: dict[str, tuple[int, int, float]] = {}  # actor -> epoch, frames received, seconds without any
         silent: dict[str, tuple[int, float]] = {}  # node -> epoch, seconds since the Ping that it has not answered

@@ -8,7 +8,6 @@ unless the front cancelled it or died; and after its final message an id is unkn
 
 import math
 import os
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Actor, Context
+from .desk import MAX_DEATHS, Suspects
 from .fetch import Fetcher, address_of, fetched, hosts_of, not_fetched
 from .messages import (
     NO_STATS,
@@ -74,10 +74,7 @@ from .view import with_lanes_of
 R = TypeVar("R")
 G = TypeVar("G", Generate, Tokenize)
 SCHEDULER: Final = "sched"
-MAX_DEATHS: Final = 3
-GUILTY_NS: Final = 3_000_000_000
-"""What was asked for longer ago when the scheduler died is not the cause."""
-SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times soon after it got this request; it is not tried again"
+SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times while it worked on this request; it is not tried again"
 PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
 OURS: Final = -1
 """Id of an order of nobody's."""
@@ -106,6 +103,7 @@ class Text(Actor):
         """Orders that the scheduler has not answered, with their fronts."""
         self.scheduler_up = False
         """It knows all that is here: it was told when it came up."""
+        self.suspects = Suspects()
         self.paused = False
         """By the last order that was carried out."""
         self.stats = NO_STATS
@@ -191,14 +189,19 @@ class Text(Actor):
 
     def flush(self) -> None:
         """Send each front what is new in one message, first tokens first. Where one lags behind, chunks are joined."""
+        desk = self.context.desk
         for front in list(self._changed):
             ref = self.context.ref(front)
             if ref.backlog:
                 continue  # credit wakes us, and flush is called again
             changed = sorted(self._changed.pop(front).values(), key=_is_begun)
             while changed:
-                made = [output.chunk() for output in changed]
-                chunks: list[Chunk] = [chunk for chunk in made if chunk is not None]
+                chunks: list[Chunk] = []
+                for output in changed:
+                    desk.now(output.rid)
+                    if (chunk := output.chunk()) is not None:
+                        chunks.append(chunk)
+                desk.rest()
                 if chunks:
                     self._post(front, Chunks(chunks))
                 changed = [output for output in changed if output.holds_prompt]
@@ -341,7 +344,13 @@ class Text(Actor):
             return error
 
     async def _threaded(self, work: Callable[[G], R], m: G) -> R:
-        return await trio.to_thread.run_sync(work, m, abandon_on_cancel=True, limiter=self._threads)
+        def noted() -> R:
+            note = self.context.desk.begin(m.rid)
+            result = work(m)
+            self.context.desk.end(note)
+            return result
+
+        return await trio.to_thread.run_sync(noted, abandon_on_cancel=True, limiter=self._threads)
 
     def _tokenized(self, m: Tokenize) -> Tokenized | Refused:
         try:
@@ -388,11 +397,13 @@ class Text(Actor):
         finishes = bytes(m.finish)
         logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist() if len(m.logprobs) else None
         complete = set(np.frombuffer(m.complete, dtype=np.int32).tolist())
+        desk = self.context.desk
         for row in rows:
             rid = rids[row]
             output = self.outputs.get(rid)
             if output is None:
                 continue  # cancelled, or ended by a stop string
+            desk.now(rid)
             finish = finishes[row]
             if finish in FAILURES:
                 self._forget(rid)
@@ -404,7 +415,6 @@ class Text(Actor):
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
-            output.deaths = 0
             output.push(ids[row], finish, logprob, complete=row in complete)
             self._mark_changed(output)
             if output.finish is not None:
@@ -417,6 +427,7 @@ class Text(Actor):
         rids = np.frombuffer(m.rids, dtype=np.int64)
         vectors = np.frombuffer(m.vectors, dtype=np.float32).reshape(len(rids), -1)
         for rid, vector in zip(rids.tolist(), vectors, strict=True):
+            self.context.desk.now(rid)
             output = self._forget(rid)
             if output is None:
                 continue  # cancelled
@@ -497,30 +508,27 @@ class Text(Actor):
         self.scheduler_up = True
         if self.paused:
             self._to_scheduler(Order(OURS, "pause"))
-        now = time.monotonic_ns()
         for output in self.outputs.values():
-            output.asked_ns = now
             self._send_images(output.images)
             self._to_scheduler(output.submission())
         for _, order in self.ordered.values():
             self._to_scheduler(order)
 
-    def _scheduler_down(self, reason: str) -> None:
+    def _scheduler_down(self, m: PeerDown) -> None:
+        """All wait for the next scheduler, but those that it died of, and those that were to end."""
         self.scheduler_up = False
-        self._stats(replace(NO_STATS, down=f"the scheduler is down: {reason}"))
-        now = time.monotonic_ns()
-        for output in list(self.outputs.values()):
-            output.deaths = output.deaths + 1 if now - output.asked_ns < GUILTY_NS else 0
-            if output.aborted:
-                self._end_aborted(output)
-            elif output.deaths >= MAX_DEATHS:
-                self._forget(output.rid)
+        self._stats(replace(NO_STATS, down=f"the scheduler is down: {m.reason}"))
+        for rid in self.suspects.guilty(m):
+            output, (front, _) = self._forget(rid), self.ordered.pop(rid, ("", None))
+            if output is not None or front:
                 error = EngineDown(SCHEDULER_DIED, code="scheduler_crashed")
-                self._refuse(output.rid, 1, output.front, error)
+                self._refuse(rid, 1, front if output is None else output.front, error)
+        for output in [output for output in self.outputs.values() if output.aborted]:
+            self._end_aborted(output)
 
     def _peer_down(self, m: PeerDown) -> None:
         if m.name == SCHEDULER:
-            self._scheduler_down(m.reason)
+            self._scheduler_down(m)
             return
         name = m.name
         self._changed.pop(name, None)

@@ -107,6 +107,8 @@ class Endpoint:
         began_ns = time.time_ns()
         try:
             client = self._gate.admit(exchange, self._served)
+            if self._served.event is not None and handler is None and not exchange.inside:
+                client.check_room()  # of a body that cannot be served nothing is read
             await (handler or self._served.handler)(replace(self._service, client=client), exchange)
         except ClientGone as gone:
             exchange.status = gone.status

@@ -117,6 +117,10 @@ class TenantClient:
         self.names.update((s.name, None) for s in submissions if s.name)
         return stream
 
+    def check_room(self) -> None:
+        """As Client.check_room."""
+        self._client.check_room()
+
     def abort(self, name: str | None) -> None:
         """As Client.abort, but for others' requests, which only an admin's key can abort."""
         if self._tenant.admin:

@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--thorough: tests that take a sample of something large take all of it."""
+    parser.addoption("--kills", type=int, help="deaths in system/test_chaos.py, instead of 4 or, thorough, 500")
     parser.addoption("--thorough", action="store_true", help="take all of what CI takes a sample of; minutes to hours")
 
 

@@ -55,11 +55,16 @@ class Echo(Actor):
                 self.context.ref(source).post(Pong(message.number, message.payload, [os.getpid()]))
             case Trouble("raise"):
                 self.context.log.error("about to raise")
+                self.context.desk.now(NOTED)
                 raise ValueError("simulated fault")
             case Trouble("hang"):
                 time.sleep(600)
             case Trouble("stray"):
                 self.context.ref(source).post(Stray())
+
+
+NOTED = 77
+"""The request that Echo says to work on when it raises."""
 
 
 class Returning(Echo):
@@ -140,6 +145,8 @@ class Driver(Actor):
         self.pongs: list[Pong] = []
         self.log: list[tuple[str, str, int]] = []
         self.reasons: list[str] = []
+        self.blamed: list[tuple[bool, tuple[int, ...]]] = []
+        """Of each death, whether it was a fault, and the requests that were at work."""
         drivers.append(self)
 
     def receive(self, message: Any, source: str) -> None:
@@ -148,7 +155,8 @@ class Driver(Actor):
                 self.pongs.append(copied(message))
             case PeerUp(name, epoch):
                 self.log.append(("up", name, epoch))
-            case PeerDown(name, epoch, reason):
+            case PeerDown(name, epoch, reason, fault, at_work):
+                self.blamed.append((fault, at_work))
                 self.log.append(("down", name, epoch))
                 self.reasons.append(reason)
 

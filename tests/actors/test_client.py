@@ -209,16 +209,37 @@ async def test_the_next_text_actor_is_asked_for_the_rest(client, lane):
     assert [c.text for c in await first.collect()] == ["abcd", "x", ""]
 
 
-async def test_who_sees_three_text_actors_die_is_given_up(client, lane):
-    silent, alive = client.submit(HI, PARAMS), client.submit(HI, PARAMS)
-    for epoch in range(2, 5):
-        say(client, chunk(alive.rid))
-        assert not silent.ended
-        die(client)
+async def test_what_two_text_actors_die_of_is_given_up(client, lane):
+    """And nothing that was only near: not in its queue, nor at work when somebody killed it."""
+    near, guilty, alive = (client.submit(HI, PARAMS, n=n) for n in (1, 2, 1))
+    for epoch in range(2, 8):
+        at_work = (guilty.rid + 1, alive.rid) if epoch in (4, 7) else ()
+        fault = epoch != 3
+        assert not guilty.ended
+        client.receive(PeerDown("text", epoch - 1, "killed", fault, at_work if fault else (near.rid,)), "supervisor")
         client.receive(PeerUp("text", epoch), "supervisor")
+        say(client, chunk(near.rid))
+        if epoch == 5:
+            say(client, chunk(alive.rid, finish="stop"), chunk(guilty.rid))
     with pytest.raises(EngineDown) as caught:
-        await silent.take()
-    assert caught.value.code == "text_crashed" and list(client.table) == [alive.rid]
+        while not guilty.ended:
+            await guilty.take()
+    assert caught.value.code == "text_crashed" and list(client.table) == [near.rid]
+
+
+async def test_a_question_that_text_actors_die_of_is_given_up(client, lane):
+    async def ask():
+        with pytest.raises(EngineDown) as caught:
+            await client.questions.tokenize(HI)
+        assert caught.value.code == "text_crashed"
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        for epoch in range(1, 3):
+            client.receive(PeerDown("text", epoch, "killed", at_work=(lane.sent[0].rid,)), "supervisor")
+            client.receive(PeerUp("text", epoch + 1), "supervisor")
+    assert len(lane.sent) == 2
 
 
 async def test_questions_outlive_the_text_actor(client, lane):

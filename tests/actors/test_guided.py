@@ -22,6 +22,7 @@ from actorserve import Engine, SamplingParams
 from actorserve.actors import executor
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
+from actorserve.actors.desk import Desk
 from actorserve.actors.fsm_worker import Compiler, MadeText, Setup
 from actorserve.actors.guided import GuidedRequests
 from actorserve.actors.match_pool import MatchPool
@@ -261,7 +262,7 @@ def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), sent.append)
+            pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), sent.append, Desk())
             pool.start(nursery)
             pool.follow(match(1, 0, "[[]", nested))
             (first,) = await answers(1)

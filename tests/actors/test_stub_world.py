@@ -1,8 +1,10 @@
 """The scheduler actor and the stub executor through their messages: anything may happen between any two of them."""
 
+import random
+
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from simulated_executor import VOCAB
@@ -53,6 +55,47 @@ def test_what_kills_the_executor_is_found_and_refused() -> None:
             world.kill_executor()
     assert deaths == 3 and ones[4].end == "executor_crashed"
     assert all(one.end.startswith("finish") for i, one in enumerate(ones) if i != 4), [one.end for one in ones]
+    world.close()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_only_the_guilty_are_refused(seed: int) -> None:
+    """Requests come all the time; one or two kill the executor as soon as they have so many tokens; others kill it too,
+    from outside."""
+    rng = random.Random(seed)
+    world = StubWorld(pages=60, slots=6, num_continuous_decode_steps=rng.choice([1, 4]), plans_in_flight=2)
+    guilty = {rng.randrange(1, 25): rng.choice([0, 1, 10]) for _ in range(rng.choice([1, 2]))}
+    deaths = 0
+    while len(world.asked) < 24 or world.live():
+        if len(world.asked) < 24 and rng.random() < 0.2:
+            prompt, new = prompt_of(rng.randrange(4), rng.randint(5, 60)), rng.randint(12, 40)
+            world.ask(prompt, params_of(seed, new, ignore_eos=True))
+        world.turn()
+        if rng.random() < 0.03:
+            world.kill_executor(fault=False)
+            world.scheduler.drain()
+        schedule = world.schedule
+        if schedule is not None and schedule.in_flight:
+            computed = [r for r in schedule.slots.running() if r.window <= schedule.in_flight[0].number]
+            if any(r.generated >= guilty.get(r.rid, 1000) for r in computed):
+                deaths += 1
+                world.kill_executor()
+    refused = {rid for rid, one in world.asked.items() if one.end == "executor_crashed"}
+    assert refused == set(guilty) and deaths <= 3 * len(guilty)
+    assert all(one.end.startswith("finish") for rid, one in world.asked.items() if rid not in guilty)
+    world.close()
+
+
+def test_a_kill_from_outside_makes_no_suspects() -> None:
+    world = StubWorld(pages=80, slots=8)
+    ones = [world.ask(prompt_of(i, 20), params_of(i, 60, ignore_eos=True)) for i in range(8)]
+    for _ in range(40):
+        for _ in range(3):  # too few for one of them to get a token alone
+            world.turn()
+        world.kill_executor(fault=False)
+        assert world.schedule is not None and not world.schedule.suspects
+    world.settle()
+    assert all(one.end.startswith("finish") for one in ones), [one.end for one in ones]
     world.close()
 
 
@@ -188,9 +231,9 @@ class Machine(RuleBasedStateMachine):
         self.world.post(Order(1 << 40, action))  # type: ignore[arg-type]
         self.world.post(Order(1 << 40, "continue"))
 
-    @rule(who=st.sampled_from(["executor", "scheduler", "text"]), lose=st.integers(0, 3))
-    def die(self, who: str, lose: int) -> None:
-        getattr(self.world, f"kill_{who}")(*([lose] if who == "text" else []))
+    @rule(who=st.sampled_from(["executor", "scheduler", "text"]), lose=st.integers(0, 3), fault=st.booleans())
+    def die(self, who: str, lose: int, fault: bool) -> None:
+        getattr(self.world, f"kill_{who}")(*{"text": [lose], "executor": [fault]}.get(who, []))
 
     @invariant()
     def accounts(self) -> None:
@@ -204,11 +247,13 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(0)
-def test_anything_may_happen(thorough: bool) -> None:
-    """About 500 steps; with --thorough 1,000,000."""
-    examples = 20_000 if thorough else 12
+@pytest.mark.parametrize("part", range(8))
+def test_anything_may_happen(part: int, thorough: bool) -> None:
+    """An eighth of about 1,200 steps, with --thorough of 1,000,000: the parts run on several cores."""
+    examples = 2500 if thorough else 3
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    machine = type(f"Machine{part}", (Machine,), {})
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Machine,
+        seed(part)(machine) if thorough else machine,
         settings=settings(max_examples=examples, stateful_step_count=50, deadline=None, suppress_health_check=quiet),
     )

@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import demo_actors
 from demo_actors import MODEL, DemoInbox, Driver, Trouble, demo_config, demo_topology
 
+from actorserve.actors import life
 from actorserve.actors.attach import Attachment, drive
 from actorserve.actors.supervisor import GiveUp, RestartPolicy, Supervisor
 from actorserve.actors.topology import (
@@ -156,6 +157,34 @@ def test_kill_9_is_noticed_and_service_comes_back() -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_signal_that_only_others_send_is_no_fault(number: signal.Signals) -> None:
+    async def main() -> None:
+        async with running(demo_topology()) as engine:
+            os.kill(engine.pid("middle"), number)
+            await engine.until(lambda: engine.driver.blamed)
+            assert engine.driver.blamed == [(number != signal.SIGKILL, ())]
+
+    trio.run(main)
+
+
+def test_who_dies_for_want_of_memory_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As told by the kernel's count of whom it killed; where it has none, nobody knows."""
+
+    async def main(then: int | None) -> None:
+        monkeypatch.setattr(life, "kills_for_memory", lambda: 3)
+        async with running(demo_topology()) as engine:
+            monkeypatch.setattr(life, "kills_for_memory", lambda: then)
+            os.kill(engine.pid("middle"), signal.SIGKILL)
+            await engine.until(lambda: engine.driver.blamed)
+            assert engine.driver.blamed == [(then != 3, ())]
+
+    for then in (3, 4, None):
+        trio.run(main, then)
+    monkeypatch.undo()
+    assert isinstance(life.kills_for_memory(), int | None)
+
+
 def test_no_descriptor_is_lost_over_restarts() -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
@@ -188,6 +217,7 @@ def test_an_exception_in_a_handler_restarts_the_node(kind: Any) -> None:
             assert engine.supervisor.health()[node].last_error is not None or kind == "process"
             if kind == "inline":
                 await engine.until(lambda: engine.driver.log[-1] == ("up", "middle", 2))
+                assert engine.driver.blamed == [(True, (demo_actors.NOTED,))]
             await engine.echo(2)
 
     trio.run(main)

@@ -208,10 +208,10 @@ class Rig:
     def app(self) -> Callable[..., object]:
         return self.front._server.config.app
 
-    def kill_text(self) -> None:
-        """What the node does when the text actor dies."""
+    def kill_text(self, *at_work: int) -> None:
+        """What the node does when the text actor dies, working on these requests."""
         disconnect(self.front.context, self.text.context)
-        self.front.context.inbox.put_system(PeerDown("text", 1, "killed"))
+        self.front.context.inbox.put_system(PeerDown("text", 1, "killed", at_work=at_work))
 
     def revive_text(self) -> None:
         """And what it does when there is another."""

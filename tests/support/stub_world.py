@@ -140,18 +140,18 @@ class StubWorld:
             connect(self.contexts[name], self.contexts["sched"], codec=True)
         connect(self.contexts["sched"], self.contexts[name], codec=True)
 
-    def _part(self, name: str, *, dead: str) -> None:
+    def _part(self, name: str, *, dead: str, fault: bool = True) -> None:
         """The end of these lanes; the one that lives on is told."""
         disconnect(self.contexts["sched"], self.contexts[name])
         if name != "sampler.0":
             disconnect(self.contexts[name], self.contexts["sched"])
         alive = "sched" if dead == name else name
-        self.contexts[alive].inbox.put_system(PeerDown(dead, self.epoch, "killed"))
+        self.contexts[alive].inbox.put_system(PeerDown(dead, self.epoch, "killed", fault))
 
-    def kill_executor(self) -> None:
-        """With its sampler; another comes up."""
+    def kill_executor(self, fault: bool = True) -> None:
+        """With its sampler; another comes up. Not `fault`: somebody killed it."""
         for name in ("exec.0", "sampler.0"):
-            self._part(name, dead=name)
+            self._part(name, dead=name, fault=fault)
             self.contexts[name].close()
         self.epoch, self.steps = self.epoch + 1, None
         for name in ("exec.0", "sampler.0"):

@@ -1,6 +1,7 @@
 """Actors are killed and stopped at random under live streams: none is lost, none changed, each ends once.
 
-With --thorough (`make chaos`) as often as it takes to believe it. What is printed (-s) are times; they decide nothing.
+With --thorough (`make chaos`) as often as it takes to believe it, or --kills times. What is printed (-s) are times;
+they decide nothing.
 """
 
 import os
@@ -19,6 +20,8 @@ from stub_model import stub_folder
 
 NODES = ["exec.0", "sched", "text", "fsm"]
 """All but the front, with which its connections die (test_death.py)."""
+SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGSEGV]
+"""The last is taken for a fault of the actor's own, for which requests are suspected."""
 WORDS = 'root ::= "(" root ")" | word root | word\nword ::= [a-z]+ " "'
 KINDS: list[dict[str, Any]] = [
     {},
@@ -97,12 +100,20 @@ def kill_at_random(
     with LiveLoad(server.url, streams) as load:
         for number in range(kills):
             time.sleep(rng.uniform(0, rest))
-            times.watch(server, NODES[number % len(NODES)])
+            times.watch(server, NODES[number % len(NODES)], rng.choice(SIGNALS))
+            print(".", end="", flush=True)
     assert_unharmed(load, undisturbed, exact)
     noticed, ready = (f"{max(t):.2f} s at most, {statistics.median(t):.2f} s in the middle" for t in times.lists())
     print(f"{kills} kills; /ready says so after {noticed}; all is well after {ready}", *sorted(times.reasons), sep="\n")
     server.assert_pages_add_up()
     assert shared_memory() == before
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int | None:
+    """--kills."""
+    number: int | None = request.config.getoption("kills")
+    return number
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +125,12 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
-def test_deaths_with_the_stub(stub: LiveServer, thorough: bool) -> None:
+def test_deaths_with_the_stub(stub: LiveServer, kills: int | None, thorough: bool) -> None:
     """Its pages are too few for all, so that requests are retracted too."""
     streams = bodies(32, 100)
     undisturbed = LiveLoad(stub.url, streams).once()
     assert stub.metrics()["actorserve_retractions_total"] > 0
-    kill_at_random(stub, 500 if thorough else 4, streams, undisturbed, exact=True, rest=0.5)
+    kill_at_random(stub, kills or (500 if thorough else 4), streams, undisturbed, exact=True, rest=0.5)
 
 
 def test_a_stopped_executor_is_replaced(stub: LiveServer) -> None:
@@ -133,11 +144,10 @@ def test_a_stopped_executor_is_replaced(stub: LiveServer) -> None:
 
 
 @pytest.mark.timeout(0)
-def test_deaths_with_the_real_model(smollm: str, tmp_path: Path, thorough: bool) -> None:
+def test_deaths_with_the_real_model(smollm: str, tmp_path: Path, kills: int | None, thorough: bool) -> None:
     if not thorough:
         pytest.skip("takes minutes: --thorough")
     flags = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-restarts", "100000")
     with live_server(tmp_path, "--model", smollm, *flags) as server:
-        count, kills = 32, 50
-        streams = bodies(count, 48)
-        kill_at_random(server, kills, streams, LiveLoad(server.url, streams).once(), exact=False, rest=2.0)
+        streams = bodies(32, 48)
+        kill_at_random(server, kills or 50, streams, LiveLoad(server.url, streams).once(), exact=False, rest=2.0)
