@@ -26,6 +26,7 @@ from ..sampler.params import SamplingParams
 from . import messages
 from .admission import Admission, Submission
 from .desk import MAX_DEATHS, Suspects
+from .quarantine import CODES, Quarantine
 from .questions import Questions, Wakeup, refusal
 from .ref import Gone
 
@@ -253,6 +254,7 @@ class Client:
         self._text_died = False
         """And is not back yet."""
         self._suspects = Suspects()
+        self._quarantine = Quarantine()
         self.admission = Admission(config, model)
         self._fronts = config.http_workers
         self._on_end = on_end
@@ -288,6 +290,8 @@ class Client:
         """
         if self.draining:
             raise Overloaded(DRAINING, status=503)
+        for submission in submissions:
+            self._quarantine.check(submission)
         costs, counts = self.admission.admit(submissions), [s.n for s in submissions]
         stream = Stream(self, self._take_rids(sum(counts)), counts, costs, priority)
         self.table.update((choice.rid, choice) for choice in stream.choices)
@@ -421,9 +425,16 @@ class Client:
         for rid in self._suspects.guilty(down):
             error = EngineDown(TEXT_DIED, code="text_crashed")
             for stream in {choice.stream for choice in self.table.values()}:
-                if any(first <= rid < first + n for first, n in stream.groups):
+                if self._isolate(stream, rid):
                     stream.cancel(error)
             self.questions.fail(rid, error)
+
+    def _isolate(self, stream: Stream, rid: int) -> bool:
+        """Put what this id is of into quarantine, if it is this stream's."""
+        found = [asked for asked in stream.requests if asked.rid <= rid < asked.rid + asked.n]
+        for asked in found:
+            self._quarantine.add(asked)
+        return bool(found)
 
     def _ask_again(self) -> None:
         """Ask a new text actor for the rest of everything."""
@@ -482,6 +493,8 @@ class Client:
         rids = range(refused.rid, refused.rid + refused.n)
         ended = [choice for rid in rids if (choice := self._take(rid)) is not None]
         for choice in ended:
+            if refused.code in CODES:
+                self._isolate(choice.stream, choice.rid)
             choice.stream.cancel(refusal(refused))
 
 

@@ -1,11 +1,13 @@
 """The request client alone: a list stands in for the lane to the text actor."""
 
 import struct
+from contextlib import nullcontext
 
 import anyio
 import pytest
 from msgspec.structs import replace
 
+from actorserve.actors import quarantine
 from actorserve.actors.admission import Submission
 from actorserve.actors.client import JOIN_EVERY, Client, LoopWakeup, token_prompt
 from actorserve.actors.messages import (
@@ -26,7 +28,7 @@ from actorserve.actors.messages import (
 )
 from actorserve.actors.ref import Gone
 from actorserve.config import EngineConfig, ModelInfo
-from actorserve.errors import EngineDown, Overloaded, RequestError
+from actorserve.errors import ActorserveError, EngineDown, Overloaded, RequestError
 from actorserve.sampler.params import SamplingParams
 
 pytestmark = pytest.mark.anyio
@@ -225,6 +227,37 @@ async def test_what_two_text_actors_die_of_is_given_up(client, lane):
         while not guilty.ended:
             await guilty.take()
     assert caught.value.code == "text_crashed" and list(client.table) == [near.rid]
+
+
+@pytest.mark.parametrize("code", ["text_crashed", "scheduler_crashed", "fsm_crashed", "executor_crashed", "overloaded"])
+async def test_what_an_actor_died_of_is_not_tried_again(client, lane, code):
+    """The same prompt with the same parameters, that is; anything else is, and the same in an hour."""
+    prompt, params = token_prompt([5, 6], 100), SamplingParams(temperature=0)
+    stream = client.submit(prompt, params, n=2, name="first")
+    client.receive(Refused(stream.rid + 1, 1, 503, code, "why"), "text")
+    with pytest.raises(ActorserveError):
+        await stream.take()
+    with nullcontext() if code == "overloaded" else pytest.raises(RequestError, match="again and again"):
+        client.submit(token_prompt([5, 6], 100), SamplingParams(temperature=0), n=2, name="second")
+    client.submit(prompt, params)
+    client.submit(prompt, replace(params, seed=1), n=2)
+
+
+async def test_quarantine_ends_and_is_bounded(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(quarantine.time, "monotonic", lambda: clock[0])
+    kept = quarantine.Quarantine()
+    asked = [Generate(i, 1, TextPrompt(str(i)), PARAMS) for i in range(quarantine.MOST + 1)]
+    for one in asked:
+        kept.add(one)
+    kept.check(Submission(asked[0].prompt, PARAMS))
+    for clock[0] in (0.0, quarantine.SECONDS - 1):
+        for one in (asked[1], asked[-1]):
+            with pytest.raises(RequestError) as caught:
+                kept.check(Submission(one.prompt, PARAMS))
+            assert (caught.value.status, caught.value.code) == (400, "quarantined")
+    clock[0] = quarantine.SECONDS
+    kept.check(Submission(asked[1].prompt, PARAMS))
 
 
 async def test_a_question_that_text_actors_die_of_is_given_up(client, lane):

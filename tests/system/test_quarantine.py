@@ -16,7 +16,7 @@ from stub_model import stub_folder
 import actorserve
 from actorserve.actors import embedded_root
 from actorserve.actors.topology import ActorSpec, Topology, engine_topology
-from actorserve.errors import EngineDown
+from actorserve.errors import EngineDown, RequestError
 
 INNOCENT = 12
 INNOCENTS_GRAMMAR = 'root ::= "(" root ")" | [a-z]+'
@@ -71,6 +71,9 @@ def test_the_guilty_is_refused_and_nobody_else(name: str, tmp_path: Path, monkey
                 with pytest.raises(EngineDown) as caught:
                     await ask(engine, GUILTY, GRAMMAR if actor == "fsm" else "")
                 assert caught.value.code == code
+                with pytest.raises(RequestError) as again:  # as clients do
+                    await ask(engine, GUILTY, GRAMMAR if actor == "fsm" else "")
+                assert again.value.code == "quarantined"
 
     before: list[list[int]] = [[] for _ in range(INNOCENT)]
     after: list[list[int]] = [[] for _ in range(INNOCENT)]
