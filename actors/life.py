@@ -24,6 +24,8 @@ from .node import innermost, run_node
 from .topology import NodeSpec
 
 _ENTRY = "from actorserve.actors.node import main; main()"
+LATELY = 10.0
+"""Seconds; the memory of a large process takes some to be taken apart."""
 _SPIN_COUNT = "2000"
 """Looks that a thread of torch's OpenMP takes for more work before it sleeps, about 0.1 ms. Its own number is 300,000:
 on a CPU they would watch through all of the next forward, on cores that it needs."""
@@ -39,8 +41,8 @@ class Life(Protocol):
     """Seconds between the end of the control socket and `kill`."""
     killable: ClassVar[bool]
     """`kill` works even if the node's loop is stuck."""
-    outside: bool
-    """It was ended by SIGKILL, not by the kernel for want of memory, and if not by `kill` then by somebody else."""
+    killed: bool
+    """It was ended by SIGKILL, or in another way that says nothing of what it did."""
 
     async def ended(self) -> str:
         """Wait for the end; why it ended. To be awaited once, and the life of an inline node is this call."""
@@ -81,15 +83,14 @@ class ProcessLife:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
         self.pid: int | None = self._process.pid
-        self.outside = False
-        self._killed_for_memory = kills_for_memory()
+        self.killed = False
         self._pidfd = os.pidfd_open(self._process.pid)
 
     async def ended(self) -> str:
         """A real exit status is required: a readable pidfd alone says no more than that there is one."""
         await trio.lowlevel.wait_readable(self._pidfd)
         code = self._process.wait()
-        self.outside = code == -signal.SIGKILL and self._killed_for_memory == kills_for_memory() is not None
+        self.killed = code == -signal.SIGKILL
         if code >= 0:
             return f"exit code {code}"
         with contextlib.suppress(ValueError):
@@ -121,6 +122,25 @@ def kills_for_memory() -> int | None:
     return None
 
 
+class MemoryKills:
+    """Whether the kernel killed somebody for want of memory lately."""
+
+    def __init__(self) -> None:
+        self._counts = [kills_for_memory()] * 2
+        """Of LATELY to twice LATELY ago, and since."""
+        self._at = time.monotonic()
+
+    def look(self) -> None:
+        """Called again and again."""
+        if time.monotonic() - self._at > LATELY:
+            self._counts, self._at = [self._counts[1], kills_for_memory()], time.monotonic()
+
+    def lately(self) -> bool:
+        """Or whether the kernel does not tell."""
+        count = kills_for_memory()
+        return count is None or count != self._counts[0]
+
+
 class InlineLife:
     """A task in the supervisor's loop: the task that awaits `ended`."""
 
@@ -130,7 +150,7 @@ class InlineLife:
     def __init__(self) -> None:
         self.control, theirs = control_pair()
         self.pid: int | None = None
-        self.outside = False
+        self.killed = False
         self._node_control = ControlSocket(theirs)
         self._scope = trio.CancelScope()
 
@@ -166,7 +186,7 @@ class AttachedLife:
     def __init__(self, control: ControlSocket) -> None:
         self.control = control
         self.pid: int | None = None
-        self.outside = True
+        self.killed = True
         self._gone = trio.Event()
 
     async def ended(self) -> str:
@@ -245,9 +265,10 @@ class Node:
         reason = self.verdict or end
         return f"{reason}: {self.failed.summary}" if self.failed else reason
 
-    def judge(self, life: Life) -> None:
-        """Set `at_fault`, at the end of a life."""
-        self.at_fault = not (self.outside if self.with_group else self.verdict is None and life.outside)
+    def judge(self, life: Life, for_memory: bool) -> None:
+        """Set `at_fault`, at the end of a life. `for_memory`: the kernel may have killed it for what it took."""
+        outside = self.verdict is None and life.killed and not for_memory
+        self.at_fault = not (self.outside if self.with_group else outside)
 
     def has(self, actor: str) -> bool:
         """Whether the actor lives here."""

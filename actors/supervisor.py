@@ -47,7 +47,7 @@ from .control import (
 )
 from .desk import DESK, make_page, read_page
 from .lane import LaneGauge, LaneMetrics, create_lane
-from .life import AttachedLife, InlineLife, Life, Node, NodeHealth, ProcessLife
+from .life import AttachedLife, InlineLife, Life, MemoryKills, Node, NodeHealth, ProcessLife
 from .topology import MEETING, NodeSpec, Topology
 
 log = logging.getLogger("actorserve.supervisor")
@@ -116,6 +116,7 @@ class Supervisor:
         self._stopping = False
         self._drain = 0.0
         self._accused: list[Stuck] = []
+        self._memory_kills = MemoryKills()
         self._end = trio.Event()
         self._all_ready = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -355,7 +356,7 @@ class Supervisor:
         if self._stopping:
             return
         reason, at_work = node.why(end), tuple(read_page(node.desk))
-        node.judge(life)
+        node.judge(life, self._memory_kills.lately())
         self._event("down", node, reason)
         down = Down([actor.name for actor in node.spec.actors], node.epoch, reason, node.at_fault, at_work)
         for other in self._nodes:
@@ -403,6 +404,7 @@ class Supervisor:
         silent: dict[str, tuple[int, float]] = {}  # node -> epoch, seconds since the Ping that it has not answered
         while True:
             await trio.sleep(interval)
+            self._memory_kills.look()
             accused, self._accused = self._accused, []
             metrics = self.lane_metrics()
             for node in self._nodes:

@@ -185,6 +185,18 @@ def test_who_dies_for_want_of_memory_is_at_fault(monkeypatch: pytest.MonkeyPatch
     assert isinstance(life.kills_for_memory(), int | None)
 
 
+def test_kills_for_memory_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, count = [0.0], [5]
+    monkeypatch.setattr(life.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(life, "kills_for_memory", lambda: count[0])
+    kills = life.MemoryKills()
+    assert not kills.lately()
+    count[0] = 6
+    for clock[0], lately in ((1.0, True), (11.0, True), (15.0, True), (22.0, False), (40.0, False)):
+        kills.look()
+        assert kills.lately() == lately, clock
+
+
 def test_no_descriptor_is_lost_over_restarts() -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
