@@ -21,6 +21,7 @@ from live_server import LiveServer, live_server, wait_until
 from malformed import VALID
 from stub_model import stub_folder
 
+pytestmark = pytest.mark.timeout(1200)
 SLOTS = 16
 QUEUE = 128
 TIMEOUT = 1.0

@@ -125,6 +125,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.mark.timeout(0)
 def test_deaths_with_the_stub(stub: LiveServer, kills: int | None, thorough: bool) -> None:
     """Its pages are too few for all, so that requests are retracted too."""
     streams = bodies(32, 100)
