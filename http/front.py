@@ -114,13 +114,16 @@ class HttpFront(Actor):
             item = inbox.poll(look=look)
             look = False
             if item is None:
-                return
+                break
             if isinstance(item[0], Chunks):
                 self._late = item[0].chunks
             else:
                 self.receive(*item)
                 room -= 1
-        inbox.ring()
+        if self._late:
+            inbox.ring()
+        else:
+            inbox.listen()
 
     def receive(self, message: Any, source: str) -> None:
         """Pass messages to the client; from a Drain on, new requests are refused and old ones have a deadline."""

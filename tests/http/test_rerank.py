@@ -12,7 +12,7 @@ from actorserve.actors.messages import Chunk, Chunks, Generate
 from actorserve.config import Pooling
 
 pytestmark = pytest.mark.anyio
-VECTORS = {"query": [2, 0], "same": [5, 0], "half": [1, 1], "half too": [3, 3], "none": [0, 7], "against": [-1, 0]}
+VECTORS = {"query": [2, 0], "same": [5, 0], "half": [1, 1], "half too": [2, 2], "none": [0, 7], "against": [-1, 0]}
 
 
 def vectors(generate: Generate) -> list[Chunks]:
