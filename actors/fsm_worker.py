@@ -247,9 +247,9 @@ def make_matchers(tokenizer: "Tokenizer", setup: Setup) -> "Matchers":
     return Matchers(tokens, special, eos, lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
-def is_too_large(result: Result) -> bool:
-    """Whether a grammar cost its time for nothing."""
-    return isinstance(result, Failed) and result.code == "grammar_too_large"
+def without_table(result: Result) -> bool:
+    """Whether the time that a grammar took went for nothing: refusals and translations take none to speak of."""
+    return not isinstance(result, Made)
 
 
 def limit_memory() -> None:
@@ -273,7 +273,7 @@ def serve(channel: socket.socket) -> None:
             answer: Answer = Ready(compiler.refusal)
         else:
             assert compiler is not None
-            answer = courteous.do(partial(compiler.compile, order.spec), is_too_large)
+            answer = courteous.do(partial(compiler.compile, order.spec), without_table)
         channel.sendall(framed(answer))
 
 
