@@ -89,7 +89,9 @@ class Prompts:
         self._most_chars = None if chars is None else chars * model.context_length
         self._images = images
         self._image_token = model.image_token_id
-        if tokenizer is not None and model.image_token_id == model.vocab_size:  # the tokenizer's number of the mark
+        self._is_mark = model.image_token_id == model.vocab_size
+        """The image token is no token of the model's, and nothing without an image."""
+        if tokenizer is not None and self._is_mark:
             self._image_token = tokenizer.core.token_to_id(PLACEHOLDER)
         self._video_token = model.video_token_id
         self._max_images = config.max_images
@@ -117,7 +119,7 @@ class Prompts:
         """
         self.check_images(prompt)
         encoded, field = self._encoded(prompt, most_chars=self._most_chars)
-        self._check_ids(encoded.ids, field, self._image_token if prompt.images else None)
+        self._check_ids(encoded.ids, field)
         encoded = self._with_images(encoded, prompt, field)
         self._check_length(encoded.ids, field)
         return encoded
@@ -149,7 +151,7 @@ class Prompts:
         images, videos = prompt.images, prompt.videos
         found = {
             place: Placed(self._read(image, alone=len(images) == 1), int(encoded.ids[place]))
-            for place, image in _placed(encoded, "image", images, self._image_token, field)
+            for place, image in _placed(encoded, "image", images, self._image_token, field, self._is_mark)
         }
         for place, video in _placed(encoded, "video", videos, self._video_token, field):
             found[place] = Placed(self._read(video, alone=False), int(encoded.ids[place]))
@@ -284,12 +286,13 @@ class Prompts:
         except RequestError as error:
             raise RequestError(error.message, param=error.param or "messages", code=error.code) from error
 
-    def _check_ids(self, ids: NDArray[np.int32], field: str, beside: int | None) -> None:
-        """Raise RequestError unless there are ids, and all are the vocabulary's, or `beside`."""
+    def _check_ids(self, ids: NDArray[np.int32], field: str) -> None:
+        """Raise RequestError unless there are ids, and all are the vocabulary's or the mark of an image."""
         if not len(ids):
             raise RequestError("the prompt has no tokens", param=field)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
-            wrong = ids[((ids < 0) | (ids >= self._vocab_size)) & (ids != beside)]
+            mark = self._image_token if self._is_mark else None
+            wrong = ids[((ids < 0) | (ids >= self._vocab_size)) & (ids != mark)]
             if len(wrong):
                 raise RequestError(f"{field} has token {wrong[0]}; ids are 0 to {self._vocab_size - 1}", param=field)
 
@@ -312,9 +315,12 @@ def _check_chars(text: str, most: int | None, field: str) -> None:
         raise RequestError(what, param=field, code="context_length_exceeded")
 
 
-def _placed(encoded: Encoded, what: str, files: Sequence[F], token: int | None, field: str) -> Iterator[tuple[int, F]]:
-    """Yield (place in the prompt, file). Raises RequestError where the prompt has not as many tokens."""
-    places = np.flatnonzero(encoded.ids == token).tolist() if files else []
+def _placed(
+    encoded: Encoded, what: str, files: Sequence[F], token: int | None, field: str, always: bool = False
+) -> Iterator[tuple[int, F]]:
+    """Yield (place in the prompt, file). Raises RequestError where a prompt with files, or `always` any prompt, has not
+    as many tokens."""
+    places = np.flatnonzero(encoded.ids == token).tolist() if files or always else []
     if len(places) != len(files):
         text = f"{len(files)} {what}s were sent, but the prompt has {len(places)} {what} tokens"
         raise RequestError(text, param=field)

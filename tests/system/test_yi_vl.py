@@ -117,8 +117,10 @@ def test_the_engine(yi: SimpleNamespace) -> None:
         assert len(penalised.ids) == STEPS
         with pytest.raises(RequestError, match="2 image tokens"):
             engine.generate(text, image_data=png(one), **GREEDY)
-        with pytest.raises(RequestError, match="ids are 0 to"):
+        with pytest.raises(RequestError, match="0 images were sent, but the prompt has 2"):
             engine.generate(text, **GREEDY)
+        with pytest.raises(RequestError, match="ids must be between 0 and"):
+            engine.generate([5, TEXT["vocab_size"], 6], **GREEDY)
 
 
 @pytest.mark.parametrize(
