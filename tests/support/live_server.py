@@ -98,7 +98,7 @@ def live_server(tmp: Path, *flags: str) -> Iterator[LiveServer]:
             assert process.poll() is None, log.read_text()
             return server.is_ready()
 
-        wait_until(up, 120, "the server is ready")
+        wait_until(up, 240, "the server is ready")
         yield server
     finally:
         if process.poll() is None:

@@ -63,9 +63,9 @@ class Times:
         pid = server.children()[node]
         started = time.monotonic()
         os.kill(pid, number)
-        wait_until(lambda: self._down(server) or server.children().get(node, pid) != pid, 30, f"{node} is missed")
+        wait_until(lambda: self._down(server) or server.children().get(node, pid) != pid, 120, f"{node} is missed")
         self.noticed.append(time.monotonic() - started)
-        wait_until(lambda: server.children().get(node, pid) != pid and server.is_ready(), 120, f"{node} is back")
+        wait_until(lambda: server.children().get(node, pid) != pid and server.is_ready(), 600, f"{node} is back")
         self.ready.append(time.monotonic() - started)
 
     def _down(self, server: LiveServer) -> bool:
