@@ -102,6 +102,9 @@ def _check(query: str, documents: list[str]) -> None:
 def _sorted(query: np.ndarray, vectors: np.ndarray, documents: list[str], request: RerankRequest) -> list[RerankResult]:
     """`query`: [width], `vectors`: [documents, width], all of length 1, float32."""
     scores = vectors @ query
-    order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
-    shown = [DocumentText(documents[i]) if request.return_documents else UNSET for i in order]
-    return [RerankResult(i, float(scores[i]), text) for i, text in zip(order, shown, strict=True)]
+    order: list[int] = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
+
+    def shown(index: int) -> DocumentText | UnsetType:
+        return DocumentText(documents[index]) if request.return_documents else UNSET
+
+    return [RerankResult(i, float(scores[i]), shown(i)) for i in order]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from actorserve.actors.messages import Chunk, Chunks, Generate
+from actorserve.actors.messages import Chunk, Chunks, Generate, TextPrompt
 from actorserve.config import Pooling
 
 pytestmark = pytest.mark.anyio
@@ -17,7 +17,7 @@ VECTORS = {"query": [2, 0], "same": [5, 0], "half": [1, 1], "half too": [2, 2], 
 
 def vectors(generate: Generate) -> list[Chunks]:
     """The script of an engine with an embedding model: 4 tokens a prompt."""
-    assert generate.pooled and generate.params.max_new_tokens == 0
+    assert generate.pooled and generate.params.max_new_tokens == 0 and isinstance(generate.prompt, TextPrompt)
     raw = np.array(VECTORS[generate.prompt.text], dtype=np.float32).tobytes()
     return [Chunks([Chunk(generate.rid, "", [], [], "stop", None, 4, 0, 1, vector=raw)])]
 

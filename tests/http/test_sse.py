@@ -5,9 +5,14 @@ import json
 
 import pytest
 
+from actorserve.actors.actor import Context
 from actorserve.actors.client import LoopWakeup
+from actorserve.actors.inbox import Inbox
+from actorserve.actors.lane import LaneReceiver, LaneSender, create_lane
 from actorserve.actors.messages import Cancel, Chunks, Generate
-from actorserve.http.front import SLICE
+from actorserve.actors.ref import Ref
+from actorserve.config import EngineConfig
+from actorserve.http.front import SLICE, HttpFront
 from actorserve.http.openai_replies import CompletionWriter
 from actorserve.http.protocol import encode
 from actorserve.http.sse import data_event, event_format
@@ -121,6 +126,35 @@ async def test_output_is_delivered_in_slices(rig, fakes):
     reply = (await rig.http.post("/v1/completions", json={"prompt": "Hi", "n": count})).json()
     assert [choice["text"] for choice in reply["choices"]] == ["ab"] * count
     assert sum(sizes) == 2 * count and max(sizes) <= SLICE and len(sizes) >= 6
+
+
+async def test_nothing_is_left_in_a_ring(fakes):
+    """The front listens to a lane between processes whenever it stops taking from it, after a slice or the last one."""
+    context = Context("front.0", EngineConfig(), fakes.MODEL, HttpFront.inbox_type, sends_to=["text"])
+    front, outbox, fds = HttpFront(context), Inbox(HttpFront.inbox_type), create_lane()
+    context.inbox.add_ring("text", LaneReceiver(fds.dup()))
+    text, got = Ref("front.0", outbox), []
+    text.connect(LaneSender(fds), 1)
+    front.client.deliver = lambda chunks: got.extend(chunk.rid for chunk in chunks)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(context.inbox.fileno(), front.drain)
+    sent = 0
+    try:
+        async with asyncio.timeout(20):
+            for burst in [[1], [SLICE], [SLICE - 1, 1], [SLICE + 1], [1] * (SLICE + 1), [3 * SLICE, 5]] * 3:
+                for size in burst:
+                    text.post(Chunks([fakes.chunk(sent + i, "a", [9], 1) for i in range(size)]))
+                    sent += size
+                await fakes.until(lambda sent=sent: len(got) >= sent)
+                text.post(fakes.STATS)
+                await fakes.until(lambda: front.client.stats is not None)
+                front.client.stats = None
+    finally:
+        loop.remove_reader(context.inbox.fileno())
+        text.disconnect()
+        outbox.close()
+        context.close()
+    assert got == list(range(sent))
 
 
 def test_event_format():
