@@ -1,7 +1,7 @@
 """The scheduler's decisions, without actors, lanes or clocks: requests in, windows out, results in.
 
-Used by the scheduler actor; driven directly by tests. It owns the page pool, the radix tree, the waiting queue and
-the slots. Invariants: every page is free, the tree's or a running request's; windows are executed in order, so a page
+Used by the scheduler actor; driven directly by tests. It owns the pages (kv_pages.py), the waiting queue and the
+slots. Invariants: every page is free, the tree's or a running request's; windows are executed in order, so a page
 released in window w may be reused by window w itself; pages enter the tree only when the executor reported their
 tokens; a request's tokens are appended only here.
 
@@ -16,20 +16,18 @@ import numpy as np
 
 from ..config import EngineConfig
 from ..errors import RequestError
-from ..kvstore.eviction import make_policy
-from ..kvstore.pages import PagePool
-from ..kvstore.radix import Match, RadixTree
+from ..kvstore.radix import Match
 from . import jumps
 from .desk import Desk
 from .fair_share import FairShare
+from .kv_pages import KVPages
 from .messages import Finish
 from .new_token_ratio import NewTokenRatio
 from .queue_order import make_order
-from .request import Request, Stage, common_prefix
+from .request import Request, Stage
 from .slot_table import SlotTable
 from .window import Closed, Counters, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
 
-IN_BATCH_PREFIX: Final = 32  # tokens: sharing less than this is not worth waiting for
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
 EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
 MAX_CRASHES: Final = 2
@@ -61,10 +59,8 @@ class Schedule:
         self.page = config.page_size
         self.chunk_tokens = chunk_tokens
         self.mixed_tokens = mixed_tokens
-        self.pool = PagePool(num_pages)
-        policy = make_policy(config.eviction_policy)
-        self.tree = RadixTree(self.pool, self.page, policy, enabled=reuses and not config.disable_radix_cache)
-        self.tree_state = 0
+        self.kv = KVPages(config, num_pages, reuses)
+        self.pool, self.tree = self.kv.pool, self.kv.tree
         self.slots = SlotTable(max_slots, jumps=not config.disable_jump_forward)
         self.desk = desk or Desk()
         self.requests: dict[int, Request] = {}
@@ -73,7 +69,7 @@ class Schedule:
         self.suspects: set[int] = set()
         """Ids of requests that were at work when an executor died, and of which no token has come since."""
         self.order = make_order(
-            config.schedule_policy, config.random_seed, self._matched, lambda r: self._match(r).node
+            config.schedule_policy, config.random_seed, self.kv.matched, lambda r: self.kv.match(r).node
         )
         self.fair = FairShare()
         self.ratio = NewTokenRatio(config.schedule_conservativeness)
@@ -144,8 +140,7 @@ class Schedule:
         """Empty the prefix cache; False, and nothing happens, while there are requests."""
         if self.requests:
             return False
-        self.tree.clear()
-        self.tree_state += 1
+        self.kv.clear()
         return True
 
     def retract_all(self) -> None:
@@ -157,8 +152,7 @@ class Schedule:
         """All KV is of weights that are used no more: everything is computed again. With no window in flight."""
         assert not self.in_flight
         self.retract_all()
-        self.tree.clear()
-        self.tree_state += 1
+        self.kv.clear()
 
     def executor_lost(self, fault: bool = True) -> list[Request]:
         """Forget all KV: it died with the executor. Running requests go back to the queue with their tokens.
@@ -175,7 +169,7 @@ class Schedule:
         if len(causes) == 1:
             causes[0].crashes += 1
         for request in self.slots.running():
-            self._drop_pages(request)
+            self.kv.drop(request)
             self._unseat(request)
             if request.crashes >= MAX_CRASHES:
                 request.stage = Stage.ENDED
@@ -186,8 +180,7 @@ class Schedule:
                 self._requeue(request)
         self.in_flight.clear()
         self._release.clear()
-        self.tree.clear()
-        self.tree_state += 1
+        self.kv.clear()
         return guilty
 
     # ------------------------------------------------------------------ results
@@ -215,11 +208,26 @@ class Schedule:
         for chunk in chunks:
             if chunk.request.slot >= 0:
                 chunk.request.confirmed = chunk.end
-        requests = self.requests
         self.landed, self.scored = [], []
         if step == 0:
             of_prompts = self._learn(current, scores)
             self._land(jumps.landed(chunks, current.jumps, of_prompts))
+        followed = self._append(rids, ids, finish)
+        self._end_finished(rids, finish)
+        complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
+        for request in followed:
+            if request.stage is Stage.DECODE:
+                self._close(request)
+        self.counters.generated_tokens += len(rids)
+        self.counters.steps += 1
+        self.ratio.decay()
+        if step == current.k - 1:
+            self.in_flight.popleft()
+        return complete
+
+    def _append(self, rids: list[int], ids: list[int], finish: np.ndarray) -> list[Request]:
+        """Give the drawn tokens to their requests; returns those whose grammars followed theirs."""
+        requests = self.requests
         self.complete = []
         suspects, desk = self.suspects, self.desk
         followed: list[Request] = []
@@ -237,23 +245,16 @@ class Schedule:
                 followed.append(request)
                 if request.matches_with(token, finish[row] == Finish.STOP):
                     self.complete.append(row)
+        return followed
+
+    def _end_finished(self, rids: list[int], finish: np.ndarray) -> None:
         for ended in np.flatnonzero(finish):
-            request = requests.get(rids[ended])
+            request = self.requests.get(rids[ended])
             if request is not None:
                 poisoned = finish[ended] == Finish.POISON
                 self._end(request, keep=not poisoned)
                 if poisoned:
-                    self._expel(request)
-        complete = [c.request for c in chunks if c.request.slot >= 0 and self._chunk_done(c)]
-        for request in followed:
-            if request.stage is Stage.DECODE:
-                self._close(request)
-        self.counters.generated_tokens += len(rids)
-        self.counters.steps += 1
-        self.ratio.decay()
-        if step == current.k - 1:
-            self.in_flight.popleft()
-        return complete
+                    self.counters.expelled_pages += self.kv.expel(request)
 
     def _close(self, request: Request) -> None:
         """End it without a draw if its grammar leaves nothing but the end."""
@@ -268,11 +269,6 @@ class Schedule:
         self.counters.jumps += bool(forced)
         self.counters.forced_tokens += len(forced)
         self.counters.generated_tokens += len(forced) + 1
-
-    def _expel(self, request: Request) -> None:
-        """What it used of the tree may be the cause, and what it gave to it is wrong: others compute it afresh."""
-        self.counters.expelled_pages += self.tree.expel(request.ids(), request.namespace)
-        self.tree_state += 1
 
     def _land(self, landed: list[Landed]) -> None:
         self.landed = [item for item in landed if self.requests.get(item.request.rid) is item.request]
@@ -302,7 +298,7 @@ class Schedule:
         request = chunk.request
         whole = chunk.end // self.page
         if whole and self.tree.enabled:
-            self._insert(request, request.ids()[: whole * self.page])
+            self.kv.insert(request, request.ids()[: whole * self.page])
         if chunk.end < request.target:
             return False
         self.prefilling.pop(request.rid, None)
@@ -360,7 +356,7 @@ class Schedule:
             if plan is None:
                 continue
             row, (tokens, state) = np.array([slot]), plan
-            if self._pages_needed(row, len(tokens)) + reserved > self._obtainable():
+            if self._pages_needed(row, len(tokens)) + reserved > self.kv.obtainable:
                 continue
             window.jumps.append(JumpChunk(request, int(self.slots.horizon[slot]), tuple(tokens), state))
             window.budget -= len(tokens)
@@ -410,7 +406,7 @@ class Schedule:
         k = jumps.most_steps(k, drawing, self.slots, self.step_us, adaptive=bool(self.window_ms))
         left = (self.slots.cap - self.slots.horizon)[drawing]
         k = max(1, min(k, int(left.max(initial=0)) + (1 if len(joining) else 0)))
-        while k > 1 and self._pages_needed(rows, k) + self._pages_needed(joining, k - 1) > self._obtainable():
+        while k > 1 and self._pages_needed(rows, k) + self._pages_needed(joining, k - 1) > self.kv.obtainable:
             k //= 2
         return k
 
@@ -423,7 +419,7 @@ class Schedule:
         slots.horizon[rows] = np.minimum(slots.horizon[rows] + steps, slots.cap[rows])
         slots.pages[rows] += short
         grown = np.repeat(rows, short).tolist()
-        pages = self._allocate(len(grown))
+        pages = self.kv.allocate(len(grown))
         for slot, page in zip(grown, pages, strict=True):
             request = slots.requests[slot]
             assert request is not None
@@ -451,17 +447,17 @@ class Schedule:
                 break
             if window.budget <= 0 or held_back >= HELD_BACK_AT_MOST:
                 return True
-            if self._barred(request) or self._prefix_is_coming(request):
+            if self._barred(request) or self.kv.prefix_is_coming(request, self.prefilling.values()):
                 held_back += 1
                 continue
             if not self.config.disable_jump_forward:
                 jumps.fold(request)
-            match = self._match(request)
+            match = self.kv.match(request)
             uncached = len(request.tokens) - match.length
             if self.chunk_tokens <= 0 and window.chunks and uncached > window.budget:
                 return True
-            while not (fits := self._fits(request, match, reserved)) and self._unpins():
-                match = self._match(request)
+            while not (fits := self._fits(request, match, reserved)) and self.kv.give_up_pin(self.slots.empty):
+                match = self.kv.match(request)
             if not fits:
                 break
             self._seat(window, request, match)
@@ -487,33 +483,11 @@ class Schedule:
         reported = self.in_flight[0].number - 1 if self.in_flight else self.next_window - 1
         return max(request.blocked_until, self.since - 1) > reported or request.waits_for_mask
 
-    def _prefix_is_coming(self, request: Request) -> bool:
-        """Whether a prefilling request is about to provide a much longer prefix than the tree has now."""
-        if not self.tree.enabled:
-            return False
-        ids, reach = request.ids(), 0
-        head = ids[:IN_BATCH_PREFIX].tobytes()
-        for other in self.prefilling.values():
-            provided = other.ids()[: other.target]
-            if other.namespace != request.namespace or provided[:IN_BATCH_PREFIX].tobytes() != head:
-                continue
-            shared = common_prefix(ids[:-1], provided) // self.page * self.page
-            if request.scores is not None and (other.scores is None or not other.scores.provides(request.scores)):
-                shared = min(shared, request.reusable)
-            if shared > max(reach, other.confirmed):
-                reach = shared
-        return reach > 0 and reach - self._matched(request) >= IN_BATCH_PREFIX
-
-    def _unpins(self) -> bool:
-        """Give up a pin, so that a request fits: while others run only of the half that pins have beyond their half."""
-        pins = self.tree.pins
-        return (self.slots.empty or 2 * pins.pages() > self.pool.num_pages) and pins.drop()
-
     def _fits(self, request: Request, match: Match, reserved: int) -> bool:
         """Whether its prompt fits now, and what everybody is expected to generate fits as well."""
         need = -(-len(request.tokens) // self.page) - len(match.pages)
         self.tree.lock(match.node)  # what it reuses cannot be evicted for it
-        room = self._obtainable() - reserved
+        room = self.kv.obtainable - reserved
         self.tree.unlock(match.node)
         if need > room or self.slots.empty:
             return need <= room
@@ -525,8 +499,8 @@ class Schedule:
         if request.scores is not None:
             request.scores.seat(self.tree, request.ids(), request.namespace)
         self.tree.lock(match.node)
-        fresh = self._allocate(-(-len(request.tokens) // self.page) - len(match.pages))
-        source, tokens = self._partial_page(window, request, match)
+        fresh = self.kv.allocate(-(-len(request.tokens) // self.page) - len(match.pages))
+        source, tokens = self.kv.partial_page(window.number, self.slots.running(), request, match)
         if tokens:
             window.copies.append((source, fresh[0], tokens))
         cached = len(match.pages) * self.page + tokens
@@ -547,42 +521,11 @@ class Schedule:
         window.admits.append(Seat(request, cached, list(request.pages)))
         self._add_chunk(window, request)
 
-    def _partial_page(self, window: Window, request: Request, match: Match) -> tuple[int, int]:
-        """Return (page, tokens) that continue the match inside a page, to be copied: the tree's or a running request's.
-
-        A running request's last page is its own, for it still grows, but what is computed in it never changes. Not
-        of one seated in this very window: its page may wait for a copy of its own.
-        """
-        page, tokens = match.partial_page, match.partial_tokens
-        start = len(match.pages) * self.page
-        wanted = request.ids()[start : min(start + self.page, request.reusable)]
-        for other in self.slots.running():
-            if other.node is match.node and other.window != window.number and other.computed > start + tokens:
-                shared = common_prefix(wanted, other.ids()[start : other.computed])
-                if shared > tokens:
-                    page, tokens = other.pages[len(match.pages)], shared
-        return page, tokens
-
-    def _match(self, request: Request) -> Match:
-        """Return the cached prefix that it may use; see Request.reusable."""
-        return self.tree.match(self._usable(request), request.namespace)
-
-    def _matched(self, request: Request) -> int:
-        if request.matched[0] != self.tree_state:
-            tokens = self.tree.match_length(self._usable(request), request.namespace)
-            request.matched = (self.tree_state, tokens)
-        return request.matched[1]
-
-    def _usable(self, request: Request) -> np.ndarray:
-        if request.scores is not None:
-            request.scores.look_up(self.tree, request.ids(), request.namespace)
-        return request.ids()[: request.reusable]
-
     # ------------------------------------------------------------------ retraction
 
     def _make_room(self, rows: np.ndarray) -> np.ndarray:
         """Retract requests until every decoding row can have its next page; return the rows that are left."""
-        while self._pages_needed(rows, 1) > self._obtainable():
+        while self._pages_needed(rows, 1) > self.kv.obtainable:
             if self.tree.pins.drop():
                 continue
             self.retract(self._retraction_victim())
@@ -595,7 +538,7 @@ class Schedule:
 
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""
-        self._keep_pages(request)
+        self.kv.keep(request)
         self._leave_slot(request)
         running = self.slots.running()
         allowed = sum(r.limit - r.prompt_length for r in running)
@@ -611,52 +554,8 @@ class Schedule:
 
     # ------------------------------------------------------------------ pages
 
-    def _obtainable(self) -> int:
-        return self.pool.num_free + self.tree.num_evictable
-
     def _pages_needed(self, rows: np.ndarray, steps: int) -> int:
         return int(self.slots.pages_short(rows, steps, self.page).sum()) if len(rows) else 0
-
-    def _allocate(self, n: int) -> list[int]:
-        """Return n pages, evicting from the tree if needed; callers made sure that they are obtainable."""
-        short = n - self.pool.num_free
-        if short > 0:
-            self.tree.evict(short)
-            self.tree_state += 1
-        pages: list[int] = self.pool.allocate(n).tolist()
-        return pages
-
-    def _insert(self, request: Request, ids: np.ndarray) -> None:
-        """Give the pages of these tokens to the tree, as far as it lacks them, and lock them there.
-
-        Not what was computed behind pages that were expelled meanwhile.
-        """
-        if request.node is not None and request.node.namespace != request.namespace:
-            return
-        count = -(-len(ids) // self.page)
-        done = self.tree.insert(ids, np.array(request.pages[:count], dtype=np.int32), request.namespace)
-        if request.scores is not None:
-            request.scores.keep(self.tree, ids, request.namespace)
-        request.owned[done.taken_from : count] = [False] * max(count - done.taken_from, 0)
-        self.tree.lock(done.node)
-        if request.node is not None:
-            self.tree.unlock(request.node)
-        request.node = done.node
-        self.tree_state += 1
-
-    def _keep_pages(self, request: Request, pin: int = 0) -> None:
-        """Give what is computed to the tree, free the rest, drop the lock; `pin` gets one of its own."""
-        if request.computed and self.tree.enabled:
-            self._insert(request, request.ids()[: request.computed])
-            if pin and request.node is not None and request.node.namespace == request.namespace:
-                self.tree.pins.hold(pin, request.node)
-        self._drop_pages(request)
-
-    def _drop_pages(self, request: Request) -> None:
-        self.pool.free([p for p, own in zip(request.pages, request.owned, strict=True) if own])
-        if request.node is not None:
-            self.tree.unlock(request.node)
-        request.pages, request.owned, request.node = [], [], None
 
     def _leave_slot(self, request: Request) -> None:
         self._release.append(request.slot)
@@ -674,9 +573,9 @@ class Schedule:
             del self.waiting[request.rid]
         else:
             if keep:
-                self._keep_pages(request, request.pin)
+                self.kv.keep(request, request.pin)
             else:
-                self._drop_pages(request)
+                self.kv.drop(request)
             self._leave_slot(request)
         request.stage = Stage.ENDED
         del self.requests[request.rid]

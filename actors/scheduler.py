@@ -25,12 +25,9 @@ from .guided import GuidedRequests
 from .image_store import ImageStore
 from .messages import (
     NO_STATS,
-    NOTHING,
     Abort,
-    Admit,
     AskTimelines,
     Carried,
-    ChunkEnd,
     Compile,
     Compiled,
     CompileFailed,
@@ -40,9 +37,7 @@ from .messages import (
     DropImage,
     Ended,
     ExecutorReady,
-    Finish,
     GrammarSpec,
-    GrammarStates,
     ImagePixels,
     Instruct,
     Look,
@@ -52,16 +47,12 @@ from .messages import (
     Order,
     PeerDown,
     PeerUp,
-    Plan,
     Pooled,
     PromptLogprobs,
     Refused,
     SamplerMessage,
     SchedulerInbox,
-    Scores,
     Seen,
-    SlotMasks,
-    SlotParams,
     Started,
     Stats,
     StepOut,
@@ -76,85 +67,19 @@ from .prompt_scores import prompt_scores
 from .ref import Gone
 from .request import Request
 from .schedule import Schedule
-from .score_rows import columns_of, computed_logprobs, known_logprobs, scored_fields, scored_rows
+from .score_rows import columns_of, computed_logprobs, known_logprobs
+from .stats import stats_of
 from .timeline import TimelineStore
+from .token_messages import closed_tokens, final_without_token, forced_tokens_of, pooled_of, tokens_of
 from .view import seen
-from .window import Closed, Landed, PrefillChunk, Window
+from .window import Window
+from .window_messages import jumps_of, plan_of, slot_masks, slot_params
 
 STATS_SECONDS: Final = 0.25
 FSM: Final = "fsm"
 EXECUTOR_DIED: Final = "the executor died twice of this request, as far as can be told; it is not tried again"
 FSM_DIED: Final = f"the fsm actor died {MAX_DEATHS} times while it followed this request; it is not tried again"
 AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
-
-
-def int32(values: list[int]) -> memoryview:
-    """Return a message's array of int32."""
-    return memoryview(array("i", values).tobytes()) if values else NOTHING
-
-
-def tokens_of(m: StepOut, complete: list[int]) -> Tokens:
-    """Return the step's rows for the text actor, of which `complete` may be the last of their outputs.
-
-    All of it is copied, since the lane's memory is reused after the handler.
-    """
-
-    def copy(array: memoryview) -> memoryview:
-        return memoryview(bytes(array))
-
-    return Tokens(
-        rids=copy(m.rids),
-        ids=copy(m.ids),
-        finish=copy(m.finish),
-        logprobs=copy(m.logprobs),
-        top_n=m.top_n,
-        top_ids=copy(m.top_ids),
-        top_logprobs=copy(m.top_logprobs),
-        complete=int32(complete),
-        listed=copy(m.listed),
-    )
-
-
-def forced_tokens_of(landed: list[Landed], scores: Scores | None) -> Tokens:
-    """Return the rows of the tokens that were not drawn, with the logprobs of those that `scores` has."""
-    rids = array("q", [item.request.rid for item in landed for _ in item.tokens])
-    ids = int32([token for item in landed for token in item.tokens])
-    finish = memoryview(bytes(len(rids)))
-    ends = np.cumsum([len(item.tokens) for item in landed]) - 1
-    complete = [int(end) for end, item in zip(ends, landed, strict=True) if item.complete]
-    plain = Tokens(memoryview(rids.tobytes()), ids, finish, NOTHING, 0, NOTHING, NOTHING, True, int32(complete))
-    if scores is None:
-        return plain
-    rows = [-1 if item.scored is None else item.scored + i for item in landed for i in range(len(item.tokens))]
-    found = scored_rows(scores, np.array(rows))
-    return replace(
-        plain,
-        logprobs=found.logprobs,
-        top_n=found.top_n,
-        top_ids=found.top_ids,
-        top_logprobs=found.top_logprobs,
-        listed=found.listed,
-    )
-
-
-def jumps_of(window: Window) -> GrammarStates:
-    """Return what the samplers must know of the window's jumps."""
-    jumps = window.jumps
-    counted = [j.tokens[1:] if j.request.params.has_penalty else () for j in jumps]
-    return GrammarStates(
-        window=window.number,
-        slots=int32([j.request.slot for j in jumps]),
-        states=int32([j.state for j in jumps]),
-        counted=int32([len(tokens) for tokens in counted]),
-        counted_ids=int32(list(chain.from_iterable(counted))),
-    )
-
-
-def chunk_end(chunk: PrefillChunk) -> ChunkEnd:
-    """Return what comes behind a prompt chunk."""
-    if chunk.draws:
-        return ChunkEnd.DRAW
-    return ChunkEnd.POOL if chunk.request.pooled and chunk.end == chunk.request.target else ChunkEnd.MORE
 
 
 class Scheduler(Actor):
@@ -492,38 +417,20 @@ class Scheduler(Actor):
         if rids and m.window >= schedule.since:
             self._to_text(tokens_of(m, schedule.complete))
         for closed in schedule.closed:
-            self._tell_closed(closed)
+            self.timelines.ended(closed.request.rid, time.monotonic_ns())
+            for told in closed_tokens(closed):
+                self._to_text(told)
         schedule.closed.clear()
         if m.pooled is not None:
-            self._pooled(m.pooled, {request.rid for request in complete})
+            vectors = pooled_of(m.pooled, {request.rid for request in complete})
+            if vectors is not None:
+                self._to_text(vectors)
         for request in complete:
             self.timelines.ended(request.rid, time.monotonic_ns())
             if not request.pooled:
-                self._complete_without_token(request)
+                self._to_text(final_without_token(request))
         if rids and not has_chunks:
             schedule.step_took(m.step_ns / 1000)
-
-    def _tell_closed(self, closed: Closed) -> None:
-        self.timelines.ended(closed.request.rid, time.monotonic_ns())
-        if closed.forced:
-            self._to_text(forced_tokens_of([Landed(closed.request, closed.forced)], None))
-        rid = memoryview(array("q", [closed.request.rid]).tobytes())
-        finish = memoryview(bytes([Finish.STOP]))
-        self._to_text(Tokens(rid, int32([closed.end]), finish, NOTHING, 0, NOTHING, NOTHING, complete=int32([0])))
-
-    def _pooled(self, m: Pooled, complete: set[int]) -> None:
-        """Pass on the vectors of these requests: one that was retracted meanwhile is computed again."""
-        rids = np.frombuffer(m.rids, dtype=np.int64)
-        rows = [row for row, rid in enumerate(rids.tolist()) if rid in complete]
-        if rows:
-            vectors = np.frombuffer(m.vectors, dtype=np.float32).reshape(len(rids), -1)
-            self._to_text(Pooled(memoryview(rids[rows].tobytes()), memoryview(vectors[rows].tobytes())))
-
-    def _complete_without_token(self, request: Request) -> None:
-        """max_new_tokens 0: the final row has the token id -1."""
-        rid = memoryview(array("q", [request.rid]).tobytes())
-        finish = memoryview(bytes([Finish.LENGTH]))
-        self._to_text(Tokens(rid, int32([-1]), finish, NOTHING, 0, NOTHING, NOTHING))
 
     # ------------------------------------------------------------------ plans
 
@@ -542,7 +449,7 @@ class Scheduler(Actor):
         for name in self.samplers:
             for message in changes:
                 self.context.ref(name).post(message)
-        plan = self._plan(window, len(changes))
+        plan = plan_of(window, len(changes))
         images = self._images_for(window)
         for name in self.executors:
             for image in images:
@@ -562,67 +469,12 @@ class Scheduler(Actor):
         changes: list[SamplerMessage] = []
         if any(request.constraint is not None for request in admitted):
             changes += self.grammars.load(window.number, admitted, slots.running(), slots.size)
-        changes += [self._slot_params(window.number, request) for request in admitted]
+        changes += [slot_params(window.number, request) for request in admitted]
         if window.jumps:
             changes.append(jumps_of(window))
         if window.once:
-            changes.append(self._slot_masks(window))
+            changes.append(slot_masks(window, slots.requests))
         return changes
-
-    def _slot_masks(self, window: Window) -> SlotMasks:
-        assert self.schedule is not None
-        masks = []
-        for slot in window.once:
-            request = self.schedule.slots.requests[slot]
-            assert request is not None and request.guided is not None and request.guided.mask is not None
-            masks.append(request.guided.mask)
-        return SlotMasks(window.number, int32(window.once), memoryview(np.concatenate(masks).tobytes()))
-
-    def _slot_params(self, number: int, request: Request) -> SlotParams:
-        looks_at_tokens = request.params.has_penalty
-        prompt, output = request.tokens[: request.prompt_length], request.tokens[request.prompt_length :]
-        if request.images and looks_at_tokens:  # penalties know the vocabulary only
-            for span in request.images:
-                prompt[span.start : span.start + span.length] = array("i", [span.token]) * span.length
-        return SlotParams(
-            window=number,
-            slot=request.slot,
-            # An end that the mask allows is one, as it is for a grammar that the sampler follows.
-            params=request.params if request.guided is None else replace(request.params, ignore_eos=False),
-            prompt_ids=memoryview(prompt.tobytes()) if looks_at_tokens else NOTHING,
-            output_ids=memoryview(output.tobytes()) if looks_at_tokens else NOTHING,
-            prompt_length=request.prompt_length,
-            output_length=request.generated,
-            grammar=-1 if request.constraint is None else request.constraint.grammar.handle,
-            grammar_state=0 if request.constraint is None else request.constraint.state,
-        )
-
-    def _plan(self, w: Window, sampler_changes: int) -> Plan:
-        admits = [
-            Admit(a.request.slot, a.request.rid, int32(a.pages), a.cached, a.request.limit, a.request.images)
-            for a in w.admits
-        ]
-        prompts = (c.request.tokens[c.start : c.end] for c in w.chunks)
-        ids = array("i", chain.from_iterable(chain(prompts, (j.tokens for j in w.jumps))))
-        chunks = [(c.request.slot, c.start, c.end - c.start, chunk_end(c)) for c in w.chunks]
-        chunks += [(j.request.slot, j.start, len(j.tokens), ChunkEnd.DRAW) for j in w.jumps]
-        return Plan(
-            window=w.number,
-            k=w.k,
-            release=int32(w.release),
-            copies=int32(list(chain.from_iterable(w.copies))),
-            admits=admits,
-            grow_slots=int32(w.grow_slots),
-            grow_pages=int32(w.grow_pages),
-            chunk_slots=int32([slot for slot, _, _, _ in chunks]),
-            chunk_lengths=int32([length for _, _, length, _ in chunks]),
-            chunk_last=int32([end for _, _, _, end in chunks]),
-            chunk_ids=memoryview(ids.tobytes()),
-            chunk_starts=int32([start for _, start, _, _ in chunks]),
-            sampler_changes=sampler_changes,
-            once_slots=int32(w.once),
-            **scored_fields(w),
-        )
 
     # ------------------------------------------------------------------ statistics
 
@@ -653,33 +505,7 @@ class Scheduler(Actor):
         s = self.schedule
         if s is None:
             return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting, down=self.down())
-        c, g = s.counters, self.grammars.counters
-        return Stats(
-            waiting=len(s.waiting) + self.grammars.waiting,
-            running=s.slots.size - len(s.slots.free),
-            pages_total=s.pool.num_pages,
-            pages_free=s.pool.num_free,
-            pages_tree=s.tree.num_pages,
-            pages_running=s.pages_running,
-            prompt_tokens=c.prompt_tokens,
-            cached_tokens=c.cached_tokens,
-            prefilled_tokens=c.prefilled_tokens,
-            generated_tokens=c.generated_tokens,
-            retractions=c.retractions,
-            windows=c.windows,
-            steps=c.steps,
-            step_us=s.step_us,
-            executor_up=self.executor_up,
-            forced_tokens=c.forced_tokens,
-            jumps=c.jumps,
-            grammar_waiting=self.grammars.waiting,
-            grammar_hits=g.hits,
-            grammars_compiled=g.compiled,
-            grammars_failed=g.failed,
-            grammar_seconds=g.seconds,
-            down=self.down(),
-            weights=self.errands.weights,
-        )
+        return stats_of(s, self.grammars, self.executor_up, self.down(), self.errands.weights)
 
     def down(self) -> str:
         """Return what is not up, for people; empty if everything is."""

@@ -79,7 +79,7 @@ class Walk:
 
     def evict(self) -> None:
         self.e.schedule.tree.evict(self.rng.randint(1, 10))
-        self.e.schedule.tree_state += 1
+        self.e.schedule.kv.tree_state += 1
 
     def poison(self) -> None:
         """The next step's results have a row that is not a number."""

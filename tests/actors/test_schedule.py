@@ -128,7 +128,7 @@ def test_dfs_weight_runs_the_heavier_branch_together() -> None:
     e.add(prompt_of(2, 64), max_new=1)
     e.drain()
     e2 = [e.add(prompt_of(n, 64) + prompt_of(10 + i, 8)) for i, n in enumerate([1, 2, 2, 1, 2])]
-    order = depth_first_weight(lambda r: e.schedule._match(r).node)(e2)
+    order = depth_first_weight(lambda r: e.schedule.kv.match(r).node)(e2)
     assert [e2.index(r) for r in order] == [1, 2, 4, 0, 3]
 
 
@@ -340,11 +340,11 @@ def test_what_is_pinned_is_there_when_its_owner_comes_back(pin: int) -> None:
     flood(e)
     computed = len(first.tokens) - 1
     again = e.add([*first.tokens.tolist(), 5], max_new=8, pin=pin)
-    assert e.schedule._match(again).length == (computed if pin else 0)
+    assert e.schedule.kv.match(again).length == (computed if pin else 0)
     e.drain()
     assert len(e.schedule.tree.pins) == bool(pin), "the new one took the old one's place"
     flood(e)
-    assert e.schedule._match(e.add(again.tokens.tolist(), max_new=1)).length == (len(again.tokens) - 1 if pin else 0)
+    assert e.schedule.kv.match(e.add(again.tokens.tolist(), max_new=1)).length == (len(again.tokens) - 1 if pin else 0)
     e.drain()
 
 

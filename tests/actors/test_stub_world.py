@@ -224,7 +224,7 @@ class Machine(RuleBasedStateMachine):
     def evict(self, pages: int) -> None:
         if (schedule := self.world.schedule) is not None:
             schedule.tree.evict(pages)
-            schedule.tree_state += 1
+            schedule.kv.tree_state += 1
 
     @rule(action=st.sampled_from(["flush_cache", "pause_retract"]))
     def order(self, action: str) -> None:
