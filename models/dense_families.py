@@ -247,7 +247,7 @@ def glm4(config: Config) -> Spec:
 
 
 def phi3(config: Config) -> Spec:
-    """Phi 3 and 4, except those whose rope is `longrope`."""
+    """Phi 3 and 4."""
     return base(config, norm=rms_of(config, 1e-5), windows=same_window(config, None))
 
 
@@ -275,11 +275,28 @@ def gpt2(config: Config) -> Spec:
     )
 
 
-def olmo2(config: Config) -> Spec:
+def olmo2(config: Config, **fields: Any) -> Spec:
     """OLMo 2: norms after each part, queries and keys normalised over all heads."""
     norm = rms_of(config, 1e-5)
     bias = bool(config.get("attention_bias", False))
-    return base(config, norm=norm, layout="post", qk_norm=norm, qk_norm_shape="all", qkv_bias=bias, o_bias=bias)
+    values = {"norm": norm, "layout": "post", "qk_norm": norm, "qk_norm_shape": "all", "qkv_bias": bias, "o_bias": bias}
+    return base(config, **(values | fields))
+
+
+def olmo3(config: Config) -> Spec:
+    """OLMo 3: windows in three of four layers; only those without one stretch their rope."""
+    layers, theta = config["num_hidden_layers"], config.get("rope_theta", 500000.0)
+    kinds = config.get("layer_types") or [SLIDING if (i + 1) % 4 else "full_attention" for i in range(layers)]
+    by_kind = config.get("rope_parameters") or {}
+    whole = by_kind.get("full_attention") or (config.get("rope_scaling") or {}) | {"rope_theta": theta}
+    local = by_kind.get(SLIDING) or {"rope_theta": theta}
+    rope, local_rope = (rope_of(config | {"rope_parameters": parameters}) for parameters in (whole, local))
+    return olmo2(
+        config,
+        windows=windows_of(kinds, config.get("sliding_window", 4096)),
+        rope=rope,
+        local_rope=None if local_rope == rope else local_rope,
+    )
 
 
 def exaone(config: Config) -> Spec:

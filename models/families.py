@@ -15,7 +15,7 @@ from . import encoder_families as encoders
 from . import remote_families as remote
 from . import sparse_families as sparse
 from .names import PLAIN, Names, by_head, gate_up, grouped_qkv, qkv, stacked, transposed
-from .rope_config import Config
+from .rope_config import SERVED, Config
 from .spec import Score, Spec
 from .vision_config import is_vision_model, language_config
 
@@ -209,6 +209,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "mistral": Family(dense.mistral),
     "mixtral": Family(sparse.mixtral, MIXTRAL),
     "olmo2": Family(dense.olmo2, POST),
+    "olmo3": Family(dense.olmo3, POST),
     "phi3": Family(dense.phi3, FUSED),
     "qwen": Family(remote.qwen, QWEN),
     "qwen2": Family(dense.qwen2),
@@ -230,10 +231,10 @@ def names_of(config: Config, pooled: bool = False) -> Names:
     return replace(names, rewrites=(*names.rewrites, *BASE)) if pooled else names
 
 
-def pooled_spec(config: Config, pooling: Pooling) -> Spec:
+def pooled_spec(config: Config, pooling: Pooling, context_length: int | None = None) -> Spec:
     """Return the Spec of a model that ends in hidden states, or in a classification head. Raises as `spec_of`."""
     score = score_of(config, pooling) if pooling.task == "classify" else None
-    return replace(spec_of(config), causal=pooling.causal, lm_head=False, score=score)
+    return replace(spec_of(config, context_length), causal=pooling.causal, lm_head=False, score=score)
 
 
 def score_of(config: Config, pooling: Pooling) -> Score:
@@ -244,10 +245,15 @@ def score_of(config: Config, pooling: Pooling) -> Score:
     return Score(pooling.width, bias=reward, dense="relu" if reward else None)
 
 
-def spec_of(config: Config) -> Spec:
+def spec_of(config: Config, context_length: int | None = None) -> Spec:
     """Return the Spec of a config.json, of a vision-language model's decoder. Raises StartupError for what is not
-    served or malformed."""
+    served or malformed.
+
+    context_length: the longest context in tokens, where it is not the model's; some ropes depend on it.
+    """
     config = language_config(config)
+    if context_length is not None:
+        config = config | {SERVED: context_length}
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

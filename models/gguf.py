@@ -1,14 +1,16 @@
 """GGUF to Hugging Face folder, once: config.json, bfloat16 safetensors, tokenizer, chat template. Used by embedded.py
 and resolve.py; the loader then knows one format only. Runs in the root, so without torch, one block of rows at a time.
 Quantized tensors that quantized.py multiplies with are also kept as they are, in a file of their own.
+What differs between architectures is in gguf_architectures.py. Tensors that a family fuses come apart here (queries,
+keys and values of Phi 3): so each can be kept quantized, and the loader takes them by their own names too.
 
 Invariant: what is written means the same as the file, or StartupError says what is not supported; nothing is guessed.
-Sources: the GGUF specification (ggml-org/ggml, docs/gguf.md); llama.cpp's converter, which interleaves the rotary
-halves of q and k for `llama` and leaves `qwen2` alone.
 """
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,27 +19,24 @@ import numpy.typing as npt
 
 from ..errors import StartupError
 from .cache import Progress, no_progress
+from .gguf_architectures import (
+    BESIDE,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    Architecture,
+    architecture_of,
+    decimal,
+    number,
+)
 from .gguf_tokenizer import special_tokens, tokenizer_json
 
 FORMAT = 2  # part of the cache key: raise it when the output changes
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 KEPT_FILE = "gguf_blocks.safetensors"
 KEPT_TYPES = ("Q4_0", "Q4_1", "Q8_0")
 BLOCK_VALUES = 16 << 20  # values dequantised at a time: 64 MiB of float32
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-ROPE_FACTORS = "rope_freqs.weight"
 
 Metadata = dict[str, Any]
 
@@ -67,9 +66,9 @@ def _convert(reader: Any, out: Path, progress: Progress) -> None:
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
     }
     _write_json(out / "generation_config.json", generation)
-    names = _names(config, tensors)
-    _write_kept(out / KEPT_FILE, tensors, names, config)
-    _write_weights(out / "model.safetensors", tensors, names, config, progress)
+    pieces = _pieces(config, architecture_of(meta), tensors)
+    _write_kept(out / KEPT_FILE, pieces)
+    _write_weights(out / "model.safetensors", pieces, progress)
 
 
 def _write_json(path: Path, value: Metadata) -> None:
@@ -93,8 +92,7 @@ def _metadata(reader: Any) -> Metadata:
         meta = {name.removeprefix(f"{arch}."): field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # as in _open
         raise StartupError(f"the GGUF file's metadata is broken ({error!r})") from error
-    if arch not in ARCHITECTURES:
-        raise StartupError(f"GGUF architecture {arch!r} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
+    architecture_of(meta)
     return meta
 
 
@@ -103,63 +101,64 @@ def _metadata(reader: Any) -> Metadata:
 
 def hf_config(meta: Metadata, tensors: Metadata) -> Metadata:
     """config.json of a GGUF's metadata. `tensors`: name -> tensor, for what only they tell (tied head, biases)."""
-    arch = meta["general.architecture"]
-    hidden, heads = _number(meta, "embedding_length"), _number(meta, "attention.head_count")
-    head_dim = _number(meta, "attention.key_length", hidden // heads)
-    if _number(meta, "rope.dimension_count", head_dim) != head_dim:
+    arch = architecture_of(meta)
+    hidden, heads = number(meta, "embedding_length"), number(meta, "attention.head_count")
+    head_dim = number(meta, "attention.key_length", hidden // heads)
+    if number(meta, "attention.value_length", head_dim) != head_dim:
+        raise StartupError("GGUF: keys and values of different widths are not supported")
+    rotated = number(meta, "rope.dimension_count", head_dim)
+    if rotated != head_dim and arch.interleaved:
         raise StartupError("GGUF: rotary embeddings over a part of the head are not supported yet")
     if "token_embd.weight" not in tensors:
         raise StartupError("GGUF: token_embd.weight is missing (a split file must be merged first)")
+    inter = "feed_forward_length" if "feed_forward_length" in meta else "expert_feed_forward_length"
+    norm, eps = ("layer_norm_eps", "norm") if arch.layer_norm else ("rms_norm_eps", "norm_rms")
     config: Metadata = {
-        "architectures": [ARCHITECTURES[arch]],
-        "model_type": arch,
+        "architectures": [arch.hf_class],
+        "model_type": arch.model_type,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,
-        "intermediate_size": _number(meta, "feed_forward_length"),
-        "num_hidden_layers": _number(meta, "block_count"),
+        "intermediate_size": number(meta, inter),
+        "num_hidden_layers": number(meta, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _number(meta, "attention.head_count_kv", heads),
+        "num_key_value_heads": number(meta, "attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": _number(meta, "context_length"),
-        "rms_norm_eps": _decimal(meta["attention.layer_norm_rms_epsilon"]),
-        "rope_theta": _decimal(meta.get("rope.freq_base", 10000.0)),
+        "max_position_embeddings": number(meta, "context_length"),
+        norm: decimal(meta[f"attention.layer_{eps}_epsilon"]),
+        "rope_theta": decimal(meta.get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": "bfloat16",
     }
-    if arch == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    if scaling := _rope_scaling(meta, tensors, head_dim, config["rope_theta"]):
+    if rotated != head_dim:
+        config["partial_rotary_factor"] = rotated / head_dim
+    config |= arch.settings(meta, tensors, config)
+    if scaling := _rope_scaling(meta, tensors, rotated, config):
         config["rope_scaling"] = scaling
     return config | special_tokens(meta)
 
 
-def _number(meta: Metadata, key: str, default: int | None = None) -> int:
-    """A whole number of the metadata. Per-layer lists (models whose layers differ) are not supported."""
-    value = meta.get(key, default)
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise StartupError(f"GGUF: {key} = {value!r} is not supported (a positive whole number expected)")
-    return int(value)
-
-
-def _decimal(value: float) -> float:
-    """The decimal that a float32 stands for: 9.999999747378752e-06 -> 1e-05, as the original config.json had it."""
-    return float(str(np.float32(value)))
-
-
-def _rope_scaling(meta: Metadata, tensors: Metadata, head_dim: int, theta: float) -> Metadata | None:
-    """The `rope_scaling` entry of config.json, or None."""
+def _rope_scaling(meta: Metadata, tensors: Metadata, rotated: int, config: Metadata) -> Metadata | None:
+    """The `rope_scaling` entry of config.json, or None. `rotated`: elements of each head."""
     if ROPE_FACTORS in tensors:
-        return _llama3_scaling(np.asarray(tensors[ROPE_FACTORS].data, np.float64), head_dim, theta)
+        divisors = np.asarray(tensors[ROPE_FACTORS].data, np.float64)
+        return None if (divisors == 1).all() else _llama3_scaling(divisors, rotated, config["rope_theta"])
+    original = "rope.scaling.original_context_length"
+    if LONG_FACTORS in tensors:
+        short, long = ([float(x) for x in tensors[name].data] for name in (SHORT_FACTORS, LONG_FACTORS))
+        scaling: Metadata = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        scaling["original_max_position_embeddings"] = number(meta, original)
+        if "rope.scaling.attn_factor" in meta:
+            scaling["attention_factor"] = decimal(meta["rope.scaling.attn_factor"])
+        return scaling
     kind = meta.get("rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise StartupError(f"GGUF: rope scaling {kind!r} is not supported; supported: none, linear, yarn")
-    scaling: Metadata = {"rope_type": kind, "factor": _decimal(meta["rope.scaling.factor"])}
-    if "rope.scaling.original_context_length" in meta:
-        scaling["original_max_position_embeddings"] = _number(meta, "rope.scaling.original_context_length")
+        raise StartupError(f"GGUF: rope scaling {kind!r} is not supported; supported: none, linear, yarn, longrope")
+    scaling = {"rope_type": kind, "factor": decimal(meta["rope.scaling.factor"])}
+    if original in meta:
+        scaling["original_max_position_embeddings"] = number(meta, original)
     return scaling
 
 
@@ -187,40 +186,101 @@ def _llama3_scaling(factors: npt.NDArray[np.float64], head_dim: int, theta: floa
 # ------------------------------------------------------------------ weights
 
 
-def _names(config: Metadata, tensors: Metadata) -> dict[str, str]:
-    """GGUF name -> Hugging Face name of every tensor; StartupError if one is missing or unknown."""
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OUTER.items()}
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One of Hugging Face's tensors, in a GGUF's."""
+
+    tensor: Any
+    """gguf's tensor that it is in."""
+    data: npt.NDArray[Any]
+    """Its own part, a view: [rows, bytes of a row], or values of `shape`."""
+    shape: tuple[int, ...]
+    order: npt.NDArray[np.int64] | None = None
+    """Which row of `data` each of its rows is; None: the same."""
+    offset: float = 0.0
+    """What its values are less than the file's."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether quantized.py may multiply with its blocks; experts are dequantised."""
+        return self.tensor.tensor_type.name in KEPT_TYPES and len(self.tensor.shape) == 2
+
+
+def _pieces(config: Metadata, arch: Architecture, tensors: Metadata) -> dict[str, Piece]:
+    """Hugging Face's name -> where it is, of every tensor; StartupError if one is missing or unknown."""
+    places = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in OUTER.items() for part in ("weight", "bias")}
+    needed = {"token_embd.weight", "output_norm.weight"}
     for layer in range(config["num_hidden_layers"]):
-        for ours, theirs in LAYER.items():
+        for ours, modules in arch.layer.items():
             for part in ("weight", "bias"):
-                names[f"blk.{layer}.{ours}.{part}"] = f"model.layers.{layer}.{theirs}.{part}"
-    known = {name: names[name] for name in tensors if name in names}
-    if unknown := [name for name in tensors if name not in names and name != ROPE_FACTORS]:
+                names = [f"model.layers.{layer}.{module}.{part}" for module in modules.split()]
+                places[f"blk.{layer}.{ours}.{part}"] = " ".join(names)
+            needed |= set() if ours in arch.optional else {f"blk.{layer}.{ours}.weight"}
+    if unknown := [name for name in tensors if name not in places and name not in BESIDE]:
         raise StartupError(f"GGUF: tensor {unknown[0]!r} is not part of a plain {config['model_type']} model")
-    optional = {"output.weight"}
-    if missing := [n for n in names if n not in known and n not in optional and n.endswith("weight")]:
+    if missing := [name for name in places if name in needed and name not in tensors]:
         raise StartupError(f"GGUF: tensor {missing[0]!r} is missing")
-    return known
+    pieces: dict[str, Piece] = {}
+    for name, places_of in places.items():
+        if name in tensors:
+            pieces |= _pieces_of(tensors[name], places_of.split(), config, arch)
+    return pieces
 
 
-def _write_weights(path: Path, tensors: Metadata, names: dict[str, str], config: Metadata, progress: Progress) -> None:
+def _pieces_of(tensor: Any, names: list[str], config: Metadata, arch: Architecture) -> dict[str, Piece]:
+    """The pieces of one tensor: the whole, one for each index of its first axis, or rows one after another."""
+    data, shape = tensor.data, tuple(int(size) for size in reversed(tensor.shape))
+    if "{}" in names[0]:
+        return {names[0].replace("{}", str(i)): Piece(tensor, part, shape[1:]) for i, part in enumerate(data)}
+    if len(names) == 1:
+        offset = arch.norm_offset if tensor.name.endswith("norm.weight") else 0.0
+        if names[0].endswith("shared_expert_gate.weight"):
+            shape = (1, math.prod(shape))
+        order = _row_order(tensor.name, config) if arch.interleaved else None
+        return {names[0]: Piece(tensor, data, shape, order, offset)}
+    pieces, first = {}, 0
+    for name in names:
+        rows = _rows(name.split(".")[-2], config)
+        pieces[name] = Piece(tensor, data[first : first + rows], (rows, *shape[1:]))
+        first += rows
+    if first != shape[0]:
+        raise ValueError(f"{tensor.name} has {shape[0]} rows instead of {first}")
+    return pieces
+
+
+def _rows(module: str, config: Metadata) -> int:
+    """Outputs of a linear map that can be part of a fused one."""
+    if module in ("gate_proj", "up_proj"):
+        return int(config["intermediate_size"])
+    heads = config["num_attention_heads" if module == "q_proj" else "num_key_value_heads"]
+    return int(heads * config["head_dim"])
+
+
+def _write_weights(path: Path, pieces: dict[str, Piece], progress: Progress) -> None:
     """model.safetensors: all tensors in bfloat16."""
-    shapes = {hf_name: [int(size) for size in reversed(tensors[name].shape)] for name, hf_name in names.items()}
     with open(path, "wb") as file:
-        end = _write_header(file, "BF16", 2, shapes)
-        _write_tensors(file, tensors, names, config, lambda done: progress("convert", done, end))
+        end = _write_header(file, "BF16", 2, {name: list(piece.shape) for name, piece in pieces.items()})
+        done = 0
+        for piece in pieces.values():
+            try:
+                for block in _blocks(piece):
+                    file.write(block.tobytes())
+                    done += block.nbytes
+            except NotImplementedError as error:
+                kind = piece.tensor.tensor_type.name
+                raise StartupError(f"GGUF: quantisation {kind} of {piece.tensor.name} is not supported") from error
+            progress("convert", done, end)
 
 
-def _write_kept(path: Path, tensors: Metadata, names: dict[str, str], config: Metadata) -> None:
+def _write_kept(path: Path, pieces: dict[str, Piece]) -> None:
     """The matrices of KEPT_TYPES as bytes [rows, bytes of a row], rows in Hugging Face's order; no file without any."""
-    kept = {name: hf_name for name, hf_name in names.items() if tensors[name].tensor_type.name in KEPT_TYPES}
+    kept = {name: piece for name, piece in pieces.items() if piece.kept}
     if not kept:
         return
     with open(path, "wb") as file:
-        _write_header(file, "U8", 1, {hf_name: list(tensors[name].data.shape) for name, hf_name in kept.items()})
-        for name in kept:
-            data, order = tensors[name].data, _row_order(name, config)
-            file.write((data if order is None else data[order]).tobytes())
+        _write_header(file, "U8", 1, {name: list(piece.data.shape) for name, piece in kept.items()})
+        for piece in kept.values():
+            file.write((piece.data if piece.order is None else piece.data[piece.order]).tobytes())
 
 
 def _write_header(file: BinaryIO, dtype: str, width: int, shapes: dict[str, list[int]]) -> int:
@@ -240,47 +300,32 @@ def _write_header(file: BinaryIO, dtype: str, width: int, shapes: dict[str, list
     return end
 
 
-def _write_tensors(file: BinaryIO, tensors: Metadata, names: dict[str, str], config: Metadata, progress: Any) -> None:
-    done = 0
-    for name in names:
-        order = _row_order(name, config)
-        try:
-            for block in _blocks(tensors[name], order):
-                file.write(block.tobytes())
-                done += block.nbytes
-        except NotImplementedError as error:
-            raise StartupError(
-                f"GGUF: quantisation {tensors[name].tensor_type.name} of {name} is not supported"
-            ) from error
-        progress(done)
-
-
 def _row_order(name: str, config: Metadata) -> npt.NDArray[np.int64] | None:
-    """For `llama`'s q and k: which row of the GGUF tensor each row of Hugging Face's is; None: the same.
+    """For q and k: which row of the GGUF tensor each row of Hugging Face's is; None: the same.
 
     llama.cpp rotates neighbouring pairs (0,1)(2,3), Hugging Face the halves (0,d/2)(1,d/2+1), so the converter
     interleaved the halves of each head. Rows are quantised one by one: they can be moved before dequantising.
     """
     part = name.split(".")[-2]
-    if config["model_type"] != "llama" or part not in ("attn_q", "attn_k"):
+    if part not in ("attn_q", "attn_k"):
         return None
     heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
     half = config["head_dim"] // 2
     return np.arange(heads * half * 2).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _blocks(tensor: Any, order: npt.NDArray[np.int64] | None) -> Iterator[npt.NDArray[np.uint16]]:
+def _blocks(piece: Piece) -> Iterator[npt.NDArray[np.uint16]]:
     """The tensor as bfloat16 bit patterns, a block of rows at a time."""
     from gguf import dequantize
 
-    data = tensor.data  # [rows, bytes of a row], or float values of the tensor's shape
-    rows_per_block = max(1, BLOCK_VALUES // int(tensor.shape[0])) if data.ndim > 1 else len(data)
+    data, order = piece.data, piece.order
+    rows_per_block = max(1, BLOCK_VALUES // piece.shape[-1]) if data.ndim > 1 else len(data)
     for first in range(0, len(data), rows_per_block):
         rows = slice(first, first + rows_per_block)
-        values = dequantize(data[rows] if order is None else data[order[rows]], tensor.tensor_type)
+        values = dequantize(data[rows] if order is None else data[order[rows]], piece.tensor.tensor_type)
         if not np.isfinite(values).all():
-            raise StartupError(f"GGUF: {tensor.name} holds NaN or infinity; the file is damaged")
-        yield to_bfloat16(values)
+            raise StartupError(f"GGUF: {piece.tensor.name} holds NaN or infinity; the file is damaged")
+        yield to_bfloat16(values - np.float32(piece.offset) if piece.offset else values)
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

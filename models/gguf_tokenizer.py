@@ -1,23 +1,30 @@
 """tokenizer.json and tokenizer_config.json from a GGUF's metadata; used by gguf.py only.
 
-The byte-level BPE kind ("gpt2") is complete in a GGUF but for the pre-tokenizer, which is only named. Invariant: text
-gives the ids that the original tokenizer gives; a kind or a name that is not known here is refused, since the wrong
-split gives other ids without an error.
-Sources of the patterns: the tokenizer.json files of SmolLM2, GPT-2, Llama 3 and Qwen2.
+The byte-level BPE kind ("gpt2") is complete in a GGUF but for the pre-tokenizer, which is only named; SentencePiece's
+("llama") has no merges, but scores (gguf_sentencepiece.py). Invariant: text gives the ids that the original tokenizer
+gives; a kind or a name that is not known here is refused, since the wrong split gives other ids without an error.
+Sources of the patterns: the tokenizer.json files of SmolLM2, GPT-2, Llama 3, Qwen2, Command-R and Mistral NeMo; which
+names share one: llama.cpp's src/llama-vocab.cpp.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import StartupError
-
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values of tokenizer.ggml.token_type
+from . import gguf_sentencepiece as sentencepiece
+from .gguf_sentencepiece import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, types_of
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 Json = dict[str, Any]
 
@@ -35,11 +42,17 @@ SMOLLM = {
     "type": "Sequence",
     "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
 }
+COMPOSED = ("qwen2", "command-r")
+"""Pre-tokenizers of texts in Unicode's form NFC."""
+WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "tekken")
+"""Pre-tokenizers whose pieces are tokens where they are in the vocabulary, whatever the merges say; texts begin with
+BOS where the file does not say otherwise."""
 PRE_TOKENIZERS: dict[str, Json] = {
-    "smollm": SMOLLM,
-    "gpt-2": _byte_level(use_regex=True),
-    "llama-bpe": _split(LLAMA3_PATTERN),
-    "qwen2": _split(QWEN2_PATTERN),
+    **dict.fromkeys(("smollm", "command-r", "starcoder", "refact", "exaone"), SMOLLM),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo"), _byte_level(use_regex=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "glm4", "chatglm-bpe"), _split(LLAMA3_PATTERN)),
+    **dict.fromkeys(("qwen2", "stablelm2"), _split(QWEN2_PATTERN)),
+    "tekken": _split(TEKKEN_PATTERN),
 }
 
 
@@ -60,23 +73,30 @@ def special_tokens(meta: Json) -> Json:
 
 def tokenizer_json(meta: Json) -> tuple[Json, Json]:
     """(tokenizer.json, tokenizer_config.json). StartupError for a tokenizer kind or pre-tokenizer not known here."""
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise StartupError(f"GGUF tokenizer kind {kind!r} is not supported yet; supported: gpt2 (byte-level BPE)")
-    if pre not in PRE_TOKENIZERS:
-        raise StartupError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
+    kind = meta.get("tokenizer.ggml.model")
+    if kind not in PARTS:
+        raise StartupError(f"GGUF tokenizer kind {kind!r} is not supported yet; supported: gpt2 and llama")
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    types: list[int] = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            _added(i, tokens[i], t == CONTROL) for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)
-        ],
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "added_tokens": _added_tokens(meta, tokens, types_of(meta)),
+        "post_processor": _post_processor(meta, tokens),
+        **PARTS[kind](meta),
+    }
+    _check(tokenizer)
+    return tokenizer, _tokenizer_config(meta, tokens)
+
+
+def _byte_level_parts(meta: Json) -> Json:
+    """What gguf_sentencepiece.parts is, for byte-level BPE."""
+    pre, tokens = meta.get("tokenizer.ggml.pre"), meta["tokenizer.ggml.tokens"]
+    if pre not in PRE_TOKENIZERS:
+        raise StartupError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
+    return {
+        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
         "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "post_processor": _post_processor(meta, tokens, pre),
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
@@ -86,13 +106,29 @@ def tokenizer_json(meta: Json) -> tuple[Json, Json]:
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre == "llama-bpe",  # Llama 3 takes a whole piece that is in the vocabulary
-            "vocab": {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t != UNUSED},
+            "ignore_merges": pre in WHOLE_PIECES,
+            "vocab": {token: i for i, (token, t) in enumerate(zip(tokens, types_of(meta), strict=True)) if t != UNUSED},
             "merges": [merge.split(" ", 1) for merge in meta["tokenizer.ggml.merges"]],
         },
     }
-    _check(tokenizer)
-    return tokenizer, _tokenizer_config(meta, tokens)
+
+
+PARTS: dict[str, Callable[[Json], Json]] = {"gpt2": _byte_level_parts, "llama": sentencepiece.parts}
+"""By `tokenizer.ggml.model`."""
+
+
+def _added_tokens(meta: Json, tokens: list[str], types: list[int]) -> list[Json]:
+    """Tokens that are found in a text before it is cut into pieces."""
+    found = [
+        _added(i, tokens[i], t != USER_DEFINED)
+        for i, t in enumerate(types)
+        if t in (CONTROL, USER_DEFINED) or (t == UNKNOWN and meta["tokenizer.ggml.model"] == "llama")
+    ]
+    name = str(meta.get("general.name", "")).lower()
+    if meta["tokenizer.ggml.model"] == "llama" and ("phi-3" in name or "phi3" in name):
+        for token in found:  # the file does not say it, and llama.cpp knows it by the name too
+            token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    return found
 
 
 def _added(token_id: int, text: str, special: bool) -> Json:
@@ -101,11 +137,12 @@ def _added(token_id: int, text: str, special: bool) -> Json:
 
 
 def _adds_bos(meta: Json) -> bool:
-    """Whether texts begin with BOS; where the file is silent, Llama 3 does and the others do not."""
-    return bool(meta.get("tokenizer.ggml.add_bos_token", meta.get("tokenizer.ggml.pre") == "llama-bpe"))
+    """Whether texts begin with BOS; where the file is silent, as llama.cpp takes it."""
+    silent = meta.get("tokenizer.ggml.pre") in WHOLE_PIECES or meta["tokenizer.ggml.model"] == "llama"
+    return bool(meta.get("tokenizer.ggml.add_bos_token", silent))
 
 
-def _post_processor(meta: Json, tokens: list[str], pre: str) -> Json | None:
+def _post_processor(meta: Json, tokens: list[str]) -> Json | None:
     """Adds BOS to a text where the model was trained so."""
     bos = meta.get("tokenizer.ggml.bos_token_id")
     if bos is None or not _adds_bos(meta):

@@ -20,6 +20,7 @@ from .hub import hub_model, is_hub_name
 from .parsers import guess, reasoning_family, tool_family
 from .pooling import longest_text, pooling_of
 from .reasoning_parser import ReasoningFamily
+from .rope_config import longest_context
 from .shard import sharded
 from .tokenizer import chat_templates
 from .vision_config import is_vision_model, is_yi, language_config, vision_facts
@@ -206,8 +207,9 @@ def _context_length(facts: dict[str, Any], wanted: int | None, usual: int | None
         if wanted is None:
             raise StartupError("config.json does not tell the model's context length; pass --context-length")
         return wanted
-    if wanted is not None and wanted > own:
-        raise StartupError(f"--context-length {wanted} is more than the model's {own}")
+    longest = longest_context(facts, own)
+    if wanted is not None and wanted > longest:
+        raise StartupError(f"--context-length {wanted} is more than the model's {longest}")
     return wanted or min(own, usual or own)
 
 

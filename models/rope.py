@@ -20,6 +20,8 @@ def inverse_frequencies(rope: Rope) -> Tensor:
         return frequencies
     if rope.scaling.kind == "linear":
         return frequencies / rope.scaling.factor
+    if rope.scaling.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.scaling.factors) * rope.theta**exponents)
     if rope.scaling.kind == "llama3":
         return _llama3(frequencies, rope.scaling)
     return _yarn(frequencies, rope, rope.scaling)

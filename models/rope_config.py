@@ -1,12 +1,19 @@
-"""Rope of a config.json, in all the ways in which the years have written it. Used by the families."""
+"""Rope of a config.json, in all the ways in which the years have written it. Used by the families.
+
+Two kinds change with the length of a text: `dynamic` its base, `longrope` its factors. Keys of different lengths would
+share no prefix, so they are taken once, for the longest context that is served: as transformers computes a text of that
+length (longrope: of any length above the trained one).
+"""
 
 import math
-from typing import Any
+from typing import Any, Final
 
 from ..errors import StartupError
 from .spec import Rope, RopeScaling
 
 Config = dict[str, Any]
+SERVED: Final = "served_context_length"
+"""Key under which `spec_of` puts the longest context of this engine into a config, where that is not the model's."""
 
 
 def head_dim_of(config: Config) -> int:
@@ -27,14 +34,11 @@ def rope_of(
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default_partial
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta)
     dim = int(head_dim_of(config) * partial) if dim is None else dim
-    return Rope(
-        theta=float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta),
-        dim=dim,
-        interleaved=interleaved,
-        scaling=_scaling(parameters, config.get("max_position_embeddings", 0)),
-        sections=_sections(parameters, dim),
-    )
+    if _kind(parameters) == "dynamic":
+        theta *= _dynamic_growth(parameters, config, dim)
+    return Rope(theta, dim, interleaved, _scaling(parameters, config), _sections(parameters, dim))
 
 
 def _sections(parameters: Config, dim: int) -> tuple[int, int, int] | None:
@@ -49,11 +53,38 @@ def _sections(parameters: Config, dim: int) -> tuple[int, int, int] | None:
     return frames, rows, columns
 
 
-def _scaling(parameters: Config, max_position: int) -> RopeScaling | None:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    original = parameters.get("original_max_position_embeddings")
-    if kind in ("default", "mrope") or (kind == "dynamic" and original in (None, max_position)):
-        return None  # dynamic NTK changes nothing up to max_position, and no longer context is served
+def longest_context(config: Config, own: int) -> int:
+    """How long a context may be asked for, where config.json says `own`: it may still be the trained one."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factor = parameters.get("factor")
+    if _kind(parameters) not in ("linear", "dynamic", "yarn") or not factor or "rope_local_base_freq" in config:
+        return own
+    return max(own, int((parameters.get("original_max_position_embeddings") or own) * factor))
+
+
+def _kind(parameters: Config) -> str:
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    return "longrope" if kind == "su" else kind
+
+
+def _dynamic_growth(parameters: Config, config: Config, dim: int) -> float:
+    """Dynamic NTK: by what the base grows for the served context, 1 up to max_position_embeddings."""
+    if "alpha" in parameters:
+        raise StartupError("config.json: rope type 'dynamic' with alpha is not served")
+    trained = config.get("max_position_embeddings", 0)
+    served = config.get(SERVED) or trained
+    if served <= trained:
+        return 1.0
+    factor = float(parameters["factor"])
+    return float((factor * served / trained - (factor - 1)) ** (dim / (dim - 2)))
+
+
+def _scaling(parameters: Config, config: Config) -> RopeScaling | None:
+    kind, max_position = _kind(parameters), config.get("max_position_embeddings", 0)
+    if kind in ("default", "dynamic", "mrope"):
+        return None
+    if kind == "longrope":
+        return _longrope(parameters, config)
     if kind == "linear":
         return RopeScaling("linear", float(parameters["factor"]))
     if kind == "llama3":
@@ -67,7 +98,23 @@ def _scaling(parameters: Config, max_position: int) -> RopeScaling | None:
     if kind == "yarn":
         return _yarn(parameters, max_position)
     raise StartupError(
-        f"config.json: rope type {kind!r} is not served yet; served: default, dynamic, linear, llama3, yarn"
+        f"config.json: rope type {kind!r} is not served yet; served: default, dynamic, linear, llama3, longrope, yarn"
+    )
+
+
+def _longrope(parameters: Config, config: Config) -> RopeScaling:
+    """LongRoPE (Ding et al. 2024) as Phi 3 has it."""
+    key = "original_max_position_embeddings"
+    original, max_position = int(parameters.get(key) or config[key]), int(config["max_position_embeddings"])
+    factor = float(parameters.get("factor") or max_position / original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    given = parameters.get("attention_factor")
+    served = config.get(SERVED) or max_position
+    return RopeScaling(
+        "longrope",
+        factor,
+        attention_factor=usual if given is None else float(given),
+        factors=tuple(float(x) for x in parameters["long_factor" if served > original else "short_factor"]),
     )
 
 

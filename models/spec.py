@@ -27,7 +27,7 @@ class Norm:
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context (rope.py has the formulas)."""
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     """Context extension, > 1 stretches."""
     original_max_position: int = 0
@@ -41,7 +41,9 @@ class RopeScaling:
     truncate: bool = True
     """yarn: round the blend's borders to whole dimensions."""
     attention_factor: float = 1.0
-    """Multiplies cos and sin (yarn); already resolved from mscale."""
+    """Multiplies cos and sin (yarn, longrope); already resolved from mscale."""
+    factors: tuple[float, ...] = ()
+    """longrope: by what each pair's frequency is divided; those of the context that is served."""
 
 
 @dataclass(frozen=True, slots=True)

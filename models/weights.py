@@ -74,7 +74,8 @@ def load_decoder(
     """
     folder = Path(path)
     facts = read_config(folder)
-    whole = spec_of(facts) if pooling is None else pooled_spec(facts, pooling)
+    context = config.context_length
+    whole = spec_of(facts, context) if pooling is None else pooled_spec(facts, pooling, context)
     check_supported(whole)
     share = Share(whole) if group is None else Share(whole, group.size, group.rank)
     spec = share.spec

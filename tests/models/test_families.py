@@ -50,7 +50,9 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
         ({"model_type": None}, "not served yet"),
         ({"model_type": ["llama"]}, "not served yet"),
         ({"hidden_act": "relu"}, "relu"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "lacks 'original_max_position_embeddings'"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope type 'spiral'"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, "alpha"),
         ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
         ({"num_key_value_heads": 3}, "8 attention heads cannot share 3"),
         ({"hidden_size": "64"}, "makes no sense"),
@@ -124,9 +126,8 @@ def test_deepseek_scales_scores_where_it_stretches_the_context() -> None:
 def test_dynamic_rope_is_plain_within_the_context() -> None:
     config = LLAMA | {"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     assert spec_of(config).rope == spec_of(LLAMA | {"max_position_embeddings": 2048}).rope
-    config["rope_scaling"]["original_max_position_embeddings"] = 1024
-    with pytest.raises(StartupError, match="dynamic"):
-        spec_of(config)
+    stretched = spec_of(config, 4096).rope
+    assert stretched is not None and stretched.theta == pytest.approx(10000.0 * 3.0 ** (8 / 6))
 
 
 def test_exaone_4_in_both_styles() -> None:

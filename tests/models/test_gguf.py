@@ -1,5 +1,6 @@
 """GGUF conversion, against hand-made small files, gguf's own dequantisation, transformers and llama.cpp's token ids."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -250,8 +251,9 @@ NAN = np.full((HIDDEN,), np.nan, np.float32)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer kind 'llama'.*supported: gpt2"),
-        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'.*supported: smollm"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer kind 't5'.*supported: gpt2 and llama"),
+        ({"tokenizer.ggml.model": "llama"}, "incomplete or inconsistent.*tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.pre": "superbpe"}, "pre-tokenizer 'superbpe'.*supported: smollm"),
         ({"tokenizer.ggml.pre": None}, "pre-tokenizer None"),
         ({"tokenizer.ggml.merges": ["zzzz yyyy"]}, "tokenizer is broken"),
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
@@ -307,6 +309,8 @@ def test_bfloat16_rounds_as_torch_does(halves: list[tuple[int, int]]) -> None:
         ("smollm", ["I", "'ve", "Ġ", "1", "2", "3", "4", "ĠĠ", "ĠX", "ĊĊ"]),
         ("llama-bpe", ["I", "'ve", "Ġ", "123", "4", "ĠĠ", "ĠX", "ĊĊ"]),
         ("qwen2", ["I", "'ve", "Ġ", "1", "2", "3", "4", "ĠĠ", "ĠX", "ĊĊ"]),
+        ("command-r", ["I", "'ve", "Ġ", "1", "2", "3", "4", "ĠĠ", "ĠX", "ĊĊ"]),
+        ("tekken", ["I", "'ve", "Ġ", "1", "2", "3", "4", "ĠĠ", "ĠX", "ĊĊ"]),
     ],
 )
 def test_pre_tokenizers(pre: str, pieces: list[str]) -> None:
@@ -325,6 +329,67 @@ def test_begin_token(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
         ids = Tokenizer.from_file(str(out / "tokenizer.json")).encode("the fox").ids
         assert (ids[0] == 1) is expected
         assert 1 not in ids[1:]
+
+
+# ------------------------------------------------------------------ SentencePiece
+
+
+def spm_facts(prefix: bool) -> dict[str, Any]:
+    """A vocabulary of pieces with scores: all single letters of the corpus, then what a BPE makes of it."""
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=200, show_progress=False)
+    tokenizer.train_from_iterator([text.replace(" ", "\u2581") for text in CORPUS], trainer)
+    vocab: dict[str, int] = tokenizer.get_vocab()
+    pieces = [piece for piece in sorted(vocab, key=vocab.__getitem__) if piece != "\n"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\n", "  ", *pieces]
+    types = [2, 3, 3] + [6] * 256 + [4, 4] + [1] * len(pieces)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+
+
+def spm_ids(facts: dict[str, Any], text: str) -> list[int]:
+    """SentencePiece's BPE: the two neighbours with the best joint score are joined, the left ones first."""
+    ids = {token: i for i, token in enumerate(facts["tokenizer.ggml.tokens"])}
+    kinds = facts["tokenizer.ggml.token_type"]
+    pieces = list(text.replace(" ", "\u2581"))
+    while True:
+        pairs = [(ids.get(a + b), i) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
+        good = [(token, i) for token, i in pairs if token is not None and kinds[token] == 1]
+        if not good:
+            break
+        _, at = min(good)  # the lowest id has the best score
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    bytes_of = [[ids[p]] if p in ids else [ids[f"<0x{b:02X}>"] for b in p.encode()] for p in pieces]
+    return [token for part in bytes_of for token in part]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(prefix: bool, tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
+    """Pieces by their scores, bytes for what is in none, user-defined tokens first, a space where texts begin."""
+    facts = spm_facts(prefix)
+    write_gguf(tmp_path / "m.gguf", {"tokens": facts["tokenizer.ggml.tokens"], "merges": []}, **facts)
+    convert(tmp_path / "m.gguf", out)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    rng, space = random.Random(2), " " if prefix else ""
+    words = ["the", "quick", "fox", "lazy", "dogs", "été", "日", "本", "x", "+ 10", "ß", "😀", "aa", "over1234", "ooo"]
+    for _ in range(300):
+        parts = [" ".join(rng.choice(words) for _ in range(rng.randrange(1, 6))) for _ in range(rng.randrange(1, 4))]
+        expected = [spm_ids(facts, space + part) for part in parts]
+        line = facts["tokenizer.ggml.tokens"].index("\n")
+        joined = [token for part in expected for token in (line, *part)][1:]
+        text = "\n".join(parts)
+        assert tokenizer.encode(text).ids == [1, *joined], text
+        if len(parts) == 1:
+            assert tokenizer.decode(joined) == text
+    assert tokenizer.encode("<s>x</s>").ids == [1, 1, *spm_ids(facts, f"{space}x"), 2]
 
 
 # ------------------------------------------------------------------ the real file

@@ -44,11 +44,21 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1],
+    "long_factor": [1.5, 6.0],
+    "original_max_position_embeddings": 2,
+    "attention_factor": 1.2,
+    "partial_rotary_factor": 0.5,
+}
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 30}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
+OLMO3_ROPE = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 80, "n_positions": 512}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 DBRX = {
@@ -108,8 +118,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("Glm", {"head_dim": 16}),
     "glm4": ("Glm4", {"head_dim": 16}),
     "phi3": ("Phi3", {"sliding_window": 20, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 2}),
     "gpt2": ("GPT2", GPT2),
     "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
     "exaone": ("Exaone", {"rope_parameters": LLAMA3}),
     "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
     "mixtral": ("Mixtral", {"sliding_window": None, "num_local_experts": 4}),
