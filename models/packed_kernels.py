@@ -94,11 +94,11 @@ def plane_of(words, zero, PLANE: tl.constexpr, KIND: tl.constexpr, BF16: tl.cons
                 INT4_FP16[PLANE], "=r,r,r", [words, zeros], dtype=tl.float16, is_pure=True, pack=2
             )
     elif BF16:
-        OTHER: tl.constexpr = INT8_BF16 if KIND == "int8" else FP8_BF16
-        return tl.inline_asm_elementwise(OTHER[PLANE], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        ASM_BF16: tl.constexpr = INT8_BF16 if KIND == "int8" else FP8_BF16
+        return tl.inline_asm_elementwise(ASM_BF16[PLANE], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        OTHER: tl.constexpr = INT8_FP16 if KIND == "int8" else FP8_FP16
-        return tl.inline_asm_elementwise(OTHER[PLANE], "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        ASM_FP16: tl.constexpr = INT8_FP16 if KIND == "int8" else FP8_FP16
+        return tl.inline_asm_elementwise(ASM_FP16[PLANE], "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -182,14 +182,14 @@ def _accumulate(
     scales = metas
     if KIND == "int4":
         s0, z0 = scale_and_zero(metas[0], KIND, BF16)
-        scales, zeros = (s0,), (z0[:, None], z0[:, None], z0[:, None], z0[:, None])  # type: ignore[assignment]
+        scales, zeros = (s0,), (z0[:, None], z0[:, None], z0[:, None], z0[:, None])
         if GROUPS > 1:
             s1, z1 = scale_and_zero(metas[1], KIND, BF16)
-            scales, zeros = (s0, s1), (z0[:, None], z0[:, None], z1[:, None], z1[:, None])  # type: ignore[assignment]
+            scales, zeros = (s0, s1), (z0[:, None], z0[:, None], z1[:, None], z1[:, None])
         if GROUPS > 2:
             s2, z2 = scale_and_zero(metas[2], KIND, BF16)
             s3, z3 = scale_and_zero(metas[3], KIND, BF16)
-            scales, zeros = (s0, s1, s2, s3), (z0[:, None], z1[:, None], z2[:, None], z3[:, None])  # type: ignore[assignment]
+            scales, zeros = (s0, s1, s2, s3), (z0[:, None], z1[:, None], z2[:, None], z3[:, None])
     APART: tl.constexpr = SCALED and acc.shape[1] <= 16
     total = acc
     for plane in tl.static_range(PLANES):
