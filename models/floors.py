@@ -2,7 +2,7 @@
 
 decode floor  = sum over a step's matmuls and its attention of max(bytes / bandwidth, FLOPs / peak), as they run one
                 after another; each weight is read once a step, each visible token's K and V once; of the experts
-                only as many as one token visits, which is the least that a batch can need
+                those that a batch visits, on average, when each token chooses evenly and by itself
 prefill floor = FLOPs / peak; the head works on the last token only and is left out
 Used by plan.py and perf/. Pure arithmetic over a Spec. Units: seconds, bytes, tokens.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from .spec import Spec
+from .spec import Moe, Spec
 
 GIB: Final = 1 << 30
 
@@ -56,15 +56,26 @@ GPUS: Final[dict[str, Gpu]] = {
 
 
 def matmuls(spec: Spec) -> list[tuple[int, int]]:
-    """(weights, times a step) of each matmul: attention's, up (with gate), down, head. Embedding rows are not read
-    whole."""
+    """(weights of a token, times a step) of each matmul: attention's, up (with gate), down, head. Embedding rows are
+    not read whole; of the experts there are those of one token."""
+    return [(weights, times) for weights, times, _ in _matmuls(spec)]
+
+
+def _matmuls(spec: Spec) -> list[tuple[int, int, bool]]:
+    """`matmuls`, and whether the weights are those of experts that a token chooses."""
     sparse = sum(spec.sparse(layer) for layer in range(spec.layers))
-    found = [(weights, spec.layers) for weights in _attention(spec)]
-    found += [(weights, spec.layers - sparse) for weights in _mlp(spec, spec.inter)]
+    found = [(weights, spec.layers, False) for weights in _attention(spec)]
+    found += [(weights, spec.layers - sparse, False) for weights in _mlp(spec, spec.inter)]
     if spec.moe is not None:
-        chosen = _mlp(spec, spec.moe.top_k * spec.moe.inter) + _mlp(spec, spec.moe.shared_inter)
-        found += [(weights, sparse) for weights in (spec.hidden * spec.moe.experts, *chosen)]
-    return [entry for entry in found if all(entry)] + [(spec.hidden * spec.vocab, 1)]
+        common = (spec.hidden * spec.moe.experts, *_mlp(spec, spec.moe.shared_inter))
+        found += [(weights, sparse, False) for weights in common]
+        found += [(weights, sparse, True) for weights in _mlp(spec, spec.moe.top_k * spec.moe.inter)]
+    return [entry for entry in found if entry[0] and entry[1]] + [(spec.hidden * spec.vocab, 1, False)]
+
+
+def visited(moe: Moe, batch: int) -> float:
+    """How many experts `batch` tokens visit on average, of which each chooses `top_k` evenly and by itself."""
+    return moe.experts * (1 - (1 - moe.top_k / moe.experts) ** batch)
 
 
 def _attention(spec: Spec) -> list[int]:
@@ -87,11 +98,12 @@ def matmul_seconds(
     spec: Spec, batch: int, limits: Limits, weight_bytes: float = 2.0, quantized: float | None = None
 ) -> float:
     """Floor of a step's matmuls for `batch` rows. `quantized`: bytes of a weight of all but the head."""
-    of_layers, (head, _) = matmuls(spec)[:-1], matmuls(spec)[-1]
-    sizes = [(weights, times, quantized or weight_bytes) for weights, times in of_layers] + [(head, 1, weight_bytes)]
+    of_layers, head = _matmuls(spec)[:-1], _matmuls(spec)[-1]
+    sizes = [(*entry, quantized or weight_bytes) for entry in of_layers] + [(*head, weight_bytes)]
+    read = 1.0 if spec.moe is None else visited(spec.moe, batch) / spec.moe.top_k
     return sum(
-        times * max(weights * size / limits.bandwidth, 2 * batch * weights / limits.peak)
-        for weights, times, size in sizes
+        times * max(weights * (read if chosen else 1) * size / limits.bandwidth, 2 * batch * weights / limits.peak)
+        for weights, times, chosen, size in sizes
     )
 
 

@@ -32,7 +32,7 @@ class Tile:
     """A configuration of `linear_kernel`; the numbers are elements."""
 
     rows: int
-    """Rows of x of a program: 16 or more, padded; or 1, multiplied without tensor cores."""
+    """Rows of x of a program: 16 or more (8 of a quantized weight), padded; or 1, multiplied without tensor cores."""
     outputs: int
     """Rows of the weight of a program."""
     depth: int
@@ -45,7 +45,10 @@ class Tile:
     """The weight is the left operand of the tensor cores."""
     tma: bool = False
     ahead: int = 0
-    """With PDL: stages of the weight that are loaded, into registers, before the predecessor ends. Not with tma."""
+    """With PDL: stages of the weight that are loaded, into registers, before the predecessor ends; of a quantized
+    weight, into the L2, a power of two. Not with tma."""
+    registers: int = 0
+    """Most registers of a thread; 0: as many as the compiler likes."""
 
 
 Choices = tuple[tuple[int, Tile | None], ...]
@@ -138,7 +141,7 @@ def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
 
 
 def linear(
-    x: Tensor | Unscaled,
+    x: Tensor | Unscaled | Float8Rows,
     weight: Tensor | Packed,
     bias: Tensor | None,
     tile: Tile,
@@ -168,11 +171,11 @@ def linear(
     options = {
         "BM": tile.rows, "BN": width, "SPLIT": tile.split, "BIAS": bias is not None, "PDL": pdl, "ACT": act,
         **_epilogue_constants(norm, add, heads), "num_warps": tile.warps, "num_stages": tile.stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **({"launch_pdl": True} if pdl else {}), **({"maxnreg": tile.registers} if tile.registers else {}),
     }  # fmt: skip
     if isinstance(weight, Packed):
         before = (x, bias, out, parts, arrived, rows, outputs, early)
-        options |= weight.constants(tile.depth) | {"STAGES": tile.stages}
+        options |= weight.constants(tile.depth) | {"STAGES": tile.stages, "AHEAD": tile.ahead}
         weight.launch((tiles, tile.split), before, after, **options)
         return out
     x_blocks = w_blocks = None
@@ -264,14 +267,14 @@ class TritonLinear:
     def float8_rows(self, rows: int) -> Packed | None:
         """The weight, if it is multiplied with float8 inputs at this many rows."""
         weight = self.weight
-        return weight if isinstance(weight, Packed) and weight.quantises and rows and self.tile(rows) is None else None
+        return weight if isinstance(weight, Packed) and weight.takes_float8(rows) else None
 
     def __call__(self, x: Tensor | Unscaled | Float8Rows) -> Tensor:
+        if self.tile(len(x)) is not None:
+            return self._run(x)
         if isinstance(x, Float8Rows):  # who makes them has asked whether they are wanted
             assert isinstance(self.weight, Packed)
             return self.weight.multiply_float8(x, self.bias, self.dtype or self.weight.dtype)
-        if self.tile(len(x)) is not None:
-            return self._run(x)
         assert isinstance(x, Tensor)  # who makes an Unscaled has asked for a tile
         dtype = self.dtype or x.dtype
         if isinstance(self.weight, Packed):
@@ -279,7 +282,7 @@ class TritonLinear:
         out = None if self.tuned is None else self.tuned.multiply(x, self.weight, self.bias, dtype)
         return by_torch(x, self.weight, self.bias, dtype) if out is None else out
 
-    def gated(self, x: Tensor | Unscaled, act: str) -> Tensor:
+    def gated(self, x: Tensor | Unscaled | Float8Rows, act: str) -> Tensor:
         """act(gate) * up of the product [T, 2 * inter]; returns [T, inter]."""
         return self._run(x, act=act)
 
@@ -293,13 +296,17 @@ class TritonLinear:
         add = Add(residual, scale, gain, torch.empty_like(residual), squares)
         return Unscaled(self._run(x, add=add), squares, eps), add.new_residual
 
-    def heads(self, x: Tensor | Unscaled, heads: Heads) -> Tensor:
+    def heads(self, x: Tensor | Unscaled | Float8Rows, heads: Heads) -> Tensor:
         """The queries [T, H, D] of a QKV product; keys and values are written."""
         return self._run(x, heads=heads).view(len(x), heads.heads, heads.head_dim)
 
-    def _run(self, x: Tensor | Unscaled, act: str = "", add: Add | None = None, heads: Heads | None = None) -> Tensor:
+    def _run(
+        self, x: Tensor | Unscaled | Float8Rows, act: str = "", add: Add | None = None, heads: Heads | None = None
+    ) -> Tensor:
         tile = self.tile(len(x))
         assert tile is not None
-        x = x.contiguous() if isinstance(x, Tensor) else x
         pdl = len(x) <= self.pdl_rows
+        if isinstance(x, Tensor):
+            float8 = self.float8_rows(len(x))
+            x = x.contiguous() if float8 is None else float8.quantised(x, pdl=pdl)
         return linear(x, self.weight, self.bias, tile, self.arrived, pdl, self.dtype, act, add, heads)

@@ -141,6 +141,13 @@ class Ops(Protocol):
     def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """`act_mul` of gate_up(x), for `into` and no other, or `add_norm` with it. Without `into` it is a Tensor."""
 
+    def experts(
+        self, x: Tensor, router: Tensor, score_bias: Tensor | None, gate_up: Tensor, down: Tensor, spec: Spec,
+        shared: Tensor | None, gate: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """What moe.Experts makes of x [T, hidden], with weights as there, by kernels of the device; None: it has none
+        for so many tokens. shared [T, hidden], of the expert that all visit, is added, times sigmoid(gate [T, 1])."""
+
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map x -> x @ weight.T + bias, as fast as the device multiplies."""
 
@@ -290,6 +297,13 @@ class TorchOps:
     def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """See Ops."""
         return self.act_mul(gate_up(x), act)
+
+    def experts(
+        self, x: Tensor, router: Tensor, score_bias: Tensor | None, gate_up: Tensor, down: Tensor, spec: Spec,
+        shared: Tensor | None, gate: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """See Ops."""
+        return None
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""

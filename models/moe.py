@@ -1,7 +1,8 @@
 """Mixture of experts: the router, and a token's chosen experts computed by sorting tokens and a grouped GEMM.
 
 Used by the decoder in an MLP's place. The same code runs on CPU and GPU: torch's grouped GEMM takes where each expert's
-tokens end from the device, so nothing waits for the host and steps can be captured. Routing is float32 throughout.
+tokens end from the device, so nothing waits for the host and steps can be captured. Routing is float32 throughout. On a
+GPU few tokens have kernels of their own (moe_gemm.py).
 Sources: Shazeer et al. 2017; group-limited choice: DeepSeek-V2, 2024, section 2.1.2; score bias: DeepSeek-V3, 2024.
 Legend: T tokens, E experts, k experts of a token.
 """
@@ -50,13 +51,15 @@ class Experts:
     def inner(self, ops: Ops, x: Hidden, spec: Spec) -> Tensor:
         """Normed hidden states [T, hidden] -> [T, hidden]."""
         assert spec.moe is not None
+        shared = None if self.shared is None else self.shared.down(self.shared.inner(ops, x, spec))
+        gate = None if shared is None or self.shared_gate is None or not spec.moe.shared_gate else self.shared_gate(x)
+        out = ops.experts(x, self.router, self.score_bias, self.gate_up, self.down_proj, spec, shared, gate)
+        if out is not None:
+            return out
         weights, ids = route(F.linear(x.float(), self.router), self.score_bias, spec.moe)
         out = run_experts(x, weights, ids, self.gate_up, self.down_proj, spec.act)
-        if self.shared is not None:
-            shared = self.shared.down(self.shared.inner(ops, x, spec))
-            if self.shared_gate is not None and spec.moe.shared_gate:
-                shared = shared * torch.sigmoid(self.shared_gate(x))
-            out = out + shared
+        if shared is not None:
+            out = out + (shared if gate is None else shared * torch.sigmoid(gate))
         return out
 
 

@@ -13,22 +13,42 @@ from .gemm import MAX_TILES, Choices, Tile
 from .packed_gemm import CHUNK, Kind, Packed
 
 PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {
-    ("int4", 37888, 3584): ((1, Tile(16, 128, 32, 1, 4, 3)), (64, Tile(64, 256, 32, 2, 8, 3))),
-    ("int4", 3584, 18944): ((1, Tile(16, 128, 32, 8, 4, 5)), (64, Tile(64, 128, 32, 8, 4, 4))),
-    ("int4", 4608, 3584): ((1, Tile(16, 128, 32, 5, 4, 3)), (64, Tile(64, 128, 32, 5, 8, 4))),
-    ("int4", 3584, 3584): ((1, Tile(16, 128, 32, 14, 4, 3)), (64, Tile(64, 64, 32, 4, 4, 4))),
-}
+    ("int4", 37888, 3584): (
+        (8, Tile(8, 64, 32, 2, 2, 4, ahead=8)), (16, Tile(16, 128, 32, 1, 4, 4)), (64, Tile(64, 128, 32, 1, 4, 3)),
+    ),
+    ("int4", 3584, 18944): (
+        (8, Tile(8, 32, 32, 8, 1, 4)), (16, Tile(16, 64, 32, 8, 2, 4)), (64, Tile(64, 64, 32, 7, 4, 3)),
+    ),
+    ("int4", 4608, 3584): (
+        (8, Tile(8, 128, 32, 7, 4, 4)), (16, Tile(16, 128, 32, 7, 4, 4)), (64, Tile(64, 64, 32, 4, 4, 3)),
+    ),
+    ("int4", 3584, 3584): (
+        (8, Tile(8, 32, 32, 4, 1, 4, ahead=8)), (16, Tile(16, 64, 32, 7, 2, 4)), (64, Tile(64, 64, 32, 4, 4, 3)),
+    ),
+    ("fp8", 37888, 3584): (
+        (8, Tile(8, 128, 64, 1, 4, 4, ahead=4)), (16, Tile(16, 128, 64, 1, 4, 4)), (64, Tile(64, 128, 64, 1, 4, 3)),
+    ),
+    ("fp8", 3584, 18944): (
+        (8, Tile(8, 32, 64, 8, 1, 4)), (16, Tile(16, 128, 64, 8, 4, 4)), (64, Tile(64, 64, 128, 4, 4, 3)),
+    ),
+    ("fp8", 4608, 3584): (
+        (8, Tile(8, 128, 64, 2, 4, 4, ahead=8)), (16, Tile(16, 128, 64, 4, 4, 4)), (64, Tile(64, 128, 64, 2, 4, 4)),
+    ),
+    ("fp8", 3584, 3584): (
+        (8, Tile(8, 32, 64, 7, 1, 4)), (16, Tile(16, 64, 64, 4, 2, 4)), (64, Tile(64, 64, 128, 2, 4, 3)),
+    ),
+}  # fmt: skip
 """By kind, and outputs and inputs of the weight. Measured on an H200."""
-LADDER: Final = (16, 32, 64, 128, 256)
+LADDER: Final = (8, 16, 32, 64, 128, 256)
 """Most rows of each tile by rule."""
-PROGRAMS: Final = 264
-"""That many at least keep an H200 busy: two for each SM."""
-FEWEST_STEPS: Final = 4
+PROGRAMS: Final = {16: 396, 256: 264}
+"""By most rows: that many programs at least keep an H200 busy, three or two for each SM."""
+FEWEST_STEPS: Final = 2
 """A program takes so many at least: its pipeline has to fill."""
 MOST_ROWS: Final = 256
 """Above, the weight is unpacked: one pass over 4.5 bytes a value, in the shade of the arithmetic."""
 MOST_FLOAT8_ROWS: Final = 64
-"""Above, float8 is multiplied as it is: nothing is unpacked, and the arithmetic is twice as fast."""
+"""Above, float8 is multiplied by the library, whose tiles are for many rows."""
 
 
 def choices_for(weight: Packed) -> Choices:
@@ -47,9 +67,9 @@ def by_rule(weight: Packed, rows: int) -> Tile:
     depth = 2 * CHUNK if weight.kind != "int4" and weight.fits(2 * CHUNK) else CHUNK  # 128 inputs
     tiles = triton.cdiv(outputs, 128) * triton.cdiv(rows, 128)
     steps = triton.cdiv(width, depth)
-    split = max(1, min(triton.cdiv(PROGRAMS, tiles), steps // FEWEST_STEPS))
+    wanted = next(programs for most, programs in PROGRAMS.items() if rows <= most)
+    split = max(1, min(triton.cdiv(wanted, tiles), steps // FEWEST_STEPS))
     split = triton.cdiv(steps, triton.cdiv(steps, split))  # none is left without a step
     if split * tiles > MAX_TILES:
         split = 1
-    few = rows <= 64
-    return Tile(min(rows, 128), 128, depth, split, 4 if few else 8, 4 if few else 3)
+    return Tile(min(rows, 128), 128, depth, split, 4 if rows <= 64 else 8, 4 if rows <= 16 else 3)

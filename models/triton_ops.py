@@ -11,12 +11,15 @@ Invariant: no host synchronisation; what is launched depends on shapes, dtypes a
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
 from .layers import Hidden, LinearMap
+from .moe import route
+from .moe_gemm import choose_experts, run_experts, takes
 from .packed_gemm import Scratch, pack_part
 from .packed_tiles import choices_for
 from .part_maps import map_of
@@ -203,6 +206,9 @@ class TritonOps:
     ) -> tuple[Hidden, Tensor]:
         """See Ops."""
         ours, rows = self._fusing(linear, len(x)), len(x)
+        wanted = into.float8_rows(rows) if self.fuse and isinstance(into, TritonLinear) else None
+        if wanted is not None:
+            return wanted.normed(linear(x), residual, residual_scale, weight, eps, rows <= self.pdl_rows)
         if ours is not None and x.dtype in self.defer and self._fusing(into, rows) is not None:
             return ours.add(x, residual, residual_scale, weight, eps)
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
@@ -220,6 +226,21 @@ class TritonOps:
         if self.fuse and isinstance(linear, TritonLinear) and linear.tile(rows) is not None:
             return linear
         return None
+
+    def experts(
+        self, x: Tensor, router: Tensor, score_bias: Tensor | None, gate_up: Tensor, down: Tensor, spec: Spec,
+        shared: Tensor | None, gate: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """See Ops."""
+        assert spec.moe is not None
+        if not takes(len(x), spec.moe, x.dtype):
+            return None
+        x = x.contiguous()
+        if spec.moe.groups == 1:
+            weights, ids = choose_experts(x, router, score_bias, spec.moe)
+        else:
+            weights, ids = route(F.linear(x.float(), router), score_bias, spec.moe)
+        return run_experts(x, weights, ids, gate_up, down, spec.act, spec.moe, shared, gate)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""

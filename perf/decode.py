@@ -24,14 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from msgspec.structs import replace
+from torch import Tensor
 
 from actorserve.config import EngineConfig
 from actorserve.models.decoder import Decoder
-from actorserve.models.floors import Limits, decode_seconds, prefill_seconds
+from actorserve.models.floors import Limits, decode_seconds, prefill_seconds, visited
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.group import DistributedGroup
 from actorserve.models.kv_cache import KVCache, kv_dtype
 from actorserve.models.ledger import quantized_bytes
+from actorserve.models.moe import route
 from actorserve.models.packed_tiles import PACKED
 from actorserve.models.parallel import RankDrawer
 from actorserve.models.quantization import quantization_of
@@ -79,6 +83,7 @@ class Bench:
             drawer = RankDrawer(drawer if group.rank == 0 else None, group)
         self.graphs = StepGraphs(self.runner, drawer, slots) if graphs else None
         self.stepper = Stepper(self.runner, drawer, self.graphs)
+        self.eager = Stepper(self.runner, drawer, None)
         self.order = np.random.default_rng(0).permutation(slots * self.pages).astype(np.int32)
         self.state.load_grammar(0, *endless_grammar(vocab))
 
@@ -88,7 +93,8 @@ class Bench:
         none = np.empty(0, dtype=np.int32)
         for slot in range(batch):
             self.runner.admit(slot, self.order[slot * self.pages : (slot + 1) * self.pages], length, FAR)
-            self.state.admit(slot, params, none, none, length, 0, grammar)
+            own = replace(params, seed=slot)  # rows that draw the same tokens would visit the same experts
+            self.state.admit(slot, own, none, none, length, 0, grammar)
         self.runner.slots.flush()
         return np.arange(batch)
 
@@ -113,6 +119,27 @@ class Bench:
         last.record()
         torch.cuda.synchronize()
         return {"step_ms": first.elapsed_time(last) / steps, "host_ms": 1e3 * host / steps}
+
+    def visited(self, batch: int, context: int, params: SamplingParams) -> float:
+        """Experts of a layer that `batch` rows visit in a step, on average; 0 without experts."""
+        ops, moe, counts = self.decoder.ops, self.decoder.spec.moe, []
+        if moe is None:
+            return 0.0
+        experts = ops.experts
+
+        def counting(x: Tensor, router: Tensor, bias: Tensor | None, *rest: Any) -> Tensor | None:
+            counts.append(len(route(F.linear(x.float(), router), bias, moe)[1].unique()))
+            return experts(x, router, bias, *rest)
+
+        rows = self.seat(batch, context, params)
+        for _ in range(3):
+            self.stepper.launch(rows, [])
+        ops.experts = counting  # type: ignore[method-assign]
+        try:
+            self.eager.launch(rows, [])
+        finally:
+            ops.experts = experts  # type: ignore[method-assign]
+        return float(np.mean(counts))
 
     def prefill(self, prompt: int, prompts: int, times: int, params: SamplingParams) -> float:
         """Seconds of one forward over `prompts` prompts of `prompt` tokens, on an executor that had time to prepare."""
@@ -296,6 +323,9 @@ def measure(
             f"{batch:>6} {best['step_ms']:>8.3f} {best['host_ms']:>8.3f} {floor:>9.3f} {share:>6.3f} "
             f"{1e3 * batch / best['step_ms']:>9.0f}"
         )
+        if spec.moe is not None:
+            visits = bench.visited(batch, args.context, params)
+            print(f"  {visits:.1f} of {spec.moe.experts} experts visited, {visited(spec.moe, batch):.1f} in the floor")
         results["decode"].append({"batch": batch, "floor_ms": floor, "share": share, **best})
         if args.chunk:
             beside = bench.decode(batch, args.context, args.steps, params, args.chunk)

@@ -120,18 +120,23 @@ class Bench:
         most = (self.pdl if self.pdl is not None else pdl_rows(spec.hidden)) if pdl is None else rows if pdl else 0
         return TritonOps(self.device, most, gemms, fuse)
 
-    def call(self, case: Case, ops: TritonOps, inputs: Inputs) -> Callable[[LinearMap], Tensor]:
+    def call(self, case: Case, ops: TritonOps, inputs: Inputs) -> Callable[[LinearMap], Any]:
         """What a decoder calls for a weight of this case; a function of the linear map that returns what it made."""
         spec = spec_of(KNOWN[case.model])
         fused = bool(ops.gemms) and ops.fuse
         x: Any = inputs.half if fused and case.normed else inputs.x
+        first = self.weights[0] if self.weights else None
+        float8 = fused and isinstance(first, Packed) and first.takes_float8(len(inputs.x))
+        if float8 and isinstance(first, Packed):  # as the norm before leaves it
+            x = first.quantised(inputs.x)
         if case.follows == "heads":
             i = inputs
             return lambda linear: ops.heads(linear, x, None, 0.0, i.table, spec, i.slots, i.cache)
         if case.follows == "gated":
             return lambda linear: ops.gated(linear, x, spec.act)
         if case.follows == "add":
-            return lambda linear: ops.add_norm(linear, x, inputs.residual, 1.0, inputs.gain, EPS, linear)[1]
+            residual, gain = inputs.residual, inputs.gain
+            return lambda linear: ops.add_norm(linear, x, residual, 1.0, gain, EPS, None if float8 else linear)[1]
         return lambda linear: linear(x)
 
     def maps(self, case: Case, ops: TritonOps, weights: list[Tensor | Packed]) -> list[LinearMap]:
@@ -259,6 +264,7 @@ def line(result: dict[str, Any]) -> str:
 def short(tile: Tile) -> str:
     flags = ("" if tile.swap else ", swap=False") + (", tma=True" if tile.tma else "")
     flags += f", ahead={tile.ahead}" if tile.ahead else ""
+    flags += f", registers={tile.registers}" if tile.registers else ""
     return f"Tile({tile.rows}, {tile.outputs}, {tile.depth}, {tile.split}, {tile.warps}, {tile.stages}{flags})"
 
 

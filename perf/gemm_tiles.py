@@ -141,21 +141,26 @@ def splits(tile: Tile, case: Case, rows: int, sms: int) -> list[int]:
 
 
 def packed_candidates(case: Case, rows: int, sms: int, kind: str, group: int) -> list[Tile]:
-    """Tiles to try for a quantized weight, `depth` in words of 32 to a chunk (models/packed_gemm.py)."""
+    """Tiles to try for a quantized weight, `depth` in words of 32 to a chunk (models/packed_gemm.py).
+
+    Up to 16 rows a warp has 32 outputs, and fewer than 4 warps multiply without waiting for one another.
+    """
     unit = CHUNK * (4 if kind == "int4" else 2)
     width = -(-case.inputs // unit) * CHUNK
-    depths = [d for d in (CHUNK, 2 * CHUNK, 4 * CHUNK) if d == CHUNK or not group or group % (d // CHUNK * unit) == 0]
+    deep = kind != "int4" and (not group or group % (2 * unit) == 0)
+    depth = 2 * CHUNK if deep else CHUNK
+    few = rows <= 16
+    shapes = ((32, 1), (64, 2), (128, 2), (128, 4)) if few else ((64, 4), (128, 4), (128, 8), (256, 8))
     found = []
-    for outputs in (64, 128, 256) if rows > 16 else (64, 128):
+    for outputs, warps in shapes:
         if case.follows == "heads" and outputs % case.head_dim:
             continue
-        for depth in depths[-2:]:
-            for warps, stages in ((4, 3), (4, 5)) if rows <= 32 else ((4, 4), (8, 3), (8, 4)):
-                tile = Tile(max(16, min(128, 1 << (rows - 1).bit_length())), outputs, depth, 1, warps, stages)
-                tiles = -(-case.outputs // outputs) * -(-rows // tile.rows)
-                most = min(MAX_TILES // tiles, max(1, 4 * sms // tiles))
-                parts = [s for s in whole_splits(-(-width // depth)) if s <= most] or [1]
-                found += [replace(tile, split=s) for s in dict.fromkeys((parts[-1], parts[len(parts) // 2]))]
+        for stages in (4, 6) if few else (3, 4):
+            tile = Tile(max(8, min(128, 1 << (rows - 1).bit_length())), outputs, depth, 1, warps, stages)
+            tiles = -(-case.outputs // outputs) * -(-rows // tile.rows)
+            most = min(MAX_TILES // tiles, max(1, (32 // warps if few else 4) * sms // tiles))
+            parts = [s for s in whole_splits(-(-width // depth)) if s <= most] or [1]
+            found += [replace(tile, split=s) for s in dict.fromkeys((parts[-1], parts[len(parts) // 2], parts[0]))]
     return [tile for tile in found if 2 * tile.stages * (tile.outputs * tile.depth + tile.rows * 4 * CHUNK) <= SHARED]
 
 

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print()
         return
     read = 2 * sum(weights * times for weights, times in matmuls(spec)) / 1e9
-    kv = spec.layers * 2 * spec.kv_heads * spec.head_dim * a.kv_bytes / 1024
+    kv = spec.layers * spec.kv_parts * spec.kv_heads * spec.head_dim * a.kv_bytes / 1024
     print(f"{a.model}: {read:.2f} GB of weights read a step, {kv:.0f} KiB of KV a token; {told(limits)}")
     print(f"{'batch':>6} {'context':>8} {'ms/step':>8} {'tok/s':>9}")
     for row in decode:

@@ -194,6 +194,18 @@ def test_a_token_needs_its_experts_only() -> None:
     assert dense == ledger.parameters(QWEN) - QWEN.vocab * 3584 - 28 * (4608 + 2 * 3584) - 3584
 
 
+def test_a_batch_reads_the_experts_that_it_visits() -> None:
+    mixtral = SPECS["mixtral-8x7b"]
+    moe = mixtral.moe
+    assert moe is not None
+    assert floors.visited(moe, 1) == moe.top_k
+    drawn = [len({int(e) for row in torch.rand(3, 8).topk(2).indices for e in row}) for _ in range(2000)]
+    assert floors.visited(moe, 3) == pytest.approx(sum(drawn) / len(drawn), rel=0.02)
+    one, many = (floors.matmul_seconds(mixtral, batch, H200) for batch in (1, 64))
+    experts = 32 * 3 * 4096 * 14336 * 2 / H200.bandwidth  # seconds for one expert of each layer
+    assert many - one == pytest.approx((floors.visited(moe, 64) - 2) * experts, rel=0.02)
+
+
 def test_prefill_floor() -> None:
     assert 1e3 * floors.prefill_seconds(QWEN, 1024, H200) == pytest.approx(17.18, abs=0.01)
     whole, first = (floors.prefill_flops(QWEN, n) for n in (1000, 600))

@@ -1,14 +1,21 @@
-"""Experts: the grouped path against one token and one expert at a time, and what routers choose."""
+"""Experts: the grouped path and a GPU's against one token and one expert at a time, and what routers choose."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+pytest.importorskip("triton")
+
+from actorserve.models import moe_gemm
 from actorserve.models.layers import ACTIVATIONS
 from actorserve.models.moe import route, run_experts
 from actorserve.models.spec import Moe
 
 HIDDEN, INTER, EXPERTS = 16, 8, 6
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -55,3 +62,51 @@ def test_only_the_best_groups() -> None:
     two = Moe(6, 2, 8, (True,), scoring="sigmoid", groups=2, top_groups=1, group_best=2)
     assert sorted(route(logits, None, one)[1][0].tolist())[0] == 0
     assert sorted(route(logits, None, two)[1][0].tolist()) == [3, 4]
+
+
+# ------------------------------------------------------------------ a GPU's kernels
+
+ROUTERS = {
+    "softmax": Moe(6, 2, INTER, (True,)),
+    "as they are": Moe(6, 3, INTER, (True,), renorm=False, routed_scale=2.5),
+    "sigmoid with a bias": Moe(6, 2, INTER, (True,), scoring="sigmoid", score_bias=True),
+    "softcap": Moe(8, 2, INTER, (True,), renorm=False, router_softcap=10.0),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_on_a_gpu(name: str) -> None:
+    moe = ROUTERS[name]
+    x, router = randn(9, 40).to(DEVICE, torch.float16), randn(moe.experts, 40, seed=1).to(DEVICE)
+    bias = randn(moe.experts, seed=2).to(DEVICE)
+    weights, ids = moe_gemm.choose_experts(x, router, bias, moe)
+    expected, chosen = route(F.linear(x.float(), router), bias if moe.score_bias else None, moe)
+    assert torch.equal(ids.long(), chosen)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_on_a_gpu(tokens: int, shared: bool) -> None:
+    """Sizes that no tile divides; experts without tokens, and one with more than fit into a tile."""
+    moe, hidden, inter = replace(ROUTERS["softmax"], inter=40), 72, 40
+    gate_up = (randn(6, 2 * inter, hidden) / hidden**0.5).to(DEVICE, torch.float16)
+    down = (randn(6, hidden, inter, seed=1) / inter**0.5).to(DEVICE, torch.float16)
+    x, weights = randn(tokens, hidden, seed=2).to(DEVICE, torch.float16), randn(tokens, 2, seed=3).abs().to(DEVICE)
+    ids = torch.stack((torch.full((tokens,), 4), torch.arange(tokens) % 3), 1).to(DEVICE)
+    common, gate = (randn(tokens, hidden, seed=4).to(x), randn(tokens, 1, seed=5).to(x)) if shared else (None, None)
+    got = moe_gemm.run_experts(x, weights, ids, gate_up, down, "silu", moe, common, gate)
+    expected = run_experts(x.float(), weights, ids, gate_up.float(), down.float(), "silu")
+    if common is not None and gate is not None:
+        expected = expected + common.float() * torch.sigmoid(gate.float())
+    assert (got.float() - expected).norm() / expected.norm() < 1e-3
+    few = moe_gemm.run_experts(x[:1], weights[:1], ids[:1], gate_up, down, "silu", moe, common, gate)
+    assert torch.equal(got[:1], few), "the others change nothing"
+
+
+def test_how_many_tokens_have_kernels() -> None:
+    moe = Moe(8, 2, INTER, (True,))
+    assert moe_gemm.takes(1, moe, torch.bfloat16) and moe_gemm.takes(256, moe, torch.float16)
+    assert not any((moe_gemm.takes(0, moe, torch.bfloat16), moe_gemm.takes(257, moe, torch.bfloat16)))
+    assert not moe_gemm.takes(1, moe, torch.float32)
+    assert [moe_gemm.tile_rows(tokens, moe) for tokens in (1, 64, 128, 256)] == [16, 32, 64, 128]

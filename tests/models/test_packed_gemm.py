@@ -119,11 +119,15 @@ def test_values_are_exact(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["int4-128", "int8-row"])
 def test_many_rows(kind: str, dtype: torch.dtype) -> None:
+    """A weight that is unpacked is rounded, by up to 2 ** -9 in bfloat16, and so are results, alone 1.7e-3 in norm."""
     part = part_of(kind, 64, 256)
     weight, bias = packed(part, dtype), torch.ones(64, dtype=dtype, device=DEVICE)
     ours = TritonLinear(weight, bias, ARRIVED, 0, choices=())
     x = x_of(70, 256, dtype)
-    assert error(ours(x), F.linear(x.float(), part.dequantise(), bias.float())) < TOLERANCE
+    exact = F.linear(x.float(), part.dequantise(), bias.float())
+    wide = TritonLinear(weight, bias, ARRIVED, 0, torch.float32, choices=())(x) if CUDA else ours(x)
+    assert error(wide, exact) < TOLERANCE
+    assert error(ours(x), wide) < (1.8e-3 if dtype == torch.bfloat16 else 3e-4), "rounded once"
     assert ours(x[:0]).shape == (0, 64)
 
 
@@ -164,6 +168,26 @@ def test_quantised_rows(group: int, static: float | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8-row", "fp8-128"])
+def test_a_norm_that_quantises(kind: str) -> None:
+    """One kernel between a GEMM and one with float8 inputs, and the result is as with two."""
+    ops, (rows, inputs) = TritonOps(DEVICE, fuse=True), (70, 256)
+    into = TritonLinear(packed(part_of(kind, 64, inputs), torch.bfloat16, quantises=True), None, ARRIVED, 0)
+    assert isinstance(into.weight, Packed) and into.float8_rows(rows) is into.weight
+    before = TritonLinear(x_of(inputs, inputs, torch.float16) / 16, None, ARRIVED, 0)
+    x, residual, gain = (
+        x_of(rows, inputs, torch.float16),
+        x_of(rows + 1, inputs, torch.float16)[1:],
+        x_of(1, inputs, torch.float16)[0],
+    )
+    got, new = ops.add_norm(before, x, residual, 0.5, gain, 1e-5, into)
+    normed, expected = ops.add_rms_norm(before(x), residual, 0.5, gain, 1e-5)
+    again = into.weight.quantised(normed)
+    assert isinstance(got, Float8Rows) and torch.equal(new, expected)
+    assert (got.values.view(torch.uint8) != again.values.view(torch.uint8)).float().mean() < 0.01
+    torch.testing.assert_close(got.scales, again.scales, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["fp8-row", "fp8-128"])
 @pytest.mark.parametrize("static", [None, 0.01])
 def test_float8_inputs(kind: str, static: float | None) -> None:
     """Many rows of float8 weights: the product of both, quantized."""
@@ -182,6 +206,24 @@ def test_float8_inputs(kind: str, static: float | None) -> None:
     exact = rounded @ part.dequantise().t() + 1
     assert error(got, exact) < TOLERANCE
     assert error(got, x.float() @ part.dequantise().t() + 1) < (0.05 if CUDA else 0.15)
+
+
+@pytest.mark.parametrize("kind", ["fp8-row", "fp8-128"])
+def test_few_float8_rows(kind: str) -> None:
+    """A weight that is read once, in one part and two; a bias, and both halves with the activation."""
+    outputs, inputs, rows = 64, 512, 20
+    weight = packed(part_of(kind, outputs, inputs), torch.bfloat16, quantises=True)
+    assert not weight.takes_float8(16) and weight.takes_float8(17)
+    x = x_of(rows, inputs, torch.bfloat16 if CUDA else torch.float16)
+    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1)).to(x)
+    quantised = weight.quantised(x)
+    exact = straight(quantised) @ part_of(kind, outputs, inputs).dequantise().t()
+    for tile in (Tile(32, 32, 2 * CHUNK, 1), Tile(32, 64, 2 * CHUNK, 2)):
+        ours = TritonLinear(weight, bias, ARRIVED, 0, torch.float32, choices=((64, tile),))
+        assert error(ours(x), exact + bias.float()) < TOLERANCE / 4
+        assert torch.equal(ours(x), ours(quantised))
+        gated = linear(quantised, weight, None, tile, ARRIVED, False, torch.float32, "silu")
+        assert error(gated, F.silu(exact[:, :32]) * exact[:, 32:]) < TOLERANCE
 
 
 def test_activation_and_quantisation_at_once() -> None:
@@ -259,7 +301,7 @@ def test_tiles_that_are_measured() -> None:
         choices = choices_for(weight)
         assert choices[0] == (8, best) and [most for most, _ in choices] == [8, 16, 32, 64, 128, 256]
         patch.setattr(packed_tiles, "PACKED", {("int4", 64, 256): ((8, Tile(16, 64, 64)),)})
-        assert choices_for(weight)[0][0] == 16, "two chunks are two groups"
+        assert choices_for(weight)[0] == (8, by_rule(weight, 8)), "two chunks are two groups"
 
 
 # ------------------------------------------------------------------ whole models

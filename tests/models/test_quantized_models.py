@@ -71,11 +71,16 @@ def quantised(folder: Path, case: Case, name: str = "llama", **changed: Any) -> 
 
 
 def check(folder: Path, model: Any, tolerance: float = 1e-5, **fields: str) -> Any:
-    """Compare logits with transformers', in deviations; returns our decoder."""
+    """Compare logits with transformers', in deviations; returns our decoder.
+
+    Where they are further apart, as on CPUs that sum in other orders, ours are about as near to those of float64.
+    """
     expected = tiny.reference_logits(model, IDS)
     decoder = tiny.load(str(folder), **fields)
     got = Driver.of(decoder).logits(IDS, [30] + [1] * 10)
-    assert (got - expected).abs().max() < tolerance * expected.std()
+    if (got - expected).abs().max() >= tolerance * expected.std():
+        exact = tiny.reference_logits(copy.deepcopy(model).double(), IDS)
+        assert (got - exact).abs().max() < 1.5 * (expected - exact).abs().max()
     return decoder
 
 

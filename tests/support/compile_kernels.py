@@ -13,9 +13,12 @@ from triton.backends.compiler import GPUTarget
 
 from actorserve.models import (
     attention_kernels,
+    float8_kernels,
     latent_attention,
     latent_kernels,
     layer_kernels,
+    moe_gemm,
+    moe_kernels,
     packed_kernels,
     slot_kernels,
 )
@@ -128,6 +131,7 @@ def quantized() -> Iterator[None]:
     no_add: dict[str, Any] = dict.fromkeys(("residual", "gain", "new_residual", "new_squares"))
     no_add |= {"scale": 1.0, "ADD": False}
     plain = {"QK_NORM": False, "INTERLEAVED": False, "KV_LIMIT": 0, "BF16": True, "ASM": True, "EVEN": True}
+    plain |= {"CHUNK": 32, "ROWS": 16, "AHEAD": 8}
     heads = {"HEADS": True, "D": 128, "ROTATE": True, "BIAS": True, "qk_gains": None}
     tile = {"BM": 16, "BN": 128, "BK": 32, "SPLIT": 4, "STAGES": 4, "ACT": "", "PDL": True, "SQUARES": 32}
     cases: list[dict[str, Any]] = [
@@ -144,17 +148,46 @@ def quantized() -> Iterator[None]:
         yield build(packed_kernels.packed_kernel, 8 if own["BM"] > 32 else 4, own["PDL"], types, 4, **own)
     for kind, group in (("int4", 128), ("int8", 0))[: 2 if thorough else 1]:
         types = PACKED | {"meta": "*i32" if kind == "int4" else "*fp32"}
-        yield build(packed_kernels.unpack_kernel, 4, False, types, KIND=kind, GROUP=group, BF16=True, BN=64)
+        yield build(
+            packed_kernels.unpack_kernel, 4, False, types, KIND=kind, GROUP=group, CHUNK=32, ROWS=16, BF16=True, BN=64
+        )
     types = PACKED | {"out": "*fp8e4nv"}
     for group, block in ((0, 4096), (128, 2048))[: 2 if thorough else 1]:
-        own = {"GROUP": group, "BLOCK": block, "STATIC": False, "static": None, "ACT": "" if group else "silu"}
-        yield build(packed_kernels.quantise_rows_kernel, 8, False, types, **own)
+        own = {
+            "GROUP": group,
+            "BLOCK": block,
+            "STATIC": False,
+            "static": None,
+            "ACT": "" if group else "silu",
+            "PDL": True,
+        }
+        yield build(float8_kernels.quantise_rows_kernel, 8, False, types, **own)
+    own = {"GROUP": 0, "BLOCK": 4096, "STATIC": False, "static": None, "PDL": True}
+    yield build(float8_kernels.norm_quantise_kernel, 8, True, types | {"delta": "*bf16", "weight": "*bf16"}, **own)
     types = PACKED | {"x": "*fp8e4nv", "w": "*fp8e4nv"}
+    own = no_heads | no_add | tile | {"BM": 64, "BN": 64, "BK": 128, "SPLIT": 1, "parts": None, "ACT": "silu"}
+    own |= {"QK_NORM": False, "INTERLEAVED": False, "KV_LIMIT": 0, "BIAS": False, "bias": None, "SQUARES": 0}
+    for group in (0, 128)[: 2 if thorough else 1]:
+        yield build(float8_kernels.float8_kernel, 4, True, types, 4, GROUP=group, squares=None, EVEN=True, **own)
     own = {"BM": 128, "BN": 128, "BIAS": False, "bias": None, "STAGES": 4}
-    yield build(packed_kernels.blockwise_kernel, 8, False, types, 4, **own)
+    yield build(float8_kernels.blockwise_kernel, 8, False, types, 4, **own)
+
+
+def experts() -> Iterator[None]:
+    """A router, who is whose, both products and their sum."""
+    names = {**dict.fromkeys("x w out y shared gate".split(), "*bf16"), "cap": "fp32"}
+    names |= {**dict.fromkeys("ids queues counts".split(), "*i32"), "scale": "fp32"}
+    names |= dict.fromkeys("router bias weights".split(), "*fp32")
+    flags = {"SOFTMAX": True, "BIAS": False, "bias": None, "RENORM": True, "CAP": False}
+    yield build(moe_kernels.route_kernel, 8, False, names, E=64, K=8, BK=128, **flags)
+    yield build(moe_kernels.queue_kernel, 4, False, names, BLOCK=512)
+    for act, tile in (("silu", moe_gemm.GATE_UP), ("", moe_gemm.DOWN)):
+        own = {"BN": tile.outputs, "BK": tile.depth, "STAGES": tile.stages, "ACT": act, "OF_TOKENS": bool(act)}
+        yield build(moe_kernels.experts_kernel, tile.warps, False, names, tile.stages, BM=16, EVEN=True, **own)
+    yield build(moe_kernels.mix_kernel, 4, False, names, BLOCK=1024, SHARED=True, GATE=True)
 
 
 if __name__ == "__main__":
-    for part in (sampler, attention, latents, layers, quantized):
+    for part in (sampler, attention, latents, layers, quantized, experts):
         for _ in part():
             pass
