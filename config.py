@@ -150,7 +150,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="auto: torch on CPU; on a GPU FlashInfer prefill where installed, Triton decode"),
     ] = "auto"
     kv_cache_dtype: Annotated[
-        Literal["auto", "fp8_e4m3"], Meta(description="fp8_e4m3 halves the KV cache; auto: as the weights")
+        Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        Meta(description="8 bits halve the KV cache; fp8: fp8_e4m3; auto: as the weights"),
     ] = "auto"
     disable_cuda_graph: Annotated[bool, Meta(description="launch every kernel of a decode step by itself")] = False
     cuda_graph_max_bs: Annotated[

@@ -10,9 +10,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _scores(q, k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """q [M, D], k [D, N] -> scores in units of log2 e."""
-    s = tl.dot(q, k, input_precision=PRECISION)
+def _scaled(s, scale, cap, SOFTCAP: tl.constexpr):
+    """Products of queries and keys -> scores in units of log2 e."""
     if SOFTCAP:
         t = s * (scale / cap)
         s = cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp(2.0 * t) + 1.0))
@@ -22,20 +21,53 @@ def _scores(q, k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _scores(q, k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """q [M, D], k [D, N] -> scores in units of log2 e."""
+    return _scaled(tl.dot(q, k, input_precision=PRECISION), scale, cap, SOFTCAP)
+
+
+@triton.jit
+def _attended(
+    query, k, v, seen, m, total, acc, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """One block further in the online softmax: query [GP, DP], k [DP, BLOCK], v [BLOCK, DP], seen [BLOCK]."""
+    s = _scores(query, k.to(query.dtype), scale, cap, SOFTCAP, PRECISION)
+    s = tl.where(seen[None, :], s, -float("inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - top[:, None])
+    shrink = tl.exp2(m - top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
+    return top, total, acc
+
+
+@triton.jit
+def _keys_and_values(cache, table, key, end, head, d, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
+    """Keys [DP, BLOCK] and values [BLOCK, DP] of a head at the positions `key` below `end`; zeros elsewhere."""
+    live = key < end
+    page = tl.load(table + key // PAGE, live, other=0).to(tl.int64)
+    base = (page * PAGE + key % PAGE) * (2 * K * D) + head * D
+    k = tl.load(cache + base[None, :] + d[:, None], live[None, :] & (d[:, None] < D), other=0.0)
+    v = tl.load(cache + base[:, None] + K * D + d[None, :], live[:, None] & (d[None, :] < D), other=0.0)
+    return k, v
+
+
+@triton.jit
 def decode(
     q, cache, tables, rows, lengths, out, partial, partial_lse, counters, scale, cap, window, q_stride, width,
     HAS_ROWS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, split, row): the group's queries over a share of the row's keys.
 
     Partial results are merged by the last program of a (row, head) to arrive; `counters` go back to zero. SPLITS is a
-    power of two. PDL: launched before its predecessor ends, and lets its successor be.
+    power of two. PDL: launched before its predecessor ends, and lets its successor be. AHEAD blocks of keys and values
+    are loaded before the wait: all but the newest, which the predecessor writes, are of earlier steps, and so are
+    lengths and tables of the kernels that begin a step, which are launched without PDL.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0)
     split = tl.program_id(1)
     b = tl.program_id(2)
@@ -48,13 +80,27 @@ def decode(
     start = first + split * share * BLOCK
     end = tl.minimum(start + share * BLOCK, length)
     used = tl.cdiv(blocks, share)
+    row = b
+    if HAS_ROWS:
+        row = tl.load(rows + b).to(tl.int32)
+    table = tables + row.to(tl.int64) * width
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    n = tl.arange(0, BLOCK)
+    newest = length - 1
+    last = end if AHEAD == 0 else tl.minimum(end, newest)
+    older_k = ()
+    older_v = ()
+    for j in tl.static_range(AHEAD):
+        k, v = _keys_and_values(cache, table, start + j * BLOCK + n, last, head, d, K, D, PAGE)
+        older_k = older_k + (k,)  # type: ignore[assignment]  # noqa: RUF005
+        older_v = older_v + (v,)  # type: ignore[assignment]  # noqa: RUF005
+    new = cache
+    if AHEAD > 0:
+        new += (tl.load(table + newest // PAGE).to(tl.int64) * PAGE + newest % PAGE) * (2 * K * D) + head * D
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if split < used:
-        row = b
-        if HAS_ROWS:
-            row = tl.load(rows + b).to(tl.int32)
-        g = tl.arange(0, GP)
-        d = tl.arange(0, DP)
-        n = tl.arange(0, BLOCK)
         query = tl.load(
             q + b.to(tl.int64) * q_stride + (head * G + g[:, None]) * D + d[None, :],
             (g[:, None] < G) & (d[None, :] < D), other=0.0,
@@ -62,25 +108,42 @@ def decode(
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, DP], tl.float32)
-        table = tables + row.to(tl.int64) * width
-        for at in tl.range(start, end, BLOCK, num_stages=STAGES):
+        if AHEAD > 0:  # the newest key by itself, where it is among these
+            new_k = tl.load(new + d, d < D, other=0.0).to(query.dtype).to(tl.float32)
+            new_v = tl.load(new + K * D + d, d < D, other=0.0).to(query.dtype).to(tl.float32)
+            score = _scaled(tl.sum(query.to(tl.float32) * new_k[None, :], 1), scale, cap, SOFTCAP)
+            ours = newest < end
+            m = tl.where(ours, score, m)
+            total = tl.where(ours, 1.0, total)
+            acc = tl.where(ours, new_v[None, :], acc)
+        for at in tl.range(start + AHEAD * BLOCK, last, BLOCK, num_stages=STAGES):
             key = at + n
-            live = key < end
-            page = tl.load(table + key // PAGE, live, other=0).to(tl.int64)
-            slot = page * PAGE + key % PAGE
-            base = slot * (2 * K * D) + head * D
-            k = tl.load(cache + base[None, :] + d[:, None], live[None, :] & (d[:, None] < D), other=0.0)
-            v = tl.load(cache + base[:, None] + K * D + d[None, :], live[:, None] & (d[None, :] < D), other=0.0)
-            s = _scores(query, k.to(query.dtype), scale, cap, SOFTCAP, PRECISION)
-            seen = live
+            seen = key < last
             if WINDOW:
                 seen = seen & (key >= length - window)
-            s = tl.where(seen[None, :], s, -float("inf"))
-            top = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - top[:, None])
+            k, v = _keys_and_values(cache, table, key, last, head, d, K, D, PAGE)
+            m, total, acc = _attended(query, k, v, seen, m, total, acc, scale, cap, SOFTCAP, PRECISION)
+        if AHEAD > 0:  # all of them at once: one search for the largest score, one sum
+            scores = ()
+            peaks = tl.full([GP, BLOCK], -float("inf"), tl.float32)
+            for j in tl.static_range(AHEAD):
+                key = start + j * BLOCK + n
+                seen = key < last
+                if WINDOW:
+                    seen = seen & (key >= length - window)
+                s = _scores(query, older_k[j].to(query.dtype), scale, cap, SOFTCAP, PRECISION)
+                s = tl.where(seen[None, :], s, -float("inf"))
+                scores = scores + (s,)  # noqa: RUF005
+                peaks = tl.maximum(peaks, s)
+            top = tl.maximum(m, tl.max(peaks, 1))
             shrink = tl.exp2(m - top)
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
+            acc *= shrink[:, None]
+            weights = tl.zeros([GP, BLOCK], tl.float32)
+            for j in tl.static_range(AHEAD):
+                p = tl.exp2(scores[j] - top[:, None])
+                weights += p
+                acc = tl.dot(p.to(query.dtype), older_v[j].to(query.dtype), acc, input_precision=PRECISION)
+            total = total * shrink + tl.sum(weights, 1)
             m = top
         mask = (g[:, None] < G) & (d[None, :] < D)
         place = (b * K + head) * G + g
@@ -151,10 +214,7 @@ def prefill(
     for at in tl.range(start, end, BLOCK, num_stages=STAGES):
         key = at + n
         live = key < end
-        page = tl.load(table + key // PAGE, live, other=0).to(tl.int64)
-        base = (page * PAGE + key % PAGE) * (2 * K * D) + (head // G) * D
-        k = tl.load(cache + base[None, :] + d[:, None], live[None, :] & (d[:, None] < D), other=0.0)
-        v = tl.load(cache + base[:, None] + K * D + d[None, :], live[:, None] & (d[None, :] < D), other=0.0)
+        k, v = _keys_and_values(cache, table, key, end, head // G, d, K, D, PAGE)
         s = _scores(query, k.to(query.dtype), scale, cap, SOFTCAP, PRECISION)
         seen = key[None, :] <= position + i[:, None]
         if WINDOW:

@@ -4,8 +4,8 @@ Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplie
 it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table. Nothing is tuned at run time.
 With a tile, the work between this GEMM and the next is done in its epilogue: rotation and KV write, activation,
 residual and norm (`Heads`, `act`, `Add`); a norm's division follows in the next GEMM (`Unscaled`).
-Tried on an H200 and not kept: prefetching the weight into the L2 while the predecessor ends made steps slower (4.26 to
-4.50 ms for 4.20 at 32 rows).
+Tried on an H200 and not kept: asking the L2 for the weight while the predecessor ends, or for the next GEMM's weight,
+made steps slower (Qwen2-7B, 32 rows: 4.26 to 4.50 ms for 4.20; Qwen2-0.5B, 64 rows: 1.10 to 1.15 ms for 1.06).
 Invariant: a call does no host synchronisation and launches what depends on shapes only, so it can be captured.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_kernels import linear_kernel
+from .kv_cache import saturation
 from .packed_gemm import Float8Rows, Packed
 from .tuned_gemm import TunedGemms, by_torch
 
@@ -54,18 +55,29 @@ class Tile:
 Choices = tuple[tuple[int, Tile | None], ...]
 """(most rows, tile) in rising order, None for cuBLAS; cuBLAS above the last."""
 
+# fmt: off
 GEMMS: Final[dict[tuple[int, int], Choices]] = {
     (3584, 3584): ((1, Tile(16, 64, 256, 2, 4, 3)), (32, Tile(32, 64, 256, 2, 4, 3))),
     (37888, 3584): ((1, Tile(16, 64, 256, 1, 4, 3)), (32, Tile(32, 128, 128, 1, 4, 4, tma=True))),
     (3584, 18944): ((1, Tile(16, 64, 256, 2, 4, 3)),),
     (152064, 3584): ((1, Tile(16, 64, 128, 1, 4, 4)), (32, Tile(32, 64, 128, 1, 4, 4, tma=True))),
-    (9728, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(64, 128, 64, 1, 4, 5, tma=True))),
-    (896, 4864): ((1, Tile(1, 4, 1024, 1, 4, 3, ahead=5)), (64, Tile(32, 64, 128, 8, 4, 4, tma=True))),
-    (1152, 896): ((1, Tile(16, 64, 128, 4, 4, 4, ahead=2)), (64, Tile(64, 64, 128, 4, 4, 3, ahead=1))),
-    (896, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(32, 64, 128, 4, 4, 4, tma=True))),
-    (151936, 896): ((1, Tile(1, 8, 1024, 1, 4, 3)), (64, Tile(64, 64, 64, 1, 4, 6, tma=True))),
+    (9728, 896): (
+        (1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (16, Tile(16, 128, 64, 1, 4, 6, tma=True)),
+        (64, Tile(64, 128, 64, 1, 4, 6, swap=False, tma=True)),
+    ),
+    (896, 4864): (
+        (1, Tile(1, 4, 1024, 1, 4, 3, ahead=5)), (16, Tile(16, 64, 128, 8, 4, 4, tma=True)),
+        (64, Tile(64, 16, 128, 4, 4, 5, swap=False, tma=True)),
+    ),
+    (1152, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7))),
+    (896, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7))),
+    (151936, 896): (
+        (1, Tile(1, 8, 1024, 1, 4, 3)), (16, Tile(16, 64, 128, 1, 4, 4, tma=True)),
+        (64, Tile(64, 64, 64, 1, 4, 4, tma=True)),
+    ),
 }
 """By (outputs, inputs) of the weight."""
+# fmt: on
 
 
 def choose(choices: Choices, rows: int) -> Tile | None:
@@ -130,8 +142,12 @@ class Heads:
     kv_rows: Tensor
 
     def fits(self, tile: Tile) -> bool:
-        """Whether a tile has whole heads that the kernel knows how to cut."""
-        return tile.outputs % self.head_dim == 0 and self.head_dim & (self.head_dim - 1) == 0
+        """Whether a tile has whole heads, or pairs of one, that the kernel knows how to cut."""
+        size, outputs = self.head_dim, tile.outputs
+        if size & (size - 1):
+            return False
+        pairs = not self.interleaved and self.qk_norm is None and not tile.tma and size % outputs == 0
+        return outputs % size == 0 or pairs
 
 
 def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
@@ -186,7 +202,8 @@ def linear(
     linear_kernel[(tiles, tile.split)](
         x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs, early, *after,
         BK=tile.depth, SWAP=tile.swap, TMA=tile.tma, EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share),
-        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None, **options,
+        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None,
+        **options,
     )  # fmt: skip
     return out
 
@@ -207,7 +224,6 @@ def _epilogue_arguments(norm: Unscaled | None, add: Add | None, heads: Heads | N
 
 def _epilogue_constants(norm: Unscaled | None, add: Add | None, heads: Heads | None) -> dict[str, Any]:
     """The constants of `linear_kernel` that say which epilogue it has."""
-    saturates = heads is not None and heads.kv_rows.dtype == torch.float8_e4m3fn
     return {
         "SQUARES": triton.next_power_of_2(norm.squares.shape[1]) if norm else 0,
         "ADD": add is not None,
@@ -216,7 +232,7 @@ def _epilogue_constants(norm: Unscaled | None, add: Add | None, heads: Heads | N
         "QK_NORM": heads is not None and heads.qk_norm is not None,
         "ROTATE": heads is not None and heads.table is not None,
         "INTERLEAVED": heads is not None and heads.interleaved,
-        "KV_LIMIT": int(torch.finfo(torch.float8_e4m3fn).max) if saturates else 0,
+        "KV_LIMIT": int(saturation(heads.kv_rows.dtype) or 0) if heads else 0,
     }
 
 
@@ -263,6 +279,11 @@ class TritonLinear:
     def tile(self, rows: int) -> Tile | None:
         """What this many rows are multiplied with, None for cuBLAS."""
         return choose(self.choices, rows) if rows else None
+
+    def programs(self, rows: int) -> int:
+        """Programs that multiply this many rows; 0 without a tile."""
+        tile = self.tile(rows)
+        return triton.cdiv(len(self.weight), tile.outputs) * triton.cdiv(rows, tile.rows) if tile else 0
 
     def float8_rows(self, rows: int) -> Packed | None:
         """The weight, if it is multiplied with float8 inputs at this many rows."""

@@ -75,9 +75,23 @@ def add_to_residual(acc, old, gains, out, rn, rm, rows, n, tile_n, tiles_n, add,
 
 
 @triton.jit
-def cosines_and_sines(table, rm, rows, D: tl.constexpr):
-    """Those of rows rm, [1, D / 2, BM] each, of table float32 [T, 2, D / 2]."""
-    at = table + rm.to(tl.int64)[None, None, :] * D + tl.arange(0, D // 2)[None, :, None]
+def head_rows(tile, D: tl.constexpr, BN: tl.constexpr):
+    """The BN outputs of a tile of heads: whole heads, or (not interleaved) BN / 2 pairs of one, firsts then seconds."""
+    i = tl.arange(0, BN)
+    if BN >= D:
+        return tile * BN + i
+    else:
+        PARTS: tl.constexpr = D // BN
+        half = i // (BN // 2)
+        return (tile // PARTS) * D + half * (D // 2) + (tile % PARTS) * (BN // 2) + i % (BN // 2)
+
+
+@triton.jit
+def cosines_and_sines(table, rn, rm, rows, D: tl.constexpr):
+    """Those of the pairs in rows rm, [1, pairs, BM] each, of table float32 [T, 2, D / 2]; rn: see `head_rows`."""
+    PAIRS: tl.constexpr = (D if rn.shape[0] >= D else rn.shape[0]) // 2
+    pair = tl.min(rn, 0) % D + tl.arange(0, PAIRS)
+    at = table + rm.to(tl.int64)[None, None, :] * D + pair[None, :, None]
     live = (rm < rows)[None, None, :]
     return tl.load(at, live, other=1.0), tl.load(at + D // 2, live, other=0.0)
 
@@ -87,24 +101,26 @@ def store_heads(
     acc, turn, slot, out, rn, rm, rows, operands, SWAP: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
     ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """QK-norm and rotate a tile of whole heads; queries to out [rows, H, D], keys and values to kv [slots, 2, K, D].
+    """QK-norm and rotate a tile of heads; queries to out [rows, H, D], keys and values to kv [slots, 2, K, D].
 
-    What layer_kernels.rope_kernel does, for DIM = D, a power of two. turn: `cosines_and_sines`; slot [BM].
+    What layer_kernels.rope_kernel does, for DIM = D, a power of two. turn: `cosines_and_sines`; slot [BM]; rn: see
+    `head_rows`, whole heads with QK_NORM.
     """
     gains, eps, kv, kv_stride, heads, kv_heads = operands
     y = rounded(acc, out)
     if not SWAP:
         y = y.T
     BM: tl.constexpr = y.shape[1]
-    COUNT: tl.constexpr = y.shape[0] // D
+    COUNT: tl.constexpr = (y.shape[0] + D - 1) // D
+    PAIRS: tl.constexpr = y.shape[0] // COUNT // 2
     if INTERLEAVED:
-        pairs = tl.permute(tl.reshape(y, (COUNT, D // 2, 2, BM)), (0, 1, 3, 2))
+        pairs = tl.permute(tl.reshape(y, (COUNT, PAIRS, 2, BM)), (0, 1, 3, 2))
     else:
-        pairs = tl.permute(tl.reshape(y, (COUNT, 2, D // 2, BM)), (0, 2, 3, 1))
-    first, second = tl.split(pairs)  # [COUNT, D / 2, BM] each
+        pairs = tl.permute(tl.reshape(y, (COUNT, 2, PAIRS, BM)), (0, 2, 3, 1))
+    first, second = tl.split(pairs)  # [COUNT, PAIRS, BM] each
 
     head = (tl.min(rn, 0) // D + tl.arange(0, COUNT))[:, None, None]
-    pair = tl.arange(0, D // 2)[None, :, None]
+    pair = (tl.min(rn, 0) % D + tl.arange(0, PAIRS))[None, :, None]
     row = rm[None, None, :]
     step: tl.constexpr = 2 if INTERLEAVED else 1
     other: tl.constexpr = 1 if INTERLEAVED else D // 2

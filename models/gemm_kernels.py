@@ -16,6 +16,7 @@ from .gemm_epilogues import (
     by_column,
     by_row,
     cosines_and_sines,
+    head_rows,
     residual_tile,
     rms_factors,
     rounded,
@@ -85,7 +86,7 @@ def _finish(
     elif HEADS:
         slot, gains, eps, kv, kv_stride, count, kv_count = heads
         if LATE and ROTATE:
-            turn = cosines_and_sines(turn, rm, rows, D)
+            turn = cosines_and_sines(turn, rn, rm, rows, D)
         operands = (gains, eps, kv, kv_stride, count, kv_count)
         store_heads(acc, turn, slot, out, rn, rm, rows, operands, SWAP, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT)
     else:
@@ -121,7 +122,7 @@ def operands_after(
     if HEADS:
         slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
         if ROTATE and not LATE:
-            turn = cosines_and_sines(table, rm, rows, D)
+            turn = cosines_and_sines(table, rn, rm, rows, D)
     factors = 0.0
     if SQUARES > 0:
         factors = rms_factors(squares, square_parts, eps, rm, rows, k, SQUARES)
@@ -192,6 +193,8 @@ def linear_kernel(
     tile_n, tile_m = tile // row_tiles, tile % row_tiles
     first_n, first_m = tile_n * BN, tile_m * BM
     rn, rm = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
+    if HEADS:
+        rn = head_rows(tile_n, D, BN)
     steps = tl.cdiv(k, BK)
     share = tl.cdiv(steps, SPLIT)
     begin = part * share

@@ -21,9 +21,19 @@ ALIGNMENT: Final = 64
 """Bytes: a cache line, as torch's own memory has it."""
 
 
+FLOAT8: Final = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""By `EngineConfig.kv_cache_dtype`."""
+
+
 def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     """Resolve `EngineConfig.kv_cache_dtype` for a model of `dtype`."""
-    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else dtype
+    return FLOAT8.get(config.kv_cache_dtype, dtype)
+
+
+def saturation(dtype: torch.dtype) -> float | None:
+    """Where keys and values of a cache of `dtype` are cut off; None: nowhere. Scales are 1: a float8 number's relative
+    precision does not depend on one, and keys and values are far below its limit."""
+    return torch.finfo(dtype).max if dtype in FLOAT8.values() else None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -76,5 +86,5 @@ class KVCache:
         targets = np.concatenate([d * self.page_size + np.arange(n) for _, d, n in copies.astype(np.int64)])
         source_slots, target_slots = upload(np.stack([sources, targets]), self.storage.device)
         with torch.inference_mode():
-            storage = self.storage.view(torch.uint8) if self.storage.dtype == torch.float8_e4m3fn else self.storage
+            storage = self.storage.view(torch.uint8) if self.storage.dtype.itemsize == 1 else self.storage
             storage.index_copy_(1, target_slots, storage.index_select(1, source_slots))

@@ -2,8 +2,8 @@
 
 Used by triton_ops.py. With PDL (programmatic dependent launch) a kernel is launched while its predecessor still runs,
 so it touches only parameters until it has waited.
-Invariant: every program of a kernel launched with PDL waits, so "my predecessor is complete" means that all before it
-are.
+Invariants: every program of a kernel launched with PDL waits, so "my predecessor is complete" means that all before it
+are. A step begins with kernels that are launched without, so what earlier steps left is complete for all that follow.
 """
 
 import triton

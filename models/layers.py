@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kv_cache import saturation
 from .norms import qk_norm_, rms_norm
 from .part_maps import map_of
 from .rope import rotate_, rotation_table
@@ -171,8 +172,8 @@ def add_rms_norm(
 
 def write_rows(rows: Tensor, kv_slots: Tensor, kv_rows: Tensor) -> None:
     """Write rows [T, ...] to the slots [T] of one layer of the cache, kv_rows [slots, ...]; float8 saturates."""
-    if kv_rows.dtype == torch.float8_e4m3fn:  # index_copy_ does not know the dtype, so bytes are copied
-        limit = torch.finfo(kv_rows.dtype).max
+    limit = saturation(kv_rows.dtype)
+    if limit is not None:  # index_copy_ does not know the dtype, so bytes are copied
         rounded = rows.clamp(-limit, limit).to(kv_rows.dtype)
         kv_rows.view(torch.uint8).index_copy_(0, kv_slots.long(), rounded.view(torch.uint8))
     else:

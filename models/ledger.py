@@ -19,7 +19,7 @@ from .shard import sharded
 from .spec import Spec
 
 MIB: Final = 1 << 20
-ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1}
+ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 FRACTION: Final = {"cpu": 0.25, "cuda": 0.88}
 """Default of --mem-fraction-static."""
 SLOTS: Final = {"cpu": 64, "cuda": 256}

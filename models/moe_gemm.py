@@ -56,7 +56,7 @@ def choose_experts(x: Tensor, router: Tensor, bias: Tensor | None, moe: Moe) -> 
 
 def tile_rows(tokens: int, moe: Moe) -> int:
     """Rows of a tile: twice an expert's on average, so that few need a second one."""
-    return max(16, min(128, triton.next_power_of_2(2 * tokens * moe.top_k // moe.experts)))
+    return int(max(16, min(128, triton.next_power_of_2(2 * tokens * moe.top_k // moe.experts))))
 
 
 def run_experts(

@@ -38,13 +38,20 @@ class Launch:
     """Programs that a launch aims at: some for each of the 132 multiprocessors of an H100 or H200."""
     most: int = 16
     """Most parts of a row."""
+    ahead: int = 0
+    """With PDL: blocks of older keys and values that are loaded, into registers, before the predecessor ends."""
 
 
 Launches = tuple[tuple[int, Launch], ...]
 """(most problems, launch) in rising order; a problem is a (row, KV head) pair. The last is for all above, too."""
 
 DECODE: Final[dict[int, Launches]] = {
-    64: ((64, Launch(64, 8, 3)), (128, Launch(128, 8, 2))),
+    64: (
+        (4, Launch(64, 8, 3, ahead=1)),
+        (32, Launch(64, 4, 2, 132 * 2, 8, 2)),
+        (128, Launch(64, 4, 3, ahead=1)),
+        (256, Launch(128, 8, 2)),
+    ),
     128: ((64, Launch(64, 8, 3)), (128, Launch(64, 4, 2))),
 }
 """By head_dim; that of 128 for others. perf/attention.py finds and prints it.
@@ -137,7 +144,8 @@ class TritonPlan:
                 q, cache, batch.decode_tables, q if batch.decode_rows is None else batch.decode_rows,
                 batch.decode_lengths, out, partial, lse, counters, *numbers, batch.decode_tables.stride(0),
                 HAS_ROWS=batch.decode_rows is not None, GP=max(16, triton.next_power_of_2(spec.group)),
-                BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, PDL=self.pdl, num_warps=launch.warps,
+                BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead,
+                PDL=self.pdl, num_warps=launch.warps,
                 **({"launch_pdl": True} if self.pdl else {}), **shared,
             )  # fmt: skip
         if self.tiles is not None:

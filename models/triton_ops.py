@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals
+from .kv_cache import saturation
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
 from .layers import Hidden, LinearMap
 from .moe import route
@@ -34,6 +35,11 @@ Measured on an H200, a step of Qwen2-7B without attention: 3.96 ms without and 3
 at 32; at 128 and 256 rows it costs 1 to 3 %. Prefetching beside it: 3.89 (4 MiB) to 4.06 ms (16 MiB) at 1 row.
 """
 PDL_HIDDEN: Final = 3584
+MOST_READERS: Final = 2048
+"""Up to so many programs a GEMM divides by the root mean squares itself: each of them reads the rows' sums of squares.
+
+Above, which is the head of a large vocabulary, a kernel for the norm is faster: 13 us a step of Qwen2-0.5B at 64 rows.
+"""
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -133,7 +139,6 @@ class TritonOps:
         skip_queries = rope is None and qk_norm is None
         each = 4 if rows <= 256 else 16
         blocks = triton.cdiv(2 * kv_heads + (0 if skip_queries else heads), each)
-        saturates = kv_rows.dtype == torch.float8_e4m3fn
         if rows:
             rope_kernel[(rows * blocks,)](
                 qkv, qk_norm, table, kv_slots, kv_rows, qkv.stride(0), kv_rows.stride(0), heads, kv_heads, eps,
@@ -141,7 +146,7 @@ class TritonOps:
                 REST=max(8, triton.next_power_of_2(head_dim - dim)) if dim < head_dim else 0,
                 HEADS=each, BLOCKS=blocks, SKIP_QUERIES=skip_queries,
                 INTERLEAVED=bool(rope and rope.interleaved), NORM=qk_norm is not None, ROTATE=rope is not None,
-                KV_LIMIT=int(torch.finfo(kv_rows.dtype).max) if saturates else 0,
+                KV_LIMIT=int(saturation(kv_rows.dtype) or 0),
                 **self._launch(rows, each // 4),
             )  # fmt: skip
         return qkv[:, :heads]
@@ -209,7 +214,7 @@ class TritonOps:
         wanted = into.float8_rows(rows) if self.fuse and isinstance(into, TritonLinear) else None
         if wanted is not None:
             return wanted.normed(linear(x), residual, residual_scale, weight, eps, rows <= self.pdl_rows)
-        if ours is not None and x.dtype in self.defer and self._fusing(into, rows) is not None:
+        if ours is not None and x.dtype in self.defer and self._divides(into, rows):
             return ours.add(x, residual, residual_scale, weight, eps)
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
 
@@ -220,6 +225,11 @@ class TritonOps:
             return ours.gated(x, act)
         wanted = into.float8_rows(len(x)) if self.fuse and isinstance(into, TritonLinear) else None
         return self.act_mul(gate_up(x), act) if wanted is None else wanted.quantised(gate_up(x), act)
+
+    def _divides(self, into: LinearMap | None, rows: int) -> bool:
+        """Whether the next GEMM is ours, and takes what a norm has left to do."""
+        following = self._fusing(into, rows)
+        return following is not None and following.programs(rows) <= MOST_READERS
 
     def _fusing(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
         """`linear`, if it is a GEMM of ours at this many rows."""

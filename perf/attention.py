@@ -66,7 +66,8 @@ def inputs(model: str, rows: int, context: int, device: torch.device) -> Inputs:
 
 
 def launches(problems: int, head_dim: int) -> list[Launch]:
-    """Ways to launch so many (row, KV head) pairs: block, warps, stages, and programs as they make different splits.
+    """Ways to launch so many (row, KV head) pairs: block, warps, stages, programs as they make different splits, and
+    blocks ahead.
 
     A block's keys are found through the page table, itself a load, so two stages are one block under way: 2 to 4 stages
     have one, 5 and 6 two, 7 three.
@@ -78,11 +79,12 @@ def launches(problems: int, head_dim: int) -> list[Launch]:
     found, seen = [], set()
     for programs, most in ((4, 16), (2, 16), (8, 16), (1, 16), (8, 32), (8, 64)):
         for block, warps, stages in shapes:
-            launch = Launch(block, warps, stages, min(MOST_PROGRAMS, programs * SMS), most)
-            key = (block, warps, stages, splits_for(problems, launch))
-            if key not in seen and 2 * block * head_dim * (stages + 1) <= 200 << 10:
-                seen.add(key)
-                found.append(launch)
+            for ahead in (0, 1, 2) if stages <= 3 else (0,):
+                launch = Launch(block, warps, stages, min(MOST_PROGRAMS, programs * SMS), most, ahead)
+                key = (block, warps, stages, splits_for(problems, launch), ahead)
+                if key not in seen and 2 * block * head_dim * (stages + 2 * ahead + 1) <= 200 << 10:
+                    seen.add(key)
+                    found.append(launch)
     return found
 
 
@@ -164,7 +166,8 @@ def measure(model: str, rows: int, args: argparse.Namespace, deadline: float) ->
 
 
 def short(launch: Launch, problems: int) -> str:
-    of = f"Launch({launch.block}, {launch.warps}, {launch.stages}, 132 * {launch.programs // SMS}, {launch.most})"
+    of = f"Launch({launch.block}, {launch.warps}, {launch.stages}, 132 * {launch.programs // SMS}, {launch.most}"
+    of += f", {launch.ahead})"
     return f"{of} in {splits_for(problems, launch)}"
 
 

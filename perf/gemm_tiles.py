@@ -83,6 +83,10 @@ def bases(rows: int) -> list[Tile]:
             Tile(64, 128, 64, 1, 4, 4),
             Tile(64, 128, 128, 1, 4, 3, swap=False, tma=True),
             Tile(32, 64, 128, 1, 4, 4, tma=True),
+            Tile(16, 64, 128, 1, 4, 7),
+            Tile(64, 16, 128, 1, 4, 7, swap=False),
+            Tile(64, 16, 128, 1, 4, 4, swap=False, tma=True),
+            Tile(64, 128, 64, 1, 4, 5, swap=False, tma=True),
         ]
     if rows <= 128:
         return [
@@ -102,12 +106,13 @@ def bases(rows: int) -> list[Tile]:
 
 
 def single_row(case: Case, sms: int) -> list[Tile]:
-    """Tiles without tensor cores, each warp with 256 columns; as much of the weight ahead as a thread may hold."""
-    if case.follows == "heads":  # a tile of a whole head has too many outputs for this
-        return []
+    """Tiles without tensor cores (of heads: some pairs of one), each warp with 256 columns.
+
+    As much of the weight is loaded ahead as a thread may hold.
+    """
     found = []
     for warps, outputs in ((4, 8), (4, 4), (4, 16), (2, 8), (2, 4), (8, 4), (8, 8), (2, 16)):
-        if case.follows == "logits" and outputs < 8:
+        if (case.follows == "logits" and outputs < 8) or (case.follows == "heads" and case.head_dim % outputs):
             continue
         outputs *= 2 if case.follows == "gated" else 1
         depth = 256 * warps
@@ -168,7 +173,7 @@ def candidates(case: Case, rows: int, sms: int) -> list[Tile]:
     """Tiles to try for a case; the head, where there is less to gain, gets a few only."""
     found = single_row(case, sms)[: 4 if case.follows == "logits" else None] if rows == 1 else []
     for base in bases(rows)[: 3 if case.follows == "logits" or rows == 1 else None]:
-        if case.follows == "heads" and base.outputs % case.head_dim:
+        if case.follows == "heads" and base.outputs % case.head_dim and (base.tma or case.head_dim % base.outputs):
             base = replace(base, outputs=case.head_dim, stages=max(2, base.stages - 1))
         if base.tma and case.inputs % base.depth:
             base = replace(base, depth=64, stages=min(6, 2 * base.stages))

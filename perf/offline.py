@@ -34,7 +34,8 @@ from actorserve.perf.shapes import model_folder
 from actorserve.sampler.params import SamplingParams
 
 SETTLE_SECONDS = 3.0
-"""Pause after the warm-up, in which an idle executor captures the CUDA graphs that it did not need yet."""
+"""Default pause after the warm-up, in which an idle executor captures the CUDA graphs that it did not need yet, and
+measures products: with a small model and runs of a second that takes longer, and would be in them."""
 FIRST_ID = 256
 """The lowest ids are often special tokens."""
 
@@ -51,6 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, E
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--repeat", type=int, default=1, help="runs after the warm-up; the median is reported")
     group.add_argument("--no-warmup", action="store_true")
+    group.add_argument("--settle", type=float, default=SETTLE_SECONDS, help="seconds between the warm-up and the runs")
     group.add_argument("--json", metavar="FILE", help="write the figures there too")
     add_limit_flags(p)
     add_config_flags(p)
@@ -125,7 +127,7 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         if not args.no_warmup:
             warmup = warmup_lengths(args, running)
             await serve_all(engine, requests_of(engine, warmup, args.temperature, args.seed + 1_000_003))
-            await asyncio.sleep(SETTLE_SECONDS if torch.cuda.is_available() else 0)
+            await asyncio.sleep(args.settle if torch.cuda.is_available() else 0)
         runs = [await timed(engine, args, lengths, args.seed + run) for run in range(args.repeat)]
     runs.sort(key=lambda run: run["elapsed_time"])
     middle = runs[len(runs) // 2]

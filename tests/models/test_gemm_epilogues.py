@@ -105,6 +105,19 @@ ROPES = [
 ]
 
 
+PARTS = [Tile(1, 8, 512, 1, 2, ahead=1), Tile(32, 16, 64, 2, swap=False), Tile(16, 32, 128, ahead=1)]
+"""Of a head each: half as many pairs as outputs."""
+
+
+@pytest.mark.parametrize("tile", PARTS, ids=str)
+@pytest.mark.parametrize("rope", [Rope(1e6, 64), None])
+def test_pairs_of_a_head(tile: Tile, rope: Rope | None) -> None:
+    test_heads(tile, 64, rope, normed=False)
+    weight, slots, cache = randn(3, 64), torch.arange(3), torch.zeros(3, 2, 1, 64)
+    for interleaved, qk_norm in ((True, None), (False, weight)):
+        assert not Heads(2, 1, 64, interleaved, qk_norm, EPS, None, slots, cache).fits(tile)
+
+
 @pytest.mark.parametrize("tile", TILES if CUDA else [TILES[1], TILES[3], TILES[4]], ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("head_dim", "rope"), ROPES)
@@ -149,7 +162,7 @@ def test_a_float8_cache_saturates() -> None:
 
 def test_heads_that_no_tile_holds() -> None:
     epilogue = Heads(1, 1, 64, False, None, 0.0, None, torch.empty(0), torch.empty(0))
-    assert not epilogue.fits(Tile(16, 32, 64)) and epilogue.fits(Tile(16, 128, 64))
+    assert not epilogue.fits(Tile(16, 32, 64, tma=True)) and epilogue.fits(Tile(16, 128, 64))
     epilogue.head_dim = 24
     assert not epilogue.fits(Tile(16, 48, 64))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,18 @@ def test_decode(group: int, kv_heads: int, head_dim: int, dtype: torch.dtype) ->
     Case(spec_of(group, kv_heads, head_dim), dtype, lengths, []).check(TritonAttention(), LIMIT[dtype])
 
 
+AHEAD = Launch(16, 4, 2, 132, 4, ahead=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 20])
+def test_keys_loaded_ahead(dtype: torch.dtype, window: int | None) -> None:
+    """The newest key in a block loaded before it is written or in a later one, the only key, the first of a block."""
+    lengths = [1, 17, 32, 33, 100, *([129, 130, 8192, 700] if CUDA else [])]
+    for launch in (AHEAD, replace(AHEAD, most=1)):
+        Case(spec_of(7, 2, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
+
+
 @pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 5.0), (33, 5.0), (1, None)])
 def test_window_and_softcap(window: int | None, cap: float | None) -> None:
     spec = spec_of(2, 2, 32, window, cap)
@@ -169,10 +182,11 @@ def test_more_rows_than_programs_are_not_split() -> None:
         Case(spec_of(4, 8, 64), torch.bfloat16, list(range(1, 200)), []).check(TritonAttention(), 1e-2)
 
 
-def test_float8_cache() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_cache(dtype: torch.dtype) -> None:
     case = Case(spec_of(4, 2, 64), torch.float32, [1, 30, 90], [(20, 30)])
-    wide, narrow = case.kv, KVCache(case.spec, case.kv.num_pages, PAGE, DEVICE, torch.float8_e4m3fn, torch.float32)
-    narrow.storage.copy_(wide.storage.nan_to_num(0.0).to(torch.float8_e4m3fn))
+    wide, narrow = case.kv, KVCache(case.spec, case.kv.num_pages, PAGE, DEVICE, dtype, torch.float32)
+    narrow.storage.copy_(wide.storage.nan_to_num(0.0).to(dtype))
     wide.storage.copy_(torch.where(wide.storage.isnan(), wide.storage, narrow.storage.float()))
     expected = case.expected()
     backends = [TorchAttention()] + ([TritonAttention()] if CUDA else [])  # the interpreter does not know float8

@@ -29,6 +29,7 @@ def test_all_compile(tmp_path: Path) -> None:
         "decode",
         "prefill",
         "latent",
+        "linear_kernel",
         "rope_kernel",
         "packed_kernel",
         "unpack_kernel",

@@ -146,27 +146,31 @@ def test_layers_without_rope_and_tokens_that_share_a_slot(interleaved: bool) -> 
     assert not cache[:7].any()
 
 
-def fp8_caches(values: Tensor, spec: Spec, rope: Rope | None) -> list[Tensor]:
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def fp8_caches(values: Tensor, spec: Spec, rope: Rope | None, dtype: torch.dtype = FLOAT8[0]) -> list[Tensor]:
     """What ours and the reference's caches hold of values [T, H + 2K, D], as float32."""
     slots = torch.arange(len(values), device=DEVICE)
     caches = []
     for ops, qkv in ((OPS, values.clone()), (PLAIN, values.float())):
         shape = (len(values), 2, spec.kv_heads, spec.head_dim)
-        cache = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+        cache = torch.zeros(shape, dtype=dtype, device=DEVICE)
         table = ops.rotation(slots, inverse_frequencies(rope).to(DEVICE), rope, qkv.dtype) if rope else None
         ops.qk_norm_rope_and_write(qkv, None, 0.0, table, spec, slots, cache)
         caches.append(cache.float())
     return caches
 
 
-def test_fp8_cache_saturates() -> None:
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_fp8_cache_saturates(dtype: torch.dtype) -> None:
     """On numbers that need no rounding: the interpreter's loses the carry into the exponent."""
-    spec = Spec(99, 64, 1, 2, 2, 16, 64)
-    values = torch.linspace(-1000, 1000, 6 * 6 * 16, device=DEVICE).view(6, 6, 16)
-    representable = values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    values = torch.where(values.abs() > 448, values, representable).to(torch.float16)
-    ours, exact = fp8_caches(values, spec, None)
-    assert torch.equal(ours, exact) and ours.abs().max() == 448
+    spec, limit = Spec(99, 64, 1, 2, 2, 16, 64), torch.finfo(dtype).max
+    values = torch.linspace(-1.1 * limit, 1.1 * limit, 6 * 6 * 16, device=DEVICE).view(6, 6, 16)
+    representable = values.clamp(-limit, limit).to(dtype).float()
+    values = torch.where(values.abs() > limit, values, representable).to(torch.float16)
+    ours, exact = fp8_caches(values, spec, None, dtype)
+    assert torch.equal(ours, exact) and ours.abs().max() == limit
 
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter does not round to fp8 as a GPU does")

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from triton import compiler
+from triton import cdiv, compiler
 from triton.backends.compiler import GPUTarget
 
 from actorserve.models import (
     attention_kernels,
     float8_kernels,
+    gemm_kernels,
     latent_attention,
     latent_kernels,
     layer_kernels,
@@ -22,7 +23,9 @@ from actorserve.models import (
     packed_kernels,
     slot_kernels,
 )
+from actorserve.models.gemm import GEMMS, Tile
 from actorserve.models.triton_attention import DECODE, splits_for
+from actorserve.perf.gemm_tiles import Case, cases
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -90,7 +93,7 @@ def attention() -> Iterator[None]:
                 seen.add((head_dim, launch, splits))
                 yield build(
                     attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
-                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, PDL=True, **shape,
+                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True, **shape,
                 )  # fmt: skip
     for window, cap in ((False, False), (True, True)):
         yield build(
@@ -122,6 +125,42 @@ def layers() -> Iterator[None]:
         )  # fmt: skip
     yield build(slot_kernels._prepare, 4, PAGE=16, BLOCK=256)
     yield build(slot_kernels._advance, 4, NO_TOKEN=-1, LENGTH=2, BLOCK=256)
+
+
+def gemms() -> Iterator[None]:
+    """Every tile of GEMMS with what follows its product; without TESTS_THOROUGH one of each epilogue."""
+    seen = set()
+    for case in (case for model in ("qwen2-0.5b", "qwen2-7b") for case in cases(model)):
+        for _, tile in GEMMS.get((case.outputs, case.inputs), ()):
+            if tile is not None and ("TESTS_THOROUGH" in os.environ or case.follows not in seen):
+                seen.add(case.follows)
+                yield one_gemm(case, tile)
+
+
+def one_gemm(case: Case, tile: Tile) -> None:
+    """A tile as gemm.linear launches it with PDL."""
+    heads, add, gated = (case.follows == name for name in ("heads", "add", "gated"))
+    width = tile.outputs // (2 if gated else 1)
+    share = cdiv(cdiv(case.inputs, tile.depth), tile.split)
+    constants: dict[str, Any] = {
+        "BM": tile.rows, "BN": width, "BK": tile.depth, "SPLIT": tile.split, "SWAP": tile.swap, "TMA": tile.tma,
+        "EVEN": case.inputs % tile.depth == 0, "AHEAD": min(tile.ahead, share), "LOOP": share > tile.ahead,
+        "STAGES": tile.stages if tile.rows == 1 else None, "BIAS": heads, "SQUARES": 0 if add else 64,
+        "ACT": "silu" if gated else "", "ADD": add, "HEADS": heads, "D": case.head_dim if heads else 0,
+        "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0, "PDL": True,
+        "qk_gains": None, "qk_eps": 0.0, **({} if tile.split > 1 else {"parts": None}),
+    }  # fmt: skip
+    if not heads:
+        constants |= dict.fromkeys(("bias", "table", "slots", "kv")) | {"kv_stride": 0, "heads": 0, "kv_heads": 0}
+    if not add:
+        constants |= dict.fromkeys(("residual", "gain", "new_residual", "new_squares")) | {"scale": 1.0}
+    types = PACKED | {"w": "*bf16", **({"out": "*fp32"} if case.follows == "logits" else {})}
+    blocks = {"x_blocks": tile.rows, "w_blocks": width}
+    if tile.tma:
+        types |= {name: f"tensordesc<bf16[{size}, {tile.depth}]>" for name, size in blocks.items()}
+    else:
+        constants |= dict.fromkeys(blocks)
+    build(gemm_kernels.linear_kernel, tile.warps, True, types, tile.stages, **constants)
 
 
 def quantized() -> Iterator[None]:
@@ -188,6 +227,6 @@ def experts() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for part in (sampler, attention, latents, layers, quantized, experts):
+    for part in (sampler, attention, latents, layers, gemms, quantized, experts):
         for _ in part():
             pass

@@ -112,7 +112,7 @@ def test_a_flipped_bit_is_found_and_named(
     assert f"KV page {page}, token {offset} of it, is not what was written there" in caplog.text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_every_bit_counts(folder: str, dtype: torch.dtype) -> None:
     spec = tiny.load(folder).spec
     kv = KVCache(spec, 4, 16, torch.device("cpu"), dtype)
