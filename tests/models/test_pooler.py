@@ -290,7 +290,7 @@ def test_every_field_of_an_encoder_matters(
 
     expected = logits()
     made = weights.pooled_spec
-    monkeypatch.setattr(weights, "pooled_spec", lambda facts, pooling: replace(made(facts, pooling), **change))
+    monkeypatch.setattr(weights, "pooled_spec", lambda *given: replace(made(*given), **change))
     try:
         moved = (logits() - expected).abs().max() / expected.std()
     except StartupError:

@@ -5,6 +5,7 @@ it. The interpreter runs kernels but forgives what the compiler does not, like a
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -226,7 +227,9 @@ def experts() -> Iterator[None]:
     yield build(moe_kernels.mix_kernel, 4, False, names, BLOCK=1024, SHARED=True, GATE=True)
 
 
+PARTS = {part.__name__: part for part in (sampler, attention, latents, layers, gemms, quantized, experts)}
+
 if __name__ == "__main__":
-    for part in (sampler, attention, latents, layers, gemms, quantized, experts):
-        for _ in part():
+    for name in sys.argv[1:] or PARTS:
+        for _ in PARTS[name]():
             pass
