@@ -30,7 +30,7 @@ from actorserve.perf.gemm_tiles import Case, cases
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
-INTS = "rows_ptr length_ptr last_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
+INTS = "rows_ptr length_ptr last_ptr shift_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
 POINTERS: dict[str, str] = {
     **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
     **dict.fromkeys("partial partial_lse lse table frequencies".split(), "*fp32"),
