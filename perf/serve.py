@@ -90,8 +90,8 @@ def make_body(prompt: str | list[int], tokens: int, args: argparse.Namespace, mo
         body["ignore_eos"] = True
     if args.api == "chat":
         return json.dumps(body | {"messages": [{"role": "user", "content": prompt}]})
-    if not isinstance(prompt, str):
-        body["return_token_ids"] = True  # else a server without a tokenizer has nothing to show
+    if args.return_token_ids:
+        body["return_token_ids"] = True
     return json.dumps(body | {"prompt": prompt})
 
 
@@ -256,6 +256,7 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "python -m actorse
         default=1.0,
         help="lengths are uniform in [ratio * len, len], as in SGLang",
     )
+    add("--return-token-ids", action="store_true", help="ask for ids (vLLM: a server without a tokenizer has no text)")
     add("--shared-prefix-len", **whole, default=0, help="tokens (words) with which all prompts begin")
     add("--max-concurrency", **whole, help="requests under way at a time")
     add(

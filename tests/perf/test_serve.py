@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from actorserve.http.protocol import OPENAI_REFUSED
 from actorserve.perf import serve
 from actorserve.perf.figures import peak_concurrency
 from actorserve.perf.stream_client import Client, Record, Reply
@@ -229,6 +230,9 @@ def test_prompts_as_ids():
     assert all(250 <= i < 500 for prompt in ids for i in prompt)
     body = json.loads(serve.make_body(ids[0], 5, args, "m"))
     assert body["prompt"] == ids[0]
+    assert not set(body) & set(OPENAI_REFUSED)  # our own server serves it
+    asking = serve.parse(["--vocab-size", "500", "--return-token-ids"])
+    assert json.loads(serve.make_body(ids[0], 5, asking, "m"))["return_token_ids"] is True
     args = serve.parse(["--vocab-size", "500", "--api", "generate"])
     assert json.loads(serve.make_body(ids[0], 5, args, ""))["input_ids"] == ids[0]
     with pytest.raises(SystemExit):
