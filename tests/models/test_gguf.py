@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_writer
 import numpy as np
 import pytest
 import torch
@@ -125,19 +126,7 @@ def write_gguf(
                 tensors[name] = interleave(tensors[name], HEADS if "attn_q" in name else KV_HEADS)
     tensors |= changes.pop("tensors", {})
     for key, value in (meta | {k.replace("__", "."): v for k, v in changes.items()}).items():
-        match value:
-            case None:
-                continue
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
+        gguf_writer.add(writer, key, value)
     for name, tensor in tensors.items():
         kind = next((gguf.GGMLQuantizationType[kind] for end, kind in kinds.items() if name.endswith(end)), None)
         if tensor is not None and kind is not None:
