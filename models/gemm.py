@@ -141,13 +141,16 @@ class Heads:
     kv_slots: Tensor
     kv_rows: Tensor
 
-    def fits(self, tile: Tile) -> bool:
-        """Whether a tile has whole heads, or pairs of one, that the kernel knows how to cut."""
+    def fits(self, tile: Tile, weight: Tensor | Packed) -> bool:
+        """Whether a tile has whole heads, or pairs of one, that the weight's kernel knows how to cut.
+
+        Only `linear_kernel` takes the outputs of pairs together (`head_rows`); of a quantized weight they lie in order.
+        """
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
-        pairs = not self.interleaved and self.qk_norm is None and not tile.tma and size % outputs == 0
-        return outputs % size == 0 or pairs
+        pairs = isinstance(weight, Tensor) and not self.interleaved and self.qk_norm is None and not tile.tma
+        return outputs % size == 0 or (pairs and size % outputs == 0)
 
 
 def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
@@ -202,8 +205,7 @@ def linear(
     linear_kernel[(tiles, tile.split)](
         x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs, early, *after,
         BK=tile.depth, SWAP=tile.swap, TMA=tile.tma, EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share),
-        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None,
-        **options,
+        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
     return out
 

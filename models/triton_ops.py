@@ -194,7 +194,7 @@ class TritonOps:
                 spec.heads, spec.kv_heads, spec.head_dim, interleaved, qk_norm, eps, table, kv_slots, kv_rows
             )
             tile = ours.tile(len(x))
-            if tile is not None and epilogue.fits(tile):
+            if tile is not None and epilogue.fits(tile, ours.weight):
                 return ours.heads(x, epilogue)
         heads = qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
         return self.qk_norm_rope_and_write(heads, qk_norm, eps, table, spec, kv_slots, kv_rows)

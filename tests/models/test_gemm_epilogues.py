@@ -115,7 +115,7 @@ def test_pairs_of_a_head(tile: Tile, rope: Rope | None) -> None:
     test_heads(tile, 64, rope, normed=False)
     weight, slots, cache = randn(3, 64), torch.arange(3), torch.zeros(3, 2, 1, 64)
     for interleaved, qk_norm in ((True, None), (False, weight)):
-        assert not Heads(2, 1, 64, interleaved, qk_norm, EPS, None, slots, cache).fits(tile)
+        assert not Heads(2, 1, 64, interleaved, qk_norm, EPS, None, slots, cache).fits(tile, weight)
 
 
 @pytest.mark.parametrize("tile", TILES if CUDA else [TILES[1], TILES[3], TILES[4]], ids=str)
@@ -137,7 +137,7 @@ def test_heads(tile: Tile, head_dim: int, rope: Rope | None, normed: bool) -> No
             x, exact_x = half_normed(rows, 384)
             interleaved = bool(rope and rope.interleaved)
             epilogue = Heads(heads, kv_heads, head_dim, interleaved, weight, EPS, table, slots, cache)
-            assert epilogue.fits(tile)
+            assert epilogue.fits(tile, ours.weight)
             queries = ours.heads(x, epilogue)
             exact_cache = cache.float().zero_()
             exact_weight = None if weight is None else weight.float()
@@ -162,9 +162,10 @@ def test_a_float8_cache_saturates() -> None:
 
 def test_heads_that_no_tile_holds() -> None:
     epilogue = Heads(1, 1, 64, False, None, 0.0, None, torch.empty(0), torch.empty(0))
-    assert not epilogue.fits(Tile(16, 32, 64, tma=True)) and epilogue.fits(Tile(16, 128, 64))
+    weight = randn(192, 64)
+    assert not epilogue.fits(Tile(16, 32, 64, tma=True), weight) and epilogue.fits(Tile(16, 128, 64), weight)
     epilogue.head_dim = 24
-    assert not epilogue.fits(Tile(16, 48, 64))
+    assert not epilogue.fits(Tile(16, 48, 64), weight)
 
 
 class Layer:

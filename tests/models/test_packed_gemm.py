@@ -28,6 +28,7 @@ from actorserve.models.packed_gemm import CHUNK, Float8Rows, Packed, Scratch, pa
 from actorserve.models.packed_tiles import PACKED, by_rule, choices_for
 from actorserve.models.places import allocate
 from actorserve.models.quantization import Scheme, quantization_of
+from actorserve.models.spec import Spec
 from actorserve.models.triton_attention import TritonAttention
 from actorserve.models.triton_ops import TritonOps
 from actorserve.models.unpack import FLOAT8, Part, random_part
@@ -339,3 +340,16 @@ def test_a_model(name: str, tmp_path: Path, thorough: bool) -> None:
     expected = Driver.of(plain).logits(ids, [3])
     got = Driver.of(made).logits(ids, [2, 1]).float().cpu()
     assert (got - expected).norm() < (0.1 if CUDA else 0.02) * expected.norm()  # bfloat16 throughout, as other families
+
+
+def test_tiles_of_less_than_a_head() -> None:
+    """Their outputs lie in order, so no epilogue takes pairs of one head from them: what follows is done by itself."""
+    spec = Spec(99, 256, 1, 1, 1, 64, 64)
+    part, x = part_of("int4-128", 192, 256), x_of(5, 256, torch.float16)
+    weight, ops, slots = packed(part, torch.float16), TritonOps(DEVICE, fuse=True), torch.arange(5, device=DEVICE)
+    cache = torch.zeros(5, 2, 1, 64, dtype=torch.float16, device=DEVICE)
+    ours = TritonLinear(weight, None, ARRIVED, 0, choices=((16, Tile(16, 32, CHUNK, 1)),))
+    queries = ops.heads(ours, x, None, 0.0, None, spec, slots, cache)
+    exact = F.linear(x.float(), part.dequantise())
+    assert error(queries.reshape(5, 64), exact[:, :64]) < TOLERANCE
+    assert error(cache.reshape(5, 128), exact[:, 64:]) < TOLERANCE
