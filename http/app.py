@@ -31,12 +31,14 @@ from . import (
     embeddings,
     engine_view,
     files,
+    loads,
     message_types,
     messages,
     native,
     openai,
     openapi,
     page,
+    parse_routes,
     programs,
     protocol,
     rerank,
@@ -262,6 +264,14 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),
     Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _t.DetokenizeRequest, _t.DetokenizeReply),
+    Served(
+        ("/parse_function_call",), POST, parse_routes.parse_function_call, parse_routes.ParseCallsRequest,
+        parse_routes.ParsedCalls,
+    ),
+    Served(
+        ("/separate_reasoning",), POST, parse_routes.separate_reasoning, parse_routes.SeparateRequest,
+        parse_routes.Separated,
+    ),
     Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache, admin=True),
     Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
     Served(
@@ -280,7 +290,12 @@ ROUTES: tuple[Served, ...] = (
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
     Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
     Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health, open=True),
+    Served(("/ping",), ("GET", "POST"), _c.health, reply=_p.Health, open=True),
     Served(("/ready",), GET, _c.ready, reply=_p.Health, open=True),
+    Served(("/version",), GET, _c.engine_version, reply=_p.EngineVersion),
+    Served(("/v1/loads",), GET, loads.loads, reply=loads.Loads, query=loads.LoadQuery),
+    Served(("/get_load",), GET, loads.get_load, reply=list[loads.OldLoad]),
+    Served(("/load",), GET, loads.server_load, reply=loads.ServerLoad),
     Served(("/metrics",), GET, metrics),
     Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
     Served(("/v1/requests/{id}/timeline",), GET, timelines.timeline, reply=timelines.TimelineReply),
@@ -367,4 +382,5 @@ def _summary(handler: Handler) -> str:
 
 
 def _card(service: Service) -> ModelCard:
-    return ModelCard(service.model_name, service.started, service.model.context_length)
+    root = service.config.model or service.model_name
+    return ModelCard(service.model_name, service.started, service.model.context_length, root)

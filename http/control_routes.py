@@ -31,7 +31,7 @@ from .control_types import (
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import split_ids
-from .protocol import Health, ModelDescription, encode
+from .protocol import EngineVersion, Health, ModelDescription, encode
 from .service import Service
 
 PLAIN: Final = b"text/plain; charset=utf-8"
@@ -194,8 +194,13 @@ async def server_info(service: Service, exchange: Exchange) -> None:
     await exchange.reply(encode(reply))
 
 
+async def engine_version(service: Service, exchange: Exchange) -> None:
+    """Serve GET /version."""
+    await exchange.reply(encode(EngineVersion(package_version())))
+
+
 async def health(service: Service, exchange: Exchange) -> None:
-    """Serve GET /health and /health_generate: are all parts of the engine up?"""
+    """Serve GET /health, /health_generate and /ping: are all parts of the engine up?"""
     await _reply_health(exchange, service.health())
 
 
