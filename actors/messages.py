@@ -114,7 +114,10 @@ class TextPrompt(Message, frozen=True, tag=4):
 
     text: str
     most: int = 0
-    """Of its tokens only the first are taken, so many with the special ones around them; 0: all."""
+    """Of its tokens only the first are taken, so many with the special ones around them; 0: all. Of two texts the
+    longer one is cut first."""
+    second: str | None = None
+    """Another text behind it, joined as the model's tokenizer joins pairs: a cross-encoder's document."""
     images: tuple[ImageFile, ...] = ()
     videos: tuple[VideoFile, ...] = ()
 
@@ -349,6 +352,8 @@ class Submit(Message, frozen=True, tag=20):
     tokenized_ns: int = 0
     """CLOCK_MONOTONIC when its prompt was tokens."""
     images: tuple[ImageSpan, ...] = ()
+    second: int = 0
+    """Where tokens of the second type begin, the other text's of a pair; 0: there are none."""
 
 
 class Abort(Message, frozen=True, tag=21):
@@ -685,6 +690,8 @@ class Admit(Message, frozen=True, tag=50):
     limit: int
     """Tokens (prompt and output) at which the request ends by length."""
     images: tuple[ImageSpan, ...] = ()
+    second: int = 0
+    """As Submit's."""
 
 
 class DropImage(Message, frozen=True, tag=93):

@@ -87,6 +87,8 @@ class Request:
     """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     images: tuple[ImageSpan, ...] = ()
     """Where the prompt has images; see Submit.ids."""
+    second: int = 0
+    """See Submit."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:

@@ -199,6 +199,7 @@ class Scheduler(Actor):
             pooled=m.pooled,
             reuses=pooling is None or pooling.reuses,
             images=m.images,
+            second=m.second,
         )
         if request.images:
             try:

@@ -242,7 +242,10 @@ ROUTES: tuple[Served, ...] = (
     ),
     Served(("/v1/classify",), POST, embeddings.classify, _e.ClassifyRequest, _e.ClassifyReply),
     Served(("/v1/rerank", "/rerank", "/v2/rerank"), POST, rerank.rerank, rerank.RerankRequest, rerank.RerankReply),
-    Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
+    Served(
+        ("/v1/score", "/score"), POST, score.score, score.ScoreRequest,
+        score.ScoreReply | score.PairScores,
+    ),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,
         dict[str, Any], ANTHROPIC_ERRORS,
