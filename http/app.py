@@ -275,7 +275,7 @@ ROUTES: tuple[Served, ...] = (
         ("/separate_reasoning",), POST, parse_routes.separate_reasoning, parse_routes.SeparateRequest,
         parse_routes.Separated,
     ),
-    Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache, admin=True),
+    Served(("/flush_cache", "/reset_prefix_cache"), ("GET", "POST"), _c.flush_cache, admin=True),
     Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
     Served(
         ("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True,
@@ -288,10 +288,11 @@ ROUTES: tuple[Served, ...] = (
     ),
     Served(("/stop_profile",), ("GET", "POST"), _c.stop_profile, reply=_t.ProfileState, admin=True),
     Served(
-        ("/update_weights_from_disk",), POST, _c.update_weights, _t.WeightsRequest, _t.WeightsReply, admin=True,
+        ("/update_weights_from_disk", "/update_weights"), POST, _c.update_weights, _t.WeightsRequest, _t.WeightsReply,
+        admin=True,
     ),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
-    Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
+    Served(("/server_info", "/get_server_info", "/get_server_args"), GET, _c.server_info, reply=dict[str, Any]),
     Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health, open=True),
     Served(("/ping",), ("GET", "POST"), _c.health, reply=_p.Health, open=True),
     Served(("/ready",), GET, _c.ready, reply=_p.Health, open=True),

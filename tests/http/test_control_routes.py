@@ -1,6 +1,7 @@
 """SGLang's routes beside /generate, over a real socket, against a fake engine."""
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -50,12 +51,13 @@ async def test_refused_with_the_field(rig, path, body, param):
 
 async def test_orders(rig):
     assert (await rig.http.get("/flush_cache")).text == "Cache flushed.\n"
+    assert (await rig.http.post("/reset_prefix_cache")).text == "Cache flushed.\n"
     assert (await rig.http.post("/pause_generation")).json() == {"status": "paused", "mode": "abort"}
     for mode in ("retract", "in_place"):
         assert (await rig.http.post("/pause_generation", json={"mode": mode})).json()["mode"] == mode
     assert (await rig.http.post("/continue_generation")).json() == {"status": "running"}
     actions = [m.action for m in rig.text.got if isinstance(m, Order)]
-    assert actions == ["flush_cache", "pause_abort", "pause_retract", "pause", "continue"]
+    assert actions == ["flush_cache", "flush_cache", "pause_abort", "pause_retract", "pause", "continue"]
     rig.text.busy = True
     refused = await rig.http.post("/flush_cache")
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "not_idle")
@@ -92,7 +94,7 @@ async def test_abort_by_name(rig, fakes):
     assert (await chat).json()["choices"][0]["finish_reason"] == "abort"
 
 
-@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info", "/get_server_args"])
 async def test_server_info(rig, path):
     info = (await rig.http.get(path)).json()
     assert (info["served_model_name"], info["max_queued_requests"], info["status"]) == ("fake-model", 300, "ok")
@@ -132,10 +134,11 @@ async def test_weights_come_from_one_place_only(fakes, tmp_path):
     (root / "empty").mkdir()
     (root / "link").symlink_to(outside)
     (root / "inner").symlink_to(root / "good")
+    names = itertools.cycle(["_from_disk", ""])  # today's and SGLang's first one
     async with fakes.open_rig(weights_root=str(root)) as rig:
 
         async def ask(path, **more):
-            return await rig.http.post("/update_weights_from_disk", json={"model_path": path, **more})
+            return await rig.http.post(f"/update_weights{next(names)}", json={"model_path": path, **more})
 
         for path in ("good", str(root / "good"), "inner"):
             assert (await ask(path)).json()["success"] is True
