@@ -230,6 +230,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     priority: Priority | None = None
     timeline: bool | None = None
     """Say when what happened, at the end of the reply."""
+    return_token_ids: bool | None = None
+    """Say also of which tokens the prompt and the output are."""
 
     regex: str | None = None
     json_schema: str | bool | dict[str, Any] | None = None
@@ -251,7 +253,6 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     prompt_logprobs: Refusable = None
     truncate_prompt_tokens: Refusable = None
     thinking_token_budget: Refusable = None
-    return_token_ids: Refusable = None
     return_tokens_as_token_ids: Refusable = None
     return_hidden_states: Refusable = None
     custom_logit_processor: Refusable = None
@@ -267,7 +268,6 @@ OPENAI_REFUSED = (
     "prompt_logprobs",
     "truncate_prompt_tokens",
     "thinking_token_budget",
-    "return_token_ids",
     "return_tokens_as_token_ids",
     "return_hidden_states",
     "custom_logit_processor",
@@ -312,13 +312,18 @@ class CompletionLogprobs(Struct, frozen=True):
 
 
 class CompletionChoice(Struct, frozen=True):
-    """`valid`, our own: at the end of an output with a grammar, whether its text matches, where that is known."""
+    """`valid`, our own: at the end of an output with a grammar, whether its text matches, where that is known.
+
+    With return_token_ids: `token_ids` of the text, with what ended it; `prompt_token_ids`, in a stream once.
+    """
 
     text: str
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     valid: bool | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct, frozen=True):
@@ -461,6 +466,7 @@ class ChatChoice(Struct, frozen=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     valid: bool | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, frozen=True):
@@ -472,6 +478,7 @@ class ChatCompletion(Struct, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     timeline: list[RequestTimeline] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class Delta(Struct, frozen=True):
@@ -490,6 +497,7 @@ class ChunkChoice(Struct, frozen=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     valid: bool | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletionChunk(Struct, frozen=True):
@@ -503,6 +511,8 @@ class ChatCompletionChunk(Struct, frozen=True):
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None
     timeline: list[RequestTimeline] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """In the first frame."""
 
 
 # ------------------------------------------------------------------ GET /v1/models, /get_model_info
