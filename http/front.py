@@ -78,6 +78,8 @@ class HttpFront(Actor):
         """Until then running requests may end; Drain's."""
         self._late: list[Chunk] = []
         """Received, and not delivered yet; nothing else is received meanwhile."""
+        self._again: asyncio.Handle | None = None
+        """The next `drain`, where one is due whatever arrives."""
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -99,11 +101,17 @@ class HttpFront(Actor):
             if self.service.tracer is not None:
                 await self.service.tracer.close()
             loop.remove_reader(inbox.fileno())
+            if self._again is not None:
+                self._again.cancel()
             for server in self._server.servers:
                 server.close()
 
     def drain(self) -> None:
-        """Receive what has arrived, at most SLICE chunks and messages; more leaves `inbox.fileno()` readable."""
+        """Receive what has arrived, at most SLICE chunks and messages. For the rest it comes again by itself, or
+        `inbox.fileno()` stays readable."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         inbox, room, look = self.context.inbox, SLICE, True
         while room > 0:
             if self._late:
@@ -121,7 +129,7 @@ class HttpFront(Actor):
                 self.receive(*item)
                 room -= 1
         if self._late:
-            inbox.ring()
+            self._again = asyncio.get_running_loop().call_soon(self.drain)
         else:
             inbox.listen()
 
