@@ -8,7 +8,7 @@ says why. 128 + signal: a signal ended it at once. Invariant: a mistake of the u
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from . import __version__
 from .chat import EXAMPLES as CHAT_EXAMPLES
@@ -31,7 +31,7 @@ EXAMPLES = """examples:
   actorserve plan --model DIR --gpu h200      does it fit, with how many requests, how fast at best
   actorserve batch -i IN.jsonl -o OUT.jsonl   answer a file of requests, and go on where it was stopped
 """
-BATCH = """Answer a file of requests and end. Each line of INPUT is a JSON object, as in OpenAI's batches:
+BATCH_TEXT = """Answer a file of requests and end. Each line of INPUT is a JSON object, as in OpenAI's batches:
   {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
 OUTPUT gets a line for each as it is answered. What it answers already is not asked again: after a
 crash or Ctrl-C, the same command goes on. Exit code 1: some lines were refused; their answers say why.
@@ -105,6 +105,81 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+class Command(NamedTuple):
+    """A command with flags of ours: what its parser says."""
+
+    name: str
+    usage: str
+    text: str
+    about: str
+    flags: Callable[[argparse.ArgumentParser], None]
+    epilog: str = ""
+
+    def add_to(self, commands: "argparse._SubParsersAction[Parser]") -> Parser:
+        """Make its parser."""
+        # The usage is ours: forty flags in brackets help nobody; the list below it has them.
+        parser = commands.add_parser(
+            self.name,
+            prog=f"actorserve {self.name}",
+            usage=f"actorserve {self.name} {self.usage}",
+            help=self.text,
+            description=self.about,
+            epilog=self.epilog,
+            formatter_class=Formatter,
+            allow_abbrev=False,
+        )
+        parser.set_defaults(parser=parser)
+        self.flags(parser)
+        return parser
+
+
+RUN = Command(
+    "run",
+    "[flags]",
+    "serve a model over HTTP (actorserve run -h lists all flags)",
+    "Serve a model over HTTP, as OpenAI and SGLang do. Every flag has a default.",
+    add_config_flags,
+)
+CHAT = Command(
+    "chat",
+    "[flags]",
+    "talk to a model in the terminal",
+    "Talk to a running server, or with --local to an engine started for it. /help lists the commands inside.",
+    add_chat_flags,
+    CHAT_EXAMPLES,
+)
+COMPLETE = Command(
+    "complete",
+    "[PROMPT] [flags]",
+    "continue a text from an argument or a pipe",
+    "Continue a text, or with --chat answer it. The output goes to stdout as it comes.",
+    add_complete_flags,
+    COMPLETE_EXAMPLES,
+)
+DOCTOR = Command(
+    "doctor",
+    "[--json] [flags of run]",
+    "what this machine has, which paths the engine takes on it, and why",
+    "Look at this machine with the eyes of `actorserve run` and its flags. Starts nothing.\n"
+    "Exit code 1 if something would keep `actorserve run` from starting.",
+    add_doctor_flags,
+)
+PLAN = Command(
+    "plan",
+    "[--gpu NAME] [--length N ...] [--json] [flags of run]",
+    "where a GPU's memory would go, how many requests fit, how fast it can be at best",
+    "Plan a GPU's memory. Takes the flags of `actorserve run`; needs no GPU.",
+    add_plan_flags,
+)
+BATCH = Command(
+    "batch",
+    "-i INPUT -o OUTPUT [flags of run]",
+    "answer a file of requests without a server; goes on where it was stopped",
+    BATCH_TEXT,
+    add_batch_flags,
+)
+
+
 def build_parsers() -> tuple[Parser, Parser]:
     """(the whole command line, that of `run`)."""
     parser = Parser(
@@ -118,69 +193,11 @@ def build_parsers() -> tuple[Parser, Parser]:
     parser.add_argument("--version", action="version", version=f"actorserve {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=Parser)
 
-    def add(
-        name: str, usage: str, text: str, about: str, flags: Callable[[argparse.ArgumentParser], None], epilog: str = ""
-    ) -> Parser:
-        # The usage is ours: forty flags in brackets help nobody; the list below it has them.
-        one: Parser = commands.add_parser(
-            name,
-            prog=f"actorserve {name}",
-            usage=f"actorserve {name} {usage}",
-            help=text,
-            description=about,
-            epilog=epilog,
-            formatter_class=Formatter,
-            allow_abbrev=False,
-        )
-        one.set_defaults(parser=one)
-        flags(one)
-        return one
-
-    run = add(
-        "run",
-        "[flags]",
-        "serve a model over HTTP (actorserve run -h lists all flags)",
-        "Serve a model over HTTP, as OpenAI and SGLang do. Every flag has a default.",
-        add_config_flags,
-    )
-    add(
-        "chat",
-        "[flags]",
-        "talk to a model in the terminal",
-        "Talk to a running server, or with --local to an engine started for it. /help lists the commands inside.",
-        add_chat_flags,
-        CHAT_EXAMPLES,
-    )
-    add(
-        "complete",
-        "[PROMPT] [flags]",
-        "continue a text from an argument or a pipe",
-        "Continue a text, or with --chat answer it. The output goes to stdout as it comes.",
-        add_complete_flags,
-        COMPLETE_EXAMPLES,
-    )
+    run = RUN.add_to(commands)
+    CHAT.add_to(commands)
+    COMPLETE.add_to(commands)
     commands.add_parser("bench", help="put load on a server and measure it (actorserve bench -h)", add_help=False)
-    add(
-        "doctor",
-        "[--json] [flags of run]",
-        "what this machine has, which paths the engine takes on it, and why",
-        "Look at this machine with the eyes of `actorserve run` and its flags. Starts nothing.\n"
-        "Exit code 1 if something would keep `actorserve run` from starting.",
-        add_doctor_flags,
-    )
-    add(
-        "plan",
-        "[--gpu NAME] [--length N ...] [--json] [flags of run]",
-        "where a GPU's memory would go, how many requests fit, how fast it can be at best",
-        "Plan a GPU's memory. Takes the flags of `actorserve run`; needs no GPU.",
-        add_plan_flags,
-    )
-    add(
-        "batch",
-        "-i INPUT -o OUTPUT [flags of run]",
-        "answer a file of requests without a server; goes on where it was stopped",
-        BATCH,
-        add_batch_flags,
-    )
+    for one in (DOCTOR, PLAN, BATCH):
+        one.add_to(commands)
     commands.add_parser("version", prog="actorserve version", help="print the version", allow_abbrev=False)
     return parser, run

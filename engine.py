@@ -21,13 +21,14 @@ import trio
 from .actors.actor import Actor, Context
 from .actors.admission import Submission, check_task
 from .actors.attach import Attachment, Detached, drive
-from .actors.client import Client, LoopWakeup, Stream, token_prompt, truncated
+from .actors.client import Client, token_prompt, truncated
 from .actors.conversation import ChatMessage, chat_prompt
 from .actors.embedded_host import Root
 from .actors.grammar_fields import GIVEN, grammar_spec
 from .actors.image_fields import ImageData, VideoData, with_images
 from .actors.lifeline import Failed, Progress, Up
 from .actors.messages import Chunk, FrontInbox, PeerUp, Prompt, Stats, TextPrompt
+from .actors.stream import LoopWakeup, Stream
 from .config import EngineConfig, ModelInfo, Pooling
 from .errors import EngineDown, RequestError, StartupError
 from .models.pooling import embedding_of, probabilities

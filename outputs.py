@@ -9,9 +9,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .actors.client import Client, Stream
+from .actors.client import Client
 from .actors.messages import Chunk
 from .actors.messages import TokenLogprob as TokenLogprob
+from .actors.stream import Stream
 from .errors import EngineDown
 
 

@@ -27,8 +27,9 @@ STEP: Final = 10
 class Courteous:
     """Does one piece of work after another; see the module's text."""
 
-    def __init__(self) -> None:
-        self._saved = MOST
+    def __init__(self, saved: float = MOST) -> None:
+        """`saved`: seconds that may be wasted at first."""
+        self._saved = saved
         self._since = time.monotonic()
 
     def do(self, work: Callable[[], T], wasted: Callable[[T], bool]) -> T:

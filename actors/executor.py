@@ -11,12 +11,8 @@ depend on nothing but plans: see `decoding`.
 """
 
 import contextlib
-import os
-import queue
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -38,12 +34,12 @@ from ..models.kv_checksums import KVChecksums
 from ..models.parallel import RankDrawer
 from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
-from ..models.stepper import Drawer, Step, Stepper, StepRows
+from ..models.stepper import Drawer, Stepper
 from ..models.vision import VisionTower
 from ..models.weights import DTYPES, load_decoder, pick_device
-from ..sampler.reference import Sampled
 from .actor import Actor, Context
 from .desk import NOBODY
+from .device_waiter import DeviceWaiter
 from .memory import batch_slots, keep_freed_memory, kv_pages
 from .messages import (
     NOTHING,
@@ -59,13 +55,12 @@ from .messages import (
     PeerDown,
     PeerUp,
     Plan,
-    Pooled,
-    Scores,
     StepOut,
 )
 from .profiler import ProfileOptions, Profiler
 from .ref import Gone
 from .sampler import Sampler
+from .step_messages import Launched, pooled_of, scores_of, step_out
 from .topology import MEETING
 
 COMPILER_SECONDS: Final = 5.0
@@ -74,54 +69,6 @@ COMPILER_SECONDS: Final = 5.0
 def ints(view: memoryview) -> np.ndarray:
     """Return an int32 array over a message's bytes (valid as long as the message)."""
     return np.frombuffer(view, dtype=np.int32)
-
-
-@dataclass(slots=True)
-class Launched:
-    """A step on its way: which one it is, and the request of each of its rows."""
-
-    window: int
-    number: int
-    rids: np.ndarray
-    """int64 [rows]"""
-    step: Step
-    launched_ns: int
-
-
-class DeviceWaiter:
-    """A thread that waits for launched steps in turn and makes `fileno()` readable when one is ready.
-
-    What the device's work raises stops the thread; `check` raises it again.
-    """
-
-    def __init__(self) -> None:
-        self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._error: Exception | None = None
-        threading.Thread(target=self._run, name="device-waiter", daemon=True).start()
-
-    def fileno(self) -> int:
-        """The descriptor."""
-        return self._bell
-
-    def add(self, step: Step) -> None:
-        """Wait for `step` after those before it."""
-        self._steps.put(step)
-
-    def check(self) -> None:
-        """Take the wake-up; raise the device's error if there was one."""
-        os.eventfd_read(self._bell)
-        if self._error is not None:
-            raise RuntimeError("the device failed") from self._error
-
-    def _run(self) -> None:
-        while True:
-            step = self._steps.get()
-            try:
-                step.wait()
-            except Exception as error:
-                self._error = error
-            os.eventfd_write(self._bell, 1)
 
 
 class Executor(Actor):
@@ -494,44 +441,6 @@ class Executor(Actor):
             # A slot that was given to another request meanwhile goes on.
             self.decoding = [s for s in self.decoding if s not in finished or self.rid_of[s] != finished[s]]
         self._publish(step_out(item, rids, rows, took))
-
-
-def raw(array: np.ndarray | None) -> memoryview:
-    """Return an array as messages have it; empty for None."""
-    return NOTHING if array is None else memoryview(array.tobytes())
-
-
-def step_out(item: Launched, rids: np.ndarray, rows: StepRows, took_ns: int) -> StepOut:
-    """Return the message for a step's rows."""
-    return StepOut(
-        window=item.window,
-        step=item.number,
-        rids=raw(rids),
-        ids=raw(rows.ids.astype(np.int32)),
-        finish=raw(rows.finish),
-        logprobs=raw(rows.logprobs),
-        top_n=rows.top_n,
-        top_ids=raw(rows.top_ids),
-        top_logprobs=raw(rows.top_logprobs),
-        step_ns=took_ns,
-        scores=scores_of(rows.scores),
-        listed=raw(rows.listed),
-    )
-
-
-def pooled_of(item: Launched) -> Pooled | None:
-    """Return a step's vectors as a message has them."""
-    vectors = item.step.vectors()
-    return None if vectors is None else Pooled(raw(item.rids), raw(vectors))
-
-
-def scores_of(given: Sampled | None) -> Scores | None:
-    """Return the logprobs of a step's given tokens as a message has them."""
-    if given is None or given.logprobs is None or given.top_ids is None or given.top_logprobs is None:
-        return None
-    arrays = (given.logprobs, given.top_ids, given.top_logprobs, given.listed)
-    logprobs, top_ids, top_logprobs, listed = (raw(None if t is None else t.numpy()) for t in arrays)
-    return Scores(logprobs, given.top_n, top_ids, top_logprobs, listed)
 
 
 def has_children() -> bool:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final
 import trio
 
 from .actor import Actor, Context
-from .compile_pool import Worker, WorkerDied
+from .compile_pool import Mother, Worker, WorkerDied
 from .fsm_worker import Failed, Made, MadeText, Result, Setup
 from .match_pool import MatchPool
 from .messages import (
@@ -84,7 +84,8 @@ class Fsm(Actor):
         config, model = context.config, context.model
         tokenizer, seconds = config.tokenizer_path or model.path, config.grammar_seconds
         setup = Setup(tokenizer, model.eos_ids, model.vocab_size, seconds, config.grammar_backend)
-        self.workers = [Worker(setup, f"{context.name}.{i}") for i in range(WORKERS)]
+        self.mother = Mother(setup, context.name)
+        self.workers = [Worker(self.mother) for _ in range(WORKERS)]
         self.matches = MatchPool(setup, self._send, context.desk)
         self.cache = Cache()
         self.works: dict[GrammarSpec, Work] = {}
@@ -99,6 +100,7 @@ class Fsm(Actor):
         for number, worker in enumerate(self.workers):
             warm = not number and self.context.config.placement == "process"
             self.context.nursery.start_soon(self._serve, number, worker, warm)
+        self.context.nursery.start_soon(self._end_with)
 
     def receive(self, message: Any, source: str) -> None:
         match message:
@@ -196,6 +198,12 @@ class Fsm(Actor):
                 await self._warm_up(worker)  # again, if it was killed: before somebody waits for it
         finally:
             worker.close()
+
+    async def _end_with(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.mother.close()
 
     async def _warm_up(self, worker: Worker) -> None:
         try:

@@ -1,10 +1,12 @@
-"""A compiler of grammars: a process that can be killed, for patterns and schemas of strangers may take any time.
+"""Compilers of grammars: processes that can be killed, for patterns and schemas of strangers may take any time.
 
-Started by the fsm actor (compile_pool.py), spoken to through a socket, one job at a time. It builds the tokenizer's
-tables once, says Ready, and answers each Job with Made or Failed. Invariant: it holds nothing that matters; its memory
-is bounded (RLIMIT_AS), and it dies with the process that started it.
+The fsm actor starts their mother (compile_pool.py), which builds the tokenizer's tables once and says Ready; each is a
+fork of her, spoken to through a socket of its own, one job at a time: it answers each Job with Made or Failed.
+Invariant: a compiler holds nothing that matters; its memory is bounded (RLIMIT_AS), and all die with who started them.
+The mother has one thread (a fork has no other), and never sees a grammar of strangers.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -12,7 +14,7 @@ import socket
 import struct
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 import msgspec
 
@@ -34,6 +36,10 @@ TABLE_SHARE: Final = 0.7
 WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
 LENGTH: Final = struct.Struct("<I")
 """Before each message, its bytes."""
+CREDIT: Final = struct.Struct("<d")
+"""To the mother, with a descriptor: fork a compiler that serves it and may waste so many seconds at first."""
+PID: Final = struct.Struct("<i")
+"""Her answer, with a pidfd: the compiler's pid."""
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -94,7 +100,8 @@ Result: TypeAlias = Made | MadeText | Failed
 Answer: TypeAlias = Ready | Result
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_answer: Final = msgspec.msgpack.Decoder(Answer).decode
-_decode_order: Final = msgspec.msgpack.Decoder(Setup | Job).decode
+_decode_setup: Final = msgspec.msgpack.Decoder(Setup).decode
+_decode_job: Final = msgspec.msgpack.Decoder(Job).decode
 
 
 def framed(message: msgspec.Struct) -> bytes:
@@ -260,21 +267,64 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def serve(channel: socket.socket) -> None:
+def bear(channel: socket.socket) -> None:
+    """The mother's life: tables, then a fork for each order, until the other end closes."""
+    (size,) = LENGTH.unpack(_received(channel, LENGTH.size))
+    compiler = Compiler(_decode_setup(_received(channel, size)))
+    gc.collect()
+    gc.freeze()  # what is never moved or freed stays shared
+    channel.sendall(framed(Ready(compiler.refusal)))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    mother = os.getpid()
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(channel, CREDIT.size, 1)
+        if len(data) < CREDIT.size or not descriptors:
+            return
+        pid = os.fork()
+        if not pid:
+            be_born(channel, socket.socket(fileno=descriptors[0]), compiler, mother, CREDIT.unpack(data)[0])
+        os.close(descriptors[0])
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # it has ended already
+            channel.sendall(PID.pack(pid))
+            continue
+        socket.send_fds(channel, [PID.pack(pid)], [pidfd])
+        os.close(pidfd)
+
+
+def be_born(
+    inherited: socket.socket, channel: socket.socket, compiler: Compiler, mother: int, saved: float
+) -> NoReturn:
+    """A compiler's life."""
+    from .node import die_with_parent
+
+    code = 1
+    try:
+        die_with_parent(mother)
+        inherited.close()
+        limit_memory()
+        serve(channel, compiler, saved)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def serve(channel: socket.socket, compiler: Compiler, saved: float) -> None:
     """Answer until the other end closes."""
-    stream = channel.makefile("rb")
-    compiler: Compiler | None = None
-    courteous = Courteous()
-    while len(head := stream.read(LENGTH.size)) == LENGTH.size:
-        order = _decode_order(stream.read(LENGTH.unpack(head)[0]))
-        if isinstance(order, Setup):
-            compiler = Compiler(order)
-            limit_memory()
-            answer: Answer = Ready(compiler.refusal)
-        else:
-            assert compiler is not None
-            answer = courteous.do(partial(compiler.compile, order.spec), without_table)
+    courteous = Courteous(saved)
+    while (head := _received(channel, LENGTH.size)) != b"":
+        job = _decode_job(_received(channel, LENGTH.unpack(head)[0]))
+        answer = courteous.do(partial(compiler.compile, job.spec), without_table)
         channel.sendall(framed(answer))
+
+
+def _received(channel: socket.socket, size: int) -> bytes:
+    """So many bytes; fewer where the other end closes."""
+    data = bytearray()
+    while len(data) < size and (part := channel.recv(size - len(data))):
+        data += part
+    return bytes(data)
 
 
 def main() -> None:
@@ -285,5 +335,5 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     die_with_parent(int(sys.argv[2]))
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    bear(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)

@@ -6,15 +6,17 @@ tokens came between two chunks; work per token does not grow with the output.
 
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Literal
 
+import numpy as np
 from msgspec.structs import replace
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
 from ..models.stop_regex import PatternMatcher
 from ..sampler.params import SamplingParams
-from .messages import Chunk, Finish, ImagePixels, Resumed, Submit, TokenLogprob
+from .messages import Chunk, Finish, ImagePixels, PromptLogprobs, Resumed, Submit, TokenLogprob, Tokens
 
 MOST_ENTRIES: Final = 4096
 """Logprobs of a prompt in one chunk, those beside each token counted."""
@@ -285,3 +287,27 @@ def _stop_matcher(params: SamplingParams) -> StopMatcher | PatternMatcher | None
     if params.stop_regex:
         return PatternMatcher(params.stop, params.stop_regex, trim)
     return StopMatcher(params.stop, trim) if params.stop else None
+
+
+def logprob_of(
+    m: Tokens | PromptLogprobs,
+    row: int,
+    token: int,
+    logprob: float,
+    params: SamplingParams,
+    spelled: Callable[[int], bytes],
+) -> TokenLogprob:
+    """Return the logprob of a message's row, with the others that its request wants; `spelled`: a token's bytes."""
+    first, count = row * m.top_n, min(params.logprobs or 0, m.top_n)
+    top: list[tuple[int, float, bytes]] = []
+    if count:
+        ids = np.frombuffer(m.top_ids, dtype=np.int32, count=count, offset=4 * first).tolist()
+        values = np.frombuffer(m.top_logprobs, dtype=np.float32, count=count, offset=4 * first).tolist()
+        top = [(i, value, spelled(i)) for i, value in zip(ids, values, strict=True)]
+    named = params.token_ids_logprob
+    if not named or not len(m.listed):
+        return TokenLogprob(token, logprob, spelled(token), top)
+    width = len(m.listed) // len(m.logprobs)
+    values = np.frombuffer(m.listed, dtype=np.float32, count=len(named), offset=4 * row * width).tolist()
+    listed = [(i, value, spelled(i)) for i, value in zip(named, values, strict=True)]
+    return TokenLogprob(token, logprob, spelled(token), top, listed)

@@ -10,11 +10,12 @@ from enum import Enum
 
 import numpy as np
 
+from ..config import Pooling
 from ..kvstore.radix import Node
 from ..sampler.params import SamplingParams
 from .constraint import Constraint, Guided
-from .messages import ImageSpan
-from .prompt_scores import PromptScores
+from .messages import ImageSpan, Submit
+from .prompt_scores import PromptScores, prompt_scores
 
 
 class Stage(Enum):
@@ -157,3 +158,30 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
+
+
+def request_of(m: Submit, pooling: Pooling | None) -> Request:
+    """Return what a Submit asks for; `pooling`: ModelInfo's."""
+    ids = array("i")
+    ids.frombytes(m.ids)
+    prompt_length = len(ids)
+    ids.frombytes(m.generated)
+    assert m.params.max_new_tokens is not None, "the text actor resolves it"
+    return Request(
+        rid=m.rid,
+        tokens=ids,
+        prompt_length=prompt_length,
+        params=m.params,
+        namespace=m.cache_salt,
+        priority=m.priority,
+        arrival_ns=m.arrival_ns,
+        limit=prompt_length + m.params.max_new_tokens,
+        scores=prompt_scores(m.params, prompt_length),
+        tenant=m.tenant,
+        weight=m.weight,
+        pin=m.pin,
+        pooled=m.pooled,
+        reuses=pooling is None or pooling.reuses,
+        images=m.images,
+        second=m.second,
+    )

@@ -6,7 +6,6 @@ parameters reach the samplers before the plan that needs them.
 """
 
 import time
-from array import array
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, ClassVar, Final
@@ -63,9 +62,8 @@ from .messages import (
     Unmatch,
     Unpin,
 )
-from .prompt_scores import prompt_scores
 from .ref import Gone
-from .request import Request
+from .request import Request, request_of
 from .schedule import Schedule
 from .score_rows import columns_of, computed_logprobs, known_logprobs
 from .stats import stats_of
@@ -177,30 +175,7 @@ class Scheduler(Actor):
     # ------------------------------------------------------------------ requests
 
     def _submit(self, m: Submit) -> None:
-        ids = array("i")
-        ids.frombytes(m.ids)
-        prompt_length = len(ids)
-        ids.frombytes(m.generated)
-        assert m.params.max_new_tokens is not None, "the text actor resolves it"
-        pooling = self.context.model.pooling
-        request = Request(
-            rid=m.rid,
-            tokens=ids,
-            prompt_length=prompt_length,
-            params=m.params,
-            namespace=m.cache_salt,
-            priority=m.priority,
-            arrival_ns=m.arrival_ns,
-            limit=prompt_length + m.params.max_new_tokens,
-            scores=prompt_scores(m.params, prompt_length),
-            tenant=m.tenant,
-            weight=m.weight,
-            pin=m.pin,
-            pooled=m.pooled,
-            reuses=pooling is None or pooling.reuses,
-            images=m.images,
-            second=m.second,
-        )
+        request = request_of(m, self.context.model.pooling)
         if request.images:
             try:
                 self.images.hold(request.images, self._living())

@@ -54,7 +54,7 @@ log = logging.getLogger("actorserve.supervisor")
 
 QUICK_DRAIN = 0.4
 """Seconds that running requests have when nobody gave them any."""
-WATCH_SECONDS = 0.3
+WATCH_SECONDS = 0.2
 """Between two looks at who is stuck: it is killed within --hang-seconds and a little more than two of these."""
 OnEvent = Callable[[str, str, str, float], None]
 """(kind, node, detail, fraction), called in the loop. Kinds: spawn; progress (detail "actor: stage", fraction 0 to 1);

@@ -18,14 +18,14 @@ import numpy as np
 import trio
 from msgspec.structs import replace
 
-from ..errors import ActorserveError, EngineDown, Overloaded, RequestError, StartupError
+from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.images import ImageReader
-from ..models.template import ChatTemplate
-from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..models.template import load_template
+from ..models.tokenizer import load_tokenizer
 from ..sampler.params import SamplingParams
 from . import messages
-from .actor import Actor, Context
+from .actor import Context
 from .desk import MAX_DEATHS, Suspects
 from .fetch import Fetcher, address_of, fetched, hosts_of, not_fetched
 from .messages import (
@@ -35,15 +35,12 @@ from .messages import (
     AskTimelines,
     Cancel,
     ChatPrompt,
-    Chunk,
-    Chunks,
     Detokenize,
     Detokenized,
     Done,
     Drain,
     Ended,
     Finish,
-    FrontAnswer,
     Generate,
     ImagePixels,
     Look,
@@ -56,7 +53,6 @@ from .messages import (
     Seen,
     Started,
     Stats,
-    Submit,
     TextInbox,
     Timelines,
     Tokenize,
@@ -66,14 +62,13 @@ from .messages import (
     Tokens,
     Unpin,
 )
-from .output import Output
+from .output import Output, logprob_of
 from .prompts import Encoded, Prompts
-from .ref import Gone
+from .running import SCHEDULER, Running
 from .view import with_lanes_of
 
 R = TypeVar("R")
 G = TypeVar("G", Generate, Tokenize)
-SCHEDULER: Final = "sched"
 SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times while it worked on this request; it is not tried again"
 PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
 OURS: Final = -1
@@ -86,23 +81,17 @@ FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
 }
 
 
-class Text(Actor):
-    """State: the requests being tokenized, the running ones, and those with something new for their front."""
+class Text(Running):
+    """State: the requests being tokenized, the orders that wait for an answer, and what Running has."""
 
     inbox_type: ClassVar[object] = TextInbox
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.outputs: dict[int, Output] = {}
-        """Running requests by id."""
-        self.prompt_tokens = 0
-        """Of their prompts."""
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
         self.ordered: dict[int, tuple[str, Order | Look | AskTimelines]] = {}
         """Orders that the scheduler has not answered, with their fronts."""
-        self.scheduler_up = False
-        """It knows all that is here: it was told when it came up."""
         self.suspects = Suspects()
         self.paused = False
         """By the last order that was carried out."""
@@ -113,8 +102,6 @@ class Text(Actor):
         """Of images that clients name by an address."""
         self.pins: dict[str, set[int]] = {}
         """Of each front, what a scheduler may hold for it."""
-        self._changed: dict[str, dict[int, Output]] = {}
-        """By front: outputs with something new."""
         self._detokenizers: Detokenizers | None = None
         self._threads = trio.CapacityLimiter(max(1, (os.cpu_count() or 2) // 2))
 
@@ -186,25 +173,6 @@ class Text(Actor):
                 pass  # the fronts send nothing new
             case _:
                 assert_never(message)
-
-    def flush(self) -> None:
-        """Send each front what is new in one message, first tokens first. Where one lags behind, chunks are joined."""
-        desk = self.context.desk
-        for front in list(self._changed):
-            ref = self.context.ref(front)
-            if ref.backlog:
-                continue  # credit wakes us, and flush is called again
-            changed = sorted(self._changed.pop(front).values(), key=_is_begun)
-            while changed:
-                chunks: list[Chunk] = []
-                for output in changed:
-                    desk.now(output.rid)
-                    if (chunk := output.chunk()) is not None:
-                        chunks.append(chunk)
-                desk.rest()
-                if chunks:
-                    self._post(front, Chunks(chunks))
-                changed = [output for output in changed if output.holds_prompt]
 
     # ------------------------------------------------------------------ from the fronts
 
@@ -411,7 +379,7 @@ class Text(Actor):
                 continue
             logprob = None
             if logprobs is not None and output.params.logprobs is not None and ids[row] >= 0:
-                logprob = self._logprob(m, row, ids[row], logprobs[row], output.params)
+                logprob = logprob_of(m, row, ids[row], logprobs[row], output.params, self._bytes)
             if m.forced:
                 output.forced_tokens += 1
                 output.jumps += not row or rids[row - 1] != rid
@@ -445,28 +413,11 @@ class Text(Actor):
         logprobs = np.frombuffer(m.logprobs, dtype=np.float32).tolist()
         output.push_prompt(
             [
-                self._logprob(m, row, token, logprob, output.params)
+                logprob_of(m, row, token, logprob, output.params, self._bytes)
                 for row, (token, logprob) in enumerate(zip(ids, logprobs, strict=True))
             ]
         )
         self._mark_changed(output)
-
-    def _logprob(
-        self, m: Tokens | PromptLogprobs, row: int, token: int, logprob: float, params: SamplingParams
-    ) -> TokenLogprob:
-        first, count = row * m.top_n, min(params.logprobs or 0, m.top_n)
-        top: list[tuple[int, float, bytes]] = []
-        if count:
-            ids = np.frombuffer(m.top_ids, dtype=np.int32, count=count, offset=4 * first).tolist()
-            values = np.frombuffer(m.top_logprobs, dtype=np.float32, count=count, offset=4 * first).tolist()
-            top = [(i, value, self._bytes(i)) for i, value in zip(ids, values, strict=True)]
-        named = params.token_ids_logprob
-        if not named or not len(m.listed):
-            return TokenLogprob(token, logprob, self._bytes(token), top)
-        width = len(m.listed) // len(m.logprobs)
-        values = np.frombuffer(m.listed, dtype=np.float32, count=len(named), offset=4 * row * width).tolist()
-        listed = [(i, value, self._bytes(i)) for i, value in zip(named, values, strict=True)]
-        return TokenLogprob(token, logprob, self._bytes(token), top, listed)
 
     def _bytes(self, token: int) -> bytes:
         return b"" if self._detokenizers is None else self._detokenizers.bytes[token]
@@ -539,65 +490,3 @@ class Text(Actor):
             self._to_scheduler(Abort(output.rid))
         if pins := self.pins.pop(name, None):
             self._to_scheduler(Unpin(memoryview(array("q", pins)).cast("B")))
-
-    def _forget(self, rid: int) -> Output | None:
-        output = self._drop(rid)
-        if output is not None:
-            self._unmark(output)
-        return output
-
-    def _drop(self, rid: int) -> Output | None:
-        output = self.outputs.pop(rid, None)
-        if output is not None:
-            self.prompt_tokens -= output.prompt_tokens
-        return output
-
-    def _mark_changed(self, output: Output) -> None:
-        self._changed.setdefault(output.front, {})[output.rid] = output
-
-    def _unmark(self, output: Output) -> None:
-        self._changed.get(output.front, {}).pop(output.rid, None)
-
-    def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
-        self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
-
-    def _to_scheduler(self, message: Abort | Submit | ImagePixels | Unpin | Order | Look | AskTimelines) -> None:
-        """Send, if it is up; else the next one is told all that still holds."""
-        if self.scheduler_up:
-            self._post(SCHEDULER, message)
-
-    def _post(
-        self,
-        name: str,
-        message: Abort
-        | Submit
-        | ImagePixels
-        | Unpin
-        | Chunks
-        | Refused
-        | Stats
-        | Order
-        | Look
-        | AskTimelines
-        | FrontAnswer,
-    ) -> None:
-        """Send; a peer that is down is told again when it is up, or has lost its requests, and its PeerDown follows."""
-        try:
-            self.context.ref(name).post(message)
-        except Gone:
-            self.context.log.debug("%s is down", name)
-
-
-def _is_begun(output: Output) -> bool:
-    return output.begun
-
-
-def load_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
-    """The template in `file` (--chat-template), else the model's; None if there is none. Raises StartupError."""
-    sources: dict[str, str] = tokenizer.templates
-    if file is not None:
-        try:
-            sources = {"default": Path(file).read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartupError(f"cannot read the chat template {file}: {error}") from error
-    return ChatTemplate(sources, tokenizer.special_tokens, tokenizer.control) if sources else None

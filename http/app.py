@@ -25,6 +25,7 @@ from ..lang import remote
 from . import (
     batch_types,
     batches,
+    chat_types,
     control_routes,
     control_types,
     embedding_types,
@@ -35,7 +36,9 @@ from . import (
     message_types,
     messages,
     native,
+    native_types,
     openai,
+    openai_types,
     openapi,
     page,
     parse_routes,
@@ -213,15 +216,16 @@ class Served(NamedTuple):
 
 GET, POST = ("GET",), ("POST",)
 _p, _c, _t, _e = protocol, control_routes, control_types, embedding_types
+_n, _o, _h = native_types, openai_types, chat_types
 ROUTES: tuple[Served, ...] = (
     Served(
-        ("/generate",), ("POST", "PUT"), native.generate, _p.GenerateRequest,
-        _p.GenerateReply | list[_p.GenerateReply], _p.GenerateReply,
+        ("/generate",), ("POST", "PUT"), native.generate, _n.GenerateRequest,
+        _n.GenerateReply | list[_n.GenerateReply], _n.GenerateReply,
     ),
-    Served(("/v1/completions",), POST, openai.completions, _p.CompletionRequest, _p.Completion, _p.Completion),
+    Served(("/v1/completions",), POST, openai.completions, _o.CompletionRequest, _o.Completion, _o.Completion),
     Served(
-        ("/v1/chat/completions",), POST, openai.chat_completions, _p.ChatRequest, _p.ChatCompletion,
-        _p.ChatCompletionChunk,
+        ("/v1/chat/completions",), POST, openai.chat_completions, _h.ChatRequest, _h.ChatCompletion,
+        _h.ChatCompletionChunk,
     ),
     Served(
         ("/v1/responses",), POST, responses.create, response_types.ResponseRequest, response_types.Response,

@@ -9,14 +9,13 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from ..actors.client import Stream
 from ..actors.messages import Chunk, TokenLogprob
+from ..actors.stream import Stream
 from ..models.chat_reply import ChatReply
 from ..models.parse_events import CallArguments, CallEnd, CallStart, Event
 from ..models.parsers import ChatParser
 from .chat_tools import Reading
-from .openai_replies import MARK, Head, UsageFrames, finite, token_name, usage
-from .protocol import (
+from .chat_types import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
@@ -26,10 +25,9 @@ from .protocol import (
     ChunkChoice,
     Delta,
     TopLogprob,
-    Usage,
-    encode,
-    said,
 )
+from .openai_replies import MARK, Head, UsageFrames, finite, token_name, usage
+from .protocol import Usage, encode, said
 from .sse import DONE, data_event, event_format
 
 

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..models.call_grammar import Calls, Function, certain_family
 from ..models.parse_events import Known
 from ..models.parsers import ChatParser, reasoning_family, reasoning_parser, tool_family, tool_parser
-from .protocol import ChatRequest, NamedToolChoice, Tool
+from .chat_types import ChatRequest, NamedToolChoice, Tool
 
 MAX_TOOLS: Final = 128
 _ANSWERS: Final = ("json_schema", "json_object", "choice")

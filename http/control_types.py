@@ -9,7 +9,8 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..actors.conversation import ChatMessage
-from .protocol import Refusable, Tool
+from .chat_types import Tool
+from .protocol import Refusable
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):

@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 
 from ..actors.admission import Submission, check_task
-from ..actors.client import Stream, token_prompt, truncated
+from ..actors.client import token_prompt, truncated
 from ..actors.conversation import ChatMessage, chat_prompt
 from ..actors.messages import Chunk, Prompt, TextPrompt
+from ..actors.stream import Stream
 from ..config import Pooling
 from ..errors import EngineDown, RequestError
 from ..models.pooling import embedding_of, probabilities

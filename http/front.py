@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Final, Literal
 import uvicorn
 
 from ..actors.actor import Actor, Context
-from ..actors.client import Client, LoopWakeup
+from ..actors.client import Client
 from ..actors.messages import Chunk, Chunks, Drain, FrontInbox
+from ..actors.stream import LoopWakeup
 from ..errors import Overloaded, StartupError
 from .app import build_app
 from .batch_runner import BatchRunner

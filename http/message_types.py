@@ -11,22 +11,16 @@ from msgspec import Meta, Struct, field
 
 from ..actors.conversation import ChatMessage, ContentPart, ImageUrl
 from ..errors import RequestError
-from .protocol import (
+from .chat_types import (
     ChatRequest,
     FunctionDefinition,
     FunctionName,
     JsonSchemaFormat,
     NamedToolChoice,
-    Priority,
-    Refusable,
     ResponseFormat,
-    Seed,
-    StopStrings,
-    Temperature,
     Tool,
-    TopK,
-    TopP,
 )
+from .protocol import Priority, Refusable, Seed, StopStrings, Temperature, TopK, TopP
 
 MaxTokens: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 31)]
 

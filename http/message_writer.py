@@ -9,13 +9,14 @@ from typing import Any, Final
 
 import msgspec
 
-from ..actors.client import Stream
 from ..actors.messages import Chunk
+from ..actors.stream import Stream
 from .chat_replies import Answer
 from .chat_tools import Reading
+from .chat_types import Delta
 from .message_types import Message, MessageUsage
 from .openai_replies import MARK
-from .protocol import Delta, encode
+from .protocol import encode
 from .sse import event_format, named_event
 
 _DELTAS: Final = {

@@ -15,17 +15,18 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..actors.admission import Submission
-from ..actors.client import Choice, Stream, token_prompt
+from ..actors.client import token_prompt
 from ..actors.grammar_fields import GIVEN as GRAMMAR_FIELDS
 from ..actors.grammar_fields import UNSUPPORTED as GRAMMAR_UNSUPPORTED
 from ..actors.grammar_fields import grammar_spec
 from ..actors.image_fields import with_images
 from ..actors.messages import Chunk, GrammarSpec, Prompt, TextPrompt, TokenLogprob
+from ..actors.stream import Choice, Stream
 from ..errors import RequestError
 from ..sampler.params import SamplingParams
 from .error_replies import decode_body
 from .exchange import Exchange
-from .protocol import (
+from .native_types import (
     NATIVE_REFUSED,
     GenerateReply,
     GenerateRequest,
@@ -34,9 +35,8 @@ from .protocol import (
     NativeSampling,
     TokenRow,
     TokenRows,
-    encode,
-    said,
 )
+from .protocol import encode, said
 from .service import Service
 from .sse import DONE, AtEnd, data_event, send_stream
 from .timelines import RequestTimeline, timeline_of

@@ -13,26 +13,21 @@ from typing import Any, Final
 import msgspec
 
 from ..actors.admission import Submission
-from ..actors.client import Stream, token_prompt
+from ..actors.client import token_prompt
 from ..actors.conversation import chat_prompt
 from ..actors.messages import ChatPrompt, Chunk, Prompt, TextPrompt, TokenPrompt
+from ..actors.stream import Stream
 from ..errors import ActorserveError, RequestError
 from ..sampler.params import SamplingParams
 from .chat_replies import ChatWriter
 from .chat_tools import Reading, ToolPlan, plan_tools, template_arguments
+from .chat_types import CHAT_REFUSED, ChatRequest
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import split_ids
 from .openai_grammar import requested_grammar
 from .openai_replies import CompletionWriter, Head, UsageFrames
-from .protocol import (
-    CHAT_REFUSED,
-    OPENAI_REFUSED,
-    ChatRequest,
-    CompletionRequest,
-    OpenAIRequest,
-    StreamOptions,
-)
+from .openai_types import OPENAI_REFUSED, CompletionRequest, OpenAIRequest, StreamOptions
 from .service import Service
 from .sse import AtEnd, send_output
 from .timelines import timeline_of

@@ -8,7 +8,8 @@ from typing import Any, Final
 from ..actors.grammar_fields import WHITESPACE, grammar_spec
 from ..actors.messages import GrammarSpec
 from ..errors import RequestError
-from .protocol import OpenAIRequest, ResponseFormat, StructuredOutputs
+from .chat_types import ResponseFormat
+from .openai_types import OpenAIRequest, StructuredOutputs
 
 _ALIASES: Final = {
     "regex": "regex",

@@ -13,17 +13,10 @@ from typing import Final
 
 from msgspec import UNSET, UnsetType
 
-from ..actors.client import Stream
 from ..actors.messages import Chunk, TokenLogprob
-from .protocol import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    PromptTokensDetails,
-    Usage,
-    encode,
-    said,
-)
+from ..actors.stream import Stream
+from .openai_types import Completion, CompletionChoice, CompletionLogprobs
+from .protocol import PromptTokensDetails, Usage, encode, said
 from .sse import DONE, data_event, event_format
 from .timelines import RequestTimeline
 

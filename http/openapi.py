@@ -1,4 +1,4 @@
-"""The API's own description: an OpenAPI 3.1 document made of the route table and the structs of protocol.py.
+"""The API's own description: an OpenAPI 3.1 document made of the route table and the structs of bodies.
 
 Used by app.py, which serves it at /openapi.json. Invariant: nothing is described twice; what a client may send is what
 the decoders take, since both come from the same types.

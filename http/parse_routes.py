@@ -14,9 +14,10 @@ from ..errors import RequestError
 from ..models.parse_events import CallArguments, CallStart, Content, Event, Known, Parser, Reasoning, joined
 from ..models.parsers import names, reasoning_parser, tool_parser
 from .chat_tools import MAX_TOOLS
+from .chat_types import Tool
 from .error_replies import decode_body
 from .exchange import Exchange
-from .protocol import Tool, encode
+from .protocol import encode
 from .service import Service
 
 PIECE: Final = 1024

@@ -10,21 +10,16 @@ from msgspec import Meta, Struct
 
 from ..actors.conversation import ChatMessage, ContentPart, ImageUrl
 from ..errors import RequestError
-from .protocol import (
+from .chat_types import (
     ChatRequest,
     FunctionDefinition,
     FunctionName,
     JsonSchemaFormat,
     NamedToolChoice,
-    Priority,
-    Refusable,
     ResponseFormat,
-    Seed,
-    Temperature,
-    Tokens,
     Tool,
-    TopP,
 )
+from .protocol import Priority, Refusable, Seed, Temperature, Tokens, TopP
 
 
 class InputPart(Struct, frozen=True):

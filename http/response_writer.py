@@ -10,13 +10,14 @@ from typing import Any, Final
 
 import msgspec
 
-from ..actors.client import Stream
 from ..actors.conversation import ChatMessage
 from ..actors.messages import Chunk
+from ..actors.stream import Stream
 from .chat_replies import Answer
 from .chat_tools import Reading
+from .chat_types import Delta
 from .openai_replies import MARK, usage
-from .protocol import Delta, encode
+from .protocol import encode
 from .response_types import CachedTokens, ReasoningTokens, Response, ResponseUsage
 from .sse import event_format, named_event
 

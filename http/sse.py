@@ -13,8 +13,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, Protocol
 
-from ..actors.client import Stream
 from ..actors.messages import Chunk
+from ..actors.stream import Stream
 from .exchange import Exchange
 from .protocol import encode
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from ..actors.admission import Submission
-from ..actors.client import Client, Stream
+from ..actors.client import Client
 from ..actors.messages import GrammarSpec, Prompt, Stats, TimelineView
 from ..actors.questions import Questions
+from ..actors.stream import Stream
 from ..errors import Overloaded, RequestError
 from ..sampler.params import SamplingParams
 from .api_keys import Key

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from ..actors.messages import TimelineView, WindowView
 from ..errors import ActorserveError, RequestError
+from .protocol import encode
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -68,8 +69,6 @@ class TimelineReply(Struct, frozen=True):
 
 async def timeline(service: "Service", exchange: "Exchange") -> None:
     """Serve GET /v1/requests/{id}/timeline: of one of the latest 2,048, by its reply's id or its rid."""
-    from .protocol import encode  # which has the structs of this file in its replies
-
     views = await service.client.timelines(exchange.path_id)
     if not views:
         what = "there is no request of this id among the latest"

@@ -7,6 +7,7 @@ and every fault of a request is a RequestError for "messages".
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import jinja2
@@ -16,6 +17,7 @@ from jinja2 import meta, nodes
 from ..errors import RequestError, StartupError
 from .control import TAG, ControlTokens
 from .sandbox import Sandbox, TooMuch
+from .tokenizer import Tokenizer
 
 Json: TypeAlias = dict[str, Any]
 
@@ -91,6 +93,17 @@ class ChatTemplate:
             return variant.render(request, kwargs)
         except RecursionError as error:
             raise RequestError("the messages are nested too deeply", param="messages") from error
+
+
+def load_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate | None:
+    """The template in `file` (--chat-template), else the model's; None if there is none. Raises StartupError."""
+    sources: dict[str, str] = tokenizer.templates
+    if file is not None:
+        try:
+            sources = {"default": Path(file).read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartupError(f"cannot read the chat template {file}: {error}") from error
+    return ChatTemplate(sources, tokenizer.special_tokens, tokenizer.control) if sources else None
 
 
 class _Variant:

@@ -215,9 +215,23 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "python -m actorse
         formatter_class=Formatter,
         allow_abbrev=False,
     )
+    _add_server_flags(parser)
+    _add_load_flags(parser)
+    add_join_flags(parser)
+    add_limit_flags(parser)
+    args = parser.parse_args(arguments)
+    if min(args.num_prompts, args.client_processes, args.join_count) < 1 or not args.request_rate > 0:
+        parser.error("--num-prompts, --clients, --join-count and --request-rate must be above 0")
+    if args.shape and not args.vocab_size:
+        args.vocab_size = spec_of_model(args.shape).vocab
+    args.api = BACKENDS[args.api or ("generate" if args.shape else "completions")]
+    args.request_rate = None if args.request_rate == float("inf") else args.request_rate
+    args.goodput = dict(args.goodput) if args.goodput else None
+    return args
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    whole: Any = {"type": int, "metavar": "N"}
-    real: Any = {"type": float, "metavar": "X"}
     add("--base-url", "--url", metavar="URL", default="http://127.0.0.1:30000", help="default: %(default)s")
     add("--launch", metavar="FLAGS", help="run `actorserve run FLAGS` for this; a model of --shape unless FLAGS say")
     add(
@@ -230,6 +244,12 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "python -m actorse
     )
     add("--model", metavar="NAME", help="default: the first of /v1/models")
     add("--api-key", metavar="KEY")
+
+
+def _add_load_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    whole: Any = {"type": int, "metavar": "N"}
+    real: Any = {"type": float, "metavar": "X"}
     add(
         "--dataset-name",
         "--dataset",
@@ -275,17 +295,6 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "python -m actorse
     add("--timeout", **real, default=600.0, help="seconds until a request counts as failed")
     add("--seed", **whole, default=0)
     add("--json", metavar="FILE", help="write the figures there too")
-    add_join_flags(parser)
-    add_limit_flags(parser)
-    args = parser.parse_args(arguments)
-    if min(args.num_prompts, args.client_processes, args.join_count) < 1 or not args.request_rate > 0:
-        parser.error("--num-prompts, --clients, --join-count and --request-rate must be above 0")
-    if args.shape and not args.vocab_size:
-        args.vocab_size = spec_of_model(args.shape).vocab
-    args.api = BACKENDS[args.api or ("generate" if args.shape else "completions")]
-    args.request_rate = None if args.request_rate == float("inf") else args.request_rate
-    args.goodput = dict(args.goodput) if args.goodput else None
-    return args
 
 
 def _limit(text: str) -> tuple[str, float]:

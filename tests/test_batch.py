@@ -9,8 +9,9 @@ from typing import Any, Self
 import pytest
 
 from actorserve import batch, cli
-from actorserve.actors.client import Client, LoopWakeup
+from actorserve.actors.client import Client
 from actorserve.actors.messages import Chunk, Chunks, Generate, Stats
+from actorserve.actors.stream import LoopWakeup
 from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import EngineDown
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from actorserve.actors import quarantine
 from actorserve.actors.admission import Submission
-from actorserve.actors.client import JOIN_EVERY, Client, LoopWakeup, token_prompt
+from actorserve.actors.client import Client, token_prompt
 from actorserve.actors.messages import (
     Abort,
     Cancel,
@@ -27,6 +27,7 @@ from actorserve.actors.messages import (
     TokenLogprob,
 )
 from actorserve.actors.ref import Gone
+from actorserve.actors.stream import JOIN_EVERY, LoopWakeup
 from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import ActorserveError, EngineDown, Overloaded, RequestError
 from actorserve.sampler.params import SamplingParams

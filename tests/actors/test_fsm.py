@@ -188,6 +188,31 @@ def test_what_takes_too_long_is_refused_and_others_go_on(folder: str, monkeypatc
     run(main)
 
 
+def test_compilers_are_forks_of_a_process_with_one_thread(folder: str) -> None:
+    """It lives on when they are killed, and is started again when it is killed itself."""
+
+    async def main() -> None:
+        async with bench(folder, seconds=50.0) as b:
+            b.send(Compile(1, regex("a")))
+            assert isinstance(await b.answer(), Compiled)
+            process = b.fsm.mother._process
+            assert process is not None
+            assert len(os.listdir(f"/proc/{process.pid}/task")) == 1
+            b.send(Compile(2, regex(SLOW)))
+            os.kill(await b.pid(0), signal.SIGKILL)
+            b.send(Compile(3, regex("b")))
+            assert {type(await b.answer()) for _ in range(2)} <= {Compiled, CompileFailed}
+            assert b.fsm.mother._process is process and process.poll() is None
+            process.kill()
+            process.wait()
+            b.send(Compile(4, regex("c")))
+            answer = await b.answer()
+            assert isinstance(answer, Compiled) and answer.handle == 4
+            assert b.fsm.mother._process is not process
+
+    run(main)
+
+
 def test_a_killed_compiler_is_tried_again_once(folder: str) -> None:
     async def main() -> None:
         async with bench(folder, seconds=50.0) as b:  # SLOW must not reach its deadline

@@ -4,7 +4,7 @@ import jsonschema
 import pytest
 
 from actorserve.http.app import ROUTES
-from actorserve.http.protocol import OPENAI_REFUSED
+from actorserve.http.openai_types import OPENAI_REFUSED
 
 pytestmark = pytest.mark.anyio
 USER = [{"role": "user", "content": "Hi"}]

@@ -6,11 +6,11 @@ import json
 import pytest
 
 from actorserve.actors.actor import Context
-from actorserve.actors.client import LoopWakeup
 from actorserve.actors.inbox import Inbox
 from actorserve.actors.lane import LaneReceiver, LaneSender, create_lane
 from actorserve.actors.messages import Cancel, Chunks, Generate
 from actorserve.actors.ref import Ref
+from actorserve.actors.stream import LoopWakeup
 from actorserve.config import EngineConfig
 from actorserve.http.front import SLICE, HttpFront
 from actorserve.http.openai_replies import CompletionWriter

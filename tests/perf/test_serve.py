@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from actorserve.http.protocol import OPENAI_REFUSED
+from actorserve.http.openai_types import OPENAI_REFUSED
 from actorserve.perf import serve
 from actorserve.perf.figures import peak_concurrency
 from actorserve.perf.stream_client import Client, Record, Reply

@@ -145,6 +145,17 @@ def test_a_stopped_executor_is_replaced(stub: LiveServer) -> None:
 
 
 @pytest.mark.timeout(0)
+def test_no_false_alarms(stub: LiveServer, thorough: bool) -> None:
+    """Ten busy minutes with a limit of three seconds: nobody is taken for stuck, every stream says the same."""
+    streams, before = bodies(64, 200), stub.children()
+    undisturbed = LiveLoad(stub.url, streams).once()
+    with LiveLoad(stub.url, streams) as load:
+        time.sleep(600 if thorough else 5)
+        assert stub.children() == before and stub.is_ready()
+    assert_unharmed(load, undisturbed, exact=True)
+
+
+@pytest.mark.timeout(0)
 def test_deaths_with_the_real_model(smollm: str, tmp_path: Path, kills: int | None, thorough: bool) -> None:
     if not thorough:
         pytest.skip("takes minutes: --thorough")

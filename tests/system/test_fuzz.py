@@ -136,7 +136,7 @@ OTHERS = {
     "control.ToNode": control.ToNode,
     "control.ToSupervisor": control.ToSupervisor,
     "fsm_worker.Answer": fsm_worker.Answer,
-    "fsm_worker orders": fsm_worker.Setup | fsm_worker.Job,
+    "fsm_worker.Job": fsm_worker.Job,
     "lifeline": lifeline.AnyStatus,
 }
 EXPECTED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)

@@ -98,7 +98,7 @@ def test_bfloat16_is_as_exact_as_transformers(smollm: str, backend: str) -> None
     for error in found.values():
         assert error.relative <= 1.1 * theirs.relative
         assert error.others <= 1.1 * theirs.others + 0.005
-        assert error.gap <= GAP["bfloat16"]
+        assert error.gap <= max(GAP["bfloat16"], theirs.gap)
 
 
 def test_windows_and_graphs_change_nothing(smollm: str) -> None:
