@@ -22,7 +22,8 @@ from .service import Service
 
 PIECE: Final = 1024
 """Characters; the slowest parser takes a millisecond or two for them."""
-Text = Annotated[str, Meta(max_length=1 << 20)]
+MAX_CHARS: Final = 1 << 20
+Text = Annotated[str, Meta(max_length=MAX_CHARS)]
 
 
 class ParseCallsRequest(Struct, frozen=True, kw_only=True):
