@@ -245,9 +245,9 @@ def test_classification_head(kind: str, tmp_path: Path) -> None:
 def test_pairs_of_texts(kind: str, tmp_path: Path) -> None:
     """A pair's second text has tokens of the second type where the model knows types, beside prompts that are one text
     and in slots that had pairs before."""
-    model = encoder(kind, tmp_path, "ForSequenceClassification", num_labels=1)
-    bench = Bench(str(tmp_path))
     typed = kind == "Bert"
+    model = encoder(kind, tmp_path, "ForSequenceClassification", num_labels=1, type_vocab_size=2 if typed else 1)
+    bench = Bench(str(tmp_path))
 
     def expected(ids: list[int], second: int) -> Tensor:
         types = torch.tensor([[int(0 < second <= i) for i in range(len(ids))]])
