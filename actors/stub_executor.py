@@ -234,9 +234,10 @@ class StubExecutor(Actor):
     # ------------------------------------------------------------------ a window
 
     def steps(self, plan: Plan) -> Iterator[StepOut]:
-        """Run a window; its steps one by one."""
-        chunks, window, k = self._apply(plan), plan.window, plan.k
-        once = set(ints(plan.once_slots))
+        """Begin a window, of whose message nothing is needed then; return its steps, which run one by one."""
+        return self._steps(plan.window, plan.k, self._apply(plan), set(ints(plan.once_slots)))
+
+    def _steps(self, window: int, k: int, chunks: list[Chunk], once: set[int]) -> Iterator[StepOut]:
         for number in range(k):
             started = time.perf_counter_ns()
             work = chunks if number == 0 else []
