@@ -86,36 +86,41 @@ async def score(service: Service, exchange: Exchange) -> None:
     if request.text_1 is not None or request.text_2 is not None:
         await _score_pairs(service, exchange, request)
         return
-    for name in ("query", "items", "label_token_ids"):
-        if getattr(request, name) is None:
-            what = f"{name} is missing; there are query, items and label_token_ids, or text_1 and text_2"
-            raise RequestError(what, param=name, code="missing_required_parameter")
-    if not request.label_token_ids:
+    query, given, labels = request.query, request.items, request.label_token_ids
+    if query is None or given is None or labels is None:
+        raise _missing(request, "query", "items", "label_token_ids")
+    if not labels:
         raise RequestError("label_token_ids is empty", param="label_token_ids")
+    if request.truncate_prompt_tokens is not None:
+        raise RequestError("truncate_prompt_tokens is for text_1 and text_2", param="truncate_prompt_tokens")
     params = SamplingParams(
-        max_new_tokens=1,
-        temperature=0.0,
-        ignore_eos=True,
-        logprobs=0,
-        token_ids_logprob=tuple(request.label_token_ids),
+        max_new_tokens=1, temperature=0.0, ignore_eos=True, logprobs=0, token_ids_logprob=tuple(labels)
     )
-    items = [request.items] if isinstance(request.items, str) else request.items or []
+    items = [given] if isinstance(given, str) else given
     service.check_batch(len(items), "items")
-    prompts = _prompts(request, request.query or "", items, service.model.vocab_size)
+    prompts = _prompts(request, query, items, service.model.vocab_size)
     with renamed({"token_ids_logprob": "label_token_ids", "prompt": "items", "input_ids": "items"}):
-        stream = service.client.submit_all([Submission(prompt, params) for prompt in prompts])
+        submissions = [Submission(prompt, params) for prompt in prompts]
+        stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         async with exchange.watched(stream):
             chunks = await stream.collect()
             scores = [_scores(chunk, request.apply_softmax) for chunk in chunks]
             await exchange.reply(encode(ScoreReply(scores, service.model_name, usage(chunks, 1))))
 
 
+def _missing(request: ScoreRequest, *names: str) -> RequestError:
+    """What is wrong where not all of these fields are given."""
+    name = next(name for name in names if getattr(request, name) is None)
+    what = f"{name} is missing; there are query, items and label_token_ids, or text_1 and text_2"
+    return RequestError(what, param=name, code="missing_required_parameter")
+
+
 async def _score_pairs(service: Service, exchange: Exchange, request: ScoreRequest) -> None:
     """As vLLM."""
+    if request.text_1 is None or request.text_2 is None:
+        raise _missing(request, "text_1", "text_2")
     texts: list[list[str]] = []
     for name, given in (("text_1", request.text_1), ("text_2", request.text_2)):
-        if given is None:
-            raise RequestError(f"{name} is missing", param=name, code="missing_required_parameter")
         texts.append([given] if isinstance(given, str) else given)
         if not all(texts[-1]) or not texts[-1]:
             raise RequestError(f"{name} is empty or has an empty text", param=name)
