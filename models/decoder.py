@@ -202,7 +202,8 @@ class Decoder:
         if self.weights.positions is not None:
             x = x + F.embedding(batch.positions, self.weights.positions)
         if self.weights.token_types is not None:
-            x = x + self.weights.token_types[0]
+            types = batch.token_types
+            x = x + (self.weights.token_types[0] if types is None else F.embedding(types, self.weights.token_types))
         return self._norm(x, self.weights.embed_norm)
 
     # ------------------------------------------------------------------ the layers, both return None for no rows
