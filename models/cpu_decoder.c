@@ -16,25 +16,27 @@ struct layer {
 };
 
 /* Hidden states x and the residual stream, both [tokens, hidden], go through layers. `rotation` and `attention` say all
-but what `layers` do; their qkv, q and out are scratch memory, as is `wide` [tokens, 3 * inter]. */
+but what `layers` do; their qkv, q and out are scratch memory, as are `wide` [tokens, 3 * inter] and `packed` [tokens, the
+most inputs of a map]. */
 void run_layers(const struct layer *layers, long count, float *x, float *residual, const struct rotation *rotation,
-                const struct attention *attention, float *wide, float residual_scale, float eps, int threads) {
+                const struct attention *attention, float *wide, float *packed, float residual_scale, float eps,
+                int threads) {
     struct rotation r = *rotation;
     struct attention a = *attention;
     for (const struct layer *l = layers; l < layers + count; l++) {
         long tokens = a.tokens, hidden = l->o.outputs, inter = l->down.inputs;
         float *inner = wide + 2 * tokens * inter;
-        linear(&l->qkv, x, tokens, r.qkv, threads);
+        linear(&l->qkv, x, tokens, packed, r.qkv, threads);
         r.qk_norm = l->qk_norm, r.cache = l->cache;
         r.cos = l->rotates ? rotation->cos : NULL;
         rotate_and_write(&r, threads);
         a.cache = l->cache, a.first = l->first, a.keys = l->keys;
         attend(&a, threads);
-        linear(&l->o, a.out, tokens, x, threads);
+        linear(&l->o, a.out, tokens, packed, x, threads);
         rms_norm(x, residual, l->mlp_norm, tokens, hidden, residual_scale, eps, threads);
-        linear(&l->gate_up, x, tokens, wide, threads);
+        linear(&l->gate_up, x, tokens, packed, wide, threads);
         silu_mul(wide, inner, tokens, inter, threads);
-        linear(&l->down, inner, tokens, x, threads);
+        linear(&l->down, inner, tokens, packed, x, threads);
         rms_norm(x, residual, l->next_norm, tokens, hidden, residual_scale, eps, threads);
     }
 }

@@ -59,11 +59,12 @@ class CpuLayers:
         qkv = hidden.new_empty(tokens, heads, spec.head_dim)
         attended = hidden.new_empty(tokens, spec.heads * spec.head_dim)
         wide = hidden.new_empty(tokens, 3 * spec.inter)
+        packed = hidden.new_empty(tokens, max(spec.hidden, spec.heads * spec.head_dim, spec.inter))
         rotation = rotation_of(qkv, None, table, spec, kv_slots)
         attention = plan.arguments(qkv[:, : spec.heads], attended)
         self.run_layers(
             self.table, self.count, hidden.data_ptr(), residual.data_ptr(), rotation, attention, wide.data_ptr(),
-            spec.residual_scale, spec.norm.eps, threads(),
+            packed.data_ptr(), spec.residual_scale, spec.norm.eps, threads(),
         )  # fmt: skip
         return self.count
 

@@ -83,8 +83,8 @@ struct map {
     long outputs, inputs;
 };
 
-/* y [rows, outputs] = map(x [rows, inputs]). */
-void linear(const struct map *map, const float *x, long rows, float *y, int threads);
+/* y [rows, outputs] = map(x [rows, inputs]); `packed` [rows, inputs] is scratch memory. */
+void linear(const struct map *map, const float *x, long rows, float *packed, float *y, int threads);
 
 /* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
@@ -118,3 +118,17 @@ void attend(const struct attention *a, int threads);
 
 /* y [rows, inter] = silu(gate) * up of gate_up [rows, 2 * inter]. */
 void silu_mul(const float *gate_up, float *y, long rows, long inter, int threads);
+
+/* Rows of logits that become tokens: ids [rows], and poison [rows], 1 where a logit is NaN or +inf, or none is left. */
+struct draw {
+    const float *logits; /* [rows, vocab] */
+    long rows, vocab;
+    const uint32_t *masks; /* [rows, words], bit i of word w for token 32 w + i, 1 = allowed; or NULL */
+    long words;
+    const uint8_t *greedy;            /* [rows]: take the largest, the first among equals */
+    const float *inverse_temperature; /* [rows] */
+    const uint64_t *keys;             /* [rows], philox.row_keys */
+    int64_t *ids;
+    uint8_t *poison;
+};
+void draw(const struct draw *a, int threads);

@@ -1,8 +1,9 @@
 """Our C kernels for CPUs with AVX2 or AVX-512, compiled at the first use, as Python calls them.
 
-Used by quantized.py, cpu_ops.py, cpu_attention.py and cpu_decoder.py. All run on one pool of threads (thread_pool.c),
-as many as torch's. Invariant: what is called is declared here as the C files declare it (cpu_kernels.h), so that ctypes
-checks the arguments' number and kinds; pointers are those of contiguous tensors that the caller keeps alive.
+Used by quantized.py, cpu_ops.py, cpu_attention.py, cpu_decoder.py and cpu_draw.py. All run on one pool of threads
+(thread_pool.c), as many as torch's. Invariant: what is called is declared here as the C files declare it
+(cpu_kernels.h), so that ctypes checks the number and kinds of arguments; pointers are those of contiguous tensors that
+the caller keeps alive.
 """
 
 import ctypes
@@ -16,7 +17,8 @@ import torch
 from .c_library import load_library
 
 FILES: Final = (
-    "block_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "thread_pool.c", "cpu_kernels.h",
+    "block_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "cpu_draw.c",
+    "thread_pool.c", "cpu_kernels.h",
 )  # fmt: skip
 
 
@@ -56,15 +58,26 @@ class Layer(Structure):
     )  # fmt: skip
 
 
+class Draw(Structure):
+    """struct draw."""
+
+    _fields_ = (
+        ("logits", c_void_p), ("rows", c_long), ("vocab", c_long), ("masks", c_void_p), ("words", c_long),
+        ("greedy", c_void_p), ("inverse_temperature", c_void_p), ("keys", c_void_p), ("ids", c_void_p),
+        ("poison", c_void_p),
+    )  # fmt: skip
+
+
 _FUNCTIONS: Final = {
-    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_int],
+    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int],
     "rotate_and_write": [POINTER(Rotation), c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "attend": [POINTER(Attention), c_int],
+    "draw": [POINTER(Draw), c_int],
     "run_layers": [
-        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_float, c_float,
-        c_int,
+        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_void_p, c_float,
+        c_float, c_int,
     ],
 }  # fmt: skip
 
@@ -84,6 +97,7 @@ class Kernels:
         self.rotate_and_write: Any = library.rotate_and_write
         self.silu_mul: Any = library.silu_mul
         self.attend: Any = library.attend
+        self.draw: Any = library.draw
         self.run_layers: Any = library.run_layers
 
 
