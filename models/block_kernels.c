@@ -86,6 +86,7 @@ struct product {
     const float *x; /* packed */
     long rows;
     float *y;
+    const struct ahead *ahead;
     int width;         /* units side by side */
     long tasks, share; /* units of a task */
 };
@@ -130,15 +131,29 @@ static void pack_task(void *data, long i) {
     }
 }
 
+/* What is left of a part of `ahead`. */
+struct pieces {
+    const char *base;
+    const int64_t *next, *end;
+    long bytes;
+};
+
+/* Ask for an equal part of it, `times` of which are left. */
+INLINE void fetch(struct pieces *a, long times) {
+    for (long due = (a->end - a->next + times - 1) / times; due > 0; due--, a->next++)
+        for (long at = 0; at < a->bytes; at += LINE) __builtin_prefetch(a->base + *a->next * a->bytes + at, 0, 2);
+}
+
 /* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
 packed tile of `count` rows. With `keeps` the weights are left in the panel [depth, width, LANES]. */
 INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
-                       long depth, const float *x, float *sums, float *panel) {
+                       long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
     vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
     for (; depth > 0; depth -= GROUP, w += unit_bytes(kind)) {
         struct group g[PANEL];
+        fetch(ahead, depth / GROUP);
         for (int r = 0; r < width; r++) {
             g[r] = open_group(bits, kind, w + r * stride);
             for (int at = 0; at < unit_bytes(kind); at += LINE) /* of the units after these: into the second level */
@@ -186,12 +201,13 @@ INLINE void next_tile(int width, int count, const float *panel, long depth, cons
 }
 
 /* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
-typedef void first_function(enum kind, const uint8_t *, long, long, const float *, float *, float *);
+typedef void first_function(enum kind, const uint8_t *, long, long, const float *, float *, float *, struct pieces *);
 typedef void next_function(const float *, long, const float *, float *);
 #define FIRST_TILE(count, bits, width, keeps) \
     static void first_##bits##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, long depth, \
-                                                           const float *x, float *sums, float *panel) { \
-        first_tile(bits, width, count, keeps, kind, w, stride, depth, x, sums, panel); \
+                                                           const float *x, float *sums, float *panel, \
+                                                           struct pieces *ahead) { \
+        first_tile(bits, width, count, keeps, kind, w, stride, depth, x, sums, panel, ahead); \
     }
 #define NEXT_TILE(count, width) \
     static void next_##width##_##count(const float *panel, long depth, const float *x, float *sums) { \
@@ -216,18 +232,27 @@ WIDTHS(COUNTS, NEXT_TILE)
 static first_function *const first_tiles[2][PANEL + 1][2][MOST + 1] = {WIDTHS(FIRSTS, FIRST_NAME)};
 static next_function *const next_tiles[PANEL + 1][MOST + 1] = {WIDTHS(COUNTS, NEXT_NAME)};
 
+/* The part of `ahead` that goes with units [from, to). */
+static struct pieces pieces_of(const struct product *a, long from, long to) {
+    const struct ahead *all = a->ahead;
+    if (!all) return (struct pieces){NULL, NULL, NULL, 0};
+    long units = a->outputs / LANES, first = all->count * from / units, last = all->count * to / units;
+    return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
+}
+
 /* `width` units from `unit` on of at most BLOCK rows from `row` on. */
 static void block(const struct product *a, int width, long unit, long row, long rows) {
     float panel[DEPTH * PANEL * LANES] __attribute__((aligned(LINE)));
     float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
     long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size, step = rows > FEW ? DEPTH : a->inputs;
     int first = first_rows(rows), wide = a->kind == Q8_0;
+    struct pieces ahead = pieces_of(a, unit, unit + width);
     for (long i = 0; i < rows * width; i++) store(sums + i * LANES, (vec){0});
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
         const uint8_t *w = a->weight + unit * stride + at / GROUP * size;
         const float *x = a->x + row * a->inputs;
-        first_tiles[wide][width][first < rows][first](a->kind, w, stride, depth, x + at * first, sums, panel);
+        first_tiles[wide][width][first < rows][first](a->kind, w, stride, depth, x + at * first, sums, panel, &ahead);
         for (int count; done < rows; done += count) {
             count = next_rows(rows - done);
             next_tiles[width][count](panel, depth, x + done * a->inputs + at * count, sums + done * width * LANES);
@@ -264,11 +289,13 @@ static const float *pack(const float *x, long rows, long inputs, float *packed, 
     return packed;
 }
 
-void linear(const struct map *map, const float *x, long rows, float *packed, float *y, int threads) {
+void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
+            int threads) {
     struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, .rows = rows, .y = y};
+    a.ahead = ahead;
     long units = map->outputs / LANES;
     a.width = WIDTH(rows);
-    a.share = units / (threads * 6L) / a.width * a.width;
+    a.share = units / (threads * 16L) / a.width * a.width;
     if (a.share < a.width) a.share = a.width;
     a.tasks = (units + a.share - 1) / a.share;
     a.x = pack(x, rows, map->inputs, packed, threads);

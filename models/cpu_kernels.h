@@ -83,8 +83,17 @@ struct map {
     long outputs, inputs;
 };
 
-/* y [rows, outputs] = map(x [rows, inputs]); `packed` [rows, inputs] is scratch memory. */
-void linear(const struct map *map, const float *x, long rows, float *packed, float *y, int threads);
+/* Memory that is wanted soon: `count` pieces of `bytes` bytes, at these multiples of that from `base` on. */
+struct ahead {
+    const char *base;
+    const int64_t *pieces;
+    long count, bytes;
+};
+
+/* y [rows, outputs] = map(x [rows, inputs]); `packed` [rows, inputs] is scratch memory. Meanwhile the memory `ahead`,
+if not NULL, comes nearer. */
+void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
+            int threads);
 
 /* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,

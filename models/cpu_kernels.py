@@ -69,15 +69,15 @@ class Draw(Structure):
 
 
 _FUNCTIONS: Final = {
-    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_void_p, c_int],
+    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int],
     "rotate_and_write": [POINTER(Rotation), c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "attend": [POINTER(Attention), c_int],
     "draw": [POINTER(Draw), c_int],
     "run_layers": [
-        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_void_p, c_float,
-        c_float, c_int,
+        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_void_p,
+        c_void_p, c_long, c_float, c_float, c_int,
     ],
 }  # fmt: skip
 

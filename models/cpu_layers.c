@@ -5,7 +5,7 @@ Invariant: a row's result does not depend on the batch that it is in. Widths are
 */
 #include "cpu_kernels.h"
 
-#define ALONE 16384 /* numbers that one thread has done before another one has come */
+#define ALONE 8192 /* numbers that one thread has done before another one has come */
 
 INLINE int threads_for(long numbers, int threads) { return numbers < ALONE ? 1 : threads; }
 

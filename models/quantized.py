@@ -129,7 +129,7 @@ class QuantizedLinear:
         if rows:
             x = x.contiguous()
             packed = torch.empty_like(x)
-            self.linear(self.map, x.data_ptr(), rows, packed.data_ptr(), y.data_ptr(), threads())
+            self.linear(self.map, x.data_ptr(), rows, packed.data_ptr(), y.data_ptr(), None, threads())
         return y
 
 
