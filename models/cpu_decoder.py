@@ -41,7 +41,7 @@ class CpuLayers:
             assert layer.mlp_norm is not None and following is not None
             entry.mlp_norm, entry.next_norm = layer.mlp_norm.weight.data_ptr(), following.weight.data_ptr()
             entry.rotates = spec.rotates(i)
-        self.fields = np.frombuffer(self.table, np.dtype(Layer))
+        self.fields = np.frombuffer(memoryview(self.table), np.dtype(Layer))
         """The table as columns, for what changes from step to step."""
         self.windows = [spec.window(i) for i in range(self.count)]
         self.places: tuple[int, ...] = ()
