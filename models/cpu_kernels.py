@@ -1,6 +1,6 @@
 """Our C kernels for CPUs with AVX2 or AVX-512, compiled at the first use, as Python calls them.
 
-Used by quantized.py, cpu_ops.py, cpu_attention.py, cpu_decoder.py and cpu_draw.py. All run on one pool of threads
+Used by quantized.py, slots.py and the cpu_ files. All run on one pool of threads
 (thread_pool.c), as many as torch's. Invariant: what is called is declared here as the C files declare it
 (cpu_kernels.h), so that ctypes checks the number and kinds of arguments; pointers are those of contiguous tensors that
 the caller keeps alive.
@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from ..errors import StartupError
 from .c_library import load_library
 
 FILES: Final = (
@@ -63,8 +64,18 @@ class Draw(Structure):
 
     _fields_ = (
         ("logits", c_void_p), ("rows", c_long), ("vocab", c_long), ("masks", c_void_p), ("words", c_long),
-        ("greedy", c_void_p), ("inverse_temperature", c_void_p), ("keys", c_void_p), ("ids", c_void_p),
-        ("poison", c_void_p),
+        ("slots", c_void_p), ("positions", c_void_p), ("ints", c_void_p), ("ints_width", c_long), ("needs", c_long),
+        ("floats", c_void_p), ("floats_width", c_long), ("stop_ids", c_void_p), ("stops", c_long), ("ids", c_void_p),
+        ("finish", c_void_p),
+    )  # fmt: skip
+
+
+class Slots(Structure):
+    """struct slots."""
+
+    _fields_ = (
+        ("numbers", c_void_p), ("tables", c_void_p), ("count", c_long), ("pages", c_long), ("page_size", c_long),
+        ("scratch", c_long), ("row", c_void_p), ("rows", c_long),
     )  # fmt: skip
 
 
@@ -75,6 +86,9 @@ _FUNCTIONS: Final = {
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "attend": [POINTER(Attention), c_int],
     "draw": [POINTER(Draw), c_int],
+    "prepare": [POINTER(Slots), c_void_p, c_void_p],
+    "advance": [POINTER(Slots), c_void_p, c_void_p, c_void_p, c_void_p],
+    "rotation_table": [c_void_p, c_long, c_void_p, c_long, c_float, c_void_p, c_void_p],
     "run_layers": [
         POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_void_p,
         c_void_p, c_long, c_float, c_float, c_int,
@@ -98,6 +112,9 @@ class Kernels:
         self.silu_mul: Any = library.silu_mul
         self.attend: Any = library.attend
         self.draw: Any = library.draw
+        self.prepare: Any = library.prepare
+        self.advance: Any = library.advance
+        self.rotation_table: Any = library.rotation_table
         self.run_layers: Any = library.run_layers
 
 
@@ -106,6 +123,14 @@ def kernels() -> Kernels:
     """The kernels, compiled if they are not in the cache. Raises StartupError where they cannot be had."""
     folder = Path(__file__).parent
     return Kernels(load_library(*(folder / name for name in FILES)))
+
+
+def cpu_kernels_or_none() -> Kernels | None:
+    """The kernels; None where they cannot be had, and plain torch must do."""
+    try:
+        return kernels()
+    except StartupError:
+        return None
 
 
 def threads() -> int:

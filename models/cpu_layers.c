@@ -66,6 +66,18 @@ void rotate_and_write(const struct rotation *a, int threads) {
     parallel(rotate_task, (void *)a, a->tokens, threads_for(numbers, threads));
 }
 
+void rotation_table(const int64_t *positions, long tokens, const float *frequencies, long pairs, float factor, float *cos,
+                    float *sin) {
+    for (long t = 0; t < tokens; t++)
+        for (long i = 0; i < pairs; i++) {
+            float angle = (float)positions[t] * frequencies[i], c = cosf(angle) * factor, s = sinf(angle) * factor;
+            float *to = cos + 2 * t * pairs + i;
+            to[0] = to[pairs] = c;
+            to = sin + 2 * t * pairs + i;
+            to[0] = -s, to[pairs] = s;
+        }
+}
+
 struct activation {
     const float *gate_up;
     float *y;

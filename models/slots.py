@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sampler.upload import upload
+from .cpu_kernels import Slots, cpu_kernels_or_none
 
 NUMBERS: Final = ("length", "last", "limit", "shift", "done")
 """The int32 numbers of a slot, in the order in which they lie before the tables."""
@@ -58,8 +59,7 @@ class SlotArrays:
         self.host_tables = np.zeros((rows, max_pages), dtype=np.int32)
         self.page_counts = np.zeros(rows, dtype=np.int64)
         self._numbers = numbers
-        self._host = self.cells[:numbers].view(-1, rows).numpy() if device.type == "cpu" else None
-        """The numbers [5, S + 1] as numpy sees them: its operations on a few rows take a fifth of torch's time."""
+        self._kernels = cpu_kernels_or_none() if device.type == "cpu" else None
         self._offsets: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self.tables.fill_(scratch_page)
@@ -112,19 +112,20 @@ class SlotArrays:
             from .slot_kernels import prepare
 
             return prepare(self, rows)
-        return self.prepare_plain(rows) if self._host is None else self._prepare_on_host(rows.numpy(), self._host)
+        if self._kernels is None or rows.dtype != torch.int64:
+            return self.prepare_plain(rows)
+        read, lengths = torch.empty(4, len(rows), dtype=torch.int64), torch.empty(len(rows), dtype=torch.int32)
+        self._kernels.prepare(self._some(rows), read.data_ptr(), lengths.data_ptr())
+        ids, positions, kv_slots, draw_positions = read.unbind(0)
+        return DecodeInputs(ids, positions, kv_slots, lengths, draw_positions)
 
-    def _prepare_on_host(self, rows: np.ndarray, numbers: np.ndarray) -> DecodeInputs:
-        length, last, _, shift, done = numbers[:, rows].astype(np.int64)
-        column = np.minimum(length // self.page_size, self.tables.shape[1] - 1)
-        kv_slots = self.tables.numpy()[rows, column].astype(np.int64) * self.page_size + length % self.page_size
-        return DecodeInputs(
-            ids=torch.from_numpy(last),
-            positions=torch.from_numpy(np.where(done, 0, length + shift)),
-            kv_slots=torch.from_numpy(np.where(done, self.scratch_slot, kv_slots)),
-            lengths=torch.from_numpy(np.where(done, 1, length + 1).astype(np.int32)),
-            draw_positions=torch.from_numpy(length + 1),
-        )
+    def _some(self, rows: Tensor) -> Slots:
+        """These slots for the CPU's kernels, which keep no address."""
+        return Slots(
+            numbers=self.cells.data_ptr(), tables=self.tables.data_ptr(), count=self.padding + 1,
+            pages=self.tables.shape[1], page_size=self.page_size, scratch=self.scratch_slot, row=rows.data_ptr(),
+            rows=len(rows),
+        )  # fmt: skip
 
     def prepare_plain(self, rows: Tensor) -> DecodeInputs:
         """`prepare` in torch: the reference."""
@@ -151,29 +152,11 @@ class SlotArrays:
             from .slot_kernels import advance
 
             advance(self, rows, draw_positions, ids, finish, out)
-        elif self._host is not None:
-            given = (tensor.numpy() for tensor in (rows, draw_positions, ids, finish, out))
-            self._advance_on_host(self._host, *given)
+        elif self._kernels is not None and rows.dtype == torch.int64:
+            given = (tensor.data_ptr() for tensor in (draw_positions, ids, finish, out))
+            self._kernels.advance(self._some(rows), *given)
         else:
             self.advance_plain(rows, draw_positions, ids, finish, out)
-
-    def _advance_on_host(
-        self,
-        numbers: np.ndarray,
-        rows: np.ndarray,
-        draw_positions: np.ndarray,
-        ids: np.ndarray,
-        finish: np.ndarray,
-        out: np.ndarray,
-    ) -> None:
-        length, last, limit, _, done = numbers
-        was_done = done[rows] != 0
-        finished = np.where((finish == 0) & (draw_positions + 1 >= limit[rows]), LENGTH, finish)
-        out[0] = np.where(was_done, NO_TOKEN, ids)
-        out[1] = np.where(was_done, 0, finished)
-        length[rows] = np.where(was_done, length[rows], draw_positions)
-        last[rows] = np.where(was_done, last[rows], ids)
-        done[rows] = was_done | (finished != 0)
 
     def advance_plain(self, rows: Tensor, draw_positions: Tensor, ids: Tensor, finish: Tensor, out: Tensor) -> None:
         """`advance` in torch: the reference."""

@@ -87,12 +87,12 @@ class Race(Protocol):
     """A CPU's kernel for steps 1, 5, 6 and 8."""
 
     def __call__(
-        self, logits: Tensor, bitmask: Tensor | None, greedy: Tensor, inverse_temperature: Tensor, keys: Tensor
+        self, logits: Tensor, bitmask: Tensor | None, slots: Tensor, positions: Tensor, state: SamplerState
     ) -> tuple[Tensor, Tensor]:
-        """Return ids int64 [rows] and poison bool [rows]; an id means nothing where there is poison.
+        """Return ids int64 [rows] and finish uint8 [rows]: POISON, and then the id is 0, STOP, or 0.
 
-        logits float32 [rows, vocab], bitmask int32 [rows, words] or None, greedy bool, inverse_temperature float32 and
-        keys int64 [rows], all contiguous and on the CPU.
+        logits float32 [rows, vocab], bitmask int32 [rows, words] or None, slots and positions int64 [rows], all on the
+        CPU, the logits contiguous.
         """
 
 
@@ -139,6 +139,10 @@ def sample(
     it a GPU is waited for.
     """
     at = slots.cpu().numpy() if host_slots is None else host_slots
+    if kernel is not None and (logits.dtype != torch.float32 or not logits.is_contiguous()):
+        kernel = None
+    if kernel is not None and state.plain[at].all():
+        return Sampled(*kernel(logits, bitmask, slots, positions, state))
     flags = state.flags.take(at)
     active_min = flags.min_until > 0
     if positions.device.type == "cpu" and active_min.any():
@@ -147,14 +151,7 @@ def sample(
     if guided.any():
         bitmask = state.grammars.mask(at, bitmask)
     rows = _Rows(logits, slots, positions, bitmask, flags, active_min)
-    if kernel is not None and logits.dtype == torch.float32 and logits.is_contiguous():
-        ids, poison = _draw_by(kernel, rows, state)
-    else:
-        ids, poison = _draw(rows, state)
-    ids = ids.masked_fill(poison, 0)
-    stopped = (ids[:, None] == state.stop_ids.index_select(0, slots)).any(-1)
-    finish = stopped.to(torch.uint8) * STOP
-    finish.masked_fill_(poison, POISON)
+    ids, finish = _draw_and_end(rows, state) if kernel is None else _draw_by(kernel, rows, state)
     if guided.any():
         _follow(ids, finish, logits, at, state)
     if flags.penalty.any():
@@ -205,20 +202,26 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_by(kernel: Race, rows: _Rows, state: SamplerState) -> tuple[Tensor, Tensor]:
-    """_draw by a kernel, but for rows with filters."""
+    """_draw_and_end by a kernel, but for rows with filters."""
     flags = rows.flags
     if flags.filtered.any():
         if flags.filtered.all():
-            return _draw(rows, state)
+            return _draw_and_end(rows, state)
         rest = rows.pick(~flags.filtered)
-        return _merge(flags.filtered, _draw(rows.pick(flags.filtered), state), _draw_by(kernel, rest, state))
+        return _merge(flags.filtered, _draw_and_end(rows.pick(flags.filtered), state), _draw_by(kernel, rest, state))
     x = rows.x
     if (flags.penalty | flags.bias | rows.active_min).any():
         x = x.clone()
         _edit(x, replace(rows, bitmask=None), state)
-    keys = torch.zeros_like(rows.slots) if flags.greedy.all() else state.row_keys(rows.slots, rows.positions)
-    inverse_temperature = state.numbers("inverse_temperature", rows.slots)[:, 0]
-    return kernel(x, rows.bitmask, torch.from_numpy(flags.greedy), inverse_temperature, keys)
+    return kernel(x, rows.bitmask, rows.slots, rows.positions, state)
+
+
+def _draw_and_end(rows: _Rows, state: SamplerState) -> tuple[Tensor, Tensor]:
+    """Return ids int64 [rows] and finish uint8 [rows]: POISON, and then the id is 0, STOP, or 0."""
+    ids, poison = _draw(rows, state)
+    ids = ids.masked_fill(poison, 0)
+    stopped = (ids[:, None] == state.stop_ids.index_select(0, rows.slots)).any(-1)
+    return ids, (stopped.to(torch.uint8) * STOP).masked_fill_(poison, POISON)
 
 
 def _draw(rows: _Rows, state: SamplerState) -> tuple[Tensor, Tensor]:

@@ -139,5 +139,5 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_kernel() -> None:
         raise StartupError("there is no C compiler")
 
-    monkeypatch.setattr("actorserve.models.cpu_draw.kernels", no_kernel)
+    monkeypatch.setattr("actorserve.models.cpu_kernels.kernels", no_kernel)
     assert cpu_race() is None

@@ -96,7 +96,7 @@ def same_numbers(one: SlotArrays, other: SlotArrays) -> bool:
 
 @settings(max_examples=25, deadline=None)
 @STATES
-def test_the_host_s_way_equals_the_plain_torch(
+def test_the_cpu_s_kernels_equal_the_plain_torch(
     state: list[tuple], order: list[int], count: int, finish: list[int]
 ) -> None:
     plain, host = (filled(state, torch.device("cpu")) for _ in range(2))
