@@ -8,6 +8,7 @@ long fused_multiply_adds(long count, float *out) {
     vec sums[CHAINS], factor = all(out[0]), addend = all(out[1]);
     for (int i = 0; i < CHAINS; i++) sums[i] = all(i);
     for (long k = 0; k < count; k++)
+#pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++) {
             sums[i] = sums[i] * factor + addend;
             asm("" : "+v"(sums[i]));
