@@ -39,7 +39,7 @@ from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
 from .quantization import ONLINE, Quantization, quantization_of
-from .quantized import dequantise
+from .quantized import dequantise, lay_together
 from .shard import Share
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
@@ -98,6 +98,8 @@ def load_decoder(
     else:
         fill(places, assemblies, source, progress, blocks)
     pack(weights, ops)
+    if on_cpu_kernels:
+        lay_together(linear_maps(weights))
     if group is not None and spec.layout != "parallel":  # there both are summed at once
         for layer in weights.layers:
             layer.o = add_up(layer.o, layer.mlp, group)
@@ -312,6 +314,16 @@ def fill_dummy(
         scheme = assembly.online or (quantization.usual if quantization is not None else None)
         if assembly.made is None and scheme is not None:  # it is there once for each of its weights
             assembly.fill(scheme, DUMMY_STD, generator)
+
+
+def linear_maps(weights: Weights) -> Iterator[LinearMap]:
+    """Yield the linear maps of all layers but for experts', then the head's, in the order of a forward."""
+    for layer in weights.layers:
+        yield from (layer.qkv, layer.o)
+        if isinstance(layer.mlp, DenseMlp):
+            yield from (layer.mlp.gate_up, layer.mlp.down)
+    if weights.head is not None:
+        yield weights.head.product
 
 
 def pack(weights: Weights, ops: Ops) -> None:
