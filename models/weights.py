@@ -87,7 +87,7 @@ def load_decoder(
     dtype = torch.float32 if on_cpu_kernels else pick_dtype(config.dtype, facts, device)
     check_dtype(spec, device, dtype)
     progress(0.0)
-    ops = make_ops(config, device, spec, on_cpu_kernels)
+    ops = make_ops(config, device, spec, stays, on_cpu_kernels)
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
@@ -111,12 +111,12 @@ def load_decoder(
     return Decoder(spec, weights, attention, device, dtype, ops, layers, group, whole)
 
 
-def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool) -> Ops:
+def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool, on_cpu_kernels: bool) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
 
-    For quantized weights, our C kernels on a CPU.
+    For weights that stay quantized, our C kernels on a CPU.
     """
-    if quantized:
+    if on_cpu_kernels:
         return CpuOps()
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
@@ -127,7 +127,7 @@ def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: 
     tuned = None
     with contextlib.suppress(OSError, RuntimeError):  # without the library's own interface torch's choices stay
         tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
-    return TritonOps(device, pdl_rows(spec.hidden), tuned=tuned)
+    return TritonOps(device, pdl_rows(spec, not quantized), tuned=tuned)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
