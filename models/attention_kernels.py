@@ -8,6 +8,8 @@ Legend: B decode rows, H query heads, K KV heads, G = H / K (padded to GP), D he
 import triton
 import triton.language as tl
 
+from .fetch_kernels import ask_pages
+
 
 @triton.jit
 def _scaled(s, scale, cap, SOFTCAP: tl.constexpr):
@@ -57,9 +59,14 @@ def decode(
     q, cache, tables, rows, lengths, out, partial, partial_lse, counters, scale, cap, window, q_stride, width,
     HAS_ROWS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PACK: tl.constexpr,
+    FETCH: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, split, row): the group's queries over a share of the row's keys.
+
+    PACK KV heads may count as one of D numbers, K and G accordingly: a query is zero but for the numbers of its own,
+    so it has that one's scores, and of the result it takes that one's part. FETCH: the L2 is asked for all of the keys
+    and values before the wait; K is 1, so that a page is one piece.
 
     Partial results are merged by the last program of a (row, head) to arrive; `counters` go back to zero. SPLITS is a
     power of two. PDL: launched before its predecessor ends, and lets its successor be. AHEAD blocks of keys and values
@@ -88,6 +95,18 @@ def decode(
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK)
     newest = length - 1
+    HD: tl.constexpr = D // PACK
+    own = d % HD  # what is stored of a query's numbers
+    mask = (g[:, None] < G) & (d[None, :] < D) & (g[:, None] // (G // PACK) == d[None, :] // HD)
+    if FETCH:
+        ask_pages(
+            cache,
+            table,
+            start + AHEAD * BLOCK,
+            end,
+            PAGE,
+            PAGE * 2 * D * (cache.dtype.element_ty.primitive_bitwidth // 8),
+        )
     last = end if AHEAD == 0 else tl.minimum(end, newest)
     older_k = ()
     older_v = ()
@@ -101,10 +120,7 @@ def decode(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if split < used:
-        query = tl.load(
-            q + b.to(tl.int64) * q_stride + (head * G + g[:, None]) * D + d[None, :],
-            (g[:, None] < G) & (d[None, :] < D), other=0.0,
-        )  # fmt: skip
+        query = tl.load(q + b.to(tl.int64) * q_stride + (head * G + g[:, None]) * HD + own[None, :], mask, other=0.0)
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, DP], tl.float32)
@@ -145,17 +161,16 @@ def decode(
                 acc = tl.dot(p.to(query.dtype), older_v[j].to(query.dtype), acc, input_precision=PRECISION)
             total = total * shrink + tl.sum(weights, 1)
             m = top
-        mask = (g[:, None] < G) & (d[None, :] < D)
         place = (b * K + head) * G + g
         if SPLITS == 1:
             tl.store(
-                out + place.to(tl.int64)[:, None] * D + d[None, :],
+                out + place.to(tl.int64)[:, None] * HD + own[None, :],
                 (acc / total[:, None]).to(out.dtype.element_ty),
                 mask,
             )
         else:
             spot = place * SPLITS + split
-            tl.store(partial + spot.to(tl.int64)[:, None] * D + d[None, :], acc / total[:, None], mask)
+            tl.store(partial + spot.to(tl.int64)[:, None] * HD + own[None, :], acc / total[:, None], mask)
             tl.store(partial_lse + spot, m + tl.log2(total), g < G)
             tl.debug_barrier()
             arrived = tl.atomic_add(counters + b * K + head, 1, sem="acq_rel")
@@ -175,11 +190,11 @@ def decode(
                         partial_lse + place * SPLITS + part, (g < G) & live, other=-float("inf"),
                         cache_modifier=".cg",
                     )  # fmt: skip
-                    source = (place * SPLITS + part).to(tl.int64)[:, None] * D + d[None, :]
+                    source = (place * SPLITS + part).to(tl.int64)[:, None] * HD + own[None, :]
                     values = tl.load(partial + source, mask & live[:, None], other=0.0, cache_modifier=".cg")
                     merged += values * tl.exp2(weight - top)[:, None]
                 result = (merged / total[:, None]).to(out.dtype.element_ty)
-                tl.store(out + place.to(tl.int64)[:, None] * D + d[None, :], result, mask)
+                tl.store(out + place.to(tl.int64)[:, None] * HD + own[None, :], result, mask)
 
 
 @triton.jit

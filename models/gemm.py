@@ -48,6 +48,8 @@ class Tile:
     ahead: int = 0
     """With PDL: stages of the weight that are loaded, into registers, before the predecessor ends; of a quantized
     weight, into the L2, a power of two. Not with tma."""
+    fetch: bool = False
+    """With PDL: the L2 is asked for the rest of the weight before the predecessor ends. Not of a quantized weight."""
     registers: int = 0
     """Most registers of a thread; 0: as many as the compiler likes."""
 
@@ -205,7 +207,7 @@ def linear(
     linear_kernel[(tiles, tile.split)](
         x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs, early, *after,
         BK=tile.depth, SWAP=tile.swap, TMA=tile.tma, EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share),
-        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None, **options,
+        LOOP=share > tile.ahead, FETCH=tile.fetch, STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ Invariant: results are a function of the row, the weight and the tile; `arrived`
 import triton
 import triton.language as tl
 
+from .fetch_kernels import ask_rows
 from .gemm_epilogues import (
     add_to_residual,
     by_column,
@@ -175,7 +176,7 @@ def linear_kernel(
     TMA: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, SQUARES: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """out [rows, n] = x [rows, k] @ w [n, k].T + bias; with ACT w is [2 n, k] and out = ACT(first half) * second half.
 
@@ -186,7 +187,8 @@ def linear_kernel(
     SQUARES: x is to be divided by its rows' root mean squares, which follow from squares float32 [rows, square_parts]
     (SQUARES: that rounded up to a power of two); the product is. ADD, HEADS: see gemm_epilogues.py. EVEN: BK divides k.
     PDL: what comes next is launched at once if `early`, else as the weight has been read. The first AHEAD steps of the
-    weight, which no kernel writes, are loaded before the predecessor ends; LOOP: there are more.
+    weight, which no kernel writes, are loaded before the predecessor ends; LOOP: there are more. FETCH: the L2 is asked
+    for the others.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     row_tiles = tl.cdiv(rows, BM)
@@ -216,6 +218,11 @@ def linear_kernel(
         ahead = ahead + (tl.load(w_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         if ACT != "":
             ahead_up = ahead_up + (tl.load(up_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    if PDL and FETCH:
+        from_column = tl.minimum(begin + AHEAD, end) * BK
+        ask_rows(w, first_n, n, k, from_column, limit, BN)
+        if ACT != "":
+            ask_rows(w + n.to(tl.int64) * k, first_n, n, k, from_column, limit, BN)
     biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
     if PDL:
         tl.extra.cuda.gdc_wait()

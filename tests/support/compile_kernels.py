@@ -94,7 +94,8 @@ def attention() -> Iterator[None]:
                 seen.add((head_dim, launch, splits))
                 yield build(
                     attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
-                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True, **shape,
+                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
+                    PACK=1, FETCH=False, **shape,
                 )  # fmt: skip
     for window, cap in ((False, False), (True, True)):
         yield build(
@@ -148,7 +149,7 @@ def one_gemm(case: Case, tile: Tile) -> None:
         "EVEN": case.inputs % tile.depth == 0, "AHEAD": min(tile.ahead, share), "LOOP": share > tile.ahead,
         "STAGES": tile.stages if tile.rows == 1 else None, "BIAS": heads, "SQUARES": 0 if add else 64,
         "ACT": "silu" if gated else "", "ADD": add, "HEADS": heads, "D": case.head_dim if heads else 0,
-        "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0, "PDL": True,
+        "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0, "PDL": True, "FETCH": tile.fetch,
         "qk_gains": None, "qk_eps": 0.0, **({} if tile.split > 1 else {"parts": None}),
     }  # fmt: skip
     if not heads:

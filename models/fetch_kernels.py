@@ -1,0 +1,48 @@
+"""Asking the L2 for memory that a kernel will read once its predecessor has ended, with few instructions.
+
+Used by the GEMM and by decode attention, before they wait for their predecessor (PDL). One bulk request of a thread
+covers what would take hundreds of loads (PTX: cp.async.bulk.prefetch.L2, sm_90). Nothing waits for it.
+Invariant: addresses and sizes are multiples of 16 bytes; only memory of the tensor itself is asked for.
+"""
+
+import triton
+import triton.language as tl
+
+ASK = tl.constexpr(
+    "{ .reg .pred there; setp.ne.u32 there, $2, 0; @there cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+)
+
+
+@triton.jit
+def ask(at, size):
+    """Ask for `size` bytes, none if that is 0, from each pointer of `at`."""
+    tl.inline_asm_elementwise(ASK, "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def ask_rows(w, first, rows, k, begin, limit, BN: tl.constexpr):
+    """Ask for the columns from `begin` to `limit` of the 16-bit rows `first` + i below `rows` of w [., k].
+
+    A thread asks for one piece of a row, or of several.
+    """
+    PIECES: tl.constexpr = max(1, tl.extra.cuda.num_threads() // BN)
+    i = tl.arange(0, BN * PIECES)
+    row = first + i // PIECES
+    piece = tl.cdiv(tl.cdiv(limit - begin, PIECES), 8) * 8
+    column = begin + (i % PIECES) * piece
+    size = tl.maximum(tl.minimum(piece, limit - column), 0) * 2
+    at = w + tl.minimum(row, rows - 1).to(tl.int64) * k + tl.minimum(column, limit - 8)
+    ask(at, tl.where(row < rows, size, 0))
+
+
+@triton.jit
+def ask_pages(cache, table, start, end, PAGE: tl.constexpr, BYTES: tl.constexpr):
+    """Ask for the pages, BYTES each, of the positions from `start`, the first of a page, to `end`."""
+    SPLIT: tl.constexpr = 4
+    PAGES: tl.constexpr = tl.extra.cuda.num_threads() // SPLIT
+    i = tl.arange(0, PAGES * SPLIT)
+    for first in range(start // PAGE, tl.cdiv(end, PAGE), PAGES):
+        at = first + i // SPLIT
+        live = at * PAGE < end
+        page = tl.load(table + at, live, other=0).to(tl.int64)
+        ask(cache.to(tl.int64) + page * BYTES + (i % SPLIT) * (BYTES // SPLIT), tl.where(live, BYTES // SPLIT, 0))
