@@ -71,11 +71,20 @@ def _down() -> list[Tile]:
         Tile(32, 64, 128, 8, 4, 4, tma=True),
         Tile(16, 64, 128, 4, 4, 5, tma=True),
     ]
+    plain += [
+        Tile(64, 64, 128, 8, 4, 4, tma=True, scatter=True),
+        Tile(64, 64, 128, 8, 4, 4, swap=False, tma=True, scatter=True),
+        Tile(64, 64, 128, 8, 8, 4, swap=False, tma=True, scatter=True),
+        Tile(64, 64, 64, 8, 4, 8, swap=False, tma=True, scatter=True),
+        Tile(64, 32, 128, 4, 4, 4, swap=False, tma=True, scatter=True),
+        Tile(64, 128, 128, 16, 8, 3, tma=True, scatter=True),
+    ]
     ahead = [
         Tile(64, 32, 128, 4, 4, 3, swap=False, ahead=4),
         Tile(64, 32, 128, 4, 8, 3, swap=False, ahead=8),
         Tile(64, 64, 128, 8, 8, 2, ahead=4),
         Tile(32, 64, 128, 8, 4, 2, ahead=4),
+        Tile(64, 64, 128, 8, 8, 2, ahead=4, scatter=True),
     ]
     return [*plain, *(replace(tile, fetch=True) for tile in plain), *ahead]
 

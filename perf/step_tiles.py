@@ -33,6 +33,7 @@ from actorserve.models.triton_attention import Launch, TritonAttention, launch_f
 from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import Bench
 from actorserve.perf.gemm import short
+from actorserve.perf.replay import median_milliseconds
 from actorserve.perf.shapes import shape_folder
 from actorserve.perf.step_candidates import CANDIDATES
 from actorserve.sampler.params import SamplingParams
@@ -119,8 +120,8 @@ def of_layer(layer: LayerWeights) -> dict[str, Any]:
 
 def told(choice: Choice) -> str:
     if isinstance(choice, Tile):
-        text = short(choice)
-        return text[:-1] + ", fetch=True)" if choice.fetch else text
+        more = (", fetch=True" if choice.fetch else "") + (", scatter=True" if choice.scatter else "")
+        return f"{short(choice)[:-1]}{more})"
     more = (f", ahead={choice.ahead}" if choice.ahead else "") + (f", pack={choice.pack}" if choice.pack > 1 else "")
     more += ", fetch=True" if choice.fetch else ""
     return f"Launch({choice.block}, {choice.warps}, {choice.stages}, {choice.programs}, {choice.most}{more})"
@@ -153,6 +154,43 @@ def spent(step: Step) -> str:
     layer = sum(statistics.mean(found[kind]) for kind in KINDS)
     rest = ", ".join(f"{name[:28]} {us:.1f}" for name, us in sorted(others.items(), key=lambda i: -i[1])[:9])
     return f"layer {layer:.2f}: {text}\n    rest: {rest}"
+
+
+def halves(step: Step) -> str:
+    """The forward as it is, and as two halves of the batch on streams of their own: each one's attention beside the
+    other's products."""
+    runner, decoder, count = step.bench.runner, step.bench.decoder, step.batch // 2
+    rows = runner.upload_rows(step.bench.seat(step.batch, step.context, PARAMS))
+    launch = step.now["attention"]
+    assert isinstance(launch, Launch)
+    own, other = decoder.attention, TritonAttention(launch)
+    counters = (decoder.ops.arrived, gemm.arrivals(decoder.device))  # type: ignore[attr-defined]
+    side = torch.cuda.Stream()
+
+    def one(part: Tensor, second: bool) -> None:
+        decoder.attention = other if second else own
+        for linears in step.linears().values():
+            for linear in linears:
+                linear.arrived = counters[second]
+        runner.decode(part, None)
+
+    def both() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            one(rows[count:], True)
+        one(rows[:count], False)
+        torch.cuda.current_stream().wait_stream(side)
+
+    times = []
+    with torch.inference_mode():
+        for run in (lambda: one(rows, False), lambda: one(rows[:count], False), both):
+            run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            times.append(1e3 * median_milliseconds(graph, 15))
+    return f"forward {times[0]:.1f} us, of half the rows {times[1]:.1f}, two halves side by side {times[2]:.1f}"
 
 
 def attempt(step: Step, kind: str, choice: Choice) -> tuple[float, str]:
@@ -276,6 +314,7 @@ def main() -> None:
     print(f"last: {step.microseconds(5):.1f} us a step; {spent(step)}")
     for kind, choice in step.now.items():
         print(f"    {kind}: {told(choice)}")
+    print(halves(step))
 
 
 if __name__ == "__main__":

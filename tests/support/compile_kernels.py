@@ -150,6 +150,7 @@ def one_gemm(case: Case, tile: Tile) -> None:
         "STAGES": tile.stages if tile.rows == 1 else None, "BIAS": heads, "SQUARES": 0 if add else 64,
         "ACT": "silu" if gated else "", "ADD": add, "HEADS": heads, "D": case.head_dim if heads else 0,
         "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0, "PDL": True, "FETCH": tile.fetch,
+        "SCATTER": 2 if tile.scatter else 0,
         "qk_gains": None, "qk_eps": 0.0, **({} if tile.split > 1 else {"parts": None}),
     }  # fmt: skip
     if not heads:
