@@ -72,6 +72,8 @@ def _down() -> list[Tile]:
         Tile(16, 64, 128, 4, 4, 5, tma=True),
     ]
     plain += [
+        Tile(64, 32, 128, 4, 4, 4, swap=False),
+        Tile(64, 64, 128, 8, 4, 3, swap=False, scatter=True),
         Tile(64, 64, 128, 8, 4, 4, tma=True, scatter=True),
         Tile(64, 64, 128, 8, 4, 4, swap=False, tma=True, scatter=True),
         Tile(64, 64, 128, 8, 8, 4, swap=False, tma=True, scatter=True),
