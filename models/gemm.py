@@ -161,7 +161,8 @@ class Heads:
 def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
     """Whether `tile` can multiply a weight [outputs, inputs] with this many rows."""
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
-    return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
+    shares = not tile.scatter or (tile.split & (tile.split - 1) == 0 and tile.rows % tile.split == 0)
+    return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead) and shares
 
 
 def scattering(tile: Tile, tiles: int, device: torch.device) -> int:
