@@ -36,13 +36,18 @@ def ask_rows(w, first, rows, k, begin, limit, BN: tl.constexpr):
 
 
 @triton.jit
-def ask_pages(cache, table, start, end, PAGE: tl.constexpr, BYTES: tl.constexpr):
-    """Ask for the pages, BYTES each, of the positions from `start`, the first of a page, to `end`."""
-    SPLIT: tl.constexpr = 4
-    PAGES: tl.constexpr = tl.extra.cuda.num_threads() // SPLIT
-    i = tl.arange(0, PAGES * SPLIT)
+def ask_pages(cache, table, start, end, head, K: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr):
+    """Ask for the pages, of SIZE numbers each, of the positions from `start`, a page's first, to `end`.
+
+    Each of K heads' programs asks for its part of every page.
+    """
+    BYTES: tl.constexpr = SIZE * cache.dtype.element_ty.primitive_bitwidth // 8 // K
+    PIECES: tl.constexpr = 2
+    PAGES: tl.constexpr = tl.extra.cuda.num_threads() // PIECES
+    i = tl.arange(0, PAGES * PIECES)
     for first in range(start // PAGE, tl.cdiv(end, PAGE), PAGES):
-        at = first + i // SPLIT
+        at = first + i // PIECES
         live = at * PAGE < end
         page = tl.load(table + at, live, other=0).to(tl.int64)
-        ask(cache.to(tl.int64) + page * BYTES + (i % SPLIT) * (BYTES // SPLIT), tl.where(live, BYTES // SPLIT, 0))
+        place = page * (BYTES * K) + head * BYTES + (i % PIECES) * (BYTES // PIECES)
+        ask(cache.to(tl.int64) + place, tl.where(live, BYTES // PIECES, 0))

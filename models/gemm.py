@@ -10,7 +10,6 @@ Invariant: a call does no host synchronisation and launches what depends on shap
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -51,8 +50,6 @@ class Tile:
     weight, into the L2, a power of two. Not with tma."""
     fetch: bool = False
     """With PDL: the L2 is asked for the rest of the weight before the predecessor ends. Not of a quantized weight."""
-    scatter: bool = False
-    """Each of the programs that share a tile concludes its share of the rows, a power of two, not the last one all."""
     registers: int = 0
     """Most registers of a thread; 0: as many as the compiler likes."""
 
@@ -161,21 +158,7 @@ class Heads:
 def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
     """Whether `tile` can multiply a weight [outputs, inputs] with this many rows."""
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
-    shares = not tile.scatter or (tile.split & (tile.split - 1) == 0 and tile.rows % tile.split == 0)
-    return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead) and shares
-
-
-def scattering(tile: Tile, tiles: int, device: torch.device) -> int:
-    """SCATTER of `linear_kernel`: programs that wait for each other must be resident at once, one on a processor."""
-    if not tile.scatter or tile.split == 1:
-        return 0
-    return 2 if device.type == "cuda" and tiles * tile.split <= processors(device.index or 0) else 1
-
-
-@cache
-def processors(device: int) -> int:
-    """Multiprocessors of a device."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
 
 
 def linear(
@@ -225,7 +208,6 @@ def linear(
         x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs, early, *after,
         BK=tile.depth, SWAP=tile.swap, TMA=tile.tma, EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share),
         LOOP=share > tile.ahead, FETCH=tile.fetch,
-        SCATTER=0 if norm or heads or act else scattering(tile, tiles, x.device),
         STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
     return out

@@ -131,39 +131,13 @@ def operands_after(
 
 
 @triton.jit
-def _conclude_rows(
-    share, biases, residual, out, rn, rm, rows, n, parts, tile_n, tiles_n, add,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Add up the parts of the `share`-th of SPLIT shares of a tile's rows, and what follows; parts: the first one's."""
-    FEW: tl.constexpr = BM // SPLIT
-    row = share * FEW + tl.arange(0, FEW)
-    column = tl.arange(0, BN)
-    at = parts + (by_column(column, SWAP) * (BM if SWAP else 1) + by_row(row, SWAP) * (1 if SWAP else BN))
-    few_rm = tl.min(rm, 0) + row
-    old = 0.0
-    if ADD:
-        old = residual_tile(residual, rn, few_rm, rows, n, SWAP)
-    total = _total(at, SPLIT, BM * BN, True)
-    _finish(
-        total, total, 0.0, biases, old, 0.0, out, rn, few_rm, rows, n, tile_n, tiles_n, add, 0,
-        SWAP, BIAS, False, "", ADD, False, False, 0, False, False, False, 0,
-    )  # fmt: skip
-
-
-@triton.jit
 def conclude(
     acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
     add, heads, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
     NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, LATE: tl.constexpr,
     D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
-    SCATTER: tl.constexpr = 0,
 ):  # fmt: skip
-    """Add up a tile's parts, if it is split: the last program does. Then the epilogue, and what is stored.
-
-    With SCATTER (2) every program waits for the others and concludes its share of the rows, so all of them must be
-    resident at once; (1): the last program does so share by share.
-    """
+    """Add up a tile's parts, if it is split: the last program does. Then the epilogue, and what is stored."""
     tiles_n = tl.num_programs(0) // row_tiles
     if SPLIT == 1:
         _finish(
@@ -176,31 +150,12 @@ def conclude(
             within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         else:
             within = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        first_part = parts + tile.to(tl.int64) * SPLIT * SIZE
-        tile_parts = first_part + within
+        tile_parts = parts + tile.to(tl.int64) * SPLIT * SIZE + within
         tl.store(tile_parts + part * SIZE, acc)
         if ACT != "":
             tl.store(tile_parts + part * SIZE + BM * BN, up)
         tl.debug_barrier()  # all threads' parts are written before the arrival says so
-        if SCATTER == 2:
-            tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
-            while tl.atomic_add(arrived + tile, 0, sem="acquire", scope="gpu") < SPLIT:
-                pass
-            _conclude_rows(
-                part, biases, old, out, rn, rm, rows, n, first_part, tile_n, tiles_n, add,
-                BM, BN, SPLIT, SWAP, BIAS, ADD,
-            )  # fmt: skip
-            if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == 2 * SPLIT - 1:
-                tl.store(arrived + tile, 0)  # all have seen that all are there
-        elif SCATTER == 1:
-            if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-                tl.store(arrived + tile, 0)
-                for share in tl.static_range(SPLIT):
-                    _conclude_rows(
-                        share, biases, old, out, rn, rm, rows, n, first_part, tile_n, tiles_n, add,
-                        BM, BN, SPLIT, SWAP, BIAS, ADD,
-                    )  # fmt: skip
-        elif tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
             tl.store(arrived + tile, 0)
             total = _total(tile_parts, SPLIT, SIZE, SIZE < 32768)
             total_up = total
@@ -221,7 +176,7 @@ def linear_kernel(
     TMA: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, SQUARES: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
-    PDL: tl.constexpr, FETCH: tl.constexpr, SCATTER: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """out [rows, n] = x [rows, k] @ w [n, k].T + bias; with ACT w is [2 n, k] and out = ACT(first half) * second half.
 
@@ -264,10 +219,10 @@ def linear_kernel(
         if ACT != "":
             ahead_up = ahead_up + (tl.load(up_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     if PDL and FETCH:
-        from_column = tl.minimum(begin + AHEAD, end) * BK
-        ask_rows(w, first_n, n, k, from_column, limit, BN)
+        column = tl.minimum(begin + AHEAD, end) * BK
+        ask_rows(w, first_n, n, k, column, limit, BN)
         if ACT != "":
-            ask_rows(w + n.to(tl.int64) * k, first_n, n, k, from_column, limit, BN)
+            ask_rows(w + n.to(tl.int64) * k, first_n, n, k, column, limit, BN)
     biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -311,7 +266,7 @@ def linear_kernel(
 
     # What the epilogue reads is loaded here: late enough not to hold up the weight, early enough to come beside the x
     # of the steps ahead, which are multiplied last.
-    LATE: tl.constexpr = BM * BN > 2048 or SCATTER > 0  # it would fill the registers: not before it is needed
+    LATE: tl.constexpr = BM * BN > 2048  # it would fill the registers: not before it is needed
     old, slot, turn, factors = operands_after(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, SWAP, ADD, HEADS, ROTATE, LATE, D,
         SQUARES,
@@ -332,5 +287,4 @@ def linear_kernel(
         acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
         (gains, scale, new_residual, new_squares), (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
         BM, BN, SPLIT, SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
-        SCATTER,
     )  # fmt: skip

@@ -22,8 +22,6 @@ from .triton_ops import has_pdl, pdl_rows
 
 MOST_SPLITS: Final = 64
 """No table entry may split a row into more parts."""
-GROUP: Final = 16
-"""Queries that tensor cores multiply at least."""
 MOST_PROGRAMS: Final = 132 * 8
 """No table entry may ask for more programs: there is room for the partial results of as many."""
 
@@ -42,10 +40,10 @@ class Launch:
     """Most parts of a row."""
     ahead: int = 0
     """With PDL: blocks of older keys and values that are loaded, into registers, before the predecessor ends."""
-    pack: int = 1
-    """KV heads of a program, where the cache has as many and their queries do not exceed GROUP."""
+    ways: int = 1
+    """Softmaxes of a program, each of its part of a block's keys: 1, or the warps."""
     fetch: bool = False
-    """With PDL: the L2 is asked for all keys and values before, where a program has all KV heads."""
+    """With PDL: the L2 is asked for the other keys and values before."""
 
 
 Launches = tuple[tuple[int, Launch], ...]
@@ -80,12 +78,6 @@ def splits_for(problems: int, launch: Launch) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-def pack_for(spec: Spec, launch: Launch) -> int:
-    """Return how many KV heads a program has."""
-    fits = spec.kv_heads % launch.pack == 0 and spec.group * launch.pack <= GROUP
-    return launch.pack if fits and spec.head_dim * launch.pack <= 256 else 1
-
-
 class TritonAttention:
     """See attention.AttentionBackend. With `launch` decode is launched so whatever the batch (measurements)."""
 
@@ -107,7 +99,7 @@ class TritonAttention:
     def _reserve(self, spec: Spec, device: torch.device) -> None:
         """Room for the partial results of MOST_PROGRAMS, more never split; at a fixed address, for graphs."""
         if self._partial is None:
-            spots = MOST_PROGRAMS * max(spec.group, min(spec.heads, GROUP))
+            spots = MOST_PROGRAMS * spec.group
             self._partial = torch.empty(spots, spec.head_dim, dtype=torch.float32, device=device)
             self._lse = torch.empty(spots, dtype=torch.float32, device=device)
             self._counters = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
@@ -151,18 +143,14 @@ class TritonPlan:
         batch = self.batch
         if batch.num_decode:
             partial, lse, counters = self.workspace
-            launch = self.launch
-            pack = pack_for(spec, launch)
-            count, wide = spec.kv_heads // pack, {"D": spec.head_dim * pack, "G": spec.group * pack}
-            wide |= {"K": count, "DP": max(16, triton.next_power_of_2(wide["D"]))}
-            splits = splits_for(batch.num_decode * count, launch)
-            kernels.decode[(count, splits, batch.num_decode)](
+            launch, splits = self.launch, splits_for(batch.num_decode * spec.kv_heads, self.launch)
+            kernels.decode[(spec.kv_heads, splits, batch.num_decode)](
                 q, cache, batch.decode_tables, q if batch.decode_rows is None else batch.decode_rows,
                 batch.decode_lengths, out, partial, lse, counters, *numbers, batch.decode_tables.stride(0),
-                HAS_ROWS=batch.decode_rows is not None, GP=max(GROUP, triton.next_power_of_2(wide["G"])),
+                HAS_ROWS=batch.decode_rows is not None, GP=max(16, triton.next_power_of_2(spec.group)),
                 BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead,
-                PDL=self.pdl, PACK=pack, FETCH=launch.fetch and self.pdl and count == 1, num_warps=launch.warps,
-                **({"launch_pdl": True} if self.pdl else {}), **shared | wide,
+                PDL=self.pdl, WAYS=launch.ways, FETCH=launch.fetch, num_warps=launch.warps,
+                **({"launch_pdl": True} if self.pdl else {}), **shared,
             )  # fmt: skip
         if self.tiles is not None:
             large = q.dtype != torch.float32 and spec.head_dim <= 128

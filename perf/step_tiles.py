@@ -33,7 +33,6 @@ from actorserve.models.triton_attention import Launch, TritonAttention, launch_f
 from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import Bench
 from actorserve.perf.gemm import short
-from actorserve.perf.replay import median_milliseconds
 from actorserve.perf.shapes import shape_folder
 from actorserve.perf.step_candidates import CANDIDATES
 from actorserve.sampler.params import SamplingParams
@@ -120,9 +119,8 @@ def of_layer(layer: LayerWeights) -> dict[str, Any]:
 
 def told(choice: Choice) -> str:
     if isinstance(choice, Tile):
-        more = (", fetch=True" if choice.fetch else "") + (", scatter=True" if choice.scatter else "")
-        return f"{short(choice)[:-1]}{more})"
-    more = (f", ahead={choice.ahead}" if choice.ahead else "") + (f", pack={choice.pack}" if choice.pack > 1 else "")
+        return f"{short(choice)[:-1]}, fetch=True)" if choice.fetch else short(choice)
+    more = (f", ahead={choice.ahead}" if choice.ahead else "") + (f", ways={choice.ways}" if choice.ways > 1 else "")
     more += ", fetch=True" if choice.fetch else ""
     return f"Launch({choice.block}, {choice.warps}, {choice.stages}, {choice.programs}, {choice.most}{more})"
 
@@ -154,43 +152,6 @@ def spent(step: Step) -> str:
     layer = sum(statistics.mean(found[kind]) for kind in KINDS)
     rest = ", ".join(f"{name[:28]} {us:.1f}" for name, us in sorted(others.items(), key=lambda i: -i[1])[:9])
     return f"layer {layer:.2f}: {text}\n    rest: {rest}"
-
-
-def halves(step: Step) -> str:
-    """The forward as it is, and as two halves of the batch on streams of their own: each one's attention beside the
-    other's products."""
-    runner, decoder, count = step.bench.runner, step.bench.decoder, step.batch // 2
-    rows = runner.upload_rows(step.bench.seat(step.batch, step.context, PARAMS))
-    launch = step.now["attention"]
-    assert isinstance(launch, Launch)
-    own, other = decoder.attention, TritonAttention(launch)
-    counters = (decoder.ops.arrived, gemm.arrivals(decoder.device))  # type: ignore[attr-defined]
-    side = torch.cuda.Stream()
-
-    def one(part: Tensor, second: bool) -> None:
-        decoder.attention = other if second else own
-        for linears in step.linears().values():
-            for linear in linears:
-                linear.arrived = counters[second]
-        runner.decode(part, None)
-
-    def both() -> None:
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            one(rows[count:], True)
-        one(rows[:count], False)
-        torch.cuda.current_stream().wait_stream(side)
-
-    times = []
-    with torch.inference_mode():
-        for run in (lambda: one(rows, False), lambda: one(rows[:count], False), both):
-            run()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            times.append(1e3 * median_milliseconds(graph, 15))
-    return f"forward {times[0]:.1f} us, of half the rows {times[1]:.1f}, two halves side by side {times[2]:.1f}"
 
 
 def attempt(step: Step, kind: str, choice: Choice) -> tuple[float, str]:
@@ -226,8 +187,9 @@ def descend(step: Step, tried: dict[str, list[tuple[float, Choice]]], kinds: lis
             step.use(kind, before)
         tried[kind] = sorted(done, key=lambda item: item[0])
         print(f"{kind}: was {first:.1f} us, now {min(first, again):.1f}; {len(done)} tried", flush=True)
-        for us, choice in tried[kind][:7]:
+        for us, choice in tried[kind][:6]:
             print(f"    {us:7.1f}  {told(choice)}")
+        print(f"    {spent(step).splitlines()[0]}", flush=True)
 
 
 @contextlib.contextmanager
@@ -250,7 +212,7 @@ def compiling(args: argparse.Namespace) -> Iterator[None]:
 
 def compile_share(step: Step, args: argparse.Namespace) -> None:
     """A worker's candidates."""
-    work = [(kind, choice) for kind, choices in CANDIDATES.items() for choice in choices]
+    work = [(kind, choice) for kind in args.only or CANDIDATES for choice in CANDIDATES[kind]]
     for kind, choice in work[args.worker :: args.workers]:
         before = step.now[kind]
         with contextlib.suppress(Exception):
@@ -289,6 +251,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--compile-seconds", type=float, default=45)
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, help="kernels to change")
     parser.add_argument("--fields", nargs="*", default=[], help="KEY=JSON of config.json to change")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -308,13 +271,12 @@ def main() -> None:
     print(f"first: {step.microseconds(5):.1f} us a step; {spent(step)}", flush=True)
     print(f"{until - time.monotonic():.0f} s left after compiling", flush=True)
     tried: dict[str, list[tuple[float, Choice]]] = {}
-    kinds = list(CANDIDATES)
+    kinds = args.only or list(CANDIDATES)
     for _ in range(2):
         descend(step, tried, kinds, until)
     print(f"last: {step.microseconds(5):.1f} us a step; {spent(step)}")
     for kind, choice in step.now.items():
         print(f"    {kind}: {told(choice)}")
-    print(halves(step))
 
 
 if __name__ == "__main__":

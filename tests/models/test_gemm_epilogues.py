@@ -29,8 +29,8 @@ TILES = [
     Tile(16, 128, 128, split=2, tma=True),
     Tile(32, 64, 64, split=2, swap=False, stages=3),
     Tile(1, 64, 128, split=2, ahead=1),
-    Tile(32, 64, 64, split=4, swap=False, fetch=True, scatter=True),
-    Tile(16, 64, 64, split=2, fetch=True, scatter=True),
+    Tile(32, 64, 64, split=4, swap=False, fetch=True),
+    Tile(16, 64, 64, split=2, fetch=True),
     *([Tile(64, 128, 64, tma=True), Tile(128, 128, 64, 1, 8, 4, False, True)] if CUDA else []),
 ]
 ROWS = (1, 5, 16, 64, 200) if CUDA else (3,)

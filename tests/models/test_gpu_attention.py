@@ -21,7 +21,6 @@ from actorserve.models.triton_attention import (
     Launch,
     TritonAttention,
     launch_for,
-    pack_for,
     splits_for,
 )
 
@@ -131,22 +130,15 @@ def test_keys_loaded_ahead(dtype: torch.dtype, window: int | None) -> None:
         Case(spec_of(7, 2, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
 
 
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim", "pack"), [(7, 2, 64, 2), (3, 2, 24, 2), (4, 4, 32, 4)])
-def test_several_kv_heads_of_a_program(group: int, kv_heads: int, head_dim: int, pack: int) -> None:
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(7, 2, 64), (1, 1, 128), (3, 2, 24)])
+def test_ways(group: int, kv_heads: int, head_dim: int) -> None:
+    """Lengths of which some ways have no key."""
     lengths = [1, 17, 100, *([129, 8192, 700] if CUDA else [])]
-    launch = Launch(16, 4, 2, 132, 4, pack=pack, fetch=True)
-    for own in (launch, replace(launch, ahead=2), replace(launch, most=1)):
+    launch = Launch(64, 4, 2, 132, 4, ways=4, fetch=True)
+    for own in (launch, replace(launch, ahead=2), replace(launch, most=1, ahead=1)):
         for window in (None, 20):
             spec = spec_of(group, kv_heads, head_dim, window)
-            assert pack_for(spec, own) == pack
             Case(spec, torch.float16, lengths, []).check(TritonAttention(own), LIMIT[torch.float16])
-
-
-def test_kv_heads_that_do_not_fit_are_not_packed() -> None:
-    pair = Launch(16, 4, 2, pack=2)
-    assert pack_for(spec_of(8, 2, 64), pair) == pack_for(spec_of(1, 2, 128), pair) == 2
-    assert pack_for(spec_of(9, 2, 64), pair) == pack_for(spec_of(1, 3, 64), pair) == 1
-    assert pack_for(spec_of(1, 2, 256), pair) == 1
 
 
 @pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 5.0), (33, 5.0), (1, None)])

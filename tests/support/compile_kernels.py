@@ -95,7 +95,7 @@ def attention() -> Iterator[None]:
                 yield build(
                     attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
                     BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
-                    PACK=1, FETCH=False, **shape,
+                    WAYS=launch.ways, FETCH=launch.fetch, **shape,
                 )  # fmt: skip
     for window, cap in ((False, False), (True, True)):
         yield build(
@@ -150,7 +150,6 @@ def one_gemm(case: Case, tile: Tile) -> None:
         "STAGES": tile.stages if tile.rows == 1 else None, "BIAS": heads, "SQUARES": 0 if add else 64,
         "ACT": "silu" if gated else "", "ADD": add, "HEADS": heads, "D": case.head_dim if heads else 0,
         "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0, "PDL": True, "FETCH": tile.fetch,
-        "SCATTER": 2 if tile.scatter else 0,
         "qk_gains": None, "qk_eps": 0.0, **({} if tile.split > 1 else {"parts": None}),
     }  # fmt: skip
     if not heads:
