@@ -99,6 +99,11 @@ def test_kernels_equal_the_plain_torch(state: list[tuple], order: list[int], cou
     pair[0].advance_plain(rows, plain.draw_positions, ids, codes, outs[0])
     slot_kernels.advance(pair[1], rows, fused.draw_positions, ids, codes, outs[1])
     assert torch.equal(*outs)
+    host = torch.full((2, count), -7, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    slot_kernels.deliver(outs[1][:, :count], host)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    assert torch.equal(host, outs[0][:, :count].cpu())
     for name in ("length", "last", "limit", "shift", "done"):
         mine, theirs = (getattr(s, name)[:SLOTS] for s in pair)
         assert torch.equal(mine, theirs), name
