@@ -8,8 +8,6 @@ Legend: B decode rows, H query heads, K KV heads, G = H / K (padded to GP), D he
 import triton
 import triton.language as tl
 
-from .fetch_kernels import ask_pages
-
 
 @triton.jit
 def _scaled(s, scale, cap, SOFTCAP: tl.constexpr):
@@ -29,65 +27,28 @@ def _scores(q, k, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _along_keys(x, WAYS: tl.constexpr):
-    """Numbers of keys, [N] or [WAYS, N], beside scores [M, N] or [WAYS, M, N]."""
-    if WAYS == 1:
-        return x[None, :]
-    else:
-        return x[:, None, :]
-
-
-@triton.jit
-def _finite(top, WAYS: tl.constexpr):
-    """Largest scores as what is subtracted: a way of a short sequence may have no key at all."""
-    if WAYS == 1:
-        return top
-    else:
-        return tl.where(top == -float("inf"), 0.0, top)
-
-
-@triton.jit
 def _attended(
-    query, k, v, seen, m, total, acc, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WAYS: tl.constexpr
+    query, k, v, seen, m, total, acc, scale, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """One block further in the online softmax: query [GP, DP], k [DP, BLOCK], v [BLOCK, DP], seen [BLOCK].
-
-    With WAYS all have these in front, and each way's keys are BLOCK / WAYS.
-    """
+    """One block further in the online softmax: query [GP, DP], k [DP, BLOCK], v [BLOCK, DP], seen [BLOCK]."""
     s = _scores(query, k.to(query.dtype), scale, cap, SOFTCAP, PRECISION)
-    s = tl.where(_along_keys(seen, WAYS), s, -float("inf"))
-    top = tl.maximum(m, tl.max(s, len(s.shape) - 1))
-    base = _finite(top, WAYS)
-    p = tl.exp2(s - tl.expand_dims(base, -1))
-    shrink = tl.exp2(m - base)
-    total = total * shrink + tl.sum(p, len(s.shape) - 1)
-    acc = tl.dot(
-        p.to(query.dtype), v.to(query.dtype), acc * tl.expand_dims(shrink, -1), input_precision=PRECISION
-    )  # fmt: skip
+    s = tl.where(seen[None, :], s, -float("inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - top[:, None])
+    shrink = tl.exp2(m - top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
     return top, total, acc
 
 
 @triton.jit
 def _keys_and_values(cache, table, key, end, head, d, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
-    """Keys [DP, BLOCK] and values [BLOCK, DP] of a head at the positions `key` below `end`; zeros elsewhere.
-
-    With `key` [WAYS, N] keys are [WAYS, DP, N] and values [WAYS, N, DP].
-    """
+    """Keys [DP, BLOCK] and values [BLOCK, DP] of a head at the positions `key` below `end`; zeros elsewhere."""
     live = key < end
     page = tl.load(table + key // PAGE, live, other=0).to(tl.int64)
     base = (page * PAGE + key % PAGE) * (2 * K * D) + head * D
-    inner = tl.expand_dims(d, -1)
-    if len(key.shape) == 2:
-        inner = inner[None]
-    outer = tl.expand_dims(d, 0)
-    if len(key.shape) == 2:
-        outer = outer[None]
-    k = tl.load(
-        cache + tl.expand_dims(base, -2) + inner, tl.expand_dims(live, -2) & (inner < D), other=0.0
-    )  # fmt: skip
-    v = tl.load(
-        cache + tl.expand_dims(base, -1) + K * D + outer, tl.expand_dims(live, -1) & (outer < D), other=0.0
-    )  # fmt: skip
+    k = tl.load(cache + base[None, :] + d[:, None], live[None, :] & (d[:, None] < D), other=0.0)
+    v = tl.load(cache + base[:, None] + K * D + d[None, :], live[:, None] & (d[None, :] < D), other=0.0)
     return k, v
 
 
@@ -96,18 +57,14 @@ def decode(
     q, cache, tables, rows, lengths, out, partial, partial_lse, counters, scale, cap, window, q_stride, width,
     HAS_ROWS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, WAYS: tl.constexpr,
-    FETCH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, split, row): the group's queries over a share of the row's keys.
 
-    WAYS parts of a block's keys go through the softmax by themselves, as many as there are warps, so that these wait
-    for each other at the end only; 1: all together.
     Partial results are merged by the last program of a (row, head) to arrive; `counters` go back to zero. SPLITS is a
     power of two. PDL: launched before its predecessor ends, and lets its successor be. AHEAD blocks of keys and values
     are loaded before the wait: all but the newest, which the predecessor writes, are of earlier steps, and so are
-    lengths and tables of the kernels that begin a step, which are launched without PDL. FETCH: the L2 is asked for the
-    others.
+    lengths and tables of the kernels that begin a step, which are launched without PDL.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -130,8 +87,6 @@ def decode(
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK)
-    if WAYS > 1:
-        n = tl.reshape(n, (WAYS, BLOCK // WAYS))
     newest = length - 1
     last = end if AHEAD == 0 else tl.minimum(end, newest)
     older_k = ()
@@ -143,8 +98,6 @@ def decode(
     new = cache
     if AHEAD > 0:
         new += (tl.load(table + newest // PAGE).to(tl.int64) * PAGE + newest % PAGE) * (2 * K * D) + head * D
-    if PDL and FETCH:
-        ask_pages(cache, table, start + AHEAD * BLOCK, end, head, K, PAGE, PAGE * 2 * K * D)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if split < used:
@@ -152,64 +105,46 @@ def decode(
             q + b.to(tl.int64) * q_stride + (head * G + g[:, None]) * D + d[None, :],
             (g[:, None] < G) & (d[None, :] < D), other=0.0,
         )  # fmt: skip
-        if WAYS == 1:
-            m = tl.full([GP], -float("inf"), tl.float32)
-            total = tl.zeros([GP], tl.float32)
-            acc = tl.zeros([GP, DP], tl.float32)
-            queries = query
-        else:
-            m = tl.full([WAYS, GP], -float("inf"), tl.float32)
-            total = tl.zeros([WAYS, GP], tl.float32)
-            acc = tl.zeros([WAYS, GP, DP], tl.float32)
-            queries = tl.broadcast_to(query[None, :, :], (WAYS, GP, DP))
+        m = tl.full([GP], -float("inf"), tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, DP], tl.float32)
         if AHEAD > 0:  # the newest key by itself, where it is among these
             new_k = tl.load(new + d, d < D, other=0.0).to(query.dtype).to(tl.float32)
             new_v = tl.load(new + K * D + d, d < D, other=0.0).to(query.dtype).to(tl.float32)
             score = _scaled(tl.sum(query.to(tl.float32) * new_k[None, :], 1), scale, cap, SOFTCAP)
             ours = newest < end
-            if WAYS == 1:
-                m = tl.where(ours, score, m)
-                total = tl.where(ours, 1.0, total)
-                acc = tl.where(ours, new_v[None, :], acc)
-            else:  # the first way's
-                of_first = (tl.arange(0, WAYS)[:, None] == 0) & ours
-                m = tl.where(of_first, score[None, :], m)
-                total = tl.where(of_first, 1.0, total)
-                acc = tl.where(of_first[:, :, None], new_v[None, None, :], acc)
+            m = tl.where(ours, score, m)
+            total = tl.where(ours, 1.0, total)
+            acc = tl.where(ours, new_v[None, :], acc)
         for at in tl.range(start + AHEAD * BLOCK, last, BLOCK, num_stages=STAGES):
             key = at + n
             seen = key < last
             if WINDOW:
                 seen = seen & (key >= length - window)
             k, v = _keys_and_values(cache, table, key, last, head, d, K, D, PAGE)
-            m, total, acc = _attended(queries, k, v, seen, m, total, acc, scale, cap, SOFTCAP, PRECISION, WAYS)
+            m, total, acc = _attended(query, k, v, seen, m, total, acc, scale, cap, SOFTCAP, PRECISION)
         if AHEAD > 0:  # all of them at once: one search for the largest score, one sum
             scores = ()
-            top = m
+            peaks = tl.full([GP, BLOCK], -float("inf"), tl.float32)
             for j in tl.static_range(AHEAD):
                 key = start + j * BLOCK + n
                 seen = key < last
                 if WINDOW:
                     seen = seen & (key >= length - window)
-                s = _scores(queries, older_k[j].to(query.dtype), scale, cap, SOFTCAP, PRECISION)
-                s = tl.where(_along_keys(seen, WAYS), s, -float("inf"))
+                s = _scores(query, older_k[j].to(query.dtype), scale, cap, SOFTCAP, PRECISION)
+                s = tl.where(seen[None, :], s, -float("inf"))
                 scores = scores + (s,)  # noqa: RUF005
-                top = tl.maximum(top, tl.max(s, len(s.shape) - 1))
-            base = _finite(top, WAYS)
-            shrink = tl.exp2(m - base)
-            acc *= tl.expand_dims(shrink, -1)
-            total *= shrink
+                peaks = tl.maximum(peaks, s)
+            top = tl.maximum(m, tl.max(peaks, 1))
+            shrink = tl.exp2(m - top)
+            acc *= shrink[:, None]
+            weights = tl.zeros([GP, BLOCK], tl.float32)
             for j in tl.static_range(AHEAD):
-                p = tl.exp2(scores[j] - tl.expand_dims(base, -1))
-                total += tl.sum(p, len(p.shape) - 1)
+                p = tl.exp2(scores[j] - top[:, None])
+                weights += p
                 acc = tl.dot(p.to(query.dtype), older_v[j].to(query.dtype), acc, input_precision=PRECISION)
+            total = total * shrink + tl.sum(weights, 1)
             m = top
-        if WAYS > 1:
-            highest = tl.max(m, 0)
-            shares = tl.exp2(m - highest[None, :])
-            total = tl.sum(total * shares, 0)
-            acc = tl.sum(acc * shares[:, :, None], 0)
-            m = highest
         mask = (g[:, None] < G) & (d[None, :] < D)
         place = (b * K + head) * G + g
         if SPLITS == 1:
@@ -231,8 +166,8 @@ def decode(
                     partial_lse + place[:, None] * SPLITS + i[None, :], (g[:, None] < G) & (i[None, :] < used),
                     other=-float("inf"), cache_modifier=".cg",
                 )  # fmt: skip
-                peak = tl.where(g < G, tl.max(lse, 1), 0.0)
-                total = tl.where(g < G, tl.sum(tl.exp2(lse - peak[:, None]), 1), 1.0)
+                top = tl.where(g < G, tl.max(lse, 1), 0.0)
+                total = tl.where(g < G, tl.sum(tl.exp2(lse - top[:, None]), 1), 1.0)
                 merged = tl.zeros([GP, DP], tl.float32)
                 for part in tl.static_range(SPLITS):  # unrolled, so that all loads are under way at once
                     live = g * 0 + part < used
@@ -242,7 +177,7 @@ def decode(
                     )  # fmt: skip
                     source = (place * SPLITS + part).to(tl.int64)[:, None] * D + d[None, :]
                     values = tl.load(partial + source, mask & live[:, None], other=0.0, cache_modifier=".cg")
-                    merged += values * tl.exp2(weight - peak)[:, None]
+                    merged += values * tl.exp2(weight - top)[:, None]
                 result = (merged / total[:, None]).to(out.dtype.element_ty)
                 tl.store(out + place.to(tl.int64)[:, None] * D + d[None, :], result, mask)
 

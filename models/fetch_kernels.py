@@ -1,7 +1,7 @@
 """Asking the L2 for memory that a kernel will read once its predecessor has ended, with few instructions.
 
-Used by the GEMM and by decode attention, before they wait for their predecessor (PDL). One bulk request of a thread
-covers what would take hundreds of loads (PTX: cp.async.bulk.prefetch.L2, sm_90). Nothing waits for it.
+Used by the GEMM before it waits for its predecessor (PDL). One bulk request of a thread covers what would take dozens
+of loads (PTX: cp.async.bulk.prefetch.L2, sm_90). Nothing waits for it.
 Invariant: addresses and sizes are multiples of 16 bytes; only memory of the tensor itself is asked for.
 """
 
@@ -33,21 +33,3 @@ def ask_rows(w, first, rows, k, begin, limit, BN: tl.constexpr):
     size = tl.maximum(tl.minimum(piece, limit - column), 0) * 2
     at = w + tl.minimum(row, rows - 1).to(tl.int64) * k + tl.minimum(column, limit - 8)
     ask(at, tl.where(row < rows, size, 0))
-
-
-@triton.jit
-def ask_pages(cache, table, start, end, head, K: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr):
-    """Ask for the pages, of SIZE numbers each, of the positions from `start`, a page's first, to `end`.
-
-    Each of K heads' programs asks for its part of every page.
-    """
-    BYTES: tl.constexpr = SIZE * cache.dtype.element_ty.primitive_bitwidth // 8 // K
-    PIECES: tl.constexpr = 2
-    PAGES: tl.constexpr = tl.extra.cuda.num_threads() // PIECES
-    i = tl.arange(0, PAGES * PIECES)
-    for first in range(start // PAGE, tl.cdiv(end, PAGE), PAGES):
-        at = first + i // PIECES
-        live = at * PAGE < end
-        page = tl.load(table + at, live, other=0).to(tl.int64)
-        place = page * (BYTES * K) + head * BYTES + (i % PIECES) * (BYTES // PIECES)
-        ask(cache.to(tl.int64) + place, tl.where(live, BYTES // PIECES, 0))

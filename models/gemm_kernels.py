@@ -87,9 +87,9 @@ def _finish(
     elif HEADS:
         slot, gains, eps, kv, kv_stride, count, kv_count = heads
         if LATE and ROTATE:
-            turn = cosines_and_sines(turn, rn, rm, rows, D)
+            turn = cosines_and_sines(turn, tile_n, rm, rows, D, rn.shape[0])
         operands = (gains, eps, kv, kv_stride, count, kv_count)
-        store_heads(acc, turn, slot, out, rn, rm, rows, operands, SWAP, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT)
+        store_heads(acc, turn, slot, out, tile_n, rm, rows, operands, SWAP, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT)
     else:
         store_tile(acc, out, rn, rm, rows, n, SWAP)
 
@@ -112,7 +112,7 @@ def operands_before(bias, gain, rn, n, BIAS: tl.constexpr, ACT: tl.constexpr, AD
 def operands_after(
     residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k,
     SWAP: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, ROTATE: tl.constexpr, LATE: tl.constexpr,
-    D: tl.constexpr, SQUARES: tl.constexpr,
+    D: tl.constexpr, SQUARES: tl.constexpr, tile_n,
 ):  # fmt: skip
     """What an epilogue reads: a tile of the residual, slots, rotations (both not with LATE), factors of a norm."""
     old = 0.0
@@ -123,7 +123,7 @@ def operands_after(
     if HEADS:
         slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
         if ROTATE and not LATE:
-            turn = cosines_and_sines(table, rn, rm, rows, D)
+            turn = cosines_and_sines(table, tile_n, rm, rows, D, rn.shape[0])
     factors = 0.0
     if SQUARES > 0:
         factors = rms_factors(squares, square_parts, eps, rm, rows, k, SQUARES)
@@ -269,7 +269,7 @@ def linear_kernel(
     LATE: tl.constexpr = BM * BN > 2048  # it would fill the registers: not before it is needed
     old, slot, turn, factors = operands_after(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, SWAP, ADD, HEADS, ROTATE, LATE, D,
-        SQUARES,
+        SQUARES, tile_n,
     )  # fmt: skip
     if LATE:
         old, turn = residual, table

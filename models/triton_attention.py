@@ -40,10 +40,6 @@ class Launch:
     """Most parts of a row."""
     ahead: int = 0
     """With PDL: blocks of older keys and values that are loaded, into registers, before the predecessor ends."""
-    ways: int = 1
-    """Softmaxes of a program, each of its part of a block's keys: 1, or the warps."""
-    fetch: bool = False
-    """With PDL: the L2 is asked for the other keys and values before."""
 
 
 Launches = tuple[tuple[int, Launch], ...]
@@ -149,7 +145,7 @@ class TritonPlan:
                 batch.decode_lengths, out, partial, lse, counters, *numbers, batch.decode_tables.stride(0),
                 HAS_ROWS=batch.decode_rows is not None, GP=max(16, triton.next_power_of_2(spec.group)),
                 BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead,
-                PDL=self.pdl, WAYS=launch.ways, FETCH=launch.fetch, num_warps=launch.warps,
+                PDL=self.pdl, num_warps=launch.warps,
                 **({"launch_pdl": True} if self.pdl else {}), **shared,
             )  # fmt: skip
         if self.tiles is not None:

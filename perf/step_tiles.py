@@ -119,9 +119,8 @@ def of_layer(layer: LayerWeights) -> dict[str, Any]:
 
 def told(choice: Choice) -> str:
     if isinstance(choice, Tile):
-        return f"{short(choice)[:-1]}, fetch=True)" if choice.fetch else short(choice)
-    more = (f", ahead={choice.ahead}" if choice.ahead else "") + (f", ways={choice.ways}" if choice.ways > 1 else "")
-    more += ", fetch=True" if choice.fetch else ""
+        return short(choice)
+    more = f", ahead={choice.ahead}" if choice.ahead else ""
     return f"Launch({choice.block}, {choice.warps}, {choice.stages}, {choice.programs}, {choice.most}{more})"
 
 

@@ -130,17 +130,6 @@ def test_keys_loaded_ahead(dtype: torch.dtype, window: int | None) -> None:
         Case(spec_of(7, 2, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
 
 
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(7, 2, 64), (1, 1, 128), (3, 2, 24)])
-def test_ways(group: int, kv_heads: int, head_dim: int) -> None:
-    """Lengths of which some ways have no key."""
-    lengths = [1, 17, 100, *([129, 8192, 700] if CUDA else [])]
-    launch = Launch(64, 4, 2, 132, 4, ways=4, fetch=True)
-    for own in (launch, replace(launch, ahead=2), replace(launch, most=1, ahead=1)):
-        for window in (None, 20):
-            spec = spec_of(group, kv_heads, head_dim, window)
-            Case(spec, torch.float16, lengths, []).check(TritonAttention(own), LIMIT[torch.float16])
-
-
 @pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 5.0), (33, 5.0), (1, None)])
 def test_window_and_softcap(window: int | None, cap: float | None) -> None:
     spec = spec_of(2, 2, 32, window, cap)

@@ -95,8 +95,7 @@ def attention() -> Iterator[None]:
                 seen.add((head_dim, launch, splits))
                 yield build(
                     attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
-                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
-                    WAYS=launch.ways, FETCH=launch.fetch, **shape,
+                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True, **shape,
                 )  # fmt: skip
     for window, cap in ((False, False), (True, True)):
         yield build(
