@@ -169,7 +169,7 @@ def descend(step: Step, tried: dict[str, list[tuple[float, Choice]]], kinds: lis
         before = step.now[kind]
         best, fastest = before, step.microseconds(5)
         first, done = fastest, [(fastest, before)]
-        todo = [c for _, c in tried[kind][:5]] if tried.get(kind) else list(CANDIDATES[kind])
+        todo: list[Choice] = [c for _, c in tried[kind][:5]] if tried.get(kind) else [*CANDIDATES[kind]]
         for choice in todo:
             if choice == before or time.monotonic() > until:
                 continue
