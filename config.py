@@ -252,6 +252,8 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the classes."""
     several: bool = False
     """More than one class may hold: their probabilities are apart, and do not sum to 1."""
+    raw: bool = False
+    """How well two texts fit is the logit itself, not its sigmoid: what some cross-encoders' folders want."""
 
     @property
     def whole(self) -> bool:

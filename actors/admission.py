@@ -100,7 +100,7 @@ class Admission:
         params, prompt, context = submission.params, submission.prompt, self._model.context_length
         match prompt:
             case messages.TextPrompt():
-                size = tokens = len(prompt.text)
+                size = tokens = len(prompt.text) + len(prompt.second or "")
             case messages.ChatPrompt():
                 size = tokens = len(prompt.payload)
             case messages.TokenPrompt():

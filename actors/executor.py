@@ -391,7 +391,7 @@ class Executor(Actor):
         for a in plan.admits:
             self.rid_of[a.slot] = a.rid
             shift = 0 if self.images is None else self.images.admit(a.slot, a.images)
-            runner.admit(a.slot, ints(a.pages), a.cached, a.limit, shift)
+            runner.admit(a.slot, ints(a.pages), a.cached, a.limit, shift, a.second)
             if self.checksums is not None:
                 self.checksums.verify(ints(a.pages), a.cached)
         if sampler is not None:

@@ -21,6 +21,8 @@ class Admit(Message, frozen=True, tag=50):
     limit: int
     """Tokens (prompt and output) at which the request ends by length."""
     images: tuple[ImageSpan, ...] = ()
+    second: int = 0
+    """As Submit's."""
 
 
 class DropImage(Message, frozen=True, tag=93):

@@ -38,7 +38,10 @@ class TextPrompt(Message, frozen=True, tag=4):
 
     text: str
     most: int = 0
-    """Of its tokens only the first are taken, so many with the special ones around them; 0: all."""
+    """Of its tokens only the first are taken, so many with the special ones around them; 0: all. Of two texts the
+    longer one is cut first."""
+    second: str | None = None
+    """Another text behind it, joined as the model's tokenizer joins pairs: a cross-encoder's document."""
     images: tuple[ImageFile, ...] = ()
     videos: tuple[VideoFile, ...] = ()
 

@@ -54,6 +54,8 @@ class Encoded(NamedTuple):
     """Where its images are; see Submit.ids."""
     shown: NDArray[np.int32] | None = None
     """The ids with the model's image token in the place of those that an image's digest tells; None: `ids`."""
+    second: int = 0
+    """See Submit."""
 
     @property
     def plain(self) -> NDArray[np.int32]:
@@ -104,7 +106,7 @@ class Prompts:
             return True
         match prompt:
             case TextPrompt():
-                return len(prompt.text) > INLINE_CHARS
+                return len(prompt.text) + len(prompt.second or "") > INLINE_CHARS
             case ChatPrompt():
                 return len(prompt.payload) > INLINE_CHARS
             case TokenPrompt():
@@ -198,6 +200,9 @@ class Prompts:
                 return Encoded(np.frombuffer(prompt.ids, dtype=np.int32).copy()), "input_ids"
             case TextPrompt():
                 _check_chars(prompt.text, None if prompt.most else most_chars, "prompt")
+                if prompt.second is not None:
+                    _check_chars(prompt.second, None if prompt.most else most_chars, "prompt")
+                    return self._pair(prompt, prompt.second), "prompt"
                 return Encoded(np.array(self._text_ids(prompt, add_special_tokens), dtype=np.int32)), "prompt"
             case ChatPrompt():
                 chat, thinking = self._chat(prompt, most_chars)
@@ -248,6 +253,7 @@ class Prompts:
                 name=request.name,
                 tokenized_ns=now,
                 images=prompt.spans,
+                second=prompt.second,
             )
             for i in range(request.n)
         ]
@@ -267,6 +273,15 @@ class Prompts:
             room = prompt.most - 1 if prompt.most else len(ids)
             ids = [*ids[:room], end]  # gte-Qwen2's own code does so, which is not run
         return ids
+
+    def _pair(self, prompt: TextPrompt, second: str) -> Encoded:
+        if self._tokenizer is None:
+            raise RequestError("this server runs without a tokenizer, which pairs of texts need", param="prompt")
+        try:
+            ids, begin = self._tokenizer.encode_pair(prompt.text, second, prompt.most)
+        except RequestError as error:
+            raise RequestError(error.message, param="prompt") from error
+        return Encoded(np.array(ids, dtype=np.int32), second=begin)
 
     def _chat(self, prompt: ChatPrompt, most_chars: int | None) -> tuple[list[int], bool]:
         """(token ids, whether it ends in one of `opens`)"""

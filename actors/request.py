@@ -88,6 +88,8 @@ class Request:
     """Whether the output that it was submitted with matches its grammar; None: it has none that tells."""
     images: tuple[ImageSpan, ...] = ()
     """Where the prompt has images; see Submit.ids."""
+    second: int = 0
+    """See Submit."""
     _ids: np.ndarray | None = None
 
     def ids(self) -> np.ndarray:
@@ -181,4 +183,5 @@ def request_of(m: Submit, pooling: Pooling | None) -> Request:
         pooled=m.pooled,
         reuses=pooling is None or pooling.reuses,
         images=m.images,
+        second=m.second,
     )

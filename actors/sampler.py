@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.cpu_draw import cpu_race
 from ..sampler.drawer import Drawer
 from ..sampler.reference import Sampled
 from ..sampler.state import SamplerState
@@ -97,7 +98,7 @@ class Sampler(Actor):
     def prepare(self, max_slots: int, vocab_size: int, eos_ids: tuple[int, ...], device: torch.device) -> None:
         """Make the state; called by the executor, which knows the device."""
         self.state = SamplerState(max_slots, vocab_size, eos_ids, device)
-        self.drawer = Drawer(self.state, max_slots)
+        self.drawer = Drawer(self.state, max_slots, cpu_race() if device.type == "cpu" else None)
 
     def mode(self, host_slots: np.ndarray) -> Hashable:
         """See stepper.Drawer."""

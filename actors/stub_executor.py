@@ -181,7 +181,10 @@ class StubExecutor(Actor):
         self.sampler = sampler
 
     async def run(self) -> None:
-        """Take plans and run them, a step in `stub_step_ms`."""
+        """Take plans and run them, a step in `stub_step_ms`.
+
+        What a step computes it computes after its pause: who gets its tokens has a core for them then, as beside a GPU.
+        """
         inbox, pause = self.context.inbox, self.context.config.stub_step_ms / 1e3
         while True:
             item = inbox.poll()
@@ -190,9 +193,10 @@ class StubExecutor(Actor):
             elif not isinstance(item[0], Plan):
                 self.receive(*item)
             else:
-                for out in self.steps(item[0]):
+                steps = self.steps(item[0])
+                for _ in range(item[0].k):
                     await trio.sleep(pause)
-                    self._publish(out)
+                    self._publish(next(steps))
 
     def receive(self, message: Any, source: str) -> None:
         """Greet a scheduler that comes up; forget the batch of one that died."""
@@ -230,9 +234,10 @@ class StubExecutor(Actor):
     # ------------------------------------------------------------------ a window
 
     def steps(self, plan: Plan) -> Iterator[StepOut]:
-        """Run a window; its steps one by one."""
-        chunks, window, k = self._apply(plan), plan.window, plan.k
-        once = set(ints(plan.once_slots))
+        """Begin a window, of whose message nothing is needed then; return its steps, which run one by one."""
+        return self._steps(plan.window, plan.k, self._apply(plan), set(ints(plan.once_slots)))
+
+    def _steps(self, window: int, k: int, chunks: list[Chunk], once: set[int]) -> Iterator[StepOut]:
         for number in range(k):
             started = time.perf_counter_ns()
             work = chunks if number == 0 else []

@@ -65,6 +65,8 @@ class Submit(Message, frozen=True, tag=20):
     tokenized_ns: int = 0
     """CLOCK_MONOTONIC when its prompt was tokens."""
     images: tuple[ImageSpan, ...] = ()
+    second: int = 0
+    """Where tokens of the second type begin, the other text's of a pair; 0: there are none."""
 
 
 class Abort(Message, frozen=True, tag=21):

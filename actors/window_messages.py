@@ -74,7 +74,15 @@ def slot_params(number: int, request: Request) -> SlotParams:
 def plan_of(w: Window, sampler_changes: int) -> Plan:
     """Return the window as the executors get it; the samplers get so many messages before."""
     admits = [
-        Admit(a.request.slot, a.request.rid, int32(a.pages), a.cached, a.request.limit, a.request.images)
+        Admit(
+            a.request.slot,
+            a.request.rid,
+            int32(a.pages),
+            a.cached,
+            a.request.limit,
+            a.request.images,
+            a.request.second,
+        )
         for a in w.admits
     ]
     prompts = (c.request.tokens[c.start : c.end] for c in w.chunks)

@@ -32,6 +32,7 @@ from . import (
     embeddings,
     engine_view,
     files,
+    loads,
     message_types,
     messages,
     native,
@@ -40,6 +41,7 @@ from . import (
     openai_types,
     openapi,
     page,
+    parse_routes,
     programs,
     protocol,
     rerank,
@@ -244,7 +246,10 @@ ROUTES: tuple[Served, ...] = (
     ),
     Served(("/v1/classify",), POST, embeddings.classify, _e.ClassifyRequest, _e.ClassifyReply),
     Served(("/v1/rerank", "/rerank", "/v2/rerank"), POST, rerank.rerank, rerank.RerankRequest, rerank.RerankReply),
-    Served(("/v1/score", "/score"), POST, score.score, score.ScoreRequest, score.ScoreReply),
+    Served(
+        ("/v1/score", "/score"), POST, score.score, score.ScoreRequest,
+        score.ScoreReply | score.PairScores,
+    ),
     Served(
         ("/v1/messages",), POST, messages.create, message_types.MessageRequest, message_types.Message,
         dict[str, Any], ANTHROPIC_ERRORS,
@@ -266,7 +271,15 @@ ROUTES: tuple[Served, ...] = (
     Served(("/v1/models/{id:path}",), GET, model, reply=_p.ModelCard),
     Served(("/tokenize", "/v1/tokenize"), POST, _c.tokenize, _t.TokenizeRequest, _t.TokenizeReply),
     Served(("/detokenize", "/v1/detokenize"), POST, _c.detokenize, _t.DetokenizeRequest, _t.DetokenizeReply),
-    Served(("/flush_cache",), ("GET", "POST"), _c.flush_cache, admin=True),
+    Served(
+        ("/parse_function_call",), POST, parse_routes.parse_function_call, parse_routes.ParseCallsRequest,
+        parse_routes.ParsedCalls,
+    ),
+    Served(
+        ("/separate_reasoning",), POST, parse_routes.separate_reasoning, parse_routes.SeparateRequest,
+        parse_routes.Separated,
+    ),
+    Served(("/flush_cache", "/reset_prefix_cache"), ("GET", "POST"), _c.flush_cache, admin=True),
     Served(("/abort_request",), POST, _c.abort_request, _t.AbortRequest),
     Served(
         ("/pause_generation",), POST, _c.pause_generation, _t.PauseRequest, _t.GenerationState, admin=True,
@@ -279,12 +292,18 @@ ROUTES: tuple[Served, ...] = (
     ),
     Served(("/stop_profile",), ("GET", "POST"), _c.stop_profile, reply=_t.ProfileState, admin=True),
     Served(
-        ("/update_weights_from_disk",), POST, _c.update_weights, _t.WeightsRequest, _t.WeightsReply, admin=True,
+        ("/update_weights_from_disk", "/update_weights"), POST, _c.update_weights, _t.WeightsRequest, _t.WeightsReply,
+        admin=True,
     ),
     Served(("/model_info", "/get_model_info"), GET, _c.model_info, reply=_p.ModelDescription),
-    Served(("/server_info", "/get_server_info"), GET, _c.server_info, reply=dict[str, Any]),
+    Served(("/server_info", "/get_server_info", "/get_server_args"), GET, _c.server_info, reply=dict[str, Any]),
     Served(("/health", "/health_generate"), GET, _c.health, reply=_p.Health, open=True),
+    Served(("/ping",), ("GET", "POST"), _c.health, reply=_p.Health, open=True),
     Served(("/ready",), GET, _c.ready, reply=_p.Health, open=True),
+    Served(("/version",), GET, _c.engine_version, reply=_p.EngineVersion),
+    Served(("/v1/loads",), GET, loads.loads, reply=loads.Loads, query=loads.LoadQuery),
+    Served(("/get_load",), GET, loads.get_load, reply=list[loads.OldLoad]),
+    Served(("/load",), GET, loads.server_load, reply=loads.ServerLoad),
     Served(("/metrics",), GET, metrics),
     Served(("/openapi.json",), GET, api_document, reply=dict[str, Any]),
     Served(("/v1/requests/{id}/timeline",), GET, timelines.timeline, reply=timelines.TimelineReply),
@@ -371,4 +390,5 @@ def _summary(handler: Handler) -> str:
 
 
 def _card(service: Service) -> ModelCard:
-    return ModelCard(service.model_name, service.started, service.model.context_length)
+    root = service.config.model or service.model_name
+    return ModelCard(service.model_name, service.started, service.model.context_length, root)

@@ -89,14 +89,23 @@ class ChatWriter:
     """A frame with the role, frames with what is said, one with the finish reason."""
 
     def __init__(
-        self, head: Head, stream: Stream, reading: Reading, with_logprobs: bool, usage_frames: UsageFrames
+        self,
+        head: Head,
+        stream: Stream,
+        reading: Reading,
+        with_logprobs: bool,
+        usage_frames: UsageFrames,
+        prompt_ids: list[int] | None = None,
     ) -> None:
+        """`prompt_ids`: of the prompt, where token ids are wanted."""
         self._head = head
+        self._with_ids = prompt_ids is not None
+        self._prompt_ids: list[int] | UnsetType = UNSET if prompt_ids is None else prompt_ids
         self._stream = stream
         self._answers = [Answer(reading) for _ in stream.choices]
         self._with_logprobs = with_logprobs
         self._usage = usage_frames
-        self._plain = not with_logprobs and not usage_frames.each
+        self._plain = not with_logprobs and not usage_frames.each and not self._with_ids
         """Most events have content or thoughts and nothing else."""
         self._formats: dict[tuple[int, bool], bytes] = {}
         """Of those; by choice, and whether it is thoughts."""
@@ -107,10 +116,18 @@ class ChatWriter:
         for index, chunk in enumerate(chunks):
             message, finish = self._answers[index].whole(chunk)
             logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs else None
-            choices.append(ChatChoice(index, message, logprobs, finish, said(chunk.valid)))
+            choices.append(ChatChoice(index, message, logprobs, finish, said(chunk.valid), self._ids(chunk)))
         head, counts = self._head, usage(chunks, len(chunks))
         return ChatCompletion(
-            head.id, "chat.completion", head.created, head.model, None, choices, counts, head.timeline
+            head.id,
+            "chat.completion",
+            head.created,
+            head.model,
+            None,
+            choices,
+            counts,
+            head.timeline,
+            self._prompt_ids,
         )
 
     def head(self) -> Iterable[bytes]:
@@ -127,13 +144,20 @@ class ChatWriter:
         if self._plain and chunk.finish is None:
             return [self._delta(index, delta) for delta in deltas]
         logprobs = chat_logprobs(chunk.logprobs) if self._with_logprobs and chunk.logprobs else None
-        if logprobs is not None and not deltas:
-            deltas.append(Delta())  # the tokens of markup have logprobs, too
+        ids = self._ids(chunk)
+        if not deltas and (logprobs is not None or ids):
+            deltas.append(Delta())  # the tokens of markup have logprobs and ids, too
         # A chunk's logprobs go with its first frame: OpenAI's streams do not say more about their place either.
-        choices = [ChunkChoice(index, delta, None if i else logprobs, None) for i, delta in enumerate(deltas)]
+        choices = [
+            ChunkChoice(index, delta, None if i else logprobs, None, token_ids=[] if i and self._with_ids else ids)
+            for i, delta in enumerate(deltas)
+        ]
         if chunk.finish is not None:
             choices.append(ChunkChoice(index, Delta(), None, answer.finish_reason(chunk), said(chunk.valid)))
         return map(self._event, choices)
+
+    def _ids(self, chunk: Chunk) -> list[int] | UnsetType:
+        return chunk.ids if self._with_ids else UNSET
 
     def tail(self) -> Iterable[bytes]:
         if not self._usage.at_end and self._head.timeline is UNSET:
@@ -162,8 +186,9 @@ class ChatWriter:
     def _object(self, choices: list[ChunkChoice], counts: Usage | UnsetType | None) -> ChatCompletionChunk:
         head = self._head
         timeline = UNSET if choices else head.timeline
+        prompt_ids, self._prompt_ids = self._prompt_ids, UNSET
         return ChatCompletionChunk(
-            head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts, timeline
+            head.id, "chat.completion.chunk", head.created, head.model, None, choices, counts, timeline, prompt_ids
         )
 
 

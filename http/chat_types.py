@@ -137,6 +137,7 @@ class ChatChoice(Struct, frozen=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     valid: bool | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, frozen=True):
@@ -148,6 +149,7 @@ class ChatCompletion(Struct, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     timeline: list[RequestTimeline] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class Delta(Struct, frozen=True):
@@ -166,6 +168,7 @@ class ChunkChoice(Struct, frozen=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     valid: bool | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletionChunk(Struct, frozen=True):
@@ -179,3 +182,5 @@ class ChatCompletionChunk(Struct, frozen=True):
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None
     timeline: list[RequestTimeline] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """In the first frame."""

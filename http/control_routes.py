@@ -31,7 +31,7 @@ from .control_types import (
 from .error_replies import decode_body
 from .exchange import Exchange
 from .native import split_ids
-from .protocol import Health, ModelDescription, encode
+from .protocol import EngineVersion, Health, ModelDescription, encode
 from .service import Service
 
 PLAIN: Final = b"text/plain; charset=utf-8"
@@ -81,7 +81,7 @@ async def detokenize(service: Service, exchange: Exchange) -> None:
 
 
 async def flush_cache(service: Service, exchange: Exchange) -> None:
-    """Serve /flush_cache: empty the prefix cache; 400 while there are requests."""
+    """Serve /flush_cache and /reset_prefix_cache: empty the prefix cache; 400 while there are requests."""
     await service.client.questions.order("flush_cache")
     await exchange.reply(b"Cache flushed.\n", content_type=PLAIN)
 
@@ -126,7 +126,7 @@ async def stop_profile(service: Service, exchange: Exchange) -> None:
 
 
 async def update_weights(service: Service, exchange: Exchange) -> None:
-    """Serve POST /update_weights_from_disk: other weights of the same shapes, while requests go on."""
+    """Serve POST /update_weights_from_disk, /update_weights: other weights of the same shapes, while requests go on."""
     request = decode_body(_weights_decoder, await exchange.body(service.config.max_body_bytes))
     _refuse(request, "is_async")
     folder = _allowed_folder(service.config.weights_root, request.model_path)
@@ -180,7 +180,7 @@ async def model_info(service: Service, exchange: Exchange) -> None:
 
 
 async def server_info(service: Service, exchange: Exchange) -> None:
-    """Serve GET /server_info and /get_server_info: the settings, as SGLang, and the scheduler's last report."""
+    """Serve GET /server_info, /get_server_info and /get_server_args: the settings and the scheduler's last report."""
     stats = service.client.stats
     state = {} if stats is None else {name: getattr(stats, name) for name in stats.__struct_fields__}
     reply = {
@@ -194,8 +194,13 @@ async def server_info(service: Service, exchange: Exchange) -> None:
     await exchange.reply(encode(reply))
 
 
+async def engine_version(service: Service, exchange: Exchange) -> None:
+    """Serve GET /version."""
+    await exchange.reply(encode(EngineVersion(package_version())))
+
+
 async def health(service: Service, exchange: Exchange) -> None:
-    """Serve GET /health and /health_generate: are all parts of the engine up?"""
+    """Serve GET /health, /health_generate and /ping: are all parts of the engine up?"""
     await _reply_health(exchange, service.health())
 
 

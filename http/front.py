@@ -32,8 +32,8 @@ from .tracing import Tracer
 
 KEEP_ALIVE_SECONDS: Final = 75
 POLL_SECONDS: Final = 0.02
-SLICE: Final = 32
-"""Chunks in a row; then requests have their turn. They take half a millisecond."""
+SLICE: Final = 16
+"""Chunks in a row; then requests have their turn. They take a fifth of a millisecond where caches are warm."""
 FIRST: Final = "front.0"
 """Of several fronts, the one that does the lines of batches."""
 
@@ -79,6 +79,8 @@ class HttpFront(Actor):
         """Until then running requests may end; Drain's."""
         self._late: list[Chunk] = []
         """Received, and not delivered yet; nothing else is received meanwhile."""
+        self._again: asyncio.Handle | None = None
+        """The next `drain`, where one is due whatever arrives."""
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -100,11 +102,17 @@ class HttpFront(Actor):
             if self.service.tracer is not None:
                 await self.service.tracer.close()
             loop.remove_reader(inbox.fileno())
+            if self._again is not None:
+                self._again.cancel()
             for server in self._server.servers:
                 server.close()
 
     def drain(self) -> None:
-        """Receive what has arrived, at most SLICE chunks and messages; more leaves `inbox.fileno()` readable."""
+        """Receive what has arrived, at most SLICE chunks and messages. For the rest it comes again by itself, or
+        `inbox.fileno()` stays readable."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         inbox, room, look = self.context.inbox, SLICE, True
         while room > 0:
             if self._late:
@@ -122,7 +130,7 @@ class HttpFront(Actor):
                 self.receive(*item)
                 room -= 1
         if self._late:
-            inbox.ring()
+            self._again = asyncio.get_running_loop().call_soon(self.drain)
         else:
             inbox.listen()
 

@@ -66,6 +66,9 @@ async def completions(service: Service, exchange: Exchange) -> None:
     prompts, texts = _completion_prompts(request, service.model.vocab_size)
     service.check_batch(len(prompts), "prompt")
     echoes = await _echoes(service, request, prompts, texts)
+    ids = None
+    if request.return_token_ids:
+        ids = [await service.client.questions.tokenize(prompt, add_special_tokens=True) for prompt in prompts]
     usage_frames = _usage_frames(request, len(prompts), best_of)
     max_tokens = request.max_tokens if request.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
@@ -80,7 +83,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
         submissions = [Submission(prompt, params, best_of, grammar, name=head.id) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
-        writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames)
+        writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames, ids)
         await send_output(exchange, stream, writer, bool(request.stream), at_end=_timeline(service, request, head))
 
 
@@ -92,8 +95,18 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     usage_frames = _usage_frames(request, 1, request.n or 1)
     head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
     with submitted_chat(service, request, head.id) as (stream, reading):
-        writer = ChatWriter(head, stream, reading, bool(request.logprobs), usage_frames)
+        ids = await _prompt_ids(service, stream) if request.return_token_ids else None
+        writer = ChatWriter(head, stream, reading, bool(request.logprobs), usage_frames, ids)
         await send_output(exchange, stream, writer, bool(request.stream), at_end=_timeline(service, request, head))
+
+
+async def _prompt_ids(service: Service, stream: Stream) -> list[int]:
+    """Return the token ids of a chat's prompt. Raises what the engine refuses, and ends the stream then."""
+    try:
+        return await service.client.questions.tokenize(stream.requests[0].prompt, add_special_tokens=False)
+    except BaseException:
+        stream.cancel()
+        raise
 
 
 def _timeline(service: Service, request: OpenAIRequest, head: Head) -> AtEnd | None:

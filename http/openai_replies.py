@@ -154,18 +154,22 @@ class CompletionWriter:
         echoes: list[str],
         logprobs: int | None,
         usage_frames: UsageFrames,
+        prompt_ids: list[list[int]] | None = None,
     ) -> None:
+        """`prompt_ids`: of each prompt, where token ids are wanted."""
         self._head = head
         self._stream = stream
         self._n = n
         self._best_of = best_of
         self._echoes = dict(enumerate(echo for echo in echoes for _ in range(n)))
+        self._with_ids = prompt_ids is not None
+        self._prompt_ids = dict(enumerate(ids for ids in prompt_ids or [] for _ in range(n)))
         self._logprobs: list[LegacyLogprobs] = []
         if logprobs is not None:
             shown = (self._echoes.get(i, "") for i in range(len(stream.choices)))
             self._logprobs = [LegacyLogprobs(echo, logprobs) for echo in shown]
         self._usage = usage_frames
-        self._plain = logprobs is None and not echoes and not usage_frames.each
+        self._plain = logprobs is None and not echoes and not usage_frames.each and not self._with_ids
         """Most events have a text and nothing else."""
         self._formats: dict[int, bytes] = {}
         """Of those, by choice."""
@@ -188,7 +192,7 @@ class CompletionWriter:
             self._usage.written[index] = chunk
             return ((self._formats.get(index) or self._format(index)) % encode(chunk.text),)
         choice = self._choice(index, chunk)
-        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
+        if not choice.text and choice.logprobs is None and choice.finish_reason is None and not choice.token_ids:
             return ()  # the first bytes of a character
         self._usage.written[choice.index] = chunk
         return (data_event(encode(self._object([choice], self._usage.so_far()))),)
@@ -206,7 +210,13 @@ class CompletionWriter:
     def _choice(self, index: int, chunk: Chunk) -> CompletionChoice:
         logprobs = self._logprobs[index].write(chunk.prompt_logprobs, chunk.logprobs) if self._logprobs else None
         return CompletionChoice(
-            self._echoes.pop(index, "") + chunk.text, index, logprobs, chunk.finish, said(chunk.valid)
+            self._echoes.pop(index, "") + chunk.text,
+            index,
+            logprobs,
+            chunk.finish,
+            said(chunk.valid),
+            chunk.ids if self._with_ids else UNSET,
+            self._prompt_ids.pop(index, UNSET),
         )
 
     def _object(

@@ -87,6 +87,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     priority: Priority | None = None
     timeline: bool | None = None
     """Say when what happened, at the end of the reply."""
+    return_token_ids: bool | None = None
+    """Say also of which tokens the prompt and the output are."""
 
     regex: str | None = None
     json_schema: str | bool | dict[str, Any] | None = None
@@ -108,7 +110,6 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     prompt_logprobs: Refusable = None
     truncate_prompt_tokens: Refusable = None
     thinking_token_budget: Refusable = None
-    return_token_ids: Refusable = None
     return_tokens_as_token_ids: Refusable = None
     return_hidden_states: Refusable = None
     custom_logit_processor: Refusable = None
@@ -124,7 +125,6 @@ OPENAI_REFUSED = (
     "prompt_logprobs",
     "truncate_prompt_tokens",
     "thinking_token_budget",
-    "return_token_ids",
     "return_tokens_as_token_ids",
     "return_hidden_states",
     "custom_logit_processor",
@@ -153,13 +153,18 @@ class CompletionLogprobs(Struct, frozen=True):
 
 
 class CompletionChoice(Struct, frozen=True):
-    """`valid`, our own: at the end of an output with a grammar, whether its text matches, where that is known."""
+    """`valid`, our own: at the end of an output with a grammar, whether its text matches, where that is known.
+
+    With return_token_ids: `token_ids` of the text, with what ended it; `prompt_token_ids`, in a stream once.
+    """
 
     text: str
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     valid: bool | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct, frozen=True):

@@ -66,9 +66,13 @@ def said(valid: bool | None) -> bool | UnsetType:
 
 
 class ModelCard(Struct, frozen=True):
+    """`root`: what the server was told to serve; `parent`: there are no adapters, so it has none."""
+
     id: str
     created: int
     max_model_len: int
+    root: str
+    parent: None = None
     object: Literal["model"] = "model"
     owned_by: str = "actorserve"
 
@@ -92,6 +96,10 @@ class ModelDescription(Struct, frozen=True):
     reasoning_parser: str | None
     runs_programs: bool = True
     """There is /v1/programs."""
+
+
+class EngineVersion(Struct, frozen=True):
+    version: str
 
 
 class Health(Struct, frozen=True):

@@ -1,11 +1,13 @@
 """POST /v1/rerank, /rerank and /v2/rerank: documents in the order in which they fit a query, as vLLM's and Jina's.
 
-Routed by app.py, for models that embed: a document's relevance is the cosine of its vector and the query's.
+Routed by app.py. How well two texts fit (`relevances`, which score.py uses, too) is said by a cross-encoder, a
+classification model of one label that reads both at once; or by a model that embeds: the cosine of their vectors.
 Invariant: `index` is the document's place in the request; results are sorted by relevance, ties by it.
 """
 
 import uuid
-from typing import Annotated, Final
+from collections.abc import Sequence
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,15 +15,20 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..actors.admission import Submission
 from ..actors.client import truncated
-from ..actors.messages import TextPrompt
+from ..actors.messages import Prompt, TextPrompt
+from ..config import Pooling
 from ..errors import EngineDown, RequestError
-from ..models.pooling import embedding_of
+from ..models.pooling import embedding_of, relevance
 from .embeddings import NOTHING_DRAWN, pooling_of
 from .error_replies import decode_body
 from .exchange import Exchange
 from .openai import renamed
 from .protocol import Priority, encode
 from .service import Service
+
+MAX_REPEATED: Final = 64 << 20
+"""Of a text that goes with each of many, all its copies together: a body of a few bytes an item must not become a
+gigabyte."""
 
 
 class DocumentText(Struct, frozen=True):
@@ -44,7 +51,7 @@ class RerankRequest(Struct, frozen=True, kw_only=True):
 
 
 class RerankResult(Struct, frozen=True):
-    """`relevance_score`: from -1 to 1."""
+    """`relevance_score`: a cosine, from -1 to 1; of a cross-encoder from 0 to 1, or its logit if its folder says so."""
 
     index: int
     relevance_score: float
@@ -63,6 +70,14 @@ class RerankReply(Struct, frozen=True):
     results: list[RerankResult]
 
 
+class Asked(NamedTuple):
+    """What `relevances` asks the engine with; see RerankRequest."""
+
+    cut: int | None
+    cache_salt: str
+    priority: int
+
+
 _decoder: Final = msgspec.json.Decoder(RerankRequest)
 
 
@@ -70,24 +85,54 @@ async def rerank(service: Service, exchange: Exchange) -> None:
     """Serve POST /v1/rerank: documents sorted by how well they fit a query."""
     request = decode_body(_decoder, await exchange.body(service.config.max_body_bytes))
     service.check_model(request.model)
-    pooling = pooling_of(service, "embed")
     documents = [item if isinstance(item, str) else item.text for item in request.documents]
     _check(request.query, documents)
     service.check_batch(len(documents) + 1, "documents")
-    longest = service.model.context_length
-    prompts = [truncated(TextPrompt(t), request.truncate_prompt_tokens, longest) for t in [request.query, *documents]]
+    asked = Asked(request.truncate_prompt_tokens, request.cache_salt or "", request.priority or 0)
     with renamed({"prompt": "documents"}):
-        submissions = [Submission(prompt, NOTHING_DRAWN, pooled=True) for prompt in prompts]
-        stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
-        async with exchange.watched(stream):
-            chunks = await stream.collect()
-            if not all(chunk.vector for chunk in chunks):
-                raise EngineDown("the request was cancelled", code="cancelled")
-            query, *rest = (embedding_of(chunk.vector, pooling, normalize=True) for chunk in chunks)
-            results = _sorted(query, np.stack(rest), documents, request)
-            tokens = sum(chunk.prompt_tokens for chunk in chunks)
-            name = f"rerank-{uuid.uuid4().hex}"
-            await exchange.reply(encode(RerankReply(name, service.model_name, RerankUsage(tokens, tokens), results)))
+        scores, tokens = await relevances(service, exchange, [request.query], documents, asked)
+    name = f"rerank-{uuid.uuid4().hex}"
+    results = _sorted(scores, documents, request)
+    await exchange.reply(encode(RerankReply(name, service.model_name, RerankUsage(tokens, tokens), results)))
+
+
+async def relevances(
+    service: Service, exchange: Exchange, firsts: Sequence[str], seconds: Sequence[str], asked: Asked
+) -> tuple[np.ndarray, int]:
+    """How well each first text fits the second in its place, one first text all of them: (float64 [seconds], prompt
+    tokens). Raises what ends the request."""
+    pooling = pooling_of(service)
+    paired = pooling.task == "classify"
+    if paired and pooling.width != 1:
+        what = f"this server's model tells {pooling.width} labels apart; how well texts fit is said by one of one label"
+        raise RequestError(what, param="model", code="unsupported_model")
+    prompts = _pairs(firsts, seconds) if paired else [TextPrompt(text) for text in (*firsts, *seconds)]
+    longest = service.model.context_length
+    cut: list[Prompt] = [truncated(prompt, asked.cut, longest) for prompt in prompts]
+    submissions = [Submission(prompt, NOTHING_DRAWN, pooled=True) for prompt in cut]
+    stream = service.client.submit_all(submissions, asked.cache_salt, asked.priority)
+    async with exchange.watched(stream):
+        chunks = await stream.collect()
+    if not all(chunk.vector for chunk in chunks):
+        raise EngineDown("the request was cancelled", code="cancelled")
+    vectors = [chunk.vector for chunk in chunks]
+    found = [relevance(raw, pooling) for raw in vectors] if paired else _cosines(vectors, len(firsts), pooling)
+    return np.array(found, dtype=np.float64), sum(chunk.prompt_tokens for chunk in chunks)
+
+
+def _pairs(firsts: Sequence[str], seconds: Sequence[str]) -> list[TextPrompt]:
+    if len(firsts) == 1 and len(firsts[0]) * len(seconds) > MAX_REPEATED:
+        what = f"the text is repeated for {len(seconds)} others, which may come to {MAX_REPEATED} characters"
+        raise RequestError(what, param="prompt", code="too_large")
+    every = firsts if len(firsts) == len(seconds) else list(firsts) * len(seconds)
+    return [TextPrompt(first, second=second) for first, second in zip(every, seconds, strict=True)]
+
+
+def _cosines(vectors: list[bytes], count: int, pooling: Pooling) -> list[float]:
+    """Of the first `count` vectors, or the first one alone, with those behind."""
+    wide = np.stack([embedding_of(raw, pooling, normalize=True) for raw in vectors])
+    found: list[float] = (wide[count:] * wide[:count]).sum(axis=1).tolist()
+    return found
 
 
 def _check(query: str, documents: list[str]) -> None:
@@ -99,9 +144,7 @@ def _check(query: str, documents: list[str]) -> None:
         raise RequestError("documents has an empty text", param="documents")
 
 
-def _sorted(query: np.ndarray, vectors: np.ndarray, documents: list[str], request: RerankRequest) -> list[RerankResult]:
-    """`query`: [width], `vectors`: [documents, width], all of length 1, float32."""
-    scores = vectors @ query
+def _sorted(scores: np.ndarray, documents: list[str], request: RerankRequest) -> list[RerankResult]:
     order: list[int] = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
 
     def shown(index: int) -> DocumentText | UnsetType:

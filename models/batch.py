@@ -64,6 +64,8 @@ class Batch:
     """decode_lengths on the host, exact; only for attention backends that plan there (`needs_host_lengths`)."""
     features: tuple[Tensor, Tensor] | None = None
     """([n] int64 rows of the T tokens, [n, hidden]): what stands for their embeddings, those of images."""
+    token_types: Tensor | None = None
+    """[T] int64 type of each token, for models that know types (BERT's segments); None: all are of the first."""
 
     @property
     def num_decode(self) -> int:

@@ -9,19 +9,27 @@ a row's result does not depend on the batch that it is in, nor on the threads.
 */
 #include "cpu_kernels.h"
 
+#define LINE 64    /* bytes of a cache */
 #define GROUP 32  /* inputs that share a scale */
-#define DEPTH 128 /* inputs of a panel */
-#define PANEL 2   /* vectors of outputs of a panel */
+#define CHUNK 16  /* inputs of a row that lie together once x is packed */
+#define DEPTH 576 /* inputs of a panel, which stays in the second-level cache */
+#define BLOCK 112 /* rows that a panel is made for */
+/* What the registers hold: units side by side, rows beside those whose weights go into a panel on their way, rows beside
+those from a panel, and rows that need no panel and how many units these have side by side. */
 #if LANES == 16
-#define FEW 10    /* rows for which weights are used as they leave the registers */
-#define TOKENS 14 /* rows that a panel is multiplied with at a time */
-/* Vectors of outputs at a time for FEW rows: what the registers hold. */
-#define WIDTH(rows) (rows < FEW / 2 - 1 ? 4 : 2)
-#else
+#define PANEL 3
+#define FIRST 7
+#define NEXT 9
 #define FEW 8
-#define TOKENS 6
-#define WIDTH(rows) (rows > FEW / 2 ? 1 : 2)
+#define WIDTH(rows) PANEL
+#else
+#define PANEL 2
+#define FIRST 4
+#define NEXT 6
+#define FEW 8
+#define WIDTH(rows) (rows > 4 && rows <= FEW ? 1 : PANEL)
 #endif
+#define MOST 9 /* rows of a tile */
 
 enum kind { Q4_0, Q4_1, Q8_0, Q4_Z }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
 
@@ -58,16 +66,16 @@ INLINE struct group open_group(int bits, enum kind kind, const uint8_t *unit) {
     return g;
 }
 
-/* The weights of inputs 2 * j and 2 * j + 1 of a group. */
-INLINE void weights(int bits, struct group g, int j, vec *even, vec *odd) {
-    if (bits == 8) {
-        *even = g.scale * floats(bytes(g.values + 2 * j * LANES));
-        *odd = g.scale * floats(bytes(g.values + (2 * j + 1) * LANES));
-    } else {
-        ivec both = nibbles(g.values + j * LANES);
-        *even = g.scale * floats(both & 15) + g.offset;
-        *odd = g.scale * floats(both >> 4) + g.offset;
-    }
+/* The weights of inputs 2 * j and 2 * j + 1 of a group, and what both are made of. */
+INLINE ivec pair(int bits, struct group g, int j) {
+    return bits == 8 ? bytes(g.values + 2 * j * LANES) : nibbles(g.values + j * LANES);
+}
+INLINE vec even(int bits, struct group g, ivec pair) {
+    return bits == 8 ? g.scale * floats(pair) : g.scale * floats(pair & 15) + g.offset;
+}
+INLINE vec odd(int bits, struct group g, int j, ivec pair) {
+    if (bits == 8) return g.scale * floats(bytes(g.values + (2 * j + 1) * LANES));
+    return g.scale * floats(pair >> 4) + g.offset;
 }
 
 struct product {
@@ -75,136 +83,221 @@ struct product {
     const uint8_t *weight;
     const float *bias;
     long outputs, inputs;
-    const float *x;
+    const float *x; /* packed */
     long rows;
     float *y;
-    long share; /* units of a task */
+    const struct ahead *ahead;
+    int width;         /* units side by side */
+    long tasks, share; /* units of a task */
 };
 
-/* `width` units of outputs of `count` rows, which are FEW, from row `row` on. */
-INLINE void few(int bits, int width, int count, const struct product *a, long unit, long row) {
-    long inputs = a->inputs, groups = inputs / GROUP, size = unit_bytes(a->kind);
-    const uint8_t *w = a->weight + unit * groups * size;
-    const float *x = a->x + row * inputs;
-    vec sums[FEW][4];
+/* Rows of the first tile of `rows`; tiles are of about one size. */
+INLINE int first_rows(long rows) {
+    if (rows <= FEW) return rows;
+    long tiles = 1 + (rows - FIRST + NEXT - 1) / NEXT;
+    return rows / tiles < FIRST ? rows / tiles : FIRST;
+}
+
+/* Rows of the next tile of `rows` that are left. */
+INLINE int next_rows(long rows) {
+    long tiles = (rows + NEXT - 1) / NEXT;
+    return (rows + tiles - 1) / tiles;
+}
+
+struct packing {
+    const float *x;
+    long rows, inputs;
+    float *packed;
+};
+
+/* packed [inputs / CHUNK, count, CHUNK] = x [count, inputs]: what a step of the product reads lies together. */
+INLINE void pack_tile(const struct packing *a, long from, int count) {
+    const float *x = a->x + from * a->inputs;
+    float *to = a->packed + from * a->inputs;
+    for (long i = 0; i < a->inputs; i += CHUNK)
+        for (int c = 0; c < count; c++, to += CHUNK)
+            for (int k = 0; k < CHUNK; k += LANES) store(to + k, load(x + c * a->inputs + i + k));
+}
+
+/* BLOCK rows, in their tiles. */
+static void pack_task(void *data, long i) {
+    const struct packing *a = data;
+    long from = i * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK;
+    int count = first_rows(left);
+    pack_tile(a, from, count);
+    while (left -= count) {
+        from += count;
+        pack_tile(a, from, count = next_rows(left));
+    }
+}
+
+/* What is left of a part of `ahead`. */
+struct pieces {
+    const char *base;
+    const int64_t *next, *end;
+    long bytes;
+};
+
+/* Ask for an equal part of it, `times` of which are left. */
+INLINE void fetch(struct pieces *a, long times) {
+    for (long due = (a->end - a->next + times - 1) / times; due > 0; due--, a->next++)
+        for (long at = 0; at < a->bytes; at += LINE) __builtin_prefetch(a->base + *a->next * a->bytes + at, 0, 2);
+}
+
+/* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
+packed tile of `count` rows. With `keeps` the weights are left in the panel [depth, width, LANES]. */
+INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
+                       long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
+    vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) sums[c][r] = (vec){0};
-    for (long g = 0; g < groups; g++, x += GROUP) {
-        struct group opened[4];
-        for (int r = 0; r < width; r++) opened[r] = open_group(bits, a->kind, w + (r * groups + g) * size);
-#pragma GCC unroll 2
-        for (int j = 0; j < GROUP / 2; j++)
-            for (int r = 0; r < width; r++) {
-                vec even, odd;
-                weights(bits, opened[r], j, &even, &odd);
-                for (int c = 0; c < count; c++) sums[c][r] = sums[c][r] + even * x[c * inputs + 2 * j];
-                for (int c = 0; c < count; c++) sums[c][r] = sums[c][r] + odd * x[c * inputs + 2 * j + 1];
+        for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
+    for (; depth > 0; depth -= GROUP, w += unit_bytes(kind)) {
+        struct group g[PANEL];
+        fetch(ahead, depth / GROUP);
+        for (int r = 0; r < width; r++) {
+            g[r] = open_group(bits, kind, w + r * stride);
+            for (int at = 0; at < unit_bytes(kind); at += LINE) /* of the units after these: into the second level */
+                __builtin_prefetch(w + (width + r) * stride + at, 0, 2);
+        }
+        for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK)
+            for (int j = 0; j < CHUNK / 2; j++) {
+                vec e[PANEL], o[PANEL];
+                for (int r = 0; r < width; r++) {
+                    ivec both = pair(bits, g[r], half + j);
+                    e[r] = even(bits, g[r], both), o[r] = odd(bits, g[r], half + j, both);
+                }
+                for (int c = 0; c < count; c++)
+                    for (int r = 0; r < width; r++) s[c][r] = s[c][r] + e[r] * x[c * CHUNK + 2 * j];
+                for (int c = 0; c < count; c++)
+                    for (int r = 0; r < width; r++) s[c][r] = s[c][r] + o[r] * x[c * CHUNK + 2 * j + 1];
+                for (int r = 0; keeps && r < width; r++) store(panel + r * LANES, e[r]), store(panel + (width + r) * LANES, o[r]);
+                panel += 2 * width * LANES;
             }
     }
     for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) store(a->y + (row + c) * a->outputs + (unit + r) * LANES, sums[c][r]);
+        for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
 }
 
-/* A unit that is left over: row by row. */
-INLINE void odd_unit(int bits, const struct product *a, long unit) {
-    for (long row = 0; row < a->rows; row++) few(bits, 1, 1, a, unit, row);
+/* In a register: gcc would rather read it again for each row. */
+INLINE vec kept(vec v) {
+    asm("" : "+v"(v));
+    return v;
 }
 
-/* panel [depth, PANEL * LANES] = weights from `w` on, of units `stride` bytes apart. */
-INLINE void dequantise(int bits, enum kind kind, const uint8_t *w, long stride, int depth, float *panel) {
-    for (int r = 0; r < PANEL; r++)
-        for (int g = 0; g < depth / GROUP; g++) {
-            struct group opened = open_group(bits, kind, w + r * stride + g * unit_bytes(kind));
-            for (int j = 0; j < GROUP / 2; j++) {
-                float *to = panel + ((g * GROUP + 2 * j) * PANEL + r) * LANES;
-                weights(bits, opened, j, (vec *)to, (vec *)(to + PANEL * LANES));
-            }
-        }
-}
-
-/* y [count rows, PANEL * LANES] = x [count, depth] times the panel, or that more; rows `inputs` and `outputs` apart. */
-INLINE void tile(int count, const float *panel, int depth, int more, const float *x, long inputs, float *y,
-                 long outputs) {
-    vec sums[TOKENS][PANEL];
+/* The same with the weights of a panel. */
+INLINE void next_tile(int width, int count, const float *panel, long depth, const float *x, float *sums) {
+    vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
-        for (int r = 0; r < PANEL; r++) sums[c][r] = more ? load(y + c * outputs + r * LANES) : (vec){0};
-    for (int i = 0; i < depth; i++) {
-        vec w[PANEL];
-        for (int r = 0; r < PANEL; r++) w[r] = load(panel + (i * PANEL + r) * LANES);
-        for (int c = 0; c < count; c++)
-            for (int r = 0; r < PANEL; r++) sums[c][r] = sums[c][r] + w[r] * x[c * inputs + i];
-    }
+        for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
+    for (; depth > 0; depth -= CHUNK, x += count * CHUNK)
+        for (int i = 0; i < CHUNK; i++, panel += width * LANES) {
+            vec v[PANEL];
+            for (int r = 0; r < width; r++) v[r] = kept(load(panel + r * LANES));
+            for (int c = 0; c < count; c++)
+                for (int r = 0; r < width; r++) s[c][r] = s[c][r] + v[r] * x[c * CHUNK + i];
+        }
     for (int c = 0; c < count; c++)
-        for (int r = 0; r < PANEL; r++) store(y + c * outputs + r * LANES, sums[c][r]);
+        for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
 }
 
-/* The same for more than FEW rows, in tiles of about one size, between TOKENS / 2 and TOKENS. */
-__attribute__((noinline)) static void tiles(const float *panel, int depth, int more, const float *x, long inputs,
-                                            long rows, float *y, long outputs) {
-    for (long left = (rows + TOKENS - 1) / TOKENS; left > 0; left--) {
-        int count = (rows + left - 1) / left;
-#define COUNT(n) \
-    case n: \
-        if (n >= TOKENS / 2 && n <= TOKENS) tile(n, panel, depth, more, x, inputs, y, outputs); \
-        break;
-        switch (count) {
-            COUNT(3) COUNT(4) COUNT(5) COUNT(6) COUNT(7) COUNT(8) COUNT(9) COUNT(10) COUNT(11) COUNT(12) COUNT(13)
-            COUNT(14)
-        }
-#undef COUNT
-        rows -= count, x += count * inputs, y += count * outputs;
+/* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
+typedef void first_function(enum kind, const uint8_t *, long, long, const float *, float *, float *, struct pieces *);
+typedef void next_function(const float *, long, const float *, float *);
+#define FIRST_TILE(count, bits, width, keeps) \
+    static void first_##bits##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, long depth, \
+                                                           const float *x, float *sums, float *panel, \
+                                                           struct pieces *ahead) { \
+        first_tile(bits, width, count, keeps, kind, w, stride, depth, x, sums, panel, ahead); \
     }
-}
-
-/* Units [from, to) of all rows, which are FEW. */
-INLINE void few_share(int bits, int count, const struct product *a, long from, long to) {
-    int width = WIDTH(count);
-    for (; from + width <= to; from += width) few(bits, width, count, a, from, 0);
-    for (; from < to; from++) odd_unit(bits, a, from);
-}
-
-/* The same for many. */
-INLINE void many_share(int bits, const struct product *a, long from, long to) {
-    float panel[DEPTH * PANEL * LANES] __attribute__((aligned(64)));
-    long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size;
-    for (; from + PANEL <= to; from += PANEL)
-        for (long at = 0; at < a->inputs; at += DEPTH) {
-            int depth = a->inputs - at < DEPTH ? a->inputs - at : DEPTH;
-            dequantise(bits, a->kind, a->weight + from * stride + at / GROUP * size, stride, depth, panel);
-            float *y = a->y + from * LANES;
-            tiles(panel, depth, at > 0, a->x + at, a->inputs, a->rows, y, a->outputs);
-        }
-    for (; from < to; from++) odd_unit(bits, a, from);
-}
-
-INLINE void shares(int bits, const struct product *a, long from, long to) {
-#define ROWS(n) \
-    case n: \
-        if (n <= FEW) few_share(bits, n, a, from, to); \
-        else many_share(bits, a, from, to); \
-        break;
-    switch (a->rows < FEW ? a->rows : FEW + (a->rows > FEW)) {
-        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)
+#define NEXT_TILE(count, width) \
+    static void next_##width##_##count(const float *panel, long depth, const float *x, float *sums) { \
+        next_tile(width, count, panel, depth, x, sums); \
     }
-#undef ROWS
+#define FIRST_NAME(count, bits, width, keeps) \
+    [bits == 8][width][keeps][count] = first_##bits##_##width##_##keeps##_##count,
+#define NEXT_NAME(count, width) [width][count] = next_##width##_##count,
+#define COUNTS(DO, ...) \
+    DO(1, __VA_ARGS__) DO(2, __VA_ARGS__) DO(3, __VA_ARGS__) DO(4, __VA_ARGS__) DO(5, __VA_ARGS__) \
+    DO(6, __VA_ARGS__) DO(7, __VA_ARGS__) DO(8, __VA_ARGS__) DO(9, __VA_ARGS__)
+#define FIRSTS(DO, width) \
+    COUNTS(DO, 4, width, 0) COUNTS(DO, 4, width, 1) COUNTS(DO, 8, width, 0) COUNTS(DO, 8, width, 1)
+#if PANEL == 3
+#define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 3)
+#else
+#define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 2)
+#endif
+
+WIDTHS(FIRSTS, FIRST_TILE)
+WIDTHS(COUNTS, NEXT_TILE)
+static first_function *const first_tiles[2][PANEL + 1][2][MOST + 1] = {WIDTHS(FIRSTS, FIRST_NAME)};
+static next_function *const next_tiles[PANEL + 1][MOST + 1] = {WIDTHS(COUNTS, NEXT_NAME)};
+
+/* The part of `ahead` that goes with units [from, to). */
+static struct pieces pieces_of(const struct product *a, long from, long to) {
+    const struct ahead *all = a->ahead;
+    if (!all) return (struct pieces){NULL, NULL, NULL, 0};
+    long units = a->outputs / LANES, first = all->count * from / units, last = all->count * to / units;
+    return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
+}
+
+/* `width` units from `unit` on of at most BLOCK rows from `row` on. */
+static void block(const struct product *a, int width, long unit, long row, long rows) {
+    float panel[DEPTH * PANEL * LANES] __attribute__((aligned(LINE)));
+    float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
+    long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size, step = rows > FEW ? DEPTH : a->inputs;
+    int first = first_rows(rows), wide = a->kind == Q8_0;
+    struct pieces ahead = pieces_of(a, unit, unit + width);
+    for (long i = 0; i < rows * width; i++) store(sums + i * LANES, (vec){0});
+    for (long at = 0; at < a->inputs; at += step) {
+        long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
+        const uint8_t *w = a->weight + unit * stride + at / GROUP * size;
+        const float *x = a->x + row * a->inputs;
+        first_tiles[wide][width][first < rows][first](a->kind, w, stride, depth, x + at * first, sums, panel, &ahead);
+        for (int count; done < rows; done += count) {
+            count = next_rows(rows - done);
+            next_tiles[width][count](panel, depth, x + done * a->inputs + at * count, sums + done * width * LANES);
+        }
+    }
+    for (long c = 0; c < rows; c++)
+        for (int r = 0; r < width; r++) {
+            vec s = load(sums + (c * width + r) * LANES);
+            if (a->bias) s = s + load(a->bias + (unit + r) * LANES);
+            store(a->y + (row + c) * a->outputs + (unit + r) * LANES, s);
+        }
 }
 
 static void product_task(void *data, long i) {
     const struct product *a = data;
-    long units = a->outputs / LANES, from = i * a->share, to = from + a->share < units ? from + a->share : units;
-    if (a->kind == Q8_0) shares(8, a, from, to);
-    else shares(4, a, from, to);
-    for (long row = 0; a->bias && row < a->rows; row++)
-        for (long i = from * LANES; i < to * LANES; i += LANES)
-            store(a->y + row * a->outputs + i, load(a->y + row * a->outputs + i) + load(a->bias + i));
+    long units = a->outputs / LANES, from = (a->tasks - 1 - i) * a->share; /* the last task is taken first */
+    long to = from + a->share < units ? from + a->share : units;
+    for (long row = 0; row < a->rows; row += BLOCK) {
+        long rows = a->rows - row < BLOCK ? a->rows - row : BLOCK, unit = from;
+        for (; unit + a->width <= to; unit += a->width) block(a, a->width, unit, row, rows);
+        for (; unit < to; unit++) block(a, 1, unit, row, rows);
+    }
 }
 
 /* How many outputs a unit holds: what the packing must know. */
 int lanes(void) { return LANES; }
 
-void linear(const struct map *map, const float *x, long rows, float *y, int threads) {
-    long units = map->outputs / LANES, share = units / (threads * 6L) / 4 * 4;
-    if (share < 4) share = 4;
-    struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, x, rows, y, share};
-    parallel(product_task, &a, (units + share - 1) / share, threads);
+/* x as the product reads it: itself for one row, else `packed`. */
+static const float *pack(const float *x, long rows, long inputs, float *packed, int threads) {
+    struct packing p = {x, rows, inputs, packed};
+    if (rows < 2) return x;
+    if (rows <= FEW) pack_tile(&p, 0, rows);
+    else parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK, threads);
+    return packed;
+}
+
+void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
+            int threads) {
+    struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, .rows = rows, .y = y};
+    a.ahead = ahead;
+    long units = map->outputs / LANES;
+    a.width = WIDTH(rows);
+    a.share = units / (threads * 16L) / a.width * a.width;
+    if (a.share < a.width) a.share = a.width;
+    a.tasks = (units + a.share - 1) / a.share;
+    a.x = pack(x, rows, map->inputs, packed, threads);
+    parallel(product_task, &a, a.tasks, threads);
 }

@@ -52,16 +52,17 @@ class CpuPlan:
     def __init__(self, batch: Batch, kv: KVCache, spec: Spec) -> None:
         self.batch, self.cache, self.spec, self.page_size = batch, kv.rows, spec, kv.page_size
         self.attend = kernels().attend
-        pages, ends = _decode_rows(batch)
+        places = np.empty((2, batch.num_decode + sum(chunk.length for chunk in batch.chunks)), np.int64)
+        self.pages, self.ends = torch.from_numpy(places).unbind(0)
+        tables, at = batch.decode_tables, batch.num_decode
+        rows = np.arange(at) if batch.decode_rows is None else batch.decode_rows.numpy()
+        places[0, :at] = tables.data_ptr() + rows.astype(np.int64) * (tables.stride(0) * tables.element_size())
+        places[1, :at] = batch.decode_lengths.numpy()
         for chunk in batch.chunks:
-            pages.append(np.full(chunk.length, chunk.pages.data_ptr(), np.int64))
-            ends.append(np.arange(chunk.start + 1, chunk.start + chunk.length + 1))
-        self.pages, self.ends = (torch.from_numpy(np.concatenate(parts)) for parts in (pages, ends))
-        self.visible = {window: self._visible(window) for window in set(spec.windows or (None,))}
-
-    def _visible(self, window: int | None) -> Visible:
-        first = torch.zeros_like(self.ends) if window is None else (self.ends - window).clamp_(min=0)
-        return Visible(first, int((self.ends - first).sum()))
+            places[0, at : at + chunk.length] = chunk.pages.data_ptr()
+            places[1, at : at + chunk.length] = np.arange(chunk.start + 1, chunk.start + chunk.length + 1)
+            at += chunk.length
+        self.visible = {window: visible(places[1], window) for window in set(spec.windows or (None,))}
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         visible = self.visible[self.spec.window(layer)]
@@ -84,9 +85,7 @@ class CpuPlan:
         )  # fmt: skip
 
 
-def _decode_rows(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Addresses of the decode rows' page tables, and their lengths."""
-    tables, count = batch.decode_tables, batch.num_decode
-    rows = np.arange(count) if batch.decode_rows is None else batch.decode_rows.numpy().astype(np.int64)
-    addresses = tables.data_ptr() + rows * (tables.stride(0) * tables.element_size())
-    return [addresses], [batch.decode_lengths.numpy().astype(np.int64)]
+def visible(ends: np.ndarray, window: int | None) -> Visible:
+    """What tokens see that are the last of so many, ends int64 [T]."""
+    first = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
+    return Visible(torch.from_numpy(first), int(ends.sum() - first.sum()))

@@ -3,7 +3,12 @@
 At batch 1 a layer is some hundred microseconds of work: what Python takes between its nine parts would be a quarter of
 it. Invariant: the result is that of the same parts called one by one, bit for bit.
 */
+#include <string.h>
+
 #include "cpu_kernels.h"
+
+#define MOST_PIECES 8192   /* of the cache, asked for before a layer reads them */
+#define MOST_BYTES 6000000 /* the same: what the last-level cache holds for sure */
 
 struct layer {
     struct map qkv, o, gate_up, down;
@@ -15,26 +20,60 @@ struct layer {
     int rotates;
 };
 
-/* Hidden states x and the residual stream, both [tokens, hidden], go through layers. `rotation` and `attention` say all
-but what `layers` do; their qkv, q and out are scratch memory, as is `wide` [tokens, 3 * inter]. */
+/* The slots of the cache that are read, of sequences with tokens side by side once; at most `most`. */
+static long seen(const struct attention *a, const int64_t *first, int64_t *slots, long most) {
+    long count = 0;
+    most = most < MOST_PIECES ? most : MOST_PIECES;
+    for (long t = 0; t < a->tokens; t++) {
+        if (t + 1 < a->tokens && a->pages[t] == a->pages[t + 1]) continue; /* the next one sees more */
+        const int32_t *pages = (const int32_t *)a->pages[t];
+        for (long at = first[t]; at < a->end[t] && count < most; at++)
+            slots[count++] = pages[at / a->page_size] * a->page_size + at % a->page_size;
+    }
+    return count;
+}
+
+/* x [count, width] = rows of x; `room` is as large. */
+static void gather(float *x, const int64_t *rows, long count, long width, float *room) {
+    for (long i = 0; i < count; i++) memcpy(room + i * width, x + rows[i] * width, width * sizeof(float));
+    memcpy(x, room, count * width * sizeof(float));
+}
+
+/* Normed hidden states x and the residual stream, both [tokens, hidden], go through all layers; from the last one's
+attention on only `rows` [wanted <= tokens] of them do, if not NULL, and are the first ones then. `rotation` and
+`attention` say all but what `layers` do; their qkv, q and out are scratch memory, as are `wide` [tokens, 3 * inter] and
+`packed` [tokens, the most inputs of a map]. */
 void run_layers(const struct layer *layers, long count, float *x, float *residual, const struct rotation *rotation,
-                const struct attention *attention, float *wide, float residual_scale, float eps, int threads) {
+                const struct attention *attention, float *wide, float *packed, const int64_t *rows, long wanted,
+                float residual_scale, float eps, int threads) {
     struct rotation r = *rotation;
     struct attention a = *attention;
+    int64_t pieces[MOST_PIECES];
+    struct ahead next = {NULL, pieces, 0, 2 * a.kv_heads * a.dim * sizeof(float)};
+    if (count > 1) next.count = seen(&a, layers->first, pieces, MOST_BYTES / next.bytes);
     for (const struct layer *l = layers; l < layers + count; l++) {
+        int last = l + 1 == layers + count;
+        const struct ahead *ahead = last ? NULL : &next;
+        if (!last) next.base = (const char *)l[1].cache;
         long tokens = a.tokens, hidden = l->o.outputs, inter = l->down.inputs;
-        float *inner = wide + 2 * tokens * inter;
-        linear(&l->qkv, x, tokens, r.qkv, threads);
+        linear(&l->qkv, x, tokens, packed, r.qkv, NULL, threads);
         r.qk_norm = l->qk_norm, r.cache = l->cache;
         r.cos = l->rotates ? rotation->cos : NULL;
         rotate_and_write(&r, threads);
         a.cache = l->cache, a.first = l->first, a.keys = l->keys;
+        if (last && rows && !wanted) return;
         attend(&a, threads);
-        linear(&l->o, a.out, tokens, x, threads);
+        if (last && rows) {
+            tokens = wanted;
+            gather(a.out, rows, wanted, l->o.inputs, packed);
+            gather(residual, rows, wanted, hidden, packed);
+        }
+        linear(&l->o, a.out, tokens, packed, x, NULL, threads);
         rms_norm(x, residual, l->mlp_norm, tokens, hidden, residual_scale, eps, threads);
-        linear(&l->gate_up, x, tokens, wide, threads);
+        linear(&l->gate_up, x, tokens, packed, wide, ahead, threads);
+        float *inner = wide + 2 * tokens * inter;
         silu_mul(wide, inner, tokens, inter, threads);
-        linear(&l->down, inner, tokens, x, threads);
+        linear(&l->down, inner, tokens, packed, x, NULL, threads);
         rms_norm(x, residual, l->next_norm, tokens, hidden, residual_scale, eps, threads);
     }
 }

@@ -83,8 +83,17 @@ struct map {
     long outputs, inputs;
 };
 
-/* y [rows, outputs] = map(x [rows, inputs]). */
-void linear(const struct map *map, const float *x, long rows, float *y, int threads);
+/* Memory that is wanted soon: `count` pieces of `bytes` bytes, at these multiples of that from `base` on. */
+struct ahead {
+    const char *base;
+    const int64_t *pieces;
+    long count, bytes;
+};
+
+/* y [rows, outputs] = map(x [rows, inputs]); `packed` [rows, inputs] is scratch memory. Meanwhile the memory `ahead`,
+if not NULL, comes nearer. */
+void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
+            int threads);
 
 /* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
@@ -118,3 +127,40 @@ void attend(const struct attention *a, int threads);
 
 /* y [rows, inter] = silu(gate) * up of gate_up [rows, 2 * inter]. */
 void silu_mul(const float *gate_up, float *y, long rows, long inter, int threads);
+
+/* Rows of logits that become tokens: ids [rows], and finish [rows]: 3 where a logit is NaN or +inf, or none is left, 1
+where the token is one of the slot's stop_ids, else 0. The tables are SamplerState's. */
+struct draw {
+    const float *logits; /* [rows, vocab] */
+    long rows, vocab;
+    const uint32_t *masks; /* [rows, words], bit i of word w for token 32 w + i, 1 = allowed; or NULL */
+    long words;
+    const int64_t *slots, *positions; /* [rows] */
+    const int64_t *ints;              /* [slots, ints_width]: the seed, and in column `needs` whether it is greedy */
+    long ints_width, needs;
+    const float *floats; /* [slots, floats_width]: first 1 / temperature */
+    long floats_width;
+    const int64_t *stop_ids; /* [slots, stops] */
+    long stops;
+    int64_t *ids;
+    uint8_t *finish;
+};
+void draw(const struct draw *a, int threads);
+
+/* Some rows of slots.SlotArrays. */
+struct slots {
+    int32_t *numbers;      /* [5, count] */
+    const int32_t *tables; /* [count, pages] */
+    long count, pages, page_size, scratch;
+    const int64_t *row; /* [rows] */
+    long rows;
+};
+/* read [4, rows]: DecodeInputs' ids, positions, KV slots, draw positions. */
+void prepare(const struct slots *a, int64_t *read, int32_t *lengths);
+/* See SlotArrays.advance; a row may be there twice only if it is done. */
+void advance(const struct slots *a, const int64_t *draw_positions, const int64_t *ids, const uint8_t *finish,
+             int32_t *out);
+
+/* cos and sin [tokens, 2 * pairs] as rope.rotation_table's: of positions [tokens] times frequencies [pairs]. */
+void rotation_table(const int64_t *positions, long tokens, const float *frequencies, long pairs, float factor, float *cos,
+                    float *sin);

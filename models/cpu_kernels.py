@@ -1,8 +1,9 @@
 """Our C kernels for CPUs with AVX2 or AVX-512, compiled at the first use, as Python calls them.
 
-Used by quantized.py, cpu_ops.py, cpu_attention.py and cpu_decoder.py. All run on one pool of threads (thread_pool.c),
-as many as torch's. Invariant: what is called is declared here as the C files declare it (cpu_kernels.h), so that ctypes
-checks the arguments' number and kinds; pointers are those of contiguous tensors that the caller keeps alive.
+Used by quantized.py, slots.py and the cpu_ files. All run on one pool of threads
+(thread_pool.c), as many as torch's. Invariant: what is called is declared here as the C files declare it
+(cpu_kernels.h), so that ctypes checks the number and kinds of arguments; pointers are those of contiguous tensors that
+the caller keeps alive.
 """
 
 import ctypes
@@ -13,10 +14,12 @@ from typing import Any, Final
 
 import torch
 
+from ..errors import StartupError
 from .c_library import load_library
 
 FILES: Final = (
-    "block_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "thread_pool.c", "cpu_kernels.h",
+    "block_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "cpu_draw.c",
+    "thread_pool.c", "cpu_kernels.h",
 )  # fmt: skip
 
 
@@ -56,15 +59,39 @@ class Layer(Structure):
     )  # fmt: skip
 
 
+class Draw(Structure):
+    """struct draw."""
+
+    _fields_ = (
+        ("logits", c_void_p), ("rows", c_long), ("vocab", c_long), ("masks", c_void_p), ("words", c_long),
+        ("slots", c_void_p), ("positions", c_void_p), ("ints", c_void_p), ("ints_width", c_long), ("needs", c_long),
+        ("floats", c_void_p), ("floats_width", c_long), ("stop_ids", c_void_p), ("stops", c_long), ("ids", c_void_p),
+        ("finish", c_void_p),
+    )  # fmt: skip
+
+
+class Slots(Structure):
+    """struct slots."""
+
+    _fields_ = (
+        ("numbers", c_void_p), ("tables", c_void_p), ("count", c_long), ("pages", c_long), ("page_size", c_long),
+        ("scratch", c_long), ("row", c_void_p), ("rows", c_long),
+    )  # fmt: skip
+
+
 _FUNCTIONS: Final = {
-    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_int],
+    "linear": [POINTER(Map), c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int],
     "rotate_and_write": [POINTER(Rotation), c_int],
     "silu_mul": [c_void_p, c_void_p, c_long, c_long, c_int],
     "attend": [POINTER(Attention), c_int],
+    "draw": [POINTER(Draw), c_int],
+    "prepare": [POINTER(Slots), c_void_p, c_void_p],
+    "advance": [POINTER(Slots), c_void_p, c_void_p, c_void_p, c_void_p],
+    "rotation_table": [c_void_p, c_long, c_void_p, c_long, c_float, c_void_p, c_void_p],
     "run_layers": [
-        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_float, c_float,
-        c_int,
+        POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_void_p,
+        c_void_p, c_long, c_float, c_float, c_int,
     ],
 }  # fmt: skip
 
@@ -84,6 +111,10 @@ class Kernels:
         self.rotate_and_write: Any = library.rotate_and_write
         self.silu_mul: Any = library.silu_mul
         self.attend: Any = library.attend
+        self.draw: Any = library.draw
+        self.prepare: Any = library.prepare
+        self.advance: Any = library.advance
+        self.rotation_table: Any = library.rotation_table
         self.run_layers: Any = library.run_layers
 
 
@@ -92,6 +123,14 @@ def kernels() -> Kernels:
     """The kernels, compiled if they are not in the cache. Raises StartupError where they cannot be had."""
     folder = Path(__file__).parent
     return Kernels(load_library(*(folder / name for name in FILES)))
+
+
+def cpu_kernels_or_none() -> Kernels | None:
+    """The kernels; None where they cannot be had, and plain torch must do."""
+    try:
+        return kernels()
+    except StartupError:
+        return None
 
 
 def threads() -> int:

@@ -5,7 +5,7 @@ Invariant: a row's result does not depend on the batch that it is in. Widths are
 */
 #include "cpu_kernels.h"
 
-#define ALONE 16384 /* numbers that one thread has done before another one has come */
+#define ALONE 8192 /* numbers that one thread has done before another one has come */
 
 INLINE int threads_for(long numbers, int threads) { return numbers < ALONE ? 1 : threads; }
 
@@ -64,6 +64,18 @@ static void rotate_task(void *data, long token) {
 void rotate_and_write(const struct rotation *a, int threads) {
     long numbers = a->tokens * (a->heads + 2 * a->kv_heads) * a->dim;
     parallel(rotate_task, (void *)a, a->tokens, threads_for(numbers, threads));
+}
+
+void rotation_table(const int64_t *positions, long tokens, const float *frequencies, long pairs, float factor, float *cos,
+                    float *sin) {
+    for (long t = 0; t < tokens; t++)
+        for (long i = 0; i < pairs; i++) {
+            float angle = (float)positions[t] * frequencies[i], c = cosf(angle) * factor, s = sinf(angle) * factor;
+            float *to = cos + 2 * t * pairs + i;
+            to[0] = to[pairs] = c;
+            to = sin + 2 * t * pairs + i;
+            to[0] = -s, to[pairs] = s;
+        }
 }
 
 struct activation {

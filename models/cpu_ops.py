@@ -14,7 +14,7 @@ from .cpu_kernels import Rotation, kernels, threads
 from .layers import LinearMap, TorchOps
 from .part_maps import map_of
 from .quantized import linear_of
-from .spec import Spec
+from .spec import Rope, Spec
 from .unpack import Part
 
 
@@ -24,6 +24,18 @@ class CpuOps(TorchOps):
     def __init__(self) -> None:
         super().__init__()
         self.kernels = kernels()
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See Ops."""
+        if rope.interleaved or positions.dim() != 1:
+            return super().rotation(positions, frequencies, rope, dtype)
+        cos, sin = torch.empty(2, len(positions), 1, rope.dim).unbind(0)
+        factor = rope.scaling.attention_factor if rope.scaling else 1.0
+        self.kernels.rotation_table(
+            positions.data_ptr(), len(positions), frequencies.data_ptr(), rope.dim // 2, factor, cos.data_ptr(),
+            sin.data_ptr(),
+        )  # fmt: skip
+        return cos, sin
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Ops."""

@@ -71,12 +71,23 @@ class Weights:
 
 
 class Layers(Protocol):
-    """The first layers in one call, where a device has that."""
+    """All layers in one call, where a device has that."""
 
     def run(
-        self, hidden: Tensor, residual: Tensor, table: Any, kv_slots: Tensor, kv: KVCache, plan: AttentionPlan
-    ) -> int:
-        """Take normed hidden states and the residual stream [T, hidden] through them in place; return how many."""
+        self,
+        hidden: Tensor,
+        residual: Tensor,
+        table: Any,
+        kv_slots: Tensor,
+        kv: KVCache,
+        plan: AttentionPlan,
+        rows: Tensor | None,
+    ) -> Tensor | None:
+        """Take normed hidden states and the residual stream [T, hidden], both overwritten, through the layers.
+
+        kv_slots int64 [T]. Returns normed hidden states [R, hidden] of `rows` int64 [R], of all tokens if that is None;
+        None, with nothing done, where it does not take the batch.
+        """
 
 
 @dataclass(slots=True)
@@ -202,7 +213,8 @@ class Decoder:
         if self.weights.positions is not None:
             x = x + F.embedding(batch.positions, self.weights.positions)
         if self.weights.token_types is not None:
-            x = x + self.weights.token_types[0]
+            types = batch.token_types
+            x = x + (self.weights.token_types[0] if types is None else F.embedding(types, self.weights.token_types))
         return self._norm(x, self.weights.embed_norm)
 
     # ------------------------------------------------------------------ the layers, both return None for no rows
@@ -215,11 +227,13 @@ class Decoder:
         into = [*(layer.qkv for layer in weights.layers), head]
         assert norms[0] is not None
         hidden: Hidden = ops.rms_norm(residual, norms[0].weight, eps)
-        done = 0
         if self.layers is not None:
             assert isinstance(hidden, Tensor)
-            done = self.layers.run(hidden, residual, step.table, step.batch.kv_slots, step.kv, step.plan)
-        for i, layer in enumerate(weights.layers[done:], done):
+            slots = step.batch.kv_slots
+            done = self.layers.run(hidden, residual, step.table, slots, step.kv, step.plan, step.rows)
+            if done is not None:
+                return done if len(done) else None
+        for i, layer in enumerate(weights.layers):
             x = self._attend(i, layer, hidden, step)
             if i + 1 == spec.layers and step.rows is not None:
                 if not len(step.rows):  # only keys and values were wanted

@@ -1,7 +1,7 @@
 """Encoders of BERT's kind: config.json to Spec. Used by families.py, which has the table.
 
-They are decoders whose tokens see each other both ways, with norms after each sum and learned positions. All tokens are
-of the first segment: pairs of texts with segments of their own are not served.
+They are decoders whose tokens see each other both ways, with norms after each sum and learned positions. BERT's tokens
+have a type (its segments): those of a pair's second text are of the second.
 """
 
 from typing import TYPE_CHECKING, Any, Final

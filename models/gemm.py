@@ -1,12 +1,12 @@
 """The linear maps of a decode step on a GPU: our GEMM where it was measured to be faster, cuBLAS everywhere else.
 
-Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplied with at how many rows; what is not in
-it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table. Nothing is tuned at run time.
-With a tile, the work between this GEMM and the next is done in its epilogue: rotation and KV write, activation,
-residual and norm (`Heads`, `act`, `Add`); a norm's division follows in the next GEMM (`Unscaled`).
-Tried on an H200 and not kept: asking the L2 for a large weight while the predecessor ends, or for the next GEMM's,
-made steps slower (Qwen2-7B, 32 rows: 4.26 to 4.50 ms for 4.20; Qwen2-0.5B, 64 rows: 1.10 to 1.15 ms for 1.06). Of a
-small weight in one request a thread it pays (Tile.fetch: 1.052 ms for 1.061).
+Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplied with at how many rows, by which of two
+kernels (`Tile`, `Stream`); what is not in it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table. Nothing
+is tuned at run time. With a tile, the work between this GEMM and the next is done in its epilogue: rotation and KV
+write, activation, residual and norm (`Heads`, `act`, `Add`); a norm's division follows in the next GEMM (`Unscaled`).
+Tried with a `Tile` on an H200 and not kept: asking the L2 for a large weight while the predecessor ends, or for the
+next GEMM's, made steps slower (Qwen2-7B, 32 rows: 4.26 to 4.50 ms for 4.20; Qwen2-0.5B, 64 rows: 1.10 to 1.15 for
+1.06). Of a small weight in one request a thread it pays (Tile.fetch: 1.052 ms for 1.061).
 Invariant: a call does no host synchronisation and launches what depends on shapes only, so it can be captured.
 """
 
@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .gemm_kernels import linear_kernel
 from .kv_cache import saturation
 from .packed_gemm import Float8Rows, Packed
+from .stream_gemm import Stream, multiply
 from .tuned_gemm import TunedGemms, by_torch
 
 EARLY_BYTES: Final = 32 << 20
@@ -55,14 +56,22 @@ class Tile:
     """Most registers of a thread; 0: as many as the compiler likes."""
 
 
-Choices = tuple[tuple[int, Tile | None], ...]
+Choice = Tile | Stream
+Choices = tuple[tuple[int, Choice | None], ...]
 """(most rows, tile) in rising order, None for cuBLAS; cuBLAS above the last."""
 
 # fmt: off
 GEMMS: Final[dict[tuple[int, int], Choices]] = {
-    (3584, 3584): ((1, Tile(16, 64, 256, 2, 4, 3)), (32, Tile(32, 64, 256, 2, 4, 3))),
-    (37888, 3584): ((1, Tile(16, 64, 256, 1, 4, 3)), (32, Tile(32, 128, 128, 1, 4, 4, tma=True))),
-    (3584, 18944): ((1, Tile(16, 64, 256, 2, 4, 3)),),
+    (3584, 3584): ((1, Tile(16, 64, 256, 2, 4, 3)), (32, Stream(32, 64, 256, 132, swap=True))),
+    (37888, 3584): (
+        (16, Stream(16, 128, 128, 132, 4, 5, True)), (32, Stream(32, 128, 128, 132, 4, 5, True)),
+        (64, Stream(64, 128, 64, 264)),
+    ),
+    (3584, 18944): (
+        (16, Stream(16, 64, 128, 396, 4, 3, True)), (32, Stream(32, 64, 128, 396, 4, 3, True)),
+        (64, Stream(64, 64, 128, 264, 4, 3)),
+    ),
+    (4608, 3584): ((16, Stream(16, 128, 128, 264, 4, 3, True)), (32, Stream(32, 128, 128, 264, 4, 2, True))),
     (152064, 3584): ((1, Tile(16, 64, 128, 1, 4, 4)), (32, Tile(32, 64, 128, 1, 4, 4, tma=True))),
     (9728, 896): (
         (1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (16, Tile(16, 128, 64, 1, 4, 6, tma=True)),
@@ -83,12 +92,18 @@ GEMMS: Final[dict[tuple[int, int], Choices]] = {
 # fmt: on
 
 
-def choose(choices: Choices, rows: int) -> Tile | None:
+def choose(choices: Choices, rows: int) -> Choice | None:
     """The tile for this many rows, None for cuBLAS."""
     for most, tile in choices:
         if rows <= most:
             return tile
     return None
+
+
+def stream_rows(outputs: int, inputs: int) -> int:
+    """Up to how many rows a weight [outputs, inputs] is multiplied by streams; 0 without."""
+    choices = GEMMS.get((outputs, inputs), ())
+    return max((most for most, choice in choices if isinstance(choice, Stream)), default=0)
 
 
 def arrivals(device: torch.device) -> Tensor:
@@ -144,7 +159,7 @@ class Heads:
     kv_slots: Tensor
     kv_rows: Tensor
 
-    def fits(self, tile: Tile, weight: Tensor | Packed) -> bool:
+    def fits(self, tile: Choice, weight: Tensor | Packed) -> bool:
         """Whether a tile has whole heads, or pairs of one, that the weight's kernel knows how to cut.
 
         Only `linear_kernel` takes the outputs of pairs together (`head_rows`); of a quantized weight they lie in order.
@@ -152,12 +167,16 @@ class Heads:
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
+        if isinstance(tile, Stream):
+            return outputs % size == 0
         pairs = isinstance(weight, Tensor) and not self.interleaved and self.qk_norm is None and not tile.tma
         return outputs % size == 0 or (pairs and size % outputs == 0)
 
 
-def fits(tile: Tile, outputs: int, inputs: int, rows: int) -> bool:
+def fits(tile: Choice, outputs: int, inputs: int, rows: int) -> bool:
     """Whether `tile` can multiply a weight [outputs, inputs] with this many rows."""
+    if isinstance(tile, Stream):
+        return tile.programs <= MAX_TILES
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
     return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
 
@@ -166,7 +185,7 @@ def linear(
     x: Tensor | Unscaled | Float8Rows,
     weight: Tensor | Packed,
     bias: Tensor | None,
-    tile: Tile,
+    tile: Choice,
     arrived: Tensor,
     pdl: bool,
     dtype: torch.dtype | None = None,
@@ -185,14 +204,19 @@ def linear(
     outputs, width = (len(weight) // 2, tile.outputs // 2) if act else (len(weight), tile.outputs)
     columns = heads.heads * heads.head_dim if heads else outputs
     out = torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
+    early, after = int(weight.nbytes <= EARLY_BYTES), _epilogue_arguments(norm, add, heads)
+    epilogue = {"ACT": act, **_epilogue_constants(norm, add, heads)}
+    if isinstance(tile, Stream):
+        assert isinstance(weight, Tensor) and isinstance(x, Tensor)
+        multiply(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
+        return out
     tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None
     if tile.split > 1:
         parts = torch.empty(tiles * tile.split * tile.rows * tile.outputs, dtype=torch.float32, device=x.device)
-    early, after = int(weight.nbytes <= EARLY_BYTES), _epilogue_arguments(norm, add, heads)
     options = {
-        "BM": tile.rows, "BN": width, "SPLIT": tile.split, "BIAS": bias is not None, "PDL": pdl, "ACT": act,
-        **_epilogue_constants(norm, add, heads), "num_warps": tile.warps, "num_stages": tile.stages,
+        "BM": tile.rows, "BN": width, "SPLIT": tile.split, "BIAS": bias is not None, "PDL": pdl, **epilogue,
+        "num_warps": tile.warps, "num_stages": tile.stages,
         **({"launch_pdl": True} if pdl else {}), **({"maxnreg": tile.registers} if tile.registers else {}),
     }  # fmt: skip
     if isinstance(weight, Packed):
@@ -282,7 +306,7 @@ class TritonLinear:
         if self.tuned is not None:
             self.tuned.register(weight, bias, dtype or weight.dtype)
 
-    def tile(self, rows: int) -> Tile | None:
+    def tile(self, rows: int) -> Choice | None:
         """What this many rows are multiplied with, None for cuBLAS."""
         return choose(self.choices, rows) if rows else None
 

@@ -45,20 +45,20 @@ def _multiply(w_tile, x_tile, acc, BM: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _total(parts, SPLIT: tl.constexpr, SIZE: tl.constexpr, SMALL: tl.constexpr):
+def total(parts, SPLIT: tl.constexpr, SIZE: tl.constexpr, SMALL: tl.constexpr):
     """The sum of a tile's parts, SIZE elements apart."""
-    total = tl.load(parts, cache_modifier=".cg")
+    sums = tl.load(parts, cache_modifier=".cg")
     if SMALL:
         for other in tl.static_range(1, SPLIT):
-            total += tl.load(parts + other * SIZE, cache_modifier=".cg")
+            sums += tl.load(parts + other * SIZE, cache_modifier=".cg")
     else:  # all at once do not fit into the registers
         for other in range(1, SPLIT):
-            total += tl.load(parts + other * SIZE, cache_modifier=".cg")
-    return total
+            sums += tl.load(parts + other * SIZE, cache_modifier=".cg")
+    return sums
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
     SWAP: tl.constexpr, BIAS: tl.constexpr, NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
     HEADS: tl.constexpr, LATE: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr,
@@ -140,7 +140,7 @@ def conclude(
     """Add up a tile's parts, if it is split: the last program does. Then the epilogue, and what is stored."""
     tiles_n = tl.num_programs(0) // row_tiles
     if SPLIT == 1:
-        _finish(
+        finish(
             acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
             SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
         )  # fmt: skip
@@ -157,12 +157,12 @@ def conclude(
         tl.debug_barrier()  # all threads' parts are written before the arrival says so
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
             tl.store(arrived + tile, 0)
-            total = _total(tile_parts, SPLIT, SIZE, SIZE < 32768)
-            total_up = total
+            sums = total(tile_parts, SPLIT, SIZE, SIZE < 32768)
+            sums_up = sums
             if ACT != "":
-                total_up = _total(tile_parts + BM * BN, SPLIT, SIZE, SIZE < 32768)
-            _finish(
-                total, total_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
+                sums_up = total(tile_parts + BM * BN, SPLIT, SIZE, SIZE < 32768)
+            finish(
+                sums, sums_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
                 SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
             )  # fmt: skip
 

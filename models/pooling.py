@@ -80,7 +80,19 @@ def _classifier(facts: Json, architecture: str, encoder: bool, causal: bool) -> 
         causal=causal,
         labels=labels or tuple(f"LABEL_{i}" for i in range(count)),
         several=facts.get("problem_type") == "multi_label_classification",
+        raw=_is_raw(facts),
     )
+
+
+def _is_raw(facts: Json) -> bool:
+    """Whether a cross-encoder's score is its logit; sentence-transformers' two ways to say so, else the sigmoid."""
+    nested = facts.get("sentence_transformers")
+    name = nested.get("activation_fn") if isinstance(nested, dict) else None
+    name = str(name or facts.get("sbert_ce_default_activation_function") or "Sigmoid")
+    kind = name.rpartition(".")[2].removesuffix("()")
+    if kind not in ("Sigmoid", "Identity"):
+        raise StartupError(f"config.json: scores by {name} are not served; served: Sigmoid, Identity")
+    return kind == "Identity"
 
 
 def _is_causal(facts: Json, encoder: bool, config: EngineConfig) -> bool:
@@ -158,6 +170,12 @@ def embedding_of(
         return vector
     length = float(np.linalg.norm(vector.astype(np.float64)))
     return (vector / max(length, SMALLEST_LENGTH)).astype(np.float32)
+
+
+def relevance(raw: bytes, pooling: Pooling) -> float:
+    """Return how well the two texts of a prompt fit, from the bytes of a cross-encoder's one logit."""
+    (logit,) = np.frombuffer(raw, dtype=np.float32)
+    return float(logit) if pooling.raw else float(probabilities(np.array([logit]), pooling)[0])
 
 
 def probabilities(logits: NDArray[np.float32], pooling: Pooling) -> NDArray[np.float64]:

@@ -9,6 +9,9 @@ Measured and not taken: torch's `_weight_int4pack_mm_for_cpu`. It rounds activat
 in float32 it is 15 times slower than a dense product.
 """
 
+import contextlib
+import mmap
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +30,10 @@ the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to 
 Q4_0, Q4_1, Q8_0, Q4_Z = KINDS.values()
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
+PAGE: Final = 1 << 21
+"""Bytes of a huge page."""
+LINE: Final = 64
+"""Bytes of a line of a cache."""
 HEADS: Final = {Q4_0: 2, Q4_1: 4, Q8_0: 2, Q4_Z: 3}
 """Bytes of a block before its values: a float16 scale, then a float16 minimum or the zero point."""
 
@@ -121,5 +128,28 @@ class QuantizedLinear:
         y = x.new_empty(rows, self.outputs)
         if rows:
             x = x.contiguous()
-            self.linear(self.map, x.data_ptr(), rows, y.data_ptr(), threads())
+            packed = torch.empty_like(x)
+            self.linear(self.map, x.data_ptr(), rows, packed.data_ptr(), y.data_ptr(), None, threads())
         return y
+
+
+def lay_together(linears: Iterable[Any]) -> None:
+    """Move the weights of the QuantizedLinears among `linears`, given in the order of their use, into huge pages.
+
+    A step reads all of them: across pages of 4 KiB a CPU neither loads ahead nor finds all addresses in its TLB. Where
+    the kernel has no huge pages it is memory like any other.
+    """
+    maps = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
+    sizes = [-(-linear.weight.numel() // LINE) * LINE for linear in maps]
+    if not maps:
+        return
+    memory = mmap.mmap(-1, sum(sizes) + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    at = -whole.data_ptr() % PAGE
+    for linear, size in zip(maps, sizes, strict=True):
+        place = whole[at : at + linear.weight.numel()].view(linear.weight.shape)
+        linear.weight = place.copy_(linear.weight)
+        linear.map.weight = place.data_ptr()
+        at += size

@@ -68,11 +68,17 @@ class Runner:
         self.slots = SlotArrays(max_slots, max_pages, kv.num_pages - 1, kv.page_size, decoder.device)
         self.lengths = np.zeros(max_slots + 1, dtype=np.int64)
         """`slots.length` as the host knows it: exact where steps do not run ahead, of no use elsewhere."""
+        self.seconds = np.zeros(max_slots + 1, dtype=np.int64)
+        """Where a slot's tokens of the second type begin; 0: nowhere."""
 
-    def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int, shift: int = 0) -> None:
-        """Seat a sequence; see SlotArrays.admit. Takes effect with `flush`."""
+    def admit(self, slot: int, pages: np.ndarray, cached: int, limit: int, shift: int = 0, second: int = 0) -> None:
+        """Seat a sequence; see SlotArrays.admit. Takes effect with `flush`.
+
+        `second`: where tokens of the second type begin, for models that know types; 0: nowhere.
+        """
         self.slots.admit(slot, pages, cached, limit, shift)
         self.lengths[slot] = cached
+        self.seconds[slot] = second
 
     def upload_rows(self, rows: np.ndarray) -> Tensor:
         """Return slots [B] on the device, in the dtype that the steps use."""
@@ -179,8 +185,20 @@ class Runner:
             max_decode_length=0,
             logit_rows=parts[3],
             chunks=self._chunks(chunks),
+            token_types=self._token_types(chunks),
         )
         return self.decoder.hidden(batch, self.kv)
+
+    def _token_types(self, chunks: list[ChunkWork]) -> Tensor | None:
+        """Of the chunks' tokens; None where all are of the first type."""
+        seconds = self.seconds[[c.slot for c in chunks]]
+        if self.decoder.spec.token_types < 2 or not seconds.any():
+            return None
+        types = [
+            np.arange(c.start, c.start + len(c.ids)) >= second if second else np.zeros(len(c.ids), dtype=bool)
+            for c, second in zip(chunks, seconds.tolist(), strict=True)
+        ]
+        return upload(np.concatenate(types).astype(np.int64), self.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if len(hidden):

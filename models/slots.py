@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sampler.upload import upload
+from .cpu_kernels import Slots, cpu_kernels_or_none
 
 NUMBERS: Final = ("length", "last", "limit", "shift", "done")
 """The int32 numbers of a slot, in the order in which they lie before the tables."""
@@ -58,6 +59,7 @@ class SlotArrays:
         self.host_tables = np.zeros((rows, max_pages), dtype=np.int32)
         self.page_counts = np.zeros(rows, dtype=np.int64)
         self._numbers = numbers
+        self._kernels = cpu_kernels_or_none() if device.type == "cpu" else None
         self._offsets: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self.tables.fill_(scratch_page)
@@ -110,10 +112,23 @@ class SlotArrays:
             from .slot_kernels import prepare
 
             return prepare(self, rows)
-        return self.prepare_plain(rows)
+        if self._kernels is None or rows.dtype != torch.int64:
+            return self.prepare_plain(rows)
+        read, lengths = torch.empty(4, len(rows), dtype=torch.int64), torch.empty(len(rows), dtype=torch.int32)
+        self._kernels.prepare(self._some(rows), read.data_ptr(), lengths.data_ptr())
+        ids, positions, kv_slots, draw_positions = read.unbind(0)
+        return DecodeInputs(ids, positions, kv_slots, lengths, draw_positions)
+
+    def _some(self, rows: Tensor) -> Slots:
+        """These slots for the CPU's kernels, which keep no address."""
+        return Slots(
+            numbers=self.cells.data_ptr(), tables=self.tables.data_ptr(), count=self.padding + 1,
+            pages=self.tables.shape[1], page_size=self.page_size, scratch=self.scratch_slot, row=rows.data_ptr(),
+            rows=len(rows),
+        )  # fmt: skip
 
     def prepare_plain(self, rows: Tensor) -> DecodeInputs:
-        """`prepare` in torch: the CPU's, and the kernel's reference."""
+        """`prepare` in torch: the reference."""
         positions = self.length[rows].to(rows.dtype)
         done = self.done[rows] != 0
         column = (positions // self.page_size).clamp_(max=self.tables.shape[1] - 1)
@@ -137,11 +152,14 @@ class SlotArrays:
             from .slot_kernels import advance
 
             advance(self, rows, draw_positions, ids, finish, out)
+        elif self._kernels is not None and rows.dtype == torch.int64:
+            given = (tensor.data_ptr() for tensor in (draw_positions, ids, finish, out))
+            self._kernels.advance(self._some(rows), *given)
         else:
             self.advance_plain(rows, draw_positions, ids, finish, out)
 
     def advance_plain(self, rows: Tensor, draw_positions: Tensor, ids: Tensor, finish: Tensor, out: Tensor) -> None:
-        """`advance` in torch: the CPU's, and the kernel's reference."""
+        """`advance` in torch: the reference."""
         was_done = self.done[rows] != 0
         positions = draw_positions.to(torch.int32)
         finished = torch.where((finish == 0) & (positions + 1 >= self.limit[rows]), LENGTH, finish.to(torch.int32))

@@ -110,6 +110,24 @@ class Tokenizer:
         ids: list[int] = self.core.post_process(encoding, add_special_tokens=True).ids
         return ids
 
+    def encode_pair(self, first: str, second: str, most: int = 0) -> tuple[list[int], int]:
+        """(token ids of two texts joined as the model joins pairs, where tokens of the second type begin or 0).
+
+        `most`: no more tokens than that, 0 for all; the longer text loses its end first, as with transformers'
+        truncation=True; the tokens that the model adds stay. Raises as `encode`.
+        """
+        try:
+            one, two = (self.core.encode(text, add_special_tokens=False) for text in (first, second))
+        except (TypeError, UnicodeEncodeError) as error:
+            raise RequestError("the text holds half of a surrogate pair, which is no character") from error
+        if most:
+            keep = longest_first(len(one), len(two), max(0, most - self.core.num_special_tokens_to_add(True)))
+            one.truncate(keep[0])
+            two.truncate(keep[1])
+        joined = self.core.post_process(one, two, add_special_tokens=True)
+        types: list[int] = joined.type_ids
+        return joined.ids, types.index(1) if 1 in types else 0
+
     def encode_chat(self, masked: str) -> list[int]:
         """Token ids of what a chat template rendered from masked strings: the template's control tokens are live."""
         plain = self.control.unmask(masked)
@@ -167,6 +185,18 @@ class Tokenizer:
                 self._renumber = {new: old for new, old in numbers if new is not None and new != old}
                 self._isolated = core
             return self._isolated
+
+
+def longest_first(first: int, second: int, most: int) -> tuple[int, int]:
+    """Return how many of the tokens of two texts are kept, `most` in all: what is too much the longer one loses, until
+    both are equally long (the rule of the library's truncation)."""
+    if first + second <= most:
+        return first, second
+    short, long = sorted((first, second))
+    long = max(short, most - short)
+    if short + long > most:
+        short, long = most // 2, most - most // 2
+    return (short, long) if first <= second else (long, short)
 
 
 def load_tokenizer(path: str) -> Tokenizer:

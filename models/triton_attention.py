@@ -89,7 +89,7 @@ class TritonAttention:
         self._reserve(spec, kv.storage.device)
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)
-        pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec.hidden)
+        pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec)
         return TritonPlan(batch, kv, spec, launch, workspace, prefill_tiles(batch), pdl)
 
     def _reserve(self, spec: Spec, device: torch.device) -> None:

@@ -39,7 +39,7 @@ from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
 from .quantization import ONLINE, Quantization, quantization_of
-from .quantized import dequantise
+from .quantized import dequantise, lay_together
 from .shard import Share
 from .spec import Spec
 from .transfer import BulkCopy, can_copy
@@ -87,7 +87,7 @@ def load_decoder(
     dtype = torch.float32 if on_cpu_kernels else pick_dtype(config.dtype, facts, device)
     check_dtype(spec, device, dtype)
     progress(0.0)
-    ops = make_ops(config, device, spec, on_cpu_kernels)
+    ops = make_ops(config, device, spec, stays, on_cpu_kernels)
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
@@ -98,6 +98,8 @@ def load_decoder(
     else:
         fill(places, assemblies, source, progress, blocks)
     pack(weights, ops)
+    if on_cpu_kernels:
+        lay_together(linear_maps(weights))
     if group is not None and spec.layout != "parallel":  # there both are summed at once
         for layer in weights.layers:
             layer.o = add_up(layer.o, layer.mlp, group)
@@ -109,12 +111,12 @@ def load_decoder(
     return Decoder(spec, weights, attention, device, dtype, ops, layers, group, whole)
 
 
-def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool) -> Ops:
+def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool, on_cpu_kernels: bool) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
 
-    For quantized weights, our C kernels on a CPU.
+    For weights that stay quantized, our C kernels on a CPU.
     """
-    if quantized:
+    if on_cpu_kernels:
         return CpuOps()
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
@@ -125,7 +127,7 @@ def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: 
     tuned = None
     with contextlib.suppress(OSError, RuntimeError):  # without the library's own interface torch's choices stay
         tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
-    return TritonOps(device, pdl_rows(spec.hidden), tuned=tuned)
+    return TritonOps(device, pdl_rows(spec, not quantized), tuned=tuned)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -312,6 +314,16 @@ def fill_dummy(
         scheme = assembly.online or (quantization.usual if quantization is not None else None)
         if assembly.made is None and scheme is not None:  # it is there once for each of its weights
             assembly.fill(scheme, DUMMY_STD, generator)
+
+
+def linear_maps(weights: Weights) -> Iterator[LinearMap]:
+    """Yield the linear maps of all layers but for experts', then the head's, in the order of a forward."""
+    for layer in weights.layers:
+        yield from (layer.qkv, layer.o)
+        if isinstance(layer.mlp, DenseMlp):
+            yield from (layer.mlp.gate_up, layer.mlp.down)
+    if weights.head is not None:
+        yield weights.head.product
 
 
 def pack(weights: Weights, ops: Ops) -> None:

@@ -1,6 +1,7 @@
 """What grammars of bad will do: how each is answered, and what the streams of others notice.
 
-    python -m actorserve.perf.blowup [--model DIR] [--streams 2] [--seconds 10] [--rounds 3] [--json FILE]
+    python -m actorserve.perf.blowup [--model DIR] [--load-format dummy] [--streams 2] [--seconds 10]
+        [--rounds 3] [--json FILE]
 
 A whole engine, each actor in its process. Streams decode steadily; quiet stretches and stretches in which one such
 grammar follows another take turns in one run, so that the machine's own noise falls on both. In a quiet stretch the
@@ -139,10 +140,11 @@ async def plain_ones(engine: Any, figures: dict[str, dict[str, Any]]) -> None:
         await trio.sleep(max(0.0, seconds - (time.perf_counter() - began)))
 
 
-async def run(model: str, streams: int, seconds: float, rounds: int) -> dict[str, Any]:
+async def run(model: str, load_format: str, streams: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Return all figures."""
     figures: dict[str, Any] = {"grammars": {}}
-    async with Engine(model, placement="process", max_total_tokens=8192, cpu_threads=1) as engine:
+    options = {"load_format": load_format, "max_total_tokens": 8192, "cpu_threads": 1}
+    async with Engine(model, placement="process", **options) as engine:
         await answer(engine, {"regex": "ready"})
         for name, fields in (LARGE | WRONG).items():
             came, ms = await answer(engine, fields)
@@ -180,12 +182,13 @@ def main() -> None:
     """Entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
+    parser.add_argument("--load-format", default="auto")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a stretch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    figures = trio.run(run, args.model or embedded_model(), args.streams, args.seconds, args.rounds)
+    figures = trio.run(run, args.model or embedded_model(), args.load_format, args.streams, args.seconds, args.rounds)
     for name, found in figures["grammars"].items():
         late = "" if found["ms"] <= found["target_ms"] else "  LATE"
         print(f"{name:28}{found['ms']:8.0f} ms{late}  {found['came']}")

@@ -1,6 +1,7 @@
 """What jumping over forced tokens is worth: the paper's character pattern, on a CPU with the real model.
 
-    python -m actorserve.perf.constrained [--model DIR] [--batch 8 1] [--rounds 2] [--json FILE]
+    python -m actorserve.perf.constrained [--model DIR] [--batch 8 1] [--rounds 2] [--quantization none]
+        [--json FILE]
 
 So many requests at once, four ways in one run on the same machine: jumps on, jumps off (each token drawn under its
 mask), with llguidance's masks from the host (--grammar-backend llguidance), and the same number of tokens without a
@@ -69,9 +70,11 @@ def measure(engine: Any, batch: int, seed: int, tokens: int | None) -> dict[str,
     }
 
 
-def run(model: str, batches: list[int], rounds: int) -> dict[int, dict[str, dict[str, Any]]]:
+def run(model: str, batches: list[int], rounds: int, quantization: str) -> dict[int, dict[str, dict[str, Any]]]:
     """Return the best round of each way, by batch."""
-    options: dict[str, Any] = {"placement": "inline", "max_total_tokens": 16384, "grammar_seconds": 20.0}
+    options: dict[str, Any] = {
+        "placement": "inline", "max_total_tokens": 16384, "grammar_seconds": 20.0, "quantization": quantization,
+    }  # fmt: skip
     with (
         Engine.sync(model, **options) as jumping,
         Engine.sync(model, **options, disable_jump_forward=True) as still,
@@ -122,9 +125,10 @@ def main() -> None:
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quantization", default="auto", help="the engine's; none: weights in bfloat16 or float32")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = run(args.model or embedded_model(), args.batch, args.rounds)
+    found = run(args.model or embedded_model(), args.batch, args.rounds, args.quantization)
     for batch, best in found.items():
         show(batch, best)
     if args.json:

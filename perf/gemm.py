@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from actorserve.models.families import spec_of
-from actorserve.models.gemm import Choices, Tile, TritonLinear, Unscaled
+from actorserve.models.gemm import Choice, Choices, Tile, TritonLinear, Unscaled
 from actorserve.models.layers import LinearMap
 from actorserve.models.packed_gemm import Packed, Scratch, pack_part
 from actorserve.models.quantization import Scheme
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.shapes import KNOWN
+from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_ops import TritonOps, pdl_rows
 from actorserve.models.unpack import random_part
-from actorserve.perf.gemm_tiles import Case, candidates, cases, packed_candidates
+from actorserve.perf.gemm_tiles import Case, candidates, cases, packed_candidates, streams
 from actorserve.perf.replay import median_milliseconds
 
 ROTATED = 256 << 20
@@ -95,10 +96,10 @@ class Bench:
         assert packed is not None
         return packed
 
-    def candidates(self, case: Case, rows: int) -> list[Tile]:
-        """Tiles to try."""
+    def candidates(self, case: Case, rows: int) -> list[Choice]:
+        """Tiles and streams to try."""
         if self.scheme is None or case.follows == "logits":
-            return candidates(case, rows, self.sms)
+            return [*candidates(case, rows, self.sms), *streams(case, rows, self.sms)]
         kind = "fp8" if self.scheme.is_float else "int4" if self.scheme.bits == 4 else "int8"
         return packed_candidates(case, rows, self.sms, kind, self.scheme.group)
 
@@ -113,11 +114,11 @@ class Bench:
         table = TritonOps(self.device).rotation(slots + 1000, frequencies, spec.rope, torch.bfloat16)
         return Inputs(x, Unscaled(x, squares, EPS), self.random(rows, spec.hidden), gain, table, slots, cache)
 
-    def ops(self, case: Case, rows: int, tile: Tile | None, fuse: bool = True, pdl: bool | None = None) -> TritonOps:
+    def ops(self, case: Case, rows: int, tile: Choice | None, fuse: bool = True, pdl: bool | None = None) -> TritonOps:
         """Ops that multiply this case's weights with `tile`."""
         spec = spec_of(KNOWN[case.model])
         gemms = {} if tile is None else {(case.outputs, case.inputs): ((rows, tile),)}
-        most = (self.pdl if self.pdl is not None else pdl_rows(spec.hidden)) if pdl is None else rows if pdl else 0
+        most = (self.pdl if self.pdl is not None else pdl_rows(spec)) if pdl is None else rows if pdl else 0
         return TritonOps(self.device, most, gemms, fuse)
 
     def call(self, case: Case, ops: TritonOps, inputs: Inputs) -> Callable[[LinearMap], Any]:
@@ -148,7 +149,7 @@ class Bench:
 
         return [one(weight) for weight in weights]
 
-    def wrong(self, case: Case, rows: int, tile: Tile, inputs: Inputs) -> str:
+    def wrong(self, case: Case, rows: int, tile: Choice, inputs: Inputs) -> str:
         """Run once; why the result is no good, or an empty string."""
         made = []
         for ops in (self.ops(case, rows, None), self.ops(case, rows, tile)):
@@ -170,7 +171,7 @@ class Bench:
         return 1e3 * median_milliseconds(graph, 5) / len(maps)
 
 
-Work = list[tuple[Case, int, Tile]]
+Work = list[tuple[Case, int, Choice]]
 
 
 def compile_all(bench: Bench, work: Work, threads: int, deadline: float) -> None:
@@ -178,7 +179,7 @@ def compile_all(bench: Bench, work: Work, threads: int, deadline: float) -> None
     weights = {case: bench.weight(case) for case in dict.fromkeys(case for case, *_ in work)}
     inputs = {(case, rows): bench.inputs(case, rows) for case, rows, _ in work}
 
-    def one(item: tuple[Case, int, Tile]) -> None:
+    def one(item: tuple[Case, int, Choice]) -> None:
         case, rows, tile = item
         if time.monotonic() > deadline:
             return
@@ -208,7 +209,7 @@ def measure(bench: Bench, case: Case, rows: int, deadline: float) -> dict[str, A
     result["cublas_us"] = bench.microseconds(case, plain, inputs)
     if rows > 128:  # another library may choose kernels that need no memset before them
         result["cublaslt_us"] = with_cublaslt(lambda: bench.microseconds(case, plain, inputs))
-    figures: list[tuple[float, Tile]] = []
+    figures: list[tuple[float, Choice]] = []
     for tile in bench.candidates(case, rows):
         if time.monotonic() > deadline:
             result["cut_short"] = True
@@ -250,18 +251,27 @@ def line(result: dict[str, Any]) -> str:
         text += f" (Lt {result['cublaslt_us']:.1f})"
     if result["tiles"]:
         best = result["tiles"][0]
-        tile = Tile(**best["tile"])
+        tile = tile_of(best["tile"])
         text += f"  ours {best['us']:6.1f} us {size / best['us'] / 1e6:5.2f} TB/s  x{cublas / best['us']:.2f}"
         other = "no PDL" if result["pdl"] else "PDL"
         text += f"  ({other} {result['other_pdl_us']:.1f}, not fused {result['not_fused_us']:.1f})  {short(tile)}"
         for second in result["tiles"][1:4]:
-            text += f"\n{'':14}then {second['us']:6.1f} us  {short(Tile(**second['tile']))}"
+            text += f"\n{'':14}then {second['us']:6.1f} us  {short(tile_of(second['tile']))}"
     for failure in result["failed"]:
-        text += f"\n    failed: {short(Tile(**failure['tile']))}: {failure['why']}"
+        text += f"\n    failed: {short(tile_of(failure['tile']))}: {failure['why']}"
     return text
 
 
-def short(tile: Tile) -> str:
+def tile_of(facts: dict[str, Any]) -> Choice:
+    """A tile or stream of its fields."""
+    return Stream(**facts) if "programs" in facts else Tile(**facts)
+
+
+def short(tile: Choice) -> str:
+    if isinstance(tile, Stream):
+        flags = (", swap=True" if tile.swap else "") + (", flatten=True" if tile.flatten else "")
+        flags += f", ahead={tile.ahead}" if tile.ahead else ""
+        return f"Stream({tile.rows}, {tile.outputs}, {tile.depth}, {tile.programs}, {tile.warps}, {tile.stages}{flags})"
     flags = ("" if tile.swap else ", swap=False") + (", tma=True" if tile.tma else "")
     flags += f", ahead={tile.ahead}" if tile.ahead else ""
     flags += ", fetch=True" if tile.fetch else ""
@@ -278,7 +288,7 @@ def table(results: list[dict[str, Any]]) -> dict[tuple[int, int], Choices]:
     for result in sorted(results, key=lambda r: r["rows"]):
         best = result["tiles"][0] if result["tiles"] else None
         wins = best is not None and best["us"] <= GAIN * result["cublas_us"]
-        choice = Tile(**best["tile"]) if best is not None and wins else None
+        choice = tile_of(best["tile"]) if best is not None and wins else None
         key = (result["outputs"], result["inputs"])
         before = found.get(key, ())
         if before and before[-1][1] == choice:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from actorserve.models.families import spec_of
 from actorserve.models.gemm import MAX_TILES, Tile, fits
 from actorserve.models.shapes import KNOWN
+from actorserve.models.stream_gemm import Stream
 
 CHUNK = 32
 SHARED = 227 << 10
@@ -181,3 +182,19 @@ def candidates(case: Case, rows: int, sms: int) -> list[Tile]:
         if shared_bytes(base) <= SHARED:
             found += [replace(base, split=s) for s in splits(base, case, rows, sms)]
     return [t for t in dict.fromkeys(found) if fits(t, case.outputs, case.inputs, rows)]
+
+
+def streams(case: Case, rows: int, sms: int) -> list[Stream]:
+    """Streams to try: tiles of different forms, and one to three programs on each multiprocessor."""
+    padded = max(16, 1 << (rows - 1).bit_length())
+    if padded > 128:
+        return []
+    shapes = [(128, 128, 1), (128, 128, 2), (128, 64, 2), (64, 256, 1), (64, 128, 2), (64, 128, 3), (256, 64, 1)]
+    found = []
+    for outputs, depth, resident in shapes:
+        stages = min(6, (SHARED // resident - 1024) // (2 * depth * (padded + outputs)))
+        fits_heads = case.follows != "heads" or outputs % case.head_dim == 0
+        if fits_heads and stages >= 2 and (outputs < 256 or padded > 32):
+            warps = 8 if padded * outputs > 16384 else 4
+            found.append(Stream(padded, outputs, depth, resident * sms, warps, stages, padded <= 32))
+    return found

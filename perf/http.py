@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from actorserve.perf.engines import free_port
 from actorserve.perf.processes import cpu_seconds, launched
+from actorserve.perf.sse_readers import first_event, reading
 
 BAR_EVENTS: Final = 25_000
 BAR_TTFT_MS: Final = 3.0
@@ -35,38 +36,7 @@ CONTEXT: Final = 1 << 17
 PROBE_GAP: Final = (0.5, 1.5)
 """Steps between two requests whose first token is waited for: they come at any moment of a step."""
 
-# ------------------------------------------------------------------ the client
-
-
-class Counter(asyncio.Protocol):
-    """Sends one request and counts the events of its reply; `first` is when the first of them came."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self.events = 0
-        self.first = 0.0
-        self.sent = 0.0
-        self.tail = b""
-        self.ended = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self.sent = time.monotonic()
-        transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        count = data.count(b"data: ")
-        if count and not self.first:
-            self.first = time.monotonic()
-        self.events += count
-        self.tail = (self.tail + data)[-65536:] if self.tail else data
-        if data.endswith(b"0\r\n\r\n"):
-            self.transport.close()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+# ------------------------------------------------------------------ requests
 
 
 def request_of(url: str, path: str, body: dict[str, Any]) -> bytes:
@@ -82,38 +52,16 @@ def body_of(api: str, tokens: int, seed: int, **more: Any) -> dict[str, Any]:
     return {**prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, "seed": seed, **more}
 
 
-@contextlib.asynccontextmanager
-async def streaming(url: str, requests: Sequence[bytes]) -> AsyncIterator[list[Counter]]:
-    """All of the requests under way for the block; then they are dropped."""
-    loop, (host, port) = asyncio.get_running_loop(), url.removeprefix("http://").split(":")
-    counters = []
-    for request in requests:
-        _, counter = await loop.create_connection(lambda request=request: Counter(request), host, int(port))
-        counters.append(counter)
-    try:
-        yield counters
-    finally:
-        for counter in counters:
-            counter.transport.abort()
-        await asyncio.gather(*(counter.ended for counter in counters))
-
-
-async def all_stream(counters: Sequence[Counter], seconds: float = 60.0) -> None:
-    """Wait until each has had an event."""
-    async with asyncio.timeout(seconds):
-        while not all(counter.events for counter in counters):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-async def rate(url: str, requests: Sequence[bytes], seconds: float, cpu: Callable[[], float]) -> dict[str, float]:
+def rate(url: str, requests: Sequence[bytes], seconds: float, cpu: Callable[[], float]) -> dict[str, float]:
     """Events while all requests stream, and the CPU seconds of who sends them."""
-    async with streaming(url, requests) as counters:
-        await all_stream(counters)
-        before, used, began = sum(c.events for c in counters), cpu(), time.monotonic()
-        await asyncio.sleep(seconds)
-        events, spent, wall = sum(c.events for c in counters) - before, cpu() - used, time.monotonic() - began
-        if any(c.ended.done() for c in counters):
+    with reading(url, requests) as readers:
+        readers.wait_until_begun()
+        before, used, began = readers.seen(), cpu(), time.monotonic()
+        time.sleep(seconds)
+        after, spent, wall = readers.seen(), cpu() - used, time.monotonic() - began
+        if after.ended:
             raise SystemExit("streams ended during the measurement: take fewer --seconds")
+    events = after.events - before.events
     return {
         "events": events,
         "events_per_second": events / wall,
@@ -130,22 +78,32 @@ def front_seconds(pid: int) -> float:
     return sum(spent for name, spent in cpu_seconds(pid).items() if name.startswith("front."))
 
 
-async def first_tokens(url: str, requests: Sequence[bytes], probes: int, step: float) -> dict[str, float]:
-    """While the requests stream, the overhead on the TTFT of some more, one at a time, in ms."""
-    overheads, waits, draw = [], [], random.Random(0)
-    async with streaming(url, requests) as counters:
-        await all_stream(counters)
+def first_tokens(url: str, requests: Sequence[bytes], probes: int, step: float) -> dict[str, float]:
+    """While the requests stream, what some more wait for their first token, one at a time, in ms.
+
+    `ttft_overhead` is that wait without the engine's part of it; `request_ms` of it passed before the front had given
+    the request to the engine, `reply_ms` after the scheduler had the first token.
+    """
+    waits, before, after, draw = [], [], [], random.Random(0)
+    with reading(url, requests) as readers:
+        readers.wait_until_begun()
         for i in range(probes):
-            probe = request_of(url, ROUTES["completions"], body_of("completions", 2, 10_000 + i, timeline=True))
-            async with streaming(url, [probe]) as (counter,):
-                await counter.ended
-            line = counter.tail[counter.tail.rindex(b'data: {"id"') :]
+            body = body_of("completions", 2, 10_000 + i, timeline=True)
+            found = first_event(url, request_of(url, ROUTES["completions"], body))
+            line = found.body[found.body.rindex(b'data: {"id"') :]
             (timeline,) = json.loads(line[6 : line.index(b"\n")])["timeline"]
-            waits.append(1e3 * (counter.first - counter.sent))
-            overheads.append(waits[-1] - 1e3 * timeline["first_token"])
-            await asyncio.sleep(draw.uniform(*PROBE_GAP) * step)
-    cuts = statistics.quantiles(overheads, n=100)
-    return {"ttft_ms": statistics.median(waits), "ttft_overhead_ms": cuts[49], "ttft_overhead_p90_ms": cuts[89]}
+            waits.append(1e3 * (found.first - found.sent))
+            before.append(1e3 * (timeline["arrival"] - found.sent))
+            after.append(waits[-1] - before[-1] - 1e3 * timeline["first_token"])
+            time.sleep(draw.uniform(*PROBE_GAP) * step)
+    cuts = statistics.quantiles(map(sum, zip(before, after, strict=True)), n=100)
+    return {
+        "ttft_ms": statistics.median(waits),
+        "ttft_overhead_ms": cuts[49],
+        "ttft_overhead_p90_ms": cuts[89],
+        "request_ms": statistics.median(before),
+        "reply_ms": statistics.median(after),
+    }
 
 
 def model_folder(folder: Path) -> str:
@@ -169,12 +127,12 @@ def ours(args: argparse.Namespace, folder: str, workers: int) -> dict[str, Any]:
     with launched(f"{flags} --stub-step-ms 0") as (url, pid, _):
         for api, path in ROUTES.items():
             requests = [request_of(url, path, body_of(api, CONTEXT - 64, i)) for i in range(args.streams)]
-            figures[api] = asyncio.run(rate(url, requests, args.seconds, lambda pid=pid: front_seconds(pid)))
+            figures[api] = rate(url, requests, args.seconds, lambda pid=pid: front_seconds(pid))
             print(f"{workers} front(s), {api}: {figures[api]}", file=sys.stderr, flush=True)
     steps = f"--stub-step-ms {args.step_ms} --num-continuous-decode-steps 1"
     with launched(f"{flags} {steps}") as (url, _, _):
         requests = [request_of(url, path, body_of("chat", CONTEXT - 64, i)) for i in range(args.streams)]
-        figures |= asyncio.run(first_tokens(url, requests, args.probes, args.step_ms / 1e3))
+        figures |= first_tokens(url, requests, args.probes, args.step_ms / 1e3)
     return figures
 
 
@@ -239,7 +197,7 @@ def plain(app: Any) -> Iterator[tuple[str, int]]:
 def beside(app: Any, args: argparse.Namespace) -> dict[str, float]:
     with plain(app) as (url, pid):
         requests = [request_of(url, "/", {}) for _ in range(args.streams)]
-        return asyncio.run(rate(url, requests, args.seconds, lambda: cpu_seconds(pid)["root"]))
+        return rate(url, requests, args.seconds, lambda: cpu_seconds(pid)["root"])
 
 
 # ------------------------------------------------------------------ the command
@@ -261,7 +219,8 @@ def report(figures: dict[str, Any]) -> str:
     for workers, found in figures["ours"].items():
         lines.append(
             f"ours, {workers} front(s): TTFT {found['ttft_ms']:.2f} ms, overhead {found['ttft_overhead_ms']:.2f} ms "
-            f"(p90 {found['ttft_overhead_p90_ms']:.2f})"
+            f"(p90 {found['ttft_overhead_p90_ms']:.2f}); to the engine {found['request_ms']:.2f}, "
+            f"from it {found['reply_ms']:.2f}"
         )
     lines.append(f"bars: {BAR_EVENTS:,} events a core, {BAR_TTFT_MS:g} ms")
     return "\n".join(lines)

@@ -105,7 +105,7 @@ def _maps(layer: Layer) -> tuple[tuple[Tensor, Tensor | None], ...]:
     return (layer.qkv, layer.bias), (layer.o, None), (layer.gate_up, None), (layer.down, None)
 
 
-def variants(device: torch.device, gemms: dict[tuple[int, int], Choices], most: int, hidden: int) -> list[Variant]:
+def variants(device: torch.device, gemms: dict[tuple[int, int], Choices], most: int, spec: Spec) -> list[Variant]:
     """What to compare, first each with one thing more than the one before; PDL up to `most` rows."""
     return [
         Variant("plain torch", TorchOps),
@@ -114,7 +114,7 @@ def variants(device: torch.device, gemms: dict[tuple[int, int], Choices], most: 
         Variant("+ epilogues", lambda: TritonOps(device, 0, gemms)),
         Variant("+ PDL", lambda: TritonOps(device, most, gemms)),
         Variant("PDL without epilogues", lambda: TritonOps(device, most, gemms, fuse=False)),
-        Variant("as a decoder", lambda: TritonOps(device, pdl_rows(hidden), gemms)),
+        Variant("as a decoder", lambda: TritonOps(device, pdl_rows(spec), gemms)),
     ]
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         model = Model(spec_of(KNOWN[args.model]), device)
-        todo = variants(device, gemms, max(args.rows), model.spec.hidden)
+        todo = variants(device, gemms, max(args.rows), model.spec)
         for rows in args.rows:
             if time.monotonic() - started < args.seconds:
                 results += measure(model, rows, todo, args)

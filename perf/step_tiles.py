@@ -26,7 +26,7 @@ from torch import Tensor
 from actorserve.config import EngineConfig
 from actorserve.models import gemm
 from actorserve.models.decoder import LayerWeights
-from actorserve.models.gemm import Tile, TritonLinear, choose
+from actorserve.models.gemm import TritonLinear, choose
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.layers import DenseMlp
 from actorserve.models.triton_attention import Launch, TritonAttention, launch_for
@@ -43,7 +43,7 @@ KINDS: Final = ("qkv", "attention", "o", "gate_up", "down")
 """The kernels of a layer in their order."""
 LIMIT: Final = 0.05
 """Largest relative difference of the logits to those of the first configuration; bfloat16 gives up to about 0.02."""
-Choice = Tile | Launch
+Choice = gemm.Choice | Launch
 
 
 @dataclass
@@ -118,7 +118,7 @@ def of_layer(layer: LayerWeights) -> dict[str, Any]:
 
 
 def told(choice: Choice) -> str:
-    if isinstance(choice, Tile):
+    if not isinstance(choice, Launch):
         return short(choice)
     more = f", ahead={choice.ahead}" if choice.ahead else ""
     return f"Launch({choice.block}, {choice.warps}, {choice.stages}, {choice.programs}, {choice.most}{more})"

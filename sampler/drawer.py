@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .reference import Sampled, sample, score
+from .reference import Race, Sampled, sample, score
 from .state import SamplerState
 from .upload import upload
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class Drawer:
-    """Draws for the slots of `state`, at most `max_rows` at once."""
+    """Draws for the slots of `state`, at most `max_rows` at once; on a CPU by the kernel `race` where there is one."""
 
-    def __init__(self, state: SamplerState, max_rows: int) -> None:
+    def __init__(self, state: SamplerState, max_rows: int, race: Race | None = None) -> None:
         self.state = state
+        self.race = race
         self.fused = None
         if state.device.type == "cuda":
             from .fused import FusedSampler
@@ -46,7 +47,7 @@ class Drawer:
         On a CPU `host_slots` is needed. On a GPU nothing is waited for, and the result lives until the next draw.
         """
         if self.fused is None:
-            return sample(logits, slots, positions, self.state, host_slots=host_slots)
+            return sample(logits, slots, positions, self.state, host_slots=host_slots, kernel=self.race)
         return self.fused.draw(logits, slots, positions, cast("Mode", mode))
 
     def score(self, logits: Tensor, host_slots: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Sampled:

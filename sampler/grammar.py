@@ -131,8 +131,8 @@ class Grammars:
         ended = np.zeros(len(slots), np.bool_)
         for row, (slot, token) in enumerate(zip(slots.tolist(), ids.tolist(), strict=True)):
             grammar = self._by_number[int(self.host_bound[slot])]
-            token_class = int(grammar.token_class[token])
-            self._host_state[slot] = int(grammar.transitions[int(self._host_state[slot]), token_class])
+            token_class = int(grammar.token_class.numpy()[token])
+            self._host_state[slot] = grammar.transitions.numpy()[self._host_state[slot], token_class]
             ended[row] = token_class == END
         return ended
 

@@ -43,8 +43,8 @@ Logprobs are of the model's raw distribution: log_softmax of the unmodified logi
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,19 @@ class Sampled:
     """float32 [rows, widest]: of the tokens that the row's request named, in its order; NaN beyond."""
 
 
+class Race(Protocol):
+    """A CPU's kernel for steps 1, 5, 6 and 8."""
+
+    def __call__(
+        self, logits: Tensor, bitmask: Tensor | None, slots: Tensor, positions: Tensor, state: SamplerState
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids int64 [rows] and finish uint8 [rows]: POISON, and then the id is 0, STOP, or 0.
+
+        logits float32 [rows, vocab], bitmask int32 [rows, words] or None, slots and positions int64 [rows], all on the
+        CPU, the logits contiguous.
+        """
+
+
 @dataclass(slots=True)
 class _Rows:
     """Some rows of the batch on their way to a token. `x` is ours to change once `own` made it float32."""
@@ -116,8 +129,9 @@ def sample(
     state: SamplerState,
     bitmask: Tensor | None = None,
     host_slots: npt.NDArray[np.int64] | None = None,
+    kernel: Race | None = None,
 ) -> Sampled:
-    """Draw one token per row and count it for the penalties.
+    """Draw one token per row and count it for the penalties; by a kernel, if there is one and it takes the logits.
 
     logits [rows, vocab] float32, bfloat16 or float16, not modified. slots int64 [rows], distinct. positions int64
     [rows]: the absolute position of the token being drawn (prompt_length for a request's first). bitmask int32
@@ -125,6 +139,10 @@ def sample(
     it a GPU is waited for.
     """
     at = slots.cpu().numpy() if host_slots is None else host_slots
+    if kernel is not None and (logits.dtype != torch.float32 or not logits.is_contiguous()):
+        kernel = None
+    if kernel is not None and state.plain[at].all():
+        return Sampled(*kernel(logits, bitmask, slots, positions, state))
     flags = state.flags.take(at)
     active_min = flags.min_until > 0
     if positions.device.type == "cpu" and active_min.any():
@@ -132,11 +150,8 @@ def sample(
     guided = flags.constrained | flags.masked
     if guided.any():
         bitmask = state.grammars.mask(at, bitmask)
-    ids, poison = _draw(_Rows(logits, slots, positions, bitmask, flags, active_min), state)
-    ids = ids.masked_fill(poison, 0)
-    stopped = (ids[:, None] == state.stop_ids.index_select(0, slots)).any(-1)
-    finish = stopped.to(torch.uint8) * STOP
-    finish.masked_fill_(poison, POISON)
+    rows = _Rows(logits, slots, positions, bitmask, flags, active_min)
+    ids, finish = _draw_and_end(rows, state) if kernel is None else _draw_by(kernel, rows, state)
     if guided.any():
         _follow(ids, finish, logits, at, state)
     if flags.penalty.any():
@@ -184,6 +199,29 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     part = blocks[rows, block]
     within = part.argmax(-1)
     return block * blocks.shape[2] + within, ~part[rows, within].isfinite()
+
+
+def _draw_by(kernel: Race, rows: _Rows, state: SamplerState) -> tuple[Tensor, Tensor]:
+    """_draw_and_end by a kernel, but for rows with filters."""
+    flags = rows.flags
+    if flags.filtered.any():
+        if flags.filtered.all():
+            return _draw_and_end(rows, state)
+        rest = rows.pick(~flags.filtered)
+        return _merge(flags.filtered, _draw_and_end(rows.pick(flags.filtered), state), _draw_by(kernel, rest, state))
+    x = rows.x
+    if (flags.penalty | flags.bias | rows.active_min).any():
+        x = x.clone()
+        _edit(x, replace(rows, bitmask=None), state)
+    return kernel(x, rows.bitmask, rows.slots, rows.positions, state)
+
+
+def _draw_and_end(rows: _Rows, state: SamplerState) -> tuple[Tensor, Tensor]:
+    """Return ids int64 [rows] and finish uint8 [rows]: POISON, and then the id is 0, STOP, or 0."""
+    ids, poison = _draw(rows, state)
+    ids = ids.masked_fill(poison, 0)
+    stopped = (ids[:, None] == state.stop_ids.index_select(0, rows.slots)).any(-1)
+    return ids, (stopped.to(torch.uint8) * STOP).masked_fill_(poison, POISON)
 
 
 def _draw(rows: _Rows, state: SamplerState) -> tuple[Tensor, Tensor]:

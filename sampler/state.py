@@ -140,6 +140,8 @@ class SamplerState:
         # The keys of a block of positions, and the block's number in the last column.
         self._ahead = torch.full((rows, AHEAD + 1), -1, dtype=torch.int64, device=device)
         self.flags = Flags.empty(rows)
+        self.plain = np.ones(rows, np.bool_)
+        """Whether a slot's draws need nothing but its temperature and its stop tokens; on the host."""
 
     def admit(
         self,
@@ -175,6 +177,8 @@ class SamplerState:
         if self.flags.masked[slot]:
             self.grammars.unmask(slot)
             self.flags.masked[slot] = False
+        more = params.has_penalty or params.logit_bias or params.min_new_tokens or params.logprobs is not None
+        self.plain[slot] = not (more or self.flags.filtered[slot] or grammar != NONE)
 
     def load_grammar(
         self, handle: int, token_class: UInt16Array, transitions: Int16Array, canonical: Int32Array
@@ -194,6 +198,7 @@ class SamplerState:
         """See Grammars.set_masks. They hold until the next ones, or until the slot is admitted again."""
         self.grammars.set_masks(slots, masks)
         self.flags.masked[slots] = True
+        self.plain[slots] = False
 
     def _set_numbers(self, slot: int, params: SamplingParams, prompt_length: int) -> None:
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0

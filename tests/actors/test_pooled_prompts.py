@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_tokenizers
+import tokenizers
+from tokenizers import processors
 
 from actorserve.actors.messages import Generate, TextPrompt, TokenPrompt
 from actorserve.actors.prompts import Prompts
@@ -59,3 +61,40 @@ def test_a_prompt_may_fill_the_context(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="8") as caught:
             refusing.encode(of(length))
         assert (caught.value.param, caught.value.code) == ("input_ids", "context_length_exceeded")
+
+
+def test_pairs_of_texts_know_where_the_second_begins(tmp_path: Path) -> None:
+    """By the tokenizer's own template; cut, the longer text loses its end first."""
+    core = tokenizers.Tokenizer.from_file(str(Path(tiny_tokenizers.word_piece(tmp_path)) / "tokenizer.json"))
+    around = [("[SEP]", core.token_to_id("[SEP]"))]
+    core.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", pair="[SEP] $A [SEP] $B:1 [SEP]:1", special_tokens=around
+    )
+    core.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    model = ModelInfo(
+        name="m", path="", model_type="bert", vocab_size=tokenizer.vocab_size, context_length=64, eos_ids=(),
+        pooling=Pooling(kind="cls", task="classify", width=1, causal=False),
+    )  # fmt: skip
+    pooled = Prompts(EngineConfig(), model, tokenizer, None)
+    texts = ["the dog", "hello there, the dogs", "dog " * 9]
+    for first in texts:
+        for second in texts:
+            for most in (0, 3, 4, 5, 8, 9, 15, 30):
+                prompt = TextPrompt(first, most=most, second=second)
+                encoded = pooled.encode(prompt)
+                if most:
+                    core.enable_truncation(most)
+                else:
+                    core.no_truncation()
+                wanted = core.encode(first, second)
+                assert encoded.ids.tolist() == wanted.ids
+                assert encoded.second == wanted.type_ids.index(1) > 1
+                request = Generate(1, 1, prompt, SamplingParams(max_new_tokens=0), pooled=True)
+                (submit,) = pooled.submits(request, encoded)
+                assert submit.second == encoded.second
+    core.no_truncation()
+    assert pooled.encode(TextPrompt("the dog")).second == 0
+    with pytest.raises(RequestError, match="surrogate") as caught:
+        pooled.encode(TextPrompt("the", second="\ud800"))
+    assert caught.value.param == "prompt"

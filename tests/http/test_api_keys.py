@@ -41,7 +41,7 @@ name = "c1"
 key = "sk-c1"
 shared_cache = true
 """
-OPEN = {"/health", "/health_generate", "/ready", "/"}  # the page holds no data: it asks the API, with a key
+OPEN = {"/health", "/health_generate", "/ping", "/ready", "/"}  # the page holds no data: it asks the API, with a key
 PROMPT = {"prompt": "Hi", "max_tokens": 4}
 
 

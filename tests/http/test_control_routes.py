@@ -1,6 +1,7 @@
 """SGLang's routes beside /generate, over a real socket, against a fake engine."""
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -50,12 +51,13 @@ async def test_refused_with_the_field(rig, path, body, param):
 
 async def test_orders(rig):
     assert (await rig.http.get("/flush_cache")).text == "Cache flushed.\n"
+    assert (await rig.http.post("/reset_prefix_cache")).text == "Cache flushed.\n"
     assert (await rig.http.post("/pause_generation")).json() == {"status": "paused", "mode": "abort"}
     for mode in ("retract", "in_place"):
         assert (await rig.http.post("/pause_generation", json={"mode": mode})).json()["mode"] == mode
     assert (await rig.http.post("/continue_generation")).json() == {"status": "running"}
     actions = [m.action for m in rig.text.got if isinstance(m, Order)]
-    assert actions == ["flush_cache", "pause_abort", "pause_retract", "pause", "continue"]
+    assert actions == ["flush_cache", "flush_cache", "pause_abort", "pause_retract", "pause", "continue"]
     rig.text.busy = True
     refused = await rig.http.post("/flush_cache")
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "not_idle")
@@ -92,7 +94,7 @@ async def test_abort_by_name(rig, fakes):
     assert (await chat).json()["choices"][0]["finish_reason"] == "abort"
 
 
-@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info", "/get_server_args"])
 async def test_server_info(rig, path):
     info = (await rig.http.get(path)).json()
     assert (info["served_model_name"], info["max_queued_requests"], info["status"]) == ("fake-model", 300, "ok")
@@ -102,6 +104,14 @@ async def test_server_info(rig, path):
 async def test_other_names(rig):
     assert (await rig.http.get("/model_info")).json() == (await rig.http.get("/get_model_info")).json()
     assert (await rig.http.get("/health_generate")).json()["status"] == "ok"
+    assert (await rig.http.get("/ping")).json() == (await rig.http.post("/ping")).json() == {
+        "status": "ok", "reason": None
+    }  # fmt: skip
+    version = (await rig.http.get("/version")).json()["version"]
+    assert version == (await rig.http.get("/server_info")).json()["version"] != ""
+    (card,) = (await rig.http.get("/v1/models")).json()["data"]
+    assert card == (await rig.http.get("/v1/models/fake-model")).json()
+    assert (card["id"], card["root"], card["parent"], card["max_model_len"]) == ("fake-model", "fake-model", None, 512)
     assert not [m for m in rig.text.got if isinstance(m, Generate)]
 
 
@@ -124,10 +134,11 @@ async def test_weights_come_from_one_place_only(fakes, tmp_path):
     (root / "empty").mkdir()
     (root / "link").symlink_to(outside)
     (root / "inner").symlink_to(root / "good")
+    names = itertools.cycle(["_from_disk", ""])  # today's and SGLang's first one
     async with fakes.open_rig(weights_root=str(root)) as rig:
 
         async def ask(path, **more):
-            return await rig.http.post("/update_weights_from_disk", json={"model_path": path, **more})
+            return await rig.http.post(f"/update_weights{next(names)}", json={"model_path": path, **more})
 
         for path in ("good", str(root / "good"), "inner"):
             assert (await ask(path)).json()["success"] is True
@@ -149,3 +160,63 @@ async def test_weights_come_from_one_place_only(fakes, tmp_path):
 async def test_without_a_root_there_are_no_weights(rig):
     refused = await rig.http.post("/update_weights_from_disk", json={"model_path": "/"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_weights_root")
+
+
+async def test_loads(rig, fakes):
+    """By the scheduler's report: 2 run, 1 waits, 10 of 100 pages of 16 tokens are theirs alone, a step takes 1.5 ms."""
+    found = (await rig.http.get("/v1/loads")).json()
+    (one,) = found["loads"]
+    assert (one["num_running_reqs"], one["num_waiting_reqs"]) == (2, 1)
+    assert (one["num_used_tokens"], one["max_total_num_tokens"], one["token_usage"]) == (160, 1600, 0.1)
+    assert one["gen_throughput"] == pytest.approx(2 / 1.5e-3) and one["cache_hit_rate"] == 0.6
+    assert one["queues"] == {"waiting": 1, "grammar": 1} and found["dp_rank_count"] == 1
+    assert (found["aggregate"]["total_reqs"], found["aggregate"]["avg_token_usage"]) == (3, 0.1)
+    (core,) = (await rig.http.get("/v1/loads?include=core&dp_rank=0")).json()["loads"]
+    assert "queues" not in core and core["max_running_requests"] is None
+    assert (await rig.http.get("/load")).json() == {"server_load": 3}
+    assert (await rig.http.get("/get_load")).json() == [
+        {"dp_rank": 0, "num_reqs": 3, "num_waiting_reqs": 1, "num_tokens": 160}
+    ]
+    for query, param in (("include=core,disk", "include"), ("dp_rank=1", "dp_rank"), ("dp_rank=a", "dp_rank")):
+        refused = await rig.http.get(f"/v1/loads?{query}")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    async with fakes.open_rig(max_running_requests=4) as other:
+        assert (await other.http.get("/v1/loads")).json()["loads"][0]["utilization"] == 0.5
+    rig.front.client.stats = None
+    assert (await rig.http.get("/v1/loads")).status_code == 503
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALLING = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+
+
+async def test_calls_in_a_text(rig, fakes):
+    body = {"text": CALLING, "tools": [WEATHER], "tool_call_parser": "hermes"}
+    reply = (await rig.http.post("/parse_function_call", json=body)).json()
+    (call,) = reply["calls"]
+    assert (call["tool_index"], call["name"], json.loads(call["parameters"])) == (0, "weather", {"city": "Ulm"})
+    assert reply["normal_text"].strip() == "Let me see."
+    del body["tool_call_parser"]
+    async with fakes.open_rig(fakes.READING) as reading:
+        assert (await reading.http.post("/parse_function_call", json=body)).json() == reply
+    long = "word " * 1000  # several pieces
+    reply = (
+        await rig.http.post("/parse_function_call", json=body | {"text": long, "tool_call_parser": "hermes"})
+    ).json()
+    assert reply == {"normal_text": long, "calls": []}
+
+
+async def test_thoughts_in_a_text(rig, fakes):
+    body = {"text": "<think>" + "so " * 1000 + "</think>yes", "reasoning_parser": "qwen3"}
+    reply = (await rig.http.post("/separate_reasoning", json=body)).json()
+    assert (reply["reasoning_text"].strip(), reply["text"]) == (("so " * 1000).strip(), "yes")
+    async with fakes.open_rig(fakes.READING) as reading:
+        assert (await reading.http.post("/separate_reasoning", json={"text": body["text"]})).json() == reply
+    for path, wrong, param in (
+        ("/separate_reasoning", {"text": "a"}, "reasoning_parser"),
+        ("/separate_reasoning", {"text": "a", "reasoning_parser": "none"}, "reasoning_parser"),
+        ("/parse_function_call", {"text": "a", "tools": []}, "tools"),
+        ("/parse_function_call", {"text": "a", "tools": [WEATHER], "tool_call_parser": "x"}, "tool_call_parser"),
+    ):
+        refused = await rig.http.post(path, json=wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text

@@ -41,10 +41,12 @@ from actorserve.errors import ActorserveError
 from actorserve.flags import GROUPS
 from actorserve.fsm.budget import Budget
 from actorserve.fsm.compiler import compile_pattern
-from actorserve.http import connection
+from actorserve.http import connection, parse_routes
 from actorserve.http.chat_tools import MAX_TOOLS
+from actorserve.http.error_replies import decode_body
 from actorserve.http.json_depth import MAX_JSON_DEPTH, too_deep
-from actorserve.http.score import MAX_REPEATED, ScoreRequest, _prompts
+from actorserve.http.rerank import MAX_REPEATED, _pairs
+from actorserve.http.score import ScoreRequest, _prompts
 from actorserve.models import images, sandbox
 from actorserve.models.control import ControlTokens
 from actorserve.models.template import MAX_MESSAGES, ChatTemplate, decode_chat
@@ -80,6 +82,8 @@ FIXED = {
     "messages of a chat": MAX_MESSAGES,
     "tools of a chat": MAX_TOOLS,
     "characters or tokens of a score's query, times its items": MAX_REPEATED,
+    "characters of a cross-encoder's query, times its documents": MAX_REPEATED,
+    "characters of a text for the parsers' routes": parse_routes.MAX_CHARS,
     "`token_ids_logprob`": params.MAX_LISTED,
     "logprobs of a prompt's tokens": MOST_LOGPROBS,
     "stop strings": params.MAX_STOP_STRINGS,
@@ -366,7 +370,16 @@ async def batches(rig):
 
 
 async def repeated_query(rig):
-    return raised(_prompts, ScoreRequest(query="x" * 66_000, items=["y"] * 1024, label_token_ids=[1]), 1000)
+    return raised(_prompts, ScoreRequest(), "x" * 66_000, ["y"] * 1024, 1000)
+
+
+async def repeated_text(rig):
+    return raised(_pairs, ["x" * 66_000], ["y"] * 1024)
+
+
+async def parsed_chars(rig):
+    body = msgspec.json.encode({"text": "x" * (parse_routes.MAX_CHARS + 1)})
+    return raised(decode_body, parse_routes._separate_decoder, body)
 
 
 async def continuations(rig):
@@ -573,7 +586,8 @@ async def live_bytes(rig):
 CASES = dict(zip([row.limit for row in rows()], (
     connections, headers, header_bytes, slow_headers, slow_body, slow_reader, slow_reader, pipelined, chunk_overhead,
     body_bytes, file_bytes, json_depth, argument_depth, many_messages, many_tools,
-    context, characters, batches, repeated_query, continuations, top_logprobs, listed, of_prompts,
+    context, characters, batches, repeated_query, repeated_text, parsed_chars, continuations,
+    top_logprobs, listed, of_prompts,
     stops, stop_chars, stop_ids, biases,
     many_images, image_bytes, image_pixels, image_aspect, processed_bytes, live_images,
     many_frames, slow_image, many_redirects, many_fetches,

@@ -441,6 +441,49 @@ async def test_echoed_logprobs(rig, client):
     assert rig.text.generates[-1].params.logprob_start_len == -1
 
 
+CHARACTERS = [1, *map(ord, "Hi")]
+"""The fake's token ids of the text "Hi"."""
+
+
+async def test_token_ids_of_completions(rig):
+    """vLLM's and SGLang's field; the prompt's come once a choice, also where a piece has no text."""
+    asked = {"prompt": ["Hi", "Hi"], "n": 2, "return_token_ids": True}
+    choices = (await rig.http.post("/v1/completions", json=asked)).json()["choices"]
+    assert [(c["prompt_token_ids"], c["token_ids"]) for c in choices] == [(CHARACTERS, [10, 11, 12, 13])] * 4
+    text = (await rig.http.post("/v1/completions", json=asked | {"stream": True})).text
+    events = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    for index in range(4):
+        mine = [event for event in events if event["index"] == index]
+        assert [event.get("prompt_token_ids") for event in mine] == [CHARACTERS, None, None, None]
+        assert [event["token_ids"] for event in mine] == [[10], [11], [12], [13]]
+    ids = (await rig.http.post("/v1/completions", json={"prompt": [5, 6], "return_token_ids": True})).json()
+    assert len(ids["choices"][0]["prompt_token_ids"]) > 0
+    plain = (await rig.http.post("/v1/completions", json={"prompt": "Hi"})).json()["choices"][0]
+    assert not {"token_ids", "prompt_token_ids"} & set(plain)
+
+
+async def test_token_ids_of_chats(rig, fakes):
+    asked = {"messages": USER, "n": 2, "return_token_ids": True}
+    reply = (await rig.http.post("/v1/chat/completions", json=asked)).json()
+    assert reply["prompt_token_ids"] == list(map(ord, "chat"))
+    assert [choice["token_ids"] for choice in reply["choices"]] == [[10, 11, 12, 13]] * 2
+    text = (await rig.http.post("/v1/chat/completions", json=asked | {"stream": True})).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [event.get("prompt_token_ids") for event in events] == [list(map(ord, "chat"))] + [None] * (len(events) - 1)
+    for index in range(2):
+        mine = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert [token for event in mine for token in event.get("token_ids", [])] == [10, 11, 12, 13]
+    async with fakes.open_rig(fakes.READING) as reading:
+        fakes.say(reading, "<think>so</think>yes", size=5)
+        text = (await reading.http.post("/v1/chat/completions", json=asked | {"n": 1, "stream": True})).text
+        events = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+        assert [token for event in events for token in event.get("token_ids", [])] == [9] * 4, "of markup, too"
+    rig.text.answer = lambda message: Refused(message.rid, 1, 400, "invalid_image", "no", "messages")
+    rig.text.script = lambda generate: []
+    refused = await rig.http.post("/v1/chat/completions", json=asked)
+    assert (refused.status_code, rig.front.client.table) == (400, {})
+
+
 async def test_best_of(rig, client, fakes):
     """Per token: a short likely answer is better than a long one of the same total."""
 

@@ -67,3 +67,82 @@ async def test_a_model_that_generates_is_refused(fakes: SimpleNamespace) -> None
     async with fakes.open_rig() as rig:
         reply = await rig.http.post("/v1/rerank", json={"query": "query", "documents": ["half"]})
         assert reply.status_code == 400, reply.text
+
+
+# ------------------------------------------------------------------ pairs of texts
+
+FITS = {("query", "same"): 3.0, ("query", "half"): 0.0, ("query", "none"): -2.0, ("other", "same"): 1.0}
+
+
+def logits(generate: Generate) -> list[Chunks]:
+    """The script of an engine with a cross-encoder: 6 tokens a pair."""
+    assert generate.pooled and isinstance(generate.prompt, TextPrompt) and generate.prompt.second is not None
+    raw = np.array([FITS[generate.prompt.text, generate.prompt.second]], dtype=np.float32).tobytes()
+    return [Chunks([Chunk(generate.rid, "", [], [], "stop", None, 6, 0, 1, vector=raw)])]
+
+
+def cross_encoder(fakes: SimpleNamespace, **fields: Any) -> Any:
+    pooling = Pooling(kind="cls", task="classify", width=1, causal=False, labels=("LABEL_0",), normalize=False)
+    return fakes.open_rig(replace(fakes.MODEL, pooling=replace(pooling, **fields)))
+
+
+def sigmoid(value: float) -> float:
+    return float(1 / (1 + np.exp(-value)))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_cross_encoder_reads_both_texts(fakes: SimpleNamespace, raw: bool) -> None:
+    score = float if raw else sigmoid
+    async with cross_encoder(fakes, raw=raw) as rig:
+        rig.text.script = logits
+        body = {"query": "query", "documents": ["none", "same", {"text": "half"}], "truncate_prompt_tokens": -1}
+        reply = (await rig.http.post("/v1/rerank", json=body)).json()
+        assert [r["index"] for r in reply["results"]] == [1, 2, 0]
+        assert [r["relevance_score"] for r in reply["results"]] == pytest.approx([score(3.0), score(0.0), score(-2.0)])
+        assert reply["usage"]["prompt_tokens"] == 18
+        assert {generate.prompt.most for generate in rig.text.generates} == {512}
+        body = {"text_1": "query", "text_2": ["same", "none"]}
+        reply = (await rig.http.post("/v1/score", json=body)).json()
+        assert reply["object"] == "list" and reply["usage"] == {"prompt_tokens": 12, "total_tokens": 12}
+        assert [(one["index"], one["object"]) for one in reply["data"]] == [(0, "score"), (1, "score")]
+        assert [one["score"] for one in reply["data"]] == pytest.approx([score(3.0), score(-2.0)])
+        body = {"text_1": ["query", "other"], "text_2": ["half", "same"]}
+        reply = (await rig.http.post("/score", json=body)).json()
+        assert [one["score"] for one in reply["data"]] == pytest.approx([score(0.0), score(1.0)])
+        one = (await rig.http.post("/score", json={"text_1": "other", "text_2": "same"})).json()["data"]
+        assert [found["score"] for found in one] == pytest.approx([score(1.0)])
+
+
+async def test_a_model_that_embeds_scores_pairs(rig: Any) -> None:
+    reply = (await rig.http.post("/v1/score", json={"text_1": "query", "text_2": ["half", "against"]})).json()
+    assert [one["score"] for one in reply["data"]] == pytest.approx([0.5**0.5, -1], abs=1e-6)
+    body = {"text_1": ["half", "none"], "text_2": ["half too", "against"]}
+    reply = (await rig.http.post("/v1/score", json=body)).json()
+    assert [one["score"] for one in reply["data"]] == pytest.approx([1, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"text_1": "a"}, "text_2"),
+        ({"text_2": "a"}, "text_1"),
+        ({"text_1": "a", "text_2": []}, "text_2"),
+        ({"text_1": ["a", ""], "text_2": ["a", "b"]}, "text_1"),
+        ({"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
+        ({"text_1": "a" * (1 << 17), "text_2": ["b"] * 513}, "text_2"),
+        ({"query": "a", "items": ["b"]}, "label_token_ids"),
+        ({}, "query"),
+    ],
+)
+async def test_bad_pairs_name_their_field(fakes: SimpleNamespace, body: dict[str, Any], param: str) -> None:
+    async with cross_encoder(fakes) as rig:
+        reply = await rig.http.post("/v1/score", json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert rig.text.got == [] and rig.front.client.table == {}
+
+
+async def test_a_classifier_of_several_labels_does_not_rerank(fakes: SimpleNamespace) -> None:
+    async with cross_encoder(fakes, width=3, labels=("a", "b", "c")) as rig:
+        reply = await rig.http.post("/v1/rerank", json={"query": "query", "documents": ["half"]})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "model")
+        assert "3 labels" in reply.json()["error"]["message"]

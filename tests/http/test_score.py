@@ -19,6 +19,8 @@ async def test_scores_are_probabilities_of_the_next_token(rig):
     first, second = rig.text.generates
     assert (first.prompt.text, second.prompt.text) == ("qone", "qtwo")
     assert (first.params.max_new_tokens, first.params.token_ids_logprob) == (1, (5, 7))
+    await rig.http.post(URL, json=BODY | {"cache_salt": "s", "priority": 2})
+    assert (rig.text.generates[2].cache_salt, rig.text.generates[2].priority) == ("s", 2)
 
 
 async def test_softmax_is_among_the_labels(rig):
@@ -50,6 +52,7 @@ async def test_items_may_come_first_and_be_tokens(rig):
         ({"label_token_ids": [1] * 129}, "label_token_ids"),
         ({"label_token_ids": "yes"}, "label_token_ids"),
         ({"query": None}, "query"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ({"model": "other"}, "model"),
     ],
 )

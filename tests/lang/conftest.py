@@ -7,6 +7,7 @@ import actorserve.lang as sgl
 
 @pytest.fixture(scope="session")
 def engine(smollm):
-    """In float32, as the references are. Grammars get a minute: other tests may be at work on these cores."""
-    with sgl.Engine(smollm, placement="inline", dtype="float32", max_total_tokens=8192, grammar_seconds=60.0) as engine:
+    """With the weights that a CPU keeps by itself, as the references have them. Grammars get a minute: other tests may
+    be at work on these cores."""
+    with sgl.Engine(smollm, placement="inline", max_total_tokens=8192, grammar_seconds=60.0) as engine:
         yield engine

@@ -74,10 +74,12 @@ def test_streams_of_the_model(engine):
 def expected(smollm):
     """Of each choice: the logprobs of its tokens behind QUESTION, and alone; by transformers."""
     import torch
+    from kept_weights import with_kept_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
     model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32, attn_implementation="eager")
+    model = with_kept_weights(model, smollm)
     prompt = tokenizer(QUESTION)["input_ids"]
     found = []
     for choice in CHOICES:
@@ -150,7 +152,7 @@ def test_a_server_of_our_own(smollm, expected):
     def program(s, method):
         s += QUESTION + sgl.select("answer", CHOICES, choices_method=method)
 
-    with sgl.Runtime(smollm, max_total_tokens=8192, dtype="float32") as runtime:
+    with sgl.Runtime(smollm, max_total_tokens=8192) as runtime:
         s = two_turns.run(backend=runtime, temperature=0)
         assert "Paris" in s["first"] and s.get_meta_info("second")["cached_tokens"] > 20
         assert "".join(two_turns.run(backend=runtime, temperature=0, stream=True).text_iter("first")) == s["first"]

@@ -229,6 +229,22 @@ def test_layers(family: str, tmp_path: Path) -> None:
     assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+def test_wanted_rows(tmp_path: Path) -> None:
+    """Some tokens' logits are wanted, in any order: of decode rows, of a chunk's middle, of none, of more than all."""
+    decoder = tiny.load(quantized_model("llama", tmp_path), dtype="auto")
+    layers, ids = decoder.layers, tiny.prompt(30)
+    for wanted in ([0], [4, 0, 9], [9, 9, 3, 1], [], list(range(10)), [*range(10), 5, 5]):
+        results = []
+        for one_call in (True, False):
+            decoder.layers = layers if one_call else None
+            driver = Driver.of(decoder)
+            first, second = driver.request(ids), driver.request(ids[::-1])
+            driver.forward([(first, 20)])
+            rows = torch.tensor(wanted, dtype=torch.int64)
+            results += [driver.forward([(first, 1), (second, 9)], rows), driver.forward([(first, 1), (second, 3)])]
+        assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3]), wanted
+
+
 def test_other_backend(tmp_path: Path) -> None:
     """--attention-backend torch is asked for: the layers run part by part."""
     folder = quantized_model("llama", tmp_path)

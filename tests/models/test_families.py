@@ -1,11 +1,18 @@
 """config.json -> Spec: defaults, both styles of rope settings, windows, and what is refused."""
 
+import inspect
 import math
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import transformers
+from repacked import REPACKED
 
 from actorserve.errors import StartupError
+from actorserve.models import dense_families, encoder_families
 from actorserve.models.families import FAMILIES, spec_of
 
 LLAMA: dict[str, Any] = {
@@ -148,3 +155,18 @@ def test_the_message_lists_every_family() -> None:
     with pytest.raises(StartupError) as caught:
         spec_of({"model_type": "nothing"})
     assert all(name in caught.value.message for name in FAMILIES)
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    """So each is compared with a reference (test_decoder.py), and its ranks with one (test_parallel.py)."""
+    configs = [getattr(transformers, f"{kind}Config", None) for kind, _ in tiny.FAMILIES.values()]
+    tested = {config.model_type for config in configs if config is not None} | REPACKED.keys()
+    assert tested == FAMILIES.keys() - set(encoder_families.FAMILIES)
+
+
+def test_the_example_in_the_documents_is_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    example = textwrap.dedent(text.split("```python\n", 1)[1].split("   ```", 1)[0])
+    head, *body = inspect.getsource(dense_families.cohere2).splitlines()
+    assert example.splitlines() == [head, *(line for line in body if '"""' not in line)]
+    assert len(text[text.index("## Adding a family") :].splitlines()) < 40

@@ -11,9 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from actorserve.models import gemm
-from actorserve.models.gemm import Choices, Tile, TritonLinear, arrivals, choose, fits, linear
+from actorserve.models.gemm import Choice, Choices, Tile, TritonLinear, arrivals, choose, fits, linear
+from actorserve.models.stream_gemm import Stream
 from actorserve.perf.gemm import table
-from actorserve.perf.gemm_tiles import candidates, cases
+from actorserve.perf.gemm_tiles import candidates, cases, streams
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -21,7 +22,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float16
 ARRIVED = arrivals(DEVICE)
 PDL = CUDA and torch.cuda.get_device_capability() >= (9, 0)
 PDL_ROWS = 16 if PDL else 0
-SHAPES = [(200, 384), *([(4608, 3584), (3584, 18944), (896, 4864), (1003, 768)] if CUDA else [])]
+SHAPES = [(200, 384), (4608, 3584), (3584, 18944), (896, 4864), (1003, 768)]
 TILES = [
     Tile(16, 64, 64),
     Tile(16, 64, 64, split=2),
@@ -54,9 +55,22 @@ def operands(rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tens
     return x.to(DTYPE), weight.to(DTYPE), bias.to(DTYPE)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_a_tile(tile: Tile) -> None:
-    for outputs, inputs in SHAPES:
+STREAMS = [
+    Stream(16, 64, 64, 3, 4),  # of 4 tiles one is left, and shared by all
+    Stream(16, 64, 64, 12, 4),  # all are shared
+    Stream(16, 64, 64, 7, 4, swap=True),  # too few programs to share
+    Stream(32, 128, 64, 7, 4, 3, swap=True),
+    Stream(64, 32, 128, 5, 4, 3),
+    Stream(16, 64, 256, 132, 4, 3),  # the depth does not divide the columns
+    *([Stream(64, 128, 64, 264, 4, 4), Stream(128, 256, 64, 132, 8, 4)] if CUDA else []),
+]
+
+
+@pytest.mark.parametrize("tile", [*TILES, *STREAMS], ids=str)
+def test_a_tile(tile: Choice) -> None:
+    whole = CUDA or isinstance(tile, Stream)
+    shapes = SHAPES if whole else [(tile.outputs + 8, 384)]  # the interpreter takes its time for each program
+    for outputs, inputs in shapes:
         for rows in (1, 3) if tile.rows == 1 else (1, 17, *([16, 64, 128, 250] if CUDA else [])):
             assert fits(tile, outputs, inputs, rows)
             x, weight, bias = operands(rows, outputs, inputs)
@@ -123,11 +137,13 @@ def test_candidates_fit(model: str) -> None:
         for rows in (1, 32, 64, 128):
             tiles = candidates(case, rows, 132)
             assert tiles and all(fits(tile, case.outputs, case.inputs, rows) for tile in tiles)
+            own = streams(case, rows, 132)
+            assert own and all(fits(stream, case.outputs, case.inputs, rows) for stream in own)
 
 
 @pytest.mark.skipif(not CUDA, reason="a race shows on a GPU only")
-@pytest.mark.parametrize("tile", [TILES[1], TILES[2], TILES[8]], ids=str)
-def test_splits_that_follow_each_other(tile: Tile) -> None:
+@pytest.mark.parametrize("tile", [TILES[1], TILES[2], TILES[8], STREAMS[0], STREAMS[1], STREAMS[3]], ids=str)
+def test_splits_that_follow_each_other(tile: Choice) -> None:
     """Overlapping launches share the counters: a chain in a graph gives the same bits at every replay."""
     x, weight, _ = operands(16, 1024, 1024)
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from actorserve.models.gemm import Choices, Heads, Tile, TritonLinear, Unscaled, arrivals
+from actorserve.models.gemm import Choice, Choices, Heads, Tile, TritonLinear, Unscaled, arrivals
 from actorserve.models.layers import Linear, TorchOps
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.spec import Rope, Spec
+from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_ops import TritonOps
 
 CUDA = torch.cuda.is_available()
@@ -23,7 +24,7 @@ ARRIVED = arrivals(DEVICE)
 PDL_ROWS = 64 if CUDA and torch.cuda.get_device_capability() >= (9, 0) else 0
 PLAIN = TorchOps()
 EPS = 1e-5
-TILES = [
+TILES: list[Choice] = [
     Tile(16, 64, 64),
     Tile(16, 64, 64, split=3, ahead=1),
     Tile(16, 128, 128, split=2, tma=True),
@@ -31,7 +32,13 @@ TILES = [
     Tile(1, 64, 128, split=2, ahead=1),
     Tile(32, 64, 64, split=4, swap=False, fetch=True),
     Tile(16, 64, 64, split=2, fetch=True),
-    *([Tile(64, 128, 64, tma=True), Tile(128, 128, 64, 1, 8, 4, False, True)] if CUDA else []),
+    Stream(16, 64, 64, 3, 4),  # some tiles are left, some not
+    Stream(16, 128, 128, 24, 4, 3, swap=True),
+    *(
+        [Tile(64, 128, 64, tma=True), Tile(128, 128, 64, 1, 8, 4, False, True), Stream(64, 128, 64, 264, 4)]
+        if CUDA
+        else []
+    ),
 ]
 ROWS = (1, 5, 16, 64, 200) if CUDA else (3,)
 
@@ -40,7 +47,9 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, DTYPE)
 
 
-def linear_of(outputs: int, inputs: int, tile: Tile, bias: bool = False, seed: int = 1) -> tuple[TritonLinear, Linear]:
+def linear_of(
+    outputs: int, inputs: int, tile: Choice, bias: bool = False, seed: int = 1
+) -> tuple[TritonLinear, Linear]:
     """Our map with this tile, and the same in float32."""
     weight = randn(outputs, inputs, seed=seed, scale=inputs**-0.5)
     added = randn(outputs, seed=seed + 1) if bias else None
@@ -61,7 +70,7 @@ def half_normed(rows: int, width: int) -> tuple[Unscaled, Tensor]:
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_product_of_half_normed_rows(tile: Tile, bias: bool) -> None:
+def test_a_product_of_half_normed_rows(tile: Choice, bias: bool) -> None:
     ours, exact = linear_of(200, 384, tile, bias)
     for rows in ROWS:
         x, normed = half_normed(rows, 384)
@@ -71,7 +80,7 @@ def test_a_product_of_half_normed_rows(tile: Tile, bias: bool) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
-def test_gated(tile: Tile, act: str) -> None:
+def test_gated(tile: Choice, act: str) -> None:
     for inter, bias in ((100, True), (128, False)):
         ours, exact = linear_of(2 * inter, 384, tile, bias)
         for rows in ROWS:
@@ -84,7 +93,7 @@ def test_gated(tile: Tile, act: str) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.22])
-def test_add(tile: Tile, scale: float) -> None:
+def test_add(tile: Choice, scale: float) -> None:
     for width in (200, 256):
         ours, exact = linear_of(width, 384, tile)
         gain = 1 + 0.2 * randn(width, seed=5)
@@ -111,19 +120,22 @@ PARTS = [Tile(1, 8, 512, 1, 2, ahead=1), Tile(32, 16, 64, 2, swap=False), Tile(1
 """Of a head each: half as many pairs as outputs."""
 
 
-@pytest.mark.parametrize("tile", PARTS, ids=str)
-@pytest.mark.parametrize("rope", [Rope(1e6, 64), None])
-def test_pairs_of_a_head(tile: Tile, rope: Rope | None) -> None:
+@pytest.mark.parametrize(
+    ("tile", "rope"),
+    [*((tile, Rope(1e6, 64)) for tile in PARTS), *((tile, None) for tile in (PARTS if CUDA else PARTS[1:]))],
+    ids=str,
+)
+def test_pairs_of_a_head(tile: Choice, rope: Rope | None) -> None:
     test_heads(tile, 64, rope, normed=False)
     weight, slots, cache = randn(3, 64), torch.arange(3), torch.zeros(3, 2, 1, 64)
     for interleaved, qk_norm in ((True, None), (False, weight)):
         assert not Heads(2, 1, 64, interleaved, qk_norm, EPS, None, slots, cache).fits(tile, weight)
 
 
-@pytest.mark.parametrize("tile", TILES if CUDA else [TILES[1], TILES[3], TILES[4]], ids=str)
+@pytest.mark.parametrize("tile", TILES if CUDA else [TILES[1], TILES[3], TILES[4], TILES[5], TILES[6]], ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("head_dim", "rope"), ROPES)
-def test_heads(tile: Tile, head_dim: int, rope: Rope | None, normed: bool) -> None:
+def test_heads(tile: Choice, head_dim: int, rope: Rope | None, normed: bool) -> None:
     for heads, kv_heads in ((3, 1), *([(4, 2)] if CUDA else [])):
         spec = Spec(99, 384, 1, heads, kv_heads, head_dim, 64, rope=rope)
         ours, exact = linear_of((heads + 2 * kv_heads) * head_dim, 384, tile, bias=True)
@@ -220,7 +232,7 @@ def test_a_layer(missing: int | None, fuse: bool) -> None:
         s: ((16, Tile(16, 64, 64, split=2, ahead=1)),) for i, s in enumerate(shapes) if i != missing
     }
     ops = TritonOps(DEVICE, PDL_ROWS, gemms, fuse, (DTYPE,))
-    for rows in (1, 3, *([0] if CUDA else [])):
+    for rows in (1, 3, 0) if CUDA else (1, 3) if missing is None else (3,):
         x = randn(rows, 128, seed=11)
         logits, cache = layer.run(ops, x, 2)
         expected, expected_cache = layer.run(PLAIN, x, 2)

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granite": ("granite", "granite", {}),
     "smollm3": ("smollm3", "smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}),
     "internlm2": ("internlm2", "llama", {}),
-    "exaone": ("exaone", "exaone", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "exaone": ("exaone", "exaone-native", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
     "exaone4": ("exaone4", "exaone4", {}),
     "olmo2": ("olmo2", "olmo2", {}),
     "olmo3": ("olmo2", "olmo3", {}),

@@ -111,8 +111,11 @@ def exact_products() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+DECODED = [(*shape, dtype) for dtype in DTYPES for shape in SHAPES if CUDA or dtype is torch.float32 or shape[0] == 7]
+"""The interpreter takes a second for one of them."""
+
+
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim", "dtype"), DECODED)
 def test_decode(group: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     lengths = [1, 16, 17, 8192, 700, 64] if CUDA else [1, 16, 150]
     Case(spec_of(group, kv_heads, head_dim), dtype, lengths, []).check(TritonAttention(), LIMIT[dtype])
@@ -127,7 +130,7 @@ def test_keys_loaded_ahead(dtype: torch.dtype, window: int | None) -> None:
     """The newest key in a block loaded before it is written or in a later one, the only key, the first of a block."""
     lengths = [1, 17, 32, 33, 100, *([129, 130, 8192, 700] if CUDA else [])]
     for launch in (AHEAD, replace(AHEAD, most=1)):
-        Case(spec_of(7, 2, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
+        Case(spec_of(7, 2 if CUDA else 1, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
 
 
 @pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 5.0), (33, 5.0), (1, None)])
@@ -169,7 +172,7 @@ def test_the_table_of_launches_is_sound() -> None:
         assert launch_for(head_dim, 1 << 20) == table[-1][1]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("rows", [1, 3, 11] if CUDA else [1, 11])
 @pytest.mark.parametrize("launch", [Launch(16, 4, 1, 264, 64), Launch(128, 4, 2, 132, 8), Launch(32, 8, 3)], ids=str)
 def test_every_launch_gives_the_same(rows: int, launch: Launch) -> None:
     lengths = [1, 40, 129, 33, 7, 64, 65, 100, 3, 2, 31][-rows:]

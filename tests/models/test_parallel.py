@@ -1,5 +1,7 @@
-"""Tensor parallel ranks against one rank that has the whole model, for every family; the ranks are threads here."""
+"""Tensor parallel ranks against one rank that has the whole model: two processes over gloo for every family, dense
+and quantized; for all else the ranks are threads."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 import tiny
 import torch
 from packers import CASES
-from repacked import ALL, make
-from test_quantized_models import KERNEL, has_kernels, quantised
+from rank_process import Ranks, load, said
+from repacked import ALL, REPACKED, make
+from test_quantized_models import KERNEL, SIZES, has_kernels, quantised, quantised_checkpoint
 from thread_group import ThreadGroup, on_ranks
 from tiny import Driver
 from torch import Tensor
@@ -39,12 +42,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def load(folder: str, group: ThreadGroup, **fields: object) -> Decoder:
-    """This rank's part of a tiny model."""
-    config = EngineConfig(**{"dtype": "float32", "device": "cpu"} | fields)  # type: ignore[arg-type]
-    return load_decoder(folder, config, lambda fraction: None, group=group)
-
-
 def some_logits(decoder: Decoder) -> Tensor:
     """A prompt in two chunks, then two requests in one batch, one of them decoding; logits of all tokens."""
     driver = Driver.of(decoder)
@@ -60,9 +57,26 @@ def assert_equal_to_one_rank(folder: str, ranks: int, tolerance: float = TOLERAN
     assert (found - expected).abs().max() <= tolerance * expected.std()
 
 
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    """Two processes."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def assert_two_processes_equal_one(two: Ranks, folder: str, out: Path) -> None:
+    """Logits, and greedy text on both ranks."""
+    expected, ids = said(tiny.load(folder), None)
+    found, of_ranks = two.said(folder, out / "logits.safetensors")
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= TOLERANCE * expected.std()
+    assert of_ranks == [ids, ids]
+
+
 @pytest.mark.parametrize("name", sorted(ALL))
-def test_two_ranks_compute_what_one_does(name: str, tmp_path: Path) -> None:
-    assert_equal_to_one_rank(make(name, tmp_path)[1], 2)
+def test_two_processes_say_what_one_does(name: str, two: Ranks, tmp_path: Path) -> None:
+    assert_two_processes_equal_one(two, make(name, tmp_path)[1], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "stablelm-12b"])
@@ -84,23 +98,24 @@ def test_ranks_of_quantized_weights(name: str, tmp_path: Path) -> None:
 WIDTHS = {"head_dim": 32, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "q_lora_rank": 32}
 WIDTHS |= {"kv_lora_rank": 64, "v_head_dim": 32, "num_key_value_heads": 4}
 """Of fields that a family has, so that groups of 32 inputs divide them, on two ranks too."""
-
-
 QUANTIZED = ["awq", "gptq", "fp8"]
-TAKEN = sorted(tiny.FAMILIES.keys() - {"gpt2", "dbrx", "phi3-longrope"})
+TAKEN = sorted(set(ALL) - {"gpt2", "dbrx", "phi3-longrope"})
 """GPT-2's and DBRX's turned tensors are not served quantized; longrope's factors are of one width of heads."""
 
 
 @pytest.mark.parametrize("case", QUANTIZED)
 @pytest.mark.parametrize("name", TAKEN)
-def test_every_family_quantized(name: str, case: str, tmp_path: Path, thorough: bool) -> None:
+def test_two_processes_of_quantized_weights(name: str, case: str, two: Ranks, tmp_path: Path, thorough: bool) -> None:
     """Dequantised, which the tolerance is for."""
     if not thorough and TAKEN.index(name) % 3 != QUANTIZED.index(case):
         pytest.skip("--thorough")
-    fields = tiny.FAMILIES[name][1]
-    changed = {key: value for key, value in WIDTHS.items() if fields.get(key)}
-    quantised(tmp_path, CASES[case], name, **changed)
-    assert_equal_to_one_rank(str(tmp_path), 2)
+    if name in REPACKED:
+        make(name, tmp_path, **SIZES, moe_intermediate_size=64)
+        quantised_checkpoint(tmp_path, CASES[case])
+    else:
+        fields = tiny.FAMILIES[name][1]
+        quantised(tmp_path, CASES[case], name, **{key: value for key, value in WIDTHS.items() if fields.get(key)})
+    assert_two_processes_equal_one(two, str(tmp_path), tmp_path)
 
 
 def test_dummy_weights_are_those_of_one_rank(tmp_path: Path) -> None:

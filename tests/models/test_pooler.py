@@ -62,8 +62,8 @@ class Bench:
         self.runner.kv.storage.fill_(float("nan"))
         self.stepper = Stepper(self.runner, None, None, Pooler(self.pooling, decoder, 20))  # type: ignore[arg-type]
 
-    def admit(self, slot: int, pages: list[int], cached: int = 0) -> None:
-        self.runner.admit(slot, np.array(pages, dtype=np.int32), cached, 1000)
+    def admit(self, slot: int, pages: list[int], cached: int = 0, second: int = 0) -> None:
+        self.runner.admit(slot, np.array(pages, dtype=np.int32), cached, 1000, second=second)
         self.runner.slots.flush()
 
     def step(self, *work: tuple[int, list[int], int, int]) -> dict[int, Tensor]:
@@ -239,6 +239,29 @@ def test_classification_head(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0]
         assert_close(bench.step((slot, ids, 0, len(ids)))[slot], expected)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_pairs_of_texts(kind: str, tmp_path: Path) -> None:
+    """A pair's second text has tokens of the second type where the model knows types, beside prompts that are one text
+    and in slots that had pairs before."""
+    typed = kind == "Bert"
+    model = encoder(kind, tmp_path, "ForSequenceClassification", num_labels=1, type_vocab_size=2 if typed else 1)
+    bench = Bench(str(tmp_path))
+
+    def expected(ids: list[int], second: int) -> Tensor:
+        types = torch.tensor([[int(0 < second <= i) for i in range(len(ids))]])
+        with torch.no_grad():
+            return model(torch.tensor([ids]), token_type_ids=types if typed else None).logits[0]
+
+    for seconds in ((40, 0, 0, 1), (0, 32, 0, 15)):
+        for slot, second in enumerate(seconds):
+            bench.admit(slot, [5 * slot + i for i in (4, 2, 0, 3, 1)], second=second)
+        found = bench.step(*((slot, ids, 0, len(ids)) for slot, ids in enumerate(prompts())))
+        for slot, ids in enumerate(prompts()):
+            assert_close(found[slot], expected(ids, seconds[slot]))
+    ids = prompts()[0]
+    assert not typed or (expected(ids, 40) - expected(ids, 0)).abs().max() > 1e-3, "types matter"
 
 
 def test_reward_model(tmp_path: Path) -> None:

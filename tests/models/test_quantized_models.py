@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tiny
 import torch
 import transformers
 from packers import CASES, Case, shared_order
+from repacked import REPACKED, make, write
 from safetensors.torch import load_file, save_file
 from tiny import Driver
 
@@ -21,6 +23,8 @@ from actorserve.models.quantized import QuantizedLinear
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
 IDS = tiny.prompt(40)
+DENSE = re.compile(r"embed|wte|lm_head|output|gate\.weight$")
+"""Matrices that quantizers leave as they are."""
 KERNEL = 1e-4
 """Tolerance of the C kernels; measured: 3e-5."""
 BLOCKS = {"awq", "gptq", "gptq-asym", "gptq-v2", "gptq-row", "gptq-8", "marlin", "packed-4", "packed-4-asym",
@@ -70,6 +74,19 @@ def quantised(folder: Path, case: Case, name: str = "llama", **changed: Any) -> 
     return model
 
 
+def quantised_checkpoint(folder: Path, case: Case) -> str:
+    """Quantize the linear maps of a checkpoint, whatever their names; returns the folder of the dequantised."""
+    held = load_file(folder / "model.safetensors")
+    plain, config = dict(held), json.loads((folder / "config.json").read_text())
+    for key in [key for key, tensor in held.items() if tensor.ndim == 2 and not DENSE.search(key)]:
+        torch.manual_seed(len(key))
+        tensors, plain[key] = case.pack(held.pop(key))
+        held |= {f"{key.removesuffix('weight')}{kind}": tensor.contiguous() for kind, tensor in tensors.items()}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    tiny.edit_config(str(folder), quantization_config=case.config)
+    return write(folder / "dense", config, plain)
+
+
 def check(folder: Path, model: Any, tolerance: float = 1e-5, **fields: str) -> Any:
     """Compare logits with transformers', in deviations; returns our decoder.
 
@@ -113,6 +130,19 @@ def test_families(family: str, tmp_path: Path, thorough: bool) -> None:
     changed = {"pad_token_id": 0} if family == "phi3" else {}
     case = CASES["gptq-asym" if family != "qwen3" else "fp8-channel"]
     check(tmp_path, quantised(tmp_path, case, family, **changed))
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq", "fp8"])
+@pytest.mark.parametrize("name", REPACKED)
+def test_names_that_transformers_has_not(name: str, case: str, tmp_path: Path) -> None:
+    """Against the same weights dequantised, which test_decoder.py compares with the reference."""
+    make(name, tmp_path, **SIZES, moe_intermediate_size=64)
+    sizes = [30] + [1] * 10
+    before = Driver.of(tiny.load(str(tmp_path))).logits(IDS, sizes)
+    expected = Driver.of(tiny.load(quantised_checkpoint(tmp_path, CASES[case]))).logits(IDS, sizes)
+    found = Driver.of(tiny.load(str(tmp_path))).logits(IDS, sizes)
+    assert (found - expected).abs().max() <= 1e-5 * expected.std()
+    assert (found - before).abs().max() > 1e-3 * expected.std()
 
 
 @pytest.mark.parametrize(

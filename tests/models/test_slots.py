@@ -70,8 +70,7 @@ def test_the_limit_ends_a_sequence_and_a_done_one_stays() -> None:
     assert (slots.length[0], slots.last[0]) == (18, 8)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+STATES = given(
     st.lists(
         st.tuples(st.integers(0, PAGES * PAGE - 1), st.integers(0, 999), st.integers(1, 100), st.booleans()),
         min_size=SLOTS, max_size=SLOTS,
@@ -80,15 +79,46 @@ def test_the_limit_ends_a_sequence_and_a_done_one_stays() -> None:
     st.integers(1, SLOTS + 1),
     st.lists(st.sampled_from([0, 0, 1, 3]), min_size=SLOTS + 1, max_size=SLOTS + 1),
 )  # fmt: skip
+
+
+def filled(state: list[tuple], device: torch.device) -> SlotArrays:
+    slots = arrays(device)
+    for slot, (length, last, limit, done) in enumerate(state):
+        seat(slots, slot, length, last, limit, [slot * PAGES + i for i in range(PAGES)], shift=-slot)
+        slots.done[slot] = int(done)
+    return slots
+
+
+def same_numbers(one: SlotArrays, other: SlotArrays) -> bool:
+    names = ("length", "last", "limit", "shift", "done")
+    return all(torch.equal(getattr(one, name)[:SLOTS], getattr(other, name)[:SLOTS]) for name in names)
+
+
+@settings(max_examples=25, deadline=None)
+@STATES
+def test_the_cpu_s_kernels_equal_the_plain_torch(
+    state: list[tuple], order: list[int], count: int, finish: list[int]
+) -> None:
+    plain, host = (filled(state, torch.device("cpu")) for _ in range(2))
+    rows = torch.tensor([*order[:count], SLOTS, SLOTS])
+    expected, got = plain.prepare_plain(rows), host.prepare(rows)
+    for name in ("ids", "positions", "kv_slots", "lengths", "draw_positions"):
+        assert torch.equal(getattr(expected, name), getattr(got, name)), name
+        assert getattr(expected, name).dtype == getattr(got, name).dtype, name
+    ids, codes = torch.arange(100, 100 + len(rows)), torch.tensor([*finish[:count], 0, 0], dtype=torch.uint8)
+    outs = [torch.empty(2, len(rows), dtype=torch.int32) for _ in range(2)]
+    plain.advance_plain(rows, expected.draw_positions, ids, codes, outs[0])
+    host.advance(rows, got.draw_positions, ids, codes, outs[1])
+    assert torch.equal(*outs) and same_numbers(plain, host)
+
+
+@settings(max_examples=25, deadline=None)
+@STATES
 def test_kernels_equal_the_plain_torch(state: list[tuple], order: list[int], count: int, finish: list[int]) -> None:
     pytest.importorskip("triton")
     from actorserve.models import slot_kernels
 
-    pair = [arrays(), arrays()]
-    for slots in pair:
-        for slot, (length, last, limit, done) in enumerate(state):
-            seat(slots, slot, length, last, limit, [slot * PAGES + i for i in range(PAGES)], shift=-slot)
-            slots.done[slot] = int(done)
+    pair = [filled(state, DEVICE) for _ in range(2)]
     rows = torch.tensor([*order[:count], SLOTS, SLOTS], dtype=torch.int32, device=DEVICE)
     plain, fused = pair[0].prepare_plain(rows), slot_kernels.prepare(pair[1], rows)
     for name in ("ids", "positions", "kv_slots", "lengths", "draw_positions"):
@@ -98,12 +128,9 @@ def test_kernels_equal_the_plain_torch(state: list[tuple], order: list[int], cou
     outs = [torch.empty(2, len(rows), dtype=torch.int32, device=DEVICE) for _ in pair]
     pair[0].advance_plain(rows, plain.draw_positions, ids, codes, outs[0])
     slot_kernels.advance(pair[1], rows, fused.draw_positions, ids, codes, outs[1])
-    assert torch.equal(*outs)
+    assert torch.equal(*outs) and same_numbers(*pair)
     host = torch.full((2, count), -7, dtype=torch.int32, pin_memory=torch.cuda.is_available())
     slot_kernels.deliver(outs[1][:, :count], host)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     assert torch.equal(host, outs[0][:, :count].cpu())
-    for name in ("length", "last", "limit", "shift", "done"):
-        mine, theirs = (getattr(s, name)[:SLOTS] for s in pair)
-        assert torch.equal(mine, theirs), name

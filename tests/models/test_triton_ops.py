@@ -12,10 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from actorserve.models.families import spec_of
 from actorserve.models.layers import ACTIVATIONS, TorchOps
 from actorserve.models.rope import inverse_frequencies
+from actorserve.models.shapes import KNOWN
 from actorserve.models.spec import Rope, RopeScaling, Spec
-from actorserve.models.triton_ops import TritonOps
+from actorserve.models.triton_ops import TritonOps, pdl_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -188,6 +190,12 @@ def test_no_tokens() -> None:
     weight = torch.ones(64, dtype=torch.float16, device=DEVICE)
     assert OPS.add_rms_norm(empty, empty, 1.0, weight, 1e-6)[0].shape == (0, 64)
     assert OPS.act_mul(empty, "silu").shape == (0, 32)
+
+
+def test_up_to_how_many_rows_kernels_overlap() -> None:
+    """More where gate-up is a stream, and its weight not quantized; else by the width."""
+    large, small = spec_of(KNOWN["qwen2-7b"]), spec_of(KNOWN["qwen2-0.5b"])
+    assert (pdl_rows(large), pdl_rows(large, dense=False), pdl_rows(small)) == (64, 16, 64)
 
 
 @pytest.mark.skipif(not CUDA, reason="PDL is the GPU's")

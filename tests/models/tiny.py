@@ -122,7 +122,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "olmo2": ("Olmo2", {}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
-    "exaone": ("Exaone", {"rope_parameters": LLAMA3}),
+    "exaone-native": ("Exaone", {"rope_parameters": LLAMA3}),
     "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
     "mixtral": ("Mixtral", {"sliding_window": None, "num_local_experts": 4}),
     "qwen2-moe": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),

@@ -1,12 +1,14 @@
-"""perf.http: its client counts every event, and its figures are what they say."""
+"""perf.http: its readers count every event, and its figures are what they say."""
 
-import asyncio
 import itertools
+import os
+import time
 
 import pytest
 from served import served
 
-from actorserve.perf import http
+from actorserve.perf import http, sse_readers
+from actorserve.perf.sse_readers import first_event, reading
 
 
 async def numbered(scope, receive, send):
@@ -19,33 +21,71 @@ async def numbered(scope, receive, send):
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
-def test_every_event_is_counted() -> None:
-    async def count(url: str) -> list[http.Counter]:
-        async with http.streaming(url, [http.request_of(url, "/", {})] * 3) as counters:
-            await asyncio.gather(*(counter.ended for counter in counters))
-        return counters
+class EndOfScript(Exception):
+    """The readers have told all that a test wants to know."""
 
+
+class Scripted:
+    """The readers' control: it asks whenever they look, until all has ended."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, int]] = []
+        self._read, write = os.pipe()
+        os.write(write, b"x")
+        os.close(write)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def recv(self) -> None:
+        if self.told and self.told[-1][2] == 2:
+            os.close(self._read)
+            raise EndOfScript
+
+    def send(self, seen: tuple[int, int, int]) -> None:
+        self.told.append(seen)
+
+
+def test_every_event_is_counted() -> None:
+    with served(numbered) as url, reading(url, [http.request_of(url, "/", {})] * 3) as readers:
+        readers.wait_until_begun()
+        while (seen := readers.seen()).ended < 3:
+            time.sleep(0.01)
+        assert (seen.events, seen.begun) == (3 * 201, 3)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_events_are_counted_wherever_they_are_cut(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(sse_readers, "AT_ONCE", at_once)
+    asked = Scripted()
+    with served(numbered) as url, pytest.raises(EndOfScript):
+        sse_readers.read_streams(url, [http.request_of(url, "/", {})] * 2, asked)
+    assert asked.told[-1] == (2 * 201, 2, 2)
+
+
+def test_a_first_event_is_timed_before_the_rest() -> None:
     with served(numbered) as url:
-        counters = asyncio.run(count(url))
-    assert [counter.events for counter in counters] == [201] * 3
-    assert all(counter.sent <= counter.first for counter in counters)
-    assert b'"n":199' in counters[0].tail
+        found = first_event(url, http.request_of(url, "/", {}))
+    assert found.sent <= found.first <= time.time()
+    assert found.body.count(b"data: ") == 201 and b'"n":199' in found.body
 
 
 def test_rates_are_events_by_the_cpu_seconds_of_who_sends_them() -> None:
     spent = itertools.count()
     with served(http.bare_app) as url:
         requests = [http.request_of(url, "/", {}) for _ in range(4)]
-        found = asyncio.run(http.rate(url, requests, 0.2, lambda: 2.0 * next(spent)))
+        found = http.rate(url, requests, 0.2, lambda: 2.0 * next(spent))
     assert found["cpu_seconds"] == 2.0
     assert found["events_per_core"] == found["events"] / 2 > 0
     with served(numbered) as url, pytest.raises(SystemExit, match="ended"):
-        asyncio.run(http.rate(url, [http.request_of(url, "/", {})], 0.2, lambda: 0.0))
+        http.rate(url, [http.request_of(url, "/", {})], 0.2, lambda: 0.0)
 
 
 def test_the_report_names_everything() -> None:
     row = {"events": 10.0, "events_per_second": 50.0, "events_per_core": 30_000.0, "cpu_seconds": 0.1}
     ours = {"completions": row, "chat": row, "ttft_ms": 9.0, "ttft_overhead_ms": 2.0, "ttft_overhead_p90_ms": 2.5}
+    ours |= {"request_ms": 0.75, "reply_ms": 1.25}
     limit = row | {"events_per_core": 60_000.0}
     text = http.report({"limit": limit, "reference": row, "ours": {1: ours, 2: ours}})
     assert text.count("30,000") == 5 and text.count(" 0.50 ") == 5 and text.count("overhead 2.00 ms") == 2
+    assert text.count("to the engine 0.75, from it 1.25") == 2

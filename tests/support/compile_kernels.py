@@ -23,8 +23,10 @@ from actorserve.models import (
     moe_kernels,
     packed_kernels,
     slot_kernels,
+    stream_kernels,
 )
 from actorserve.models.gemm import GEMMS, Tile
+from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_attention import DECODE, splits_for
 from actorserve.perf.gemm_tiles import Case, cases
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
@@ -83,12 +85,14 @@ def sampler() -> Iterator[None]:
 
 
 def attention() -> Iterator[None]:
-    """Decode at every launch of the table, with many parts and few, and prefill."""
+    """Decode at every launch of the table, with many parts and few, and prefill; without TESTS_THOROUGH
+    one without parts for a head's size."""
     shape = {"K": 4, "G": 7, "PAGE": 16, "WINDOW": False, "SOFTCAP": False, "PRECISION": "tf32"}
     seen = set()
     for head_dim, launches in DECODE.items():
         for most, launch in launches:
-            for problems in (1, 3 * most):
+            all_of_them = "TESTS_THOROUGH" in os.environ or most == launches[-1][0]
+            for problems in (1, 3 * most) if all_of_them else (1,):
                 splits = splits_for(problems, launch)
                 if (head_dim, launch, splits) in seen:
                     continue
@@ -131,39 +135,61 @@ def layers() -> Iterator[None]:
 
 
 def gemms() -> Iterator[None]:
-    """Every tile of GEMMS with what follows its product; without TESTS_THOROUGH one of each epilogue."""
+    """Every tile of GEMMS with what follows its product; without TESTS_THOROUGH one of each epilogue and kernel."""
     seen = set()
     for case in (case for model in ("qwen2-0.5b", "qwen2-7b") for case in cases(model)):
-        for _, tile in GEMMS.get((case.outputs, case.inputs), ()):
-            if tile is not None and ("TESTS_THOROUGH" in os.environ or case.follows not in seen):
-                seen.add(case.follows)
-                yield one_gemm(case, tile)
+        for most, tile in GEMMS.get((case.outputs, case.inputs), ()):
+            kind = (case.follows, type(tile))
+            if tile is not None and ("TESTS_THOROUGH" in os.environ or kind not in seen):
+                seen.add(kind)
+                yield one_gemm(case, tile) if isinstance(tile, Tile) else one_stream(case, tile, most)
 
 
 def one_gemm(case: Case, tile: Tile) -> None:
     """A tile as gemm.linear launches it with PDL."""
-    heads, add, gated = (case.follows == name for name in ("heads", "add", "gated"))
-    width = tile.outputs // (2 if gated else 1)
+    width = tile.outputs // (2 if case.follows == "gated" else 1)
     share = cdiv(cdiv(case.inputs, tile.depth), tile.split)
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": width, "BK": tile.depth, "SPLIT": tile.split, "SWAP": tile.swap, "TMA": tile.tma,
         "EVEN": case.inputs % tile.depth == 0, "AHEAD": min(tile.ahead, share), "LOOP": share > tile.ahead,
-        "STAGES": tile.stages if tile.rows == 1 else None, "BIAS": heads, "SQUARES": 0 if add else 64,
-        "ACT": "silu" if gated else "", "ADD": add, "HEADS": heads, "D": case.head_dim if heads else 0,
-        "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0, "PDL": True, "FETCH": tile.fetch,
-        "qk_gains": None, "qk_eps": 0.0, **({} if tile.split > 1 else {"parts": None}),
+        "STAGES": tile.stages if tile.rows == 1 else None, "FETCH": tile.fetch,
+        **({} if tile.split > 1 else {"parts": None}), **epilogue_of(case),
+    }  # fmt: skip
+    types = PACKED | {"w": "*bf16", **({"out": "*fp32"} if case.follows == "logits" else {})}
+    if tile.tma:
+        types |= blocks(tile.rows, width, tile.depth)
+    else:
+        constants |= dict.fromkeys(("x_blocks", "w_blocks"))
+    build(gemm_kernels.linear_kernel, tile.warps, True, types, tile.stages, **constants)
+
+
+def one_stream(case: Case, stream: Stream, rows: int) -> None:
+    """A configuration as stream_gemm.multiply launches it for so many rows, with PDL."""
+    constants = stream.constants(case.outputs, case.inputs, rows, case.follows == "gated")
+    constants |= epilogue_of(case) | {"WAIT": True} | ({} if constants["REST"] else {"parts": None})
+    types = PACKED | {"w": "*bf16", **({"out": "*fp32"} if case.follows == "logits" else {})}
+    types |= blocks(stream.rows, constants["BN"], stream.depth)
+    build(stream_kernels.stream_kernel, stream.warps, True, types, stream.stages, **constants)
+
+
+def blocks(rows: int, outputs: int, depth: int) -> dict[str, str]:
+    """The types of descriptors."""
+    return {name: f"tensordesc<bf16[{size}, {depth}]>" for name, size in (("x_blocks", rows), ("w_blocks", outputs))}
+
+
+def epilogue_of(case: Case) -> dict[str, Any]:
+    """The constants that say what follows a product."""
+    heads, add, gated = (case.follows == name for name in ("heads", "add", "gated"))
+    constants: dict[str, Any] = {
+        "BIAS": heads, "SQUARES": 0 if add else 64, "ACT": "silu" if gated else "", "ADD": add, "HEADS": heads,
+        "D": case.head_dim if heads else 0, "QK_NORM": False, "ROTATE": heads, "INTERLEAVED": False, "KV_LIMIT": 0,
+        "PDL": True, "qk_gains": None, "qk_eps": 0.0,
     }  # fmt: skip
     if not heads:
         constants |= dict.fromkeys(("bias", "table", "slots", "kv")) | {"kv_stride": 0, "heads": 0, "kv_heads": 0}
     if not add:
         constants |= dict.fromkeys(("residual", "gain", "new_residual", "new_squares")) | {"scale": 1.0}
-    types = PACKED | {"w": "*bf16", **({"out": "*fp32"} if case.follows == "logits" else {})}
-    blocks = {"x_blocks": tile.rows, "w_blocks": width}
-    if tile.tma:
-        types |= {name: f"tensordesc<bf16[{size}, {tile.depth}]>" for name, size in blocks.items()}
-    else:
-        constants |= dict.fromkeys(blocks)
-    build(gemm_kernels.linear_kernel, tile.warps, True, types, tile.stages, **constants)
+    return constants
 
 
 def quantized() -> Iterator[None]:

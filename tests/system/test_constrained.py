@@ -34,8 +34,8 @@ from actorserve.sampler.race import hashes, id_terms, log_times
 
 ON_GPU = torch.cuda.is_available()
 BASE = {
-    "dtype": "float32", "placement": "inline", "max_total_tokens": 1 << 18 if ON_GPU else 8192, "window_ms": 0.0,
-    "cpu_threads": 1, "grammar_seconds": 20.0,
+    "dtype": "float32" if ON_GPU else "auto", "placement": "inline", "window_ms": 0.0,
+    "max_total_tokens": 1 << 18 if ON_GPU else 8192, "cpu_threads": 1, "grammar_seconds": 20.0,
 }  # fmt: skip
 SCHEMA = {
     "type": "object",

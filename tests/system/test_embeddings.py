@@ -162,6 +162,36 @@ def test_a_classification_head(tmp_path: Path) -> None:
             engine.embed(prompts[0])
 
 
+def test_a_cross_encoder_equals_transformers(minilm: str, tmp_path: Path) -> None:
+    """MiniLM with a head of one label: pairs of texts, short, uneven and cut, by /v1/rerank and /v1/score."""
+    torch.manual_seed(0)
+    folder, running_in = tmp_path / "model", tmp_path / "server"
+    model = transformers.BertForSequenceClassification.from_pretrained(minilm, num_labels=1, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(folder)
+    running_in.mkdir()
+
+    def expected(first: str, second: str) -> float:
+        with torch.no_grad():
+            pair = tokenizer(first, second, truncation=True, max_length=100, return_tensors="pt")
+            return float(torch.sigmoid(model(**pair).logits[0, 0]))
+
+    flags = ["--model", str(folder), "--dtype", "float32", "--context-length", "100"]
+    with live_server(running_in, *flags) as running:
+        body = {"query": TEXTS[0], "documents": TEXTS, "truncate_prompt_tokens": -1}
+        results = httpx.post(f"{running.url}/v1/rerank", json=body).json()["results"]
+        scores = {one["index"]: one["relevance_score"] for one in results}
+        for i, text in enumerate(TEXTS):
+            assert abs(scores[i] - expected(TEXTS[0], text)) < 1e-5
+        assert len(set(scores.values())) == len(TEXTS)
+        body = {"text_1": TEXTS[3], "text_2": TEXTS, "truncate_prompt_tokens": -1}
+        for one in httpx.post(f"{running.url}/v1/score", json=body).json()["data"]:
+            assert abs(one["score"] - expected(TEXTS[3], TEXTS[one["index"]])) < 1e-5
+
+
 def has_prefilled(running: LiveServer, before: float) -> bool:
     return running.metrics()["actorserve_prefilled_tokens_total"] > before
 

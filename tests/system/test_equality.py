@@ -4,20 +4,18 @@ Chunks, prefix cache, windows of k steps, batch mixes and placement may change h
 """
 
 import copy
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kept_weights import with_kept_weights
 from prompts import PROMPTS
-from safetensors.torch import load_file
 
 from actorserve import Engine, SamplingParams
 from actorserve.errors import StartupError
 from actorserve.models.c_library import find_compiler
-from actorserve.models.gguf import KEPT_FILE
-from actorserve.models.quantized import dequantise
 
 NEW_TOKENS = 64
 BASE = {"dtype": "float32", "placement": "inline", "max_total_tokens": 16384, "window_ms": 0.0, "cpu_threads": 1}
@@ -73,65 +71,76 @@ def texts(thorough: bool) -> list[str]:
     return PROMPTS if thorough else PROMPTS[::8]
 
 
+PLAIN = {
+    "chunked_prefill_size": 0, "disable_radix_cache": True, "num_continuous_decode_steps": 1, "plans_in_flight": 1,
+}  # fmt: skip
+"""Whole prompts, no cache, one step a window, one window in flight."""
+
+
 @pytest.fixture(scope="module")
 def plain(smollm: str, texts: list[str]) -> list[list[int]]:
-    """The plainest way: whole prompts, no cache, one step a window, one window in flight."""
-    return generate(
-        smollm, texts, chunked_prefill_size=0, disable_radix_cache=True, num_continuous_decode_steps=1,
-        plans_in_flight=1,
-    )  # fmt: skip
+    """The plainest way."""
+    return generate(smollm, texts, **PLAIN)
+
+
+@pytest.fixture(scope="module")
+def kept(smollm: str, texts: list[str]) -> list[list[int]]:
+    """The same with the weights that a CPU keeps by itself, the GGUF's blocks: exact too, and much faster."""
+    return generate(smollm, texts, dtype="auto", **PLAIN)
 
 
 def test_equal_to_transformers(smollm: str, reference: Any, texts: list[str], plain: list[list[int]]) -> None:
     assert differences(smollm, reference, texts, plain) <= 0.01 * len(texts)
 
 
-def test_quantized_weights_equal_transformers(smollm: str, reference: Any, texts: list[str]) -> None:
+def test_quantized_weights_equal_transformers(
+    smollm: str, reference: Any, texts: list[str], kept: list[list[int]]
+) -> None:
     """By themselves, as a CPU has them: the GGUF's blocks against transformers with what they mean, in float32."""
     try:
         find_compiler()
     except StartupError as error:
         pytest.skip(str(error))
-    texts = texts[::2]
-    ids = generate(smollm, texts, dtype="auto", device="cpu", quantization="gguf")
-    again = generate(smollm, texts, dtype="auto", device="cpu", chunked_prefill_size=16, max_running_requests=3)
-    assert again == ids, "the default on a CPU, in another way"
-    exact = copy.deepcopy(reference)
-    with torch.no_grad():
-        for name, blocks in load_file(Path(smollm) / KEPT_FILE).items():
-            parameter = exact.get_parameter(name)
-            parameter.copy_(dequantise(blocks, parameter.shape[1]))
-    assert differences(smollm, exact, texts, ids) == 0
+    assert generate(smollm, texts[:1], dtype="auto", device="cpu", quantization="gguf") == kept[:1], "they are these"
+    assert differences(smollm, with_kept_weights(copy.deepcopy(reference), smollm), texts, kept) == 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"chunked_prefill_size": 16, "num_continuous_decode_steps": 4},
-        {"chunked_prefill_size": 64, "num_continuous_decode_steps": 16},
-        {"chunked_prefill_size": 0, "num_continuous_decode_steps": 16, "disable_radix_cache": True},
-        {"chunked_prefill_size": 64, "max_running_requests": 5, "schedule_policy": "fcfs"},
-        {"chunked_prefill_size": 16, "max_total_tokens": 720, "schedule_conservativeness": 0.1},
-        {"placement": "process", "num_continuous_decode_steps": 4},
-    ],
-    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
-)
-def test_the_same_in_every_way(
-    smollm: str, texts: list[str], plain: list[list[int]], options: dict[str, object]
+WAYS: list[dict[str, Any]] = [
+    {"chunked_prefill_size": 16, "num_continuous_decode_steps": 4},
+    {"chunked_prefill_size": 16, "max_total_tokens": 720, "schedule_conservativeness": 0.1},
+    {"chunked_prefill_size": 64, "num_continuous_decode_steps": 16},
+    {"chunked_prefill_size": 0, "num_continuous_decode_steps": 16, "disable_radix_cache": True},
+    {"chunked_prefill_size": 64, "max_running_requests": 5, "schedule_policy": "fcfs"},
+    {"placement": "process", "num_continuous_decode_steps": 4},
+]
+
+
+def name_of(options: dict[str, Any]) -> str:
+    return ",".join(f"{k}={v}" for k, v in options.items())
+
+
+@pytest.mark.parametrize("options", WAYS, ids=name_of)
+def test_the_same_in_every_way(smollm: str, texts: list[str], kept: list[list[int]], options: dict[str, Any]) -> None:
+    assert generate(smollm, texts, dtype="auto", **options) == kept
+
+
+@pytest.mark.parametrize("options", WAYS if "TESTS_THOROUGH" in os.environ else WAYS[:2], ids=name_of)
+def test_float32_is_the_same_in_every_way(
+    smollm: str, texts: list[str], plain: list[list[int]], options: dict[str, Any]
 ) -> None:
     assert generate(smollm, texts, **options) == plain
 
 
 @pytest.fixture(scope="module")
 def engine(smollm: str) -> Iterator[object]:
-    with Engine.sync(smollm, **BASE) as e:
+    with Engine.sync(smollm, **{**BASE, "dtype": "auto"}) as e:
         yield e
 
 
-def test_cold_and_warm_cache(engine: object, texts: list[str], plain: list[list[int]]) -> None:
+def test_cold_and_warm_cache(engine: object, texts: list[str], kept: list[list[int]]) -> None:
     for _ in range(2):
         outputs = engine.generate(texts, GREEDY)  # type: ignore[attr-defined]
-        assert [list(o.ids) for o in outputs] == plain
+        assert [list(o.ids) for o in outputs] == kept
     assert all(o.cached_tokens == o.prompt_tokens - 1 for o in outputs)
 
 

@@ -14,7 +14,7 @@ import pytest
 from actorserve import Engine, SamplingParams
 
 BASE = {
-    "dtype": "float32", "placement": "inline", "max_total_tokens": 4096, "window_ms": 0.0, "cpu_threads": 1,
+    "placement": "inline", "max_total_tokens": 4096, "window_ms": 0.0, "cpu_threads": 1,
     "grammar_seconds": 20.0,
 }  # fmt: skip
 TREE = {

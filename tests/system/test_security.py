@@ -222,7 +222,7 @@ def in_memory(pid: int, text: bytes) -> bool:
 
 # ------------------------------------------------------------------ no route without a key
 
-OPEN = {"/health", "/health_generate", "/ready", "/"}
+OPEN = {"/health", "/health_generate", "/ping", "/ready", "/"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 

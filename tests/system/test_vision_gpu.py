@@ -37,10 +37,10 @@ def outputs(folder: str, videos: bool, **settings: object) -> list[actorserve.Ou
 @pytest.mark.gpu
 @pytest.mark.timeout(600)  # kernels are compiled on first use
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
 def test_a_gpu_says_what_a_cpu_says(kind: str, tmp_path: Path) -> None:
     folder = tiny_vlm(kind, tmp_path / kind).folder
-    videos = kind != "llava"
+    videos = kind not in ("llava", "llava_next")
     expected = outputs(folder, videos, device="cpu")
     for graphs in (False, True):
         found = outputs(folder, videos, device="cuda", disable_cuda_graph=not graphs)

@@ -104,11 +104,15 @@ def test_features(yi: SimpleNamespace) -> None:
         assert len(found) == image.tokens == 16
 
 
-def test_the_engine(yi: SimpleNamespace) -> None:
+@pytest.mark.timeout(600)  # on a GPU kernels are compiled on first use
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_engine(yi: SimpleNamespace, device: str) -> None:
     """Text and images, several, from the prefix cache; the mark for an image without one is refused."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     one, other = picture(1), picture(2, 90, 30)
     text = "A <image_placeholder> and <image_placeholder>?"
-    with actorserve.Engine.sync(str(yi.folder), chunked_prefill_size=24, **SETTINGS) as engine:
+    with actorserve.Engine.sync(str(yi.folder), chunked_prefill_size=24, **(SETTINGS | {"device": device})) as engine:
         outputs = [engine.generate(text, image_data=[png(one), png(other)], **GREEDY) for _ in range(2)]
         assert [output.ids for output in outputs] == [greedy(yi, text, [one, other])] * 2
         assert outputs[1].cached_tokens == outputs[1].prompt_tokens - 1

@@ -1,0 +1,167 @@
+"""Where a step's time goes on a CPU with quantized weights, and how near the linear maps are to what a core can do.
+
+    python -m actorserve.perf.cpu_parts [--rows 1 8 22 64] [--threads 1] [--steps 30] [--temperature 0]
+
+First each kind of linear map alone, its weights in the cache: GFLOP/s, best of many, beside fused multiply-adds in
+registers and nothing else (fma.c). Then steps of so many decoding rows as the executor makes them (runner, stepper and
+sampler, no actors), at contexts from 72 tokens on: with all layers in one call, and by parts. With one thread times are
+the thread's own, for busy machines. Needs the embedded model.
+"""
+
+import argparse
+import ctypes
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actorserve.config import EngineConfig
+from actorserve.models.c_library import load_library
+from actorserve.models.cpu_decoder import maps_of
+from actorserve.models.cpu_draw import cpu_race
+from actorserve.models.cpu_kernels import kernels
+from actorserve.models.decoder import Decoder
+from actorserve.models.embedded import embedded_model
+from actorserve.models.kv_cache import KVCache
+from actorserve.models.quantized import QuantizedLinear
+from actorserve.models.runner import ChunkWork, Runner
+from actorserve.models.stepper import Stepper
+from actorserve.models.weights import load_decoder
+from actorserve.sampler.drawer import Drawer
+from actorserve.sampler.params import SamplingParams
+from actorserve.sampler.state import SamplerState
+
+PROMPT, ROOM, PAGE = 64, 256, 16
+NONE = np.empty(0, np.int64)
+Clock = Callable[[], float]
+PARTS = {
+    "linear": "linear maps", "attend": "attention", "rms_norm": "other", "rotate_and_write": "other",
+    "silu_mul": "other", "rotation_table": "other", "run_layers": "layers", "prepare": "slots", "advance": "slots",
+}  # fmt: skip
+
+
+def most_flops() -> float:
+    """GFLOP/s of one core, at best."""
+    models = Path(__file__).parent.parent / "models"
+    function = load_library(Path(__file__).parent / "fma.c", models / "cpu_kernels.h").fused_multiply_adds
+    function.argtypes, function.restype = [ctypes.c_long, ctypes.c_void_p], ctypes.c_long
+    numbers, best = torch.tensor([0.5, 1.0]), 0.0
+    for _ in range(50):
+        start = time.perf_counter()
+        done = function(20000, numbers.data_ptr())
+        best = max(best, done / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def map_speed(linear: QuantizedLinear, rows: int, clock: Clock) -> float:
+    """GFLOP/s, best of some tenths of a second."""
+    x, best = torch.randn(rows, linear.inputs), float("inf")
+    until = clock() + 0.2
+    while clock() < until:
+        start = clock()
+        linear(x)
+        best = min(best, clock() - start)
+    return 2 * linear.outputs * linear.inputs * rows / best / 1e9
+
+
+def watched(target: Any, name: str, part: str, spent: dict[str, float], clock: Clock) -> Callable[..., Any]:
+    """Let calls of target.name add to a part's time; returns what it was."""
+    function = getattr(target, name)
+
+    def timed(*arguments: Any) -> Any:
+        start = clock()
+        result = function(*arguments)
+        spent[part] += clock() - start
+        return result
+
+    setattr(target, name, timed)
+    original: Callable[..., Any] = function
+    return original
+
+
+class Steps:
+    """A batch that decodes."""
+
+    def __init__(self, decoder: Decoder, rows: int, temperature: float) -> None:
+        pages = ROOM // PAGE
+        kv = KVCache(decoder.spec, rows * pages + 1, PAGE, decoder.device, decoder.dtype)
+        state = SamplerState(rows, decoder.spec.vocab, (2,), decoder.device)
+        runner = Runner(decoder, kv, rows, pages)
+        self.drawer = Drawer(state, rows, cpu_race())
+        self.stepper = Stepper(runner, self.drawer, None)
+        self.rows = np.arange(rows)
+        ids = np.random.default_rng(0).integers(100, 40000, (rows, PROMPT)).astype(np.int32)
+        none = np.empty(0, np.int32)
+        for row in range(rows):
+            params = SamplingParams(temperature=temperature, seed=row, max_new_tokens=ROOM, ignore_eos=True)
+            runner.admit(row, np.arange(row * pages, row * pages + pages, dtype=np.int32), 0, ROOM)
+            state.admit(row, params, none, none, PROMPT, 0)
+        runner.slots.flush()
+        for row in range(rows):
+            self.stepper.launch(NONE, [ChunkWork(row, 0, ids[row], True)])
+
+    def run(self, count: int, clock: Clock) -> float:
+        """Seconds a step, on average."""
+        start = clock()
+        for _ in range(count):
+            self.stepper.launch(self.rows, []).rows()
+        return (clock() - start) / count
+
+
+def by_parts(decoder: Decoder, rows: int, args: argparse.Namespace, clock: Clock) -> dict[str, float]:
+    """Milliseconds a step: whole, and of its parts, made one by one."""
+    steps = Steps(decoder, rows, args.temperature)
+    steps.run(8, clock)
+    whole = steps.run(args.steps, clock)
+    spent: dict[str, float] = defaultdict(float)
+    compiled, layers, decoder.layers = kernels(), decoder.layers, None
+    kept = {name: watched(compiled, name, part, spent, clock) for name, part in PARTS.items()}
+    maps = [linear for layer in decoder.weights.layers for linear in maps_of(layer)]
+    for linear in maps:
+        linear.linear = compiled.linear
+    assert decoder.weights.head is not None and isinstance(decoder.weights.head.product, QuantizedLinear)
+    head = decoder.weights.head.product
+    kept_head = watched(head, "linear", "head", spent, clock)
+    watched(steps.drawer, "draw", "draw", spent, clock)
+    try:
+        apart = steps.run(args.steps, clock)
+    finally:
+        for name, function in kept.items():
+            setattr(compiled, name, function)
+        for linear in maps:
+            linear.linear = compiled.linear
+        head.linear, decoder.layers = kept_head, layers
+    parts = {name: seconds / args.steps for name, seconds in spent.items()}
+    parts["Python"] = apart - sum(parts.values())
+    return {name: 1e3 * seconds for name, seconds in {"one call": whole, "by parts": apart, **parts}.items()}
+
+
+def main() -> None:
+    """Entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 22, 64])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
+    decoder = load_decoder(embedded_model(), EngineConfig(device="cpu"), lambda fraction: None)
+    limit = most_flops()
+    print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s; share of it by rows {args.rows}")
+    for name, linear in zip(("qkv", "o", "gate and up", "down"), maps_of(decoder.weights.layers[0]), strict=True):
+        shares = [map_speed(linear, rows, clock) / limit / args.threads for rows in args.rows]
+        print(f"{name:12} {linear.outputs:6} x {linear.inputs:5}: " + " ".join(f"{share:6.2f}" for share in shares))
+    for rows in args.rows:
+        parts = by_parts(decoder, rows, args, clock)
+        rate = 1e3 * rows / parts["one call"]
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+        print(f"{rows:4} rows: {rate:7.1f} tokens/s; ms a step: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
