@@ -4,9 +4,9 @@ Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplie
 kernels (`Tile`, `Stream`); what is not in it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table. Nothing
 is tuned at run time. With a tile, the work between this GEMM and the next is done in its epilogue: rotation and KV
 write, activation, residual and norm (`Heads`, `act`, `Add`); a norm's division follows in the next GEMM (`Unscaled`).
-Tried with a `Tile` on an H200 and not kept: asking the L2 for the weight while the predecessor ends, or for the next
-GEMM's weight, made steps slower (Qwen2-7B, 32 rows: 4.26 to 4.50 ms for 4.20; Qwen2-0.5B, 64 rows: 1.10 to 1.15 for
-1.06).
+Tried with a `Tile` on an H200 and not kept: asking the L2 for a large weight while the predecessor ends, or for the
+next GEMM's, made steps slower (Qwen2-7B, 32 rows: 4.26 to 4.50 ms for 4.20; Qwen2-0.5B, 64 rows: 1.10 to 1.15 for
+1.06). Of a small weight in one request a thread it pays (Tile.fetch: 1.052 ms for 1.061).
 Invariant: a call does no host synchronisation and launches what depends on shapes only, so it can be captured.
 """
 
@@ -50,6 +50,8 @@ class Tile:
     ahead: int = 0
     """With PDL: stages of the weight that are loaded, into registers, before the predecessor ends; of a quantized
     weight, into the L2, a power of two. Not with tma."""
+    fetch: bool = False
+    """With PDL: the L2 is asked for the rest of the weight before the predecessor ends. Not of a quantized weight."""
     registers: int = 0
     """Most registers of a thread; 0: as many as the compiler likes."""
 
@@ -80,7 +82,7 @@ GEMMS: Final[dict[tuple[int, int], Choices]] = {
         (64, Tile(64, 16, 128, 4, 4, 5, swap=False, tma=True)),
     ),
     (1152, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7))),
-    (896, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7))),
+    (896, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7, fetch=True))),
     (151936, 896): (
         (1, Tile(1, 8, 1024, 1, 4, 3)), (16, Tile(16, 64, 128, 1, 4, 4, tma=True)),
         (64, Tile(64, 64, 64, 1, 4, 4, tma=True)),
@@ -230,7 +232,8 @@ def linear(
     linear_kernel[(tiles, tile.split)](
         x, weight, x_blocks, w_blocks, bias, out, parts, arrived, rows, outputs, inputs, early, *after,
         BK=tile.depth, SWAP=tile.swap, TMA=tile.tma, EVEN=inputs % tile.depth == 0, AHEAD=min(tile.ahead, share),
-        LOOP=share > tile.ahead, STAGES=tile.stages if tile.rows == 1 else None, **options,
+        LOOP=share > tile.ahead, FETCH=tile.fetch,
+        STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
     return out
 

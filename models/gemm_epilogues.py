@@ -75,22 +75,30 @@ def add_to_residual(acc, old, gains, out, rn, rm, rows, n, tile_n, tiles_n, add,
 
 
 @triton.jit
-def head_rows(tile, D: tl.constexpr, BN: tl.constexpr):
-    """The BN outputs of a tile of heads: whole heads, or (not interleaved) BN / 2 pairs of one, firsts then seconds."""
-    i = tl.arange(0, BN)
+def first_head_and_pair(tile, D: tl.constexpr, BN: tl.constexpr):
+    """Those of a tile of heads, see `head_rows`."""
     if BN >= D:
-        return tile * BN + i
+        return tile * (BN // D), 0
     else:
-        PARTS: tl.constexpr = D // BN
-        half = i // (BN // 2)
-        return (tile // PARTS) * D + half * (D // 2) + (tile % PARTS) * (BN // 2) + i % (BN // 2)
+        return tile // (D // BN), tile % (D // BN) * (BN // 2)
 
 
 @triton.jit
-def cosines_and_sines(table, rn, rm, rows, D: tl.constexpr):
-    """Those of the pairs in rows rm, [1, pairs, BM] each, of table float32 [T, 2, D / 2]; rn: see `head_rows`."""
-    PAIRS: tl.constexpr = (D if rn.shape[0] >= D else rn.shape[0]) // 2
-    pair = tl.min(rn, 0) % D + tl.arange(0, PAIRS)
+def head_rows(tile, D: tl.constexpr, BN: tl.constexpr):
+    """The BN outputs of a tile of heads: whole heads, or (not interleaved) BN / 2 pairs of one, firsts then seconds."""
+    i = tl.arange(0, BN)
+    head, pair = first_head_and_pair(tile, D, BN)
+    if BN >= D:
+        return head * D + i
+    else:
+        return head * D + i // (BN // 2) * (D // 2) + pair + i % (BN // 2)
+
+
+@triton.jit
+def cosines_and_sines(table, tile, rm, rows, D: tl.constexpr, BN: tl.constexpr):
+    """Those of a tile's pairs in rows rm, [1, pairs, BM] each, of table float32 [T, 2, D / 2]."""
+    PAIRS: tl.constexpr = min(BN, D) // 2
+    pair = first_head_and_pair(tile, D, BN)[1] + tl.arange(0, PAIRS)
     at = table + rm.to(tl.int64)[None, None, :] * D + pair[None, :, None]
     live = (rm < rows)[None, None, :]
     return tl.load(at, live, other=1.0), tl.load(at + D // 2, live, other=0.0)
@@ -98,12 +106,12 @@ def cosines_and_sines(table, rn, rm, rows, D: tl.constexpr):
 
 @triton.jit
 def store_heads(
-    acc, turn, slot, out, rn, rm, rows, operands, SWAP: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
+    acc, turn, slot, out, tile, rm, rows, operands, SWAP: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
     ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """QK-norm and rotate a tile of heads; queries to out [rows, H, D], keys and values to kv [slots, 2, K, D].
 
-    What layer_kernels.rope_kernel does, for DIM = D, a power of two. turn: `cosines_and_sines`; slot [BM]; rn: see
+    What layer_kernels.rope_kernel does, for DIM = D, a power of two. turn: `cosines_and_sines`; slot [BM]; tile: see
     `head_rows`, whole heads with QK_NORM.
     """
     gains, eps, kv, kv_stride, heads, kv_heads = operands
@@ -119,8 +127,9 @@ def store_heads(
         pairs = tl.permute(tl.reshape(y, (COUNT, 2, PAIRS, BM)), (0, 2, 3, 1))
     first, second = tl.split(pairs)  # [COUNT, PAIRS, BM] each
 
-    head = (tl.min(rn, 0) // D + tl.arange(0, COUNT))[:, None, None]
-    pair = (tl.min(rn, 0) % D + tl.arange(0, PAIRS))[None, :, None]
+    first_head, first_pair = first_head_and_pair(tile, D, y.shape[0])
+    head = (first_head + tl.arange(0, COUNT))[:, None, None]
+    pair = (first_pair + tl.arange(0, PAIRS))[None, :, None]
     row = rm[None, None, :]
     step: tl.constexpr = 2 if INTERLEAVED else 1
     other: tl.constexpr = 1 if INTERLEAVED else D // 2

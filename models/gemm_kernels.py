@@ -11,6 +11,7 @@ Invariant: results are a function of the row, the weight and the tile; `arrived`
 import triton
 import triton.language as tl
 
+from .fetch_kernels import ask_rows
 from .gemm_epilogues import (
     add_to_residual,
     by_column,
@@ -86,9 +87,9 @@ def finish(
     elif HEADS:
         slot, gains, eps, kv, kv_stride, count, kv_count = heads
         if LATE and ROTATE:
-            turn = cosines_and_sines(turn, rn, rm, rows, D)
+            turn = cosines_and_sines(turn, tile_n, rm, rows, D, rn.shape[0])
         operands = (gains, eps, kv, kv_stride, count, kv_count)
-        store_heads(acc, turn, slot, out, rn, rm, rows, operands, SWAP, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT)
+        store_heads(acc, turn, slot, out, tile_n, rm, rows, operands, SWAP, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT)
     else:
         store_tile(acc, out, rn, rm, rows, n, SWAP)
 
@@ -111,7 +112,7 @@ def operands_before(bias, gain, rn, n, BIAS: tl.constexpr, ACT: tl.constexpr, AD
 def operands_after(
     residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k,
     SWAP: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, ROTATE: tl.constexpr, LATE: tl.constexpr,
-    D: tl.constexpr, SQUARES: tl.constexpr,
+    D: tl.constexpr, SQUARES: tl.constexpr, tile_n,
 ):  # fmt: skip
     """What an epilogue reads: a tile of the residual, slots, rotations (both not with LATE), factors of a norm."""
     old = 0.0
@@ -122,7 +123,7 @@ def operands_after(
     if HEADS:
         slot = tl.load(slots + rm, rm < rows, other=0).to(tl.int64)
         if ROTATE and not LATE:
-            turn = cosines_and_sines(table, rn, rm, rows, D)
+            turn = cosines_and_sines(table, tile_n, rm, rows, D, rn.shape[0])
     factors = 0.0
     if SQUARES > 0:
         factors = rms_factors(squares, square_parts, eps, rm, rows, k, SQUARES)
@@ -175,7 +176,7 @@ def linear_kernel(
     TMA: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, SQUARES: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """out [rows, n] = x [rows, k] @ w [n, k].T + bias; with ACT w is [2 n, k] and out = ACT(first half) * second half.
 
@@ -186,7 +187,8 @@ def linear_kernel(
     SQUARES: x is to be divided by its rows' root mean squares, which follow from squares float32 [rows, square_parts]
     (SQUARES: that rounded up to a power of two); the product is. ADD, HEADS: see gemm_epilogues.py. EVEN: BK divides k.
     PDL: what comes next is launched at once if `early`, else as the weight has been read. The first AHEAD steps of the
-    weight, which no kernel writes, are loaded before the predecessor ends; LOOP: there are more.
+    weight, which no kernel writes, are loaded before the predecessor ends; LOOP: there are more. FETCH: the L2 is asked
+    for the others.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     row_tiles = tl.cdiv(rows, BM)
@@ -216,6 +218,11 @@ def linear_kernel(
         ahead = ahead + (tl.load(w_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         if ACT != "":
             ahead_up = ahead_up + (tl.load(up_at + j * BK, there, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    if PDL and FETCH:
+        column = tl.minimum(begin + AHEAD, end) * BK
+        ask_rows(w, first_n, n, k, column, limit, BN)
+        if ACT != "":
+            ask_rows(w + n.to(tl.int64) * k, first_n, n, k, column, limit, BN)
     biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -262,7 +269,7 @@ def linear_kernel(
     LATE: tl.constexpr = BM * BN > 2048  # it would fill the registers: not before it is needed
     old, slot, turn, factors = operands_after(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, SWAP, ADD, HEADS, ROTATE, LATE, D,
-        SQUARES,
+        SQUARES, tile_n,
     )  # fmt: skip
     if LATE:
         old, turn = residual, table

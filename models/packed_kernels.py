@@ -293,7 +293,7 @@ def packed_kernel(
     LATE: tl.constexpr = BM * BN > 2048
     old, slot, turn, factors = operands_after(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, True, ADD, HEADS, ROTATE, LATE, D,
-        SQUARES,
+        SQUARES, tile_n,
     )  # fmt: skip
     if LATE:
         old, turn = residual, table

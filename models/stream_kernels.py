@@ -40,7 +40,7 @@ def _slice(
     rm = first_m + row
     old, slot, turn, factors = operands_after(
         residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, False, ADD, HEADS, ROTATE, False, D,
-        SQUARES,
+        SQUARES, tile_n,
     )  # fmt: skip
     SIZE: tl.constexpr = 2 * BM * BN if ACT != "" else BM * BN
     SMALL: tl.constexpr = SLICE * BN * SPLIT <= 65536
@@ -140,7 +140,7 @@ def stream_kernel(
             biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
             _, slot, _, factors = operands_after(
                 residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, SWAP, ADD, HEADS, ROTATE,
-                True, D, SQUARES,
+                True, D, SQUARES, tile_n,
             )  # fmt: skip
             finish(
                 acc, up, factors, biases, residual, table, out, rn, rm, rows, n, tile_n, tiles_n,

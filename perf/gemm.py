@@ -274,6 +274,7 @@ def short(tile: Choice) -> str:
         return f"Stream({tile.rows}, {tile.outputs}, {tile.depth}, {tile.programs}, {tile.warps}, {tile.stages}{flags})"
     flags = ("" if tile.swap else ", swap=False") + (", tma=True" if tile.tma else "")
     flags += f", ahead={tile.ahead}" if tile.ahead else ""
+    flags += ", fetch=True" if tile.fetch else ""
     flags += f", registers={tile.registers}" if tile.registers else ""
     return f"Tile({tile.rows}, {tile.outputs}, {tile.depth}, {tile.split}, {tile.warps}, {tile.stages}{flags})"
 

@@ -85,6 +85,7 @@ def bases(rows: int) -> list[Tile]:
             Tile(64, 128, 128, 1, 4, 3, swap=False, tma=True),
             Tile(32, 64, 128, 1, 4, 4, tma=True),
             Tile(16, 64, 128, 1, 4, 7),
+            Tile(16, 64, 128, 1, 4, 7, fetch=True),
             Tile(64, 16, 128, 1, 4, 7, swap=False),
             Tile(64, 16, 128, 1, 4, 4, swap=False, tma=True),
             Tile(64, 128, 64, 1, 4, 5, swap=False, tma=True),

@@ -35,6 +35,9 @@ TILES = [
     Tile(64, 64, 64, split=2, swap=False, tma=True),
     Tile(16, 32, 256, ahead=1),  # the depth does not divide the columns
     Tile(16, 64, 64, split=2, stages=3, ahead=2),
+    Tile(16, 64, 64, split=2, ahead=1, fetch=True),
+    Tile(64, 64, 64, split=4, swap=False, tma=True, fetch=True),
+    Tile(16, 32, 256, fetch=True),
     Tile(16, 64, 128, split=4, ahead=2),  # all stages, and more than there are
     Tile(1, 16, 128, split=2, ahead=1),
     Tile(1, 32, 256, ahead=4),

@@ -30,6 +30,8 @@ TILES: list[Choice] = [
     Tile(16, 128, 128, split=2, tma=True),
     Tile(32, 64, 64, split=2, swap=False, stages=3),
     Tile(1, 64, 128, split=2, ahead=1),
+    Tile(32, 64, 64, split=4, swap=False, fetch=True),
+    Tile(16, 64, 64, split=2, fetch=True),
     Stream(16, 64, 64, 3, 4),  # some tiles are left, some not
     Stream(16, 128, 128, 24, 4, 3, swap=True),
     *(

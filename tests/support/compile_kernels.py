@@ -33,6 +33,7 @@ from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 INTS = "rows_ptr length_ptr last_ptr shift_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
+INTS += " host_ptr"
 POINTERS: dict[str, str] = {
     **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
     **dict.fromkeys("partial partial_lse lse table frequencies".split(), "*fp32"),
@@ -129,6 +130,7 @@ def layers() -> Iterator[None]:
             INTERLEAVED=interleaved, NORM=norm, ROTATE=True, KV_LIMIT=0, PDL=False,
         )  # fmt: skip
     yield build(slot_kernels._prepare, 4, PAGE=16, BLOCK=256)
+    yield build(slot_kernels._deliver, 4, BLOCK=256)
     yield build(slot_kernels._advance, 4, NO_TOKEN=-1, LENGTH=2, BLOCK=256)
 
 
@@ -150,8 +152,8 @@ def one_gemm(case: Case, tile: Tile) -> None:
     constants: dict[str, Any] = {
         "BM": tile.rows, "BN": width, "BK": tile.depth, "SPLIT": tile.split, "SWAP": tile.swap, "TMA": tile.tma,
         "EVEN": case.inputs % tile.depth == 0, "AHEAD": min(tile.ahead, share), "LOOP": share > tile.ahead,
-        "STAGES": tile.stages if tile.rows == 1 else None, **({} if tile.split > 1 else {"parts": None}),
-        **epilogue_of(case),
+        "STAGES": tile.stages if tile.rows == 1 else None, "FETCH": tile.fetch,
+        **({} if tile.split > 1 else {"parts": None}), **epilogue_of(case),
     }  # fmt: skip
     types = PACKED | {"w": "*bf16", **({"out": "*fp32"} if case.follows == "logits" else {})}
     if tile.tma:
