@@ -7,9 +7,7 @@
 
 ARGS ?=
 QUIET := actors/test_inbox.py actors/test_lane.py actors/test_node.py actors/test_spin.py actors/test_supervisor.py \
-	perf/test_whole_engine.py system/test_bad_clients.py system/test_death.py system/test_drain.py system/test_fuzz.py \
-	system/test_clients.py system/test_gpu_equality.py \
-	system/test_server.py test_cli.py
+	system/test_bad_clients.py system/test_death.py system/test_fuzz.py system/test_gpu_equality.py test_cli.py
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin

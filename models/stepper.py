@@ -223,7 +223,7 @@ class Stepper:
         """Have out int32 [2, B] written into pinned memory."""
         from .slot_kernels import deliver
 
-        while self._written and self._written[0][0].query():
+        while self._written and self._written[0][0].query():  # type: ignore[no-untyped-call]
             self._written.popleft()
         host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         deliver(out, host)

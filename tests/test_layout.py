@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,17 @@ MAY_IMPORT = {
 FREE = {"examples", "perf", "tests"}
 FOLDERS = set(MAY_IMPORT) | {"examples", "perf"}
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")) + sorted(ROOT.glob("*.py"))
+SHIPPED_ONLY = [path for path in SHIPPED if path.relative_to(ROOT).parts[0] != "perf"]
 HEAVY = {"torch", "transformers", "starlette", "uvicorn", "trio", "gguf"}
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def python(code: str) -> str:
@@ -105,9 +112,13 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"absolute.{name}") for name in ours)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=name_of)
-def test_layers(path: Path) -> None:
+def test_layers() -> None:
     """A folder imports itself, those below it, and the base; imports of our own code are relative."""
+    for path in SHIPPED:
+        check_layer(path)
+
+
+def check_layer(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     for line, module in imports(path):
         top = module.split(".")[0]
@@ -129,9 +140,9 @@ def test_layers_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         file.write_text(bad)
         with pytest.raises(AssertionError):
-            test_layers(file)
+            check_layer(file)
     file.write_text("from ..errors import RequestError\nfrom .pages import PagePool\nimport http.client")
-    test_layers(file)
+    check_layer(file)
 
 
 # ------------------------------------------------------------------ what never appears in shipped code
@@ -158,10 +169,9 @@ def forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 # The comparators of the benchmarks do what other engines do; nothing of the engine imports perf.
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.relative_to(ROOT).parts[0] != "perf"], ids=name_of)
-def test_no_code_from_data(path: Path) -> None:
-    found = list(forbidden(ast.parse(path.read_text(encoding="utf-8"))))
-    assert not found, f"{name_of(path)}: {found}"
+def test_no_code_from_data() -> None:
+    found = {name_of(path): list(forbidden(tree_of(path))) for path in SHIPPED_ONLY}
+    assert not any(found.values()), {name: lines for name, lines in found.items() if lines}
 
 
 @pytest.mark.parametrize(
@@ -180,14 +190,17 @@ def test_code_from_data_would_be_noticed(code: str) -> None:
     assert list(forbidden(ast.parse(code)))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=name_of)
-def test_every_file_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name_of(path)} has no first paragraph"
+def test_every_file_says_what_it_is() -> None:
+    silent = [name_of(path) for path in SHIPPED if not ast.get_docstring(tree_of(path))]
+    assert not silent, f"without a first paragraph: {silent}"
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.relative_to(ROOT).parts[0] != "perf"], ids=name_of)
-def test_architecture_names_every_file(path: Path) -> None:
+def test_architecture_names_every_file() -> None:
     document = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    title = "### Root" if path.parent == ROOT else f"### `{path.parent.name}/`"
-    section = document.partition(f"\n{title}\n")[2].partition("\n### ")[0]
-    assert path.name == "__init__.py" or f"`{path.name}`" in section, f"docs/architecture.md lacks {name_of(path)}"
+    lacking = []
+    for path in SHIPPED_ONLY:
+        title = "### Root" if path.parent == ROOT else f"### `{path.parent.name}/`"
+        section = document.partition(f"\n{title}\n")[2].partition("\n### ")[0]
+        if path.name != "__init__.py" and f"`{path.name}`" not in section:
+            lacking.append(name_of(path))
+    assert not lacking, f"docs/architecture.md lacks {lacking}"

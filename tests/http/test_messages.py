@@ -21,7 +21,10 @@ def setting(fakes):
 
 @pytest.fixture
 async def claude(rig):
-    async with anthropic.AsyncAnthropic(base_url=rig.base, api_key="none", max_retries=0, timeout=20) as opened:
+    plain = anthropic.DefaultAsyncHttpxClient(verify=False)
+    async with anthropic.AsyncAnthropic(
+        base_url=rig.base, api_key="none", max_retries=0, timeout=20, http_client=plain
+    ) as opened:
         yield opened
 
 

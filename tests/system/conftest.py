@@ -14,7 +14,7 @@ def session_server(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> "It
     from live_server import live_server  # where there is no client, as on some GPU machines, other tests still run
 
     folder = tmp_path_factory.mktemp("server")
-    flags = ["--model", smollm, "--max-total-tokens", "32768", "--dtype", "float32", "--data-dir", str(folder / "data")]
+    flags = ["--model", smollm, "--max-total-tokens", "32768", "--data-dir", str(folder / "data")]
     with live_server(folder, *flags) as s:
         yield s
 
