@@ -7,8 +7,8 @@ Used by packed_gemm.py. A row has a scale, or each 128 of its inputs; bytes are 
 import triton
 import triton.language as tl
 
-from .gemm_epilogues import rounded
-from .gemm_kernels import conclude, operands_after, operands_before
+from .gemm_epilogues import head_rows, rounded, stacked_rows
+from .gemm_kernels import conclude_stacked, operands_before, share_of
 from .layer_kernels import activate
 
 
@@ -92,30 +92,28 @@ def float8_kernel(
     squares, square_parts, eps, residual, scale, gain, new_residual, new_squares,
     qk_gains, qk_eps, table, slots, kv, kv_stride, heads, kv_heads,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr, ACT: tl.constexpr,
-    ADD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr,
+    ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
+    ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, n] = x [rows, width] @ w [n, width].T + bias, both float8; the rest as linear_kernel.
 
     x_scales float32 [rows], w_scales [1, n (2 n with ACT)]; or, with GROUP, which BK is, [rows, groups] and
     [groups, n (2 n)]. EVEN: BK divides width.
     """
-    tile, part = tl.program_id(0), tl.program_id(1)
+    steps = tl.cdiv(width, BK)
+    tile, part, begin, end = share_of(steps, SPLIT, WHOLE)
     row_tiles = tl.cdiv(rows, BM)
     tile_n, tile_m = tile // row_tiles, tile % row_tiles
     rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
-    steps = tl.cdiv(width, BK)
-    share = tl.cdiv(steps, SPLIT)
-    begin = part * share
-    end = tl.minimum(begin + share, steps)
+    if HEADS:
+        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
     if PDL:  # noqa: SIM102 (a constant, and a number on the device)
         if early > 0:
             tl.extra.cuda.gdc_launch_dependents()
     # The tile's outputs of both halves lie under one another, so that a step's products are as few and large.
     FULL: tl.constexpr = 2 * BN if ACT != "" else BN
-    index = tl.arange(0, FULL)
-    safe_n = tl.minimum(tile_n * BN + index % BN, n - 1) + index // BN * n
+    safe_n = stacked_rows(tl.arange(0, FULL), tile_n, n, BN, D, ACT, HEADS)
     stride = FULL // BN * n
     column = begin * BK + tl.arange(0, BK)
     row_live = (rm < rows)[:, None]
@@ -146,24 +144,11 @@ def float8_kernel(
     if GROUP == 0:
         of_rows = tl.load(x_scales + rm, rm < rows, other=0.0)
         both *= of_outputs[:, None] * of_rows[None, :]
-    acc = both
-    up = both
-    if ACT != "":
-        acc, up = tl.split(tl.permute(tl.reshape(both, (2, BN, BM)), (1, 2, 0)))
-
-    LATE: tl.constexpr = BM * BN > 2048
-    old, slot, turn, factors = operands_after(
-        residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, width, True, ADD, HEADS, ROTATE, LATE, D,
-        SQUARES, tile_n,
-    )  # fmt: skip
-    if LATE:
-        old, turn = residual, table
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    conclude(
-        acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
-        (gains, scale, new_residual, new_squares), (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
-        BM, BN, SPLIT, True, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+    conclude_stacked(
+        both, biases, out, parts, arrived, rn, rm, rows, n, width, tile, part, tile_n,
+        (squares, square_parts, eps), (residual, gains, scale, new_residual, new_squares),
+        (table, slots, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
+        BM, BN, SPLIT, WHOLE, BIAS, SQUARES, ACT, ADD, HEADS, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT, PDL,
     )  # fmt: skip
 
 

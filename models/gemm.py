@@ -26,6 +26,8 @@ from .tuned_gemm import TunedGemms, by_torch
 
 EARLY_BYTES: Final = 32 << 20
 """With PDL, the successor of a GEMM with a weight up to this may be launched at once, else when that has been read."""
+FEW_PACKED_ROWS: Final = 16
+"""Most rows of a tile of a quantized weight that takes pairs of a head."""
 MAX_TILES: Final = 4096
 """Most tiles of a GEMM that is split along K."""
 
@@ -52,6 +54,10 @@ class Tile:
     weight, into the L2, a power of two. Not with tma."""
     fetch: bool = False
     """With PDL: the L2 is asked for the rest of the weight before the predecessor ends. Not of a quantized weight."""
+    whole: int = 0
+    """With split, of a quantized weight: so many tiles are not; see share_of in gemm_kernels.py."""
+    slices: int = 1
+    """Of a quantized weight: parts of the steps, each a warp's (as many as warps), that a program adds up itself."""
     registers: int = 0
     """Most registers of a thread; 0: as many as the compiler likes."""
 
@@ -160,16 +166,17 @@ class Heads:
     kv_rows: Tensor
 
     def fits(self, tile: Choice, weight: Tensor | Packed) -> bool:
-        """Whether a tile has whole heads, or pairs of one, that the weight's kernel knows how to cut.
+        """Whether a tile has whole heads, or pairs of one.
 
-        Only `linear_kernel` takes the outputs of pairs together (`head_rows`); of a quantized weight they lie in order.
+        Of a quantized weight with many rows none has pairs: their epilogue has no registers left for it.
         """
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
         if isinstance(tile, Stream):
             return outputs % size == 0
-        pairs = isinstance(weight, Tensor) and not self.interleaved and self.qk_norm is None and not tile.tma
+        few = isinstance(weight, Tensor) or tile.rows <= FEW_PACKED_ROWS
+        pairs = few and not self.interleaved and self.qk_norm is None and not tile.tma
         return outputs % size == 0 or (pairs and size % outputs == 0)
 
 
@@ -212,8 +219,10 @@ def linear(
         return out
     tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None
+    whole = min(tile.whole, tiles)
     if tile.split > 1:
-        parts = torch.empty(tiles * tile.split * tile.rows * tile.outputs, dtype=torch.float32, device=x.device)
+        count = (tiles - whole) * tile.split * tile.rows * tile.outputs
+        parts = torch.empty(count, dtype=torch.float32, device=x.device)
     options = {
         "BM": tile.rows, "BN": width, "SPLIT": tile.split, "BIAS": bias is not None, "PDL": pdl, **epilogue,
         "num_warps": tile.warps, "num_stages": tile.stages,
@@ -221,8 +230,10 @@ def linear(
     }  # fmt: skip
     if isinstance(weight, Packed):
         before = (x, bias, out, parts, arrived, rows, outputs, early)
-        options |= weight.constants(tile.depth) | {"STAGES": tile.stages, "AHEAD": tile.ahead}
-        weight.launch((tiles, tile.split), before, after, **options)
+        options |= weight.constants(tile.depth) | {"STAGES": tile.stages, "AHEAD": tile.ahead, "WHOLE": whole}
+        options["SLICES"] = tile.slices
+        grid = (whole + (tiles - whole) * tile.split, 1) if whole else (tiles, tile.split)
+        weight.launch(grid, before, after, **options)
         return out
     x_blocks = w_blocks = None
     if tile.tma:

@@ -84,14 +84,24 @@ def first_head_and_pair(tile, D: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def head_rows(tile, D: tl.constexpr, BN: tl.constexpr):
-    """The BN outputs of a tile of heads: whole heads, or (not interleaved) BN / 2 pairs of one, firsts then seconds."""
-    i = tl.arange(0, BN)
+def head_rows(i, tile, D: tl.constexpr, BN: tl.constexpr):
+    """The outputs i of a tile of heads: whole heads, or (not interleaved) BN / 2 pairs of one, firsts then seconds."""
     head, pair = first_head_and_pair(tile, D, BN)
     if BN >= D:
         return head * D + i
     else:
         return head * D + i // (BN // 2) * (D // 2) + pair + i % (BN // 2)
+
+
+@triton.jit
+def stacked_rows(i, tile, n, BN: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, HEADS: tl.constexpr):
+    """The rows of a weight that are i of a tile: its outputs; with ACT of the first half of 2 n, then the second."""
+    if ACT != "":
+        return tl.minimum(tile * BN + i % BN, n - 1) + i // BN * n
+    elif HEADS:
+        return tl.minimum(head_rows(i, tile, D, BN), n - 1)
+    else:
+        return tl.minimum(tile * BN + i, n - 1)
 
 
 @triton.jit

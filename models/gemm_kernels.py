@@ -131,40 +131,112 @@ def operands_after(
 
 
 @triton.jit
+def share_of(steps, SPLIT: tl.constexpr, WHOLE: tl.constexpr):
+    """(tile, part of it, its first step, the step behind its last) of this program; grid see linear_kernel.
+
+    The first WHOLE tiles are not split: those are as many as the SMs multiply side by side, and the parts of the others
+    go on top of them, so that no SM has a whole tile more than another.
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    share = tl.cdiv(steps, SPLIT)
+    if WHOLE > 0:
+        other = tl.maximum(tile - WHOLE, 0)
+        whole = tile < WHOLE
+        part = tl.where(whole, 0, other % SPLIT)
+        share = tl.where(whole, steps, share)
+        tile = tl.minimum(tile, WHOLE + other // SPLIT)
+    begin = part * share
+    return tile, part, begin, tl.minimum(begin + share, steps)
+
+
+@triton.jit
+def _finish_last(
+    acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, tiles_n, add, heads,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr,
+    BIAS: tl.constexpr, NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
+    LATE: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    KV_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Store a part of a tile; the program that arrives last adds all of them up, and does what `finish` does."""
+    SIZE: tl.constexpr = 2 * BM * BN if ACT != "" else BM * BN
+    if SWAP:
+        within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    else:
+        within = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    tile_parts = parts + (tile - WHOLE).to(tl.int64) * SPLIT * SIZE + within
+    tl.store(tile_parts + part * SIZE, acc)
+    if ACT != "":
+        tl.store(tile_parts + part * SIZE + BM * BN, up)
+    tl.debug_barrier()  # all threads' parts are written before the arrival says so
+    if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+        tl.store(arrived + tile, 0)
+        sums = total(tile_parts, SPLIT, SIZE, SIZE * SPLIT < 65536)
+        sums_up = sums
+        if ACT != "":
+            sums_up = total(tile_parts + BM * BN, SPLIT, SIZE, SIZE * SPLIT < 65536)
+        finish(
+            sums, sums_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
+            SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+        )  # fmt: skip
+
+
+@triton.jit
 def conclude(
-    acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
-    add, heads, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BIAS: tl.constexpr,
-    NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, LATE: tl.constexpr,
-    D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
+    acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, add, heads,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr,
+    BIAS: tl.constexpr, NORMED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
+    LATE: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    KV_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Add up a tile's parts, if it is split: the last program does. Then the epilogue, and what is stored."""
-    tiles_n = tl.num_programs(0) // row_tiles
-    if SPLIT == 1:
+    tiles_n = tl.cdiv(n, BN)
+    if SPLIT == 1 or tile < WHOLE:
         finish(
             acc, up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
             SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
         )  # fmt: skip
     else:
-        SIZE: tl.constexpr = 2 * BM * BN if ACT != "" else BM * BN
-        if SWAP:
-            within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        else:
-            within = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        tile_parts = parts + tile.to(tl.int64) * SPLIT * SIZE + within
-        tl.store(tile_parts + part * SIZE, acc)
-        if ACT != "":
-            tl.store(tile_parts + part * SIZE + BM * BN, up)
-        tl.debug_barrier()  # all threads' parts are written before the arrival says so
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            tl.store(arrived + tile, 0)
-            sums = total(tile_parts, SPLIT, SIZE, SIZE < 32768)
-            sums_up = sums
-            if ACT != "":
-                sums_up = total(tile_parts + BM * BN, SPLIT, SIZE, SIZE < 32768)
-            finish(
-                sums, sums_up, factors, biases, old, turn, out, rn, rm, rows, n, tile_n, tiles_n, add, heads,
-                SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
-            )  # fmt: skip
+        _finish_last(
+            acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, tiles_n,
+            add, heads, BM, BN, SPLIT, WHOLE, SWAP, BIAS, NORMED, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE,
+            INTERLEAVED, KV_LIMIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def conclude_stacked(
+    both, biases, out, parts, arrived, rn, rm, rows, n, k, tile, part, tile_n, norm, add, heads,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    SQUARES: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `conclude`, from a tile's products with the weight on the left, [BN, BM]; with ACT both halves, [2 BN, BM].
+
+    norm: squares, their number a row, eps; add: residual, gains, scale, new residual, new squares; heads: table, slots
+    and what `store_heads` wants. See linear_kernel.
+    """
+    squares, square_parts, eps = norm
+    residual, gains, scale, new_residual, new_squares = add
+    table, slots, qk_gains, qk_eps, kv, kv_stride, count, kv_count = heads
+    acc = both
+    up = both
+    if ACT != "":
+        acc, up = tl.split(tl.permute(tl.reshape(both, (2, BN, BM)), (1, 2, 0)))
+    LATE: tl.constexpr = BM * BN > 2048  # it would fill the registers: not before it is needed
+    old, slot, turn, factors = operands_after(
+        residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, True, ADD, HEADS, ROTATE, LATE, D,
+        SQUARES, tile_n,
+    )  # fmt: skip
+    if LATE:
+        old, turn = residual, table
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    conclude(
+        acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n,
+        (gains, scale, new_residual, new_squares), (slot, qk_gains, qk_eps, kv, kv_stride, count, kv_count),
+        BM, BN, SPLIT, WHOLE, True, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED,
+        KV_LIMIT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "early", "square_parts"])
@@ -190,17 +262,14 @@ def linear_kernel(
     weight, which no kernel writes, are loaded before the predecessor ends; LOOP: there are more. FETCH: the L2 is asked
     for the others.
     """
-    tile, part = tl.program_id(0), tl.program_id(1)
+    steps = tl.cdiv(k, BK)
+    tile, part, begin, end = share_of(steps, SPLIT, 0)
     row_tiles = tl.cdiv(rows, BM)
     tile_n, tile_m = tile // row_tiles, tile % row_tiles
     first_n, first_m = tile_n * BN, tile_m * BM
     rn, rm = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
     if HEADS:
-        rn = head_rows(tile_n, D, BN)
-    steps = tl.cdiv(k, BK)
-    share = tl.cdiv(steps, SPLIT)
-    begin = part * share
-    end = tl.minimum(begin + share, steps)
+        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
     limit = tl.minimum(end * BK, k)
     if PDL:  # noqa: SIM102 (a constant, and a number on the device)
         if early > 0:
@@ -284,7 +353,7 @@ def linear_kernel(
         acc = tl.sum(acc, 1, keep_dims=True)
         up = tl.sum(up, 1, keep_dims=True) if ACT != "" else acc
     conclude(
-        acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
+        acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n,
         (gains, scale, new_residual, new_squares), (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
-        BM, BN, SPLIT, SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+        BM, BN, SPLIT, 0, SWAP, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
     )  # fmt: skip

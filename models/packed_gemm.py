@@ -26,7 +26,7 @@ TOGETHER: Final = 16
 """Outputs of whole numbers whose chunks lie together; of float8 each lies by itself, as libraries want it."""
 FEW_FLOAT8_ROWS: Final = 16
 """Inputs of so few rows have 16 bits: to quantize them is another kernel, and takes longer than to widen the weight."""
-PACKED_ONLY: Final = ("KIND", "CHUNK", "ROWS", "BF16", "ASM", "AHEAD")
+PACKED_ONLY: Final = ("KIND", "CHUNK", "ROWS", "BF16", "ASM", "AHEAD", "SLICES")
 """Constants of packed_kernel that float8_kernel has not."""
 TINY: Final = 1e-24
 """Scales below are nothing, in a model whose numbers have 16 bits."""
@@ -118,19 +118,24 @@ class Packed:
         """Inputs of a chunk of words."""
         return self.chunk * (4 if self.kind == "int4" else 2)
 
-    def fits(self, depth: int) -> bool:
-        """Whether the kernel can take steps of `depth` words: they are in one group, or one chunk."""
+    def fits(self, depth: int, slices: int = 1) -> bool:
+        """Whether the kernel can take steps of `depth` words: they are in one group, or one chunk; in slices, even."""
         step = depth // self.chunk * self.unit
-        return depth % self.chunk == 0 and (not self.group or self.group % step == 0 or depth == self.chunk)
+        whole = self.chunk == CHUNK and self.even(depth)
+        return depth % self.chunk == 0 and (
+            whole if slices > 1 else not self.group or self.group % step == 0 or depth == self.chunk
+        )
+
+    def even(self, depth: int) -> bool:
+        """Whether steps of `depth` words are all of the weight, and words all of the inputs."""
+        return self.words.shape[1] % depth == 0 and self.inputs % self.unit == 0
 
     def constants(self, depth: int) -> dict[str, Any]:
         """What packed_kernel must know of the weight, in steps of `depth` words."""
-        width = self.words.shape[1]
         return {
             "KIND": self.kind, "GROUP": self.group, "CHUNK": self.chunk, "ROWS": self.together,
             "BF16": self.dtype == torch.bfloat16,
-            "ASM": self.words.device.type == "cuda", "BK": depth,
-            "EVEN": width % depth == 0 and self.inputs % self.unit == 0,
+            "ASM": self.words.device.type == "cuda", "BK": depth, "EVEN": self.even(depth),
         }  # fmt: skip
 
     def launch(self, grid: tuple[int, int], before: tuple[Any, ...], after: tuple[Any, ...], **options: Any) -> None:

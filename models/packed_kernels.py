@@ -13,7 +13,8 @@ Invariant: results are a function of the row, the weight and the tile; `arrived`
 import triton
 import triton.language as tl
 
-from .gemm_kernels import conclude, operands_after, operands_before
+from .gemm_epilogues import head_rows, stacked_rows
+from .gemm_kernels import conclude_stacked, operands_before, share_of
 
 
 @triton.jit
@@ -164,15 +165,23 @@ def _quotient(a, b, ASM: tl.constexpr):
 
 
 @triton.jit
+def _scale_and_zeros(meta, KIND: tl.constexpr, BF16: tl.constexpr):
+    """As `scale_and_zero`, the zeros as a tile that broadcasts."""
+    scale, zero = scale_and_zero(meta, KIND, BF16)
+    return scale, tl.expand_dims(zero, -1)
+
+
+@triton.jit
 def _accumulate(
     words, metas, xs, acc, unit, KIND: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, GROUPS: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """acc [BN, BM] + the product of a tile of words [BN, BK] and tiles of x [BM, BK], one for each value of a word.
 
-    metas: of each group in the tile, GROUPS (1, 2 or 4). SCALED: few rows are multiplied with a group's scales when it
-    has been summed up; of more, for which there are no registers twice, acc is in units of [BN], and changes to those
-    of each group, its scales, so that the tensor cores add to it. Returned with the last units.
+    All of them may have slices before that, [SLICES, BN, BM] and so on. metas: of each group in the tile, GROUPS (1, 2
+    or 4). SCALED: few rows are multiplied with a group's scales when it has been summed up; of more, for which there
+    are no registers twice, acc is in units of [BN], and changes to those of each group, its scales, so that the tensor
+    cores add to it. Returned with the last units.
     """
     PLANES: tl.constexpr = 2 if KIND == "fp8" else 4
     EACH: tl.constexpr = PLANES // GROUPS  # planes of a group
@@ -181,16 +190,16 @@ def _accumulate(
     zeros = (0.0, 0.0, 0.0, 0.0)
     scales = metas
     if KIND == "int4":
-        s0, z0 = scale_and_zero(metas[0], KIND, BF16)
-        scales, zeros = (s0,), (z0[:, None], z0[:, None], z0[:, None], z0[:, None])
+        s0, z0 = _scale_and_zeros(metas[0], KIND, BF16)
+        scales, zeros = (s0,), (z0, z0, z0, z0)
         if GROUPS > 1:
-            s1, z1 = scale_and_zero(metas[1], KIND, BF16)
-            scales, zeros = (s0, s1), (z0[:, None], z0[:, None], z1[:, None], z1[:, None])
+            s1, z1 = _scale_and_zeros(metas[1], KIND, BF16)
+            scales, zeros = (s0, s1), (z0, z0, z1, z1)
         if GROUPS > 2:
-            s2, z2 = scale_and_zero(metas[2], KIND, BF16)
-            s3, z3 = scale_and_zero(metas[3], KIND, BF16)
-            scales, zeros = (s0, s1, s2, s3), (z0[:, None], z1[:, None], z2[:, None], z3[:, None])
-    APART: tl.constexpr = SCALED and acc.shape[1] <= 16
+            s2, z2 = _scale_and_zeros(metas[2], KIND, BF16)
+            s3, z3 = _scale_and_zeros(metas[3], KIND, BF16)
+            scales, zeros = (s0, s1, s2, s3), (z0, z1, z2, z3)
+    APART: tl.constexpr = SCALED and xs[0].shape[-2] <= 16
     total = acc
     for plane in tl.static_range(PLANES):
         q = plane_of(words, zeros[plane], plane, KIND, BF16, ASM)
@@ -200,70 +209,38 @@ def _accumulate(
             if APART:
                 total = tl.zeros_like(acc)
             else:
-                total *= _quotient(unit, scales[plane // EACH], ASM)[:, None]
+                total *= tl.expand_dims(_quotient(unit, scales[plane // EACH], ASM), -1)
                 unit = scales[plane // EACH]
-        total = tl.dot(q, xs[plane // (2 if KIND == "int8" else 1)].T, total, input_precision="ieee")
+        total = tl.dot(q, tl.trans(xs[plane // (2 if KIND == "int8" else 1)]), total, input_precision="ieee")
         if APART and (plane + 1) // EACH * EACH == plane + 1:
-            acc += total * scales[plane // EACH][:, None]
+            acc += total * tl.expand_dims(scales[plane // EACH], -1)
     if not APART:
         acc = total
     return acc, unit
 
 
-@triton.jit(do_not_specialize=["rows", "early", "square_parts"])
-def packed_kernel(
-    x, w, meta, bias, out, parts, arrived, rows, n, k, width, early,
-    squares, square_parts, eps, residual, scale, gain, new_residual, new_squares,
-    qk_gains, qk_eps, table, slots, kv, kv_stride, heads, kv_heads,
+@triton.jit
+def _multiply(
+    x, w, meta, outputs, rm, rows, stride, k, width, begin, end,
     KIND: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
-    ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr,
-    ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
-    ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, n] = x [rows, k] @ weight [n, k].T + bias; ACT, ADD, HEADS, SPLIT, BIAS, SQUARES as linear_kernel.
-
-    w: words int16 [n (2 n with ACT), width] of KIND, in the order of `_place`; meta: float32, with int4 int32,
-    [groups, n (2 n)], see `scale_and_zero`; GROUP: inputs of a group, 0 if there is one. BK words a step: with groups
-    of fewer inputs CHUNK, else whole steps make a group. EVEN: BK divides width, and the words are all of x. ASM: on a
-    GPU. AHEAD: see `_prefetch`.
-    """
-    tile, part = tl.program_id(0), tl.program_id(1)
-    row_tiles = tl.cdiv(rows, BM)
-    tile_n, tile_m = tile // row_tiles, tile % row_tiles
-    rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+    """float32 [outputs, rm]: steps begin to end of the products; a group's meta lies `stride` behind that before."""
     UNIT: tl.constexpr = CHUNK * (4 if KIND == "int4" else 2)  # inputs of a chunk
     STEP: tl.constexpr = BK // CHUNK * UNIT  # inputs of a step
     GROUPS: tl.constexpr = STEP // GROUP if GROUP > 0 and GROUP < STEP else 1
-    SCALED: tl.constexpr = GROUP > 0
-    steps = tl.cdiv(width, BK)
-    share = tl.cdiv(steps, SPLIT)
-    begin = part * share
-    end = tl.minimum(begin + share, steps)
-    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
-        if early > 0:
-            tl.extra.cuda.gdc_launch_dependents()
-
-    # The tile's outputs of both halves lie under one another, so that a step's products are as few and large.
-    FULL: tl.constexpr = 2 * BN if ACT != "" else BN
-    index = tl.arange(0, FULL)
-    safe_n = tl.minimum(tile_n * BN + index % BN, n - 1) + index // BN * n
-    stride = FULL // BN * n
     column = tl.arange(0, BK)
     inputs = begin * STEP + column // CHUNK * UNIT + column % CHUNK
     row_live = (rm < rows)[:, None]
-    w_at = w + _place(safe_n, width, CHUNK, ROWS)[:, None] + ROWS * begin * BK
+    w_at = w + _place(outputs, width, CHUNK, ROWS)[:, None] + ROWS * begin * BK
     w_at += (column // CHUNK * ROWS * CHUNK + column % CHUNK)[None, :]
     x_at = x + rm.to(tl.int64)[:, None] * k + inputs[None, :]
-    biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
-    metas = _metas(meta + safe_n, stride, GROUPS)
+    metas = _metas(meta + outputs, stride, GROUPS)
     if PDL:
-        if AHEAD > 0:
-            _prefetch(w, safe_n, width, begin, end, AHEAD, CHUNK, ROWS, BK)
         tl.extra.cuda.gdc_wait()
 
-    both = tl.zeros((FULL, BM), tl.float32)
-    unit = tl.full((FULL,), 1.0, tl.float32)
+    acc = tl.zeros((outputs.shape[0], rm.shape[0]), tl.float32)
+    unit = tl.full((outputs.shape[0],), 1.0, tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
         columns = inputs + (step - begin) * STEP
         if EVEN:  # noqa: SIM108
@@ -277,32 +254,138 @@ def packed_kernel(
                 _x_tile(x_at, 3 * CHUNK, row_live, columns, k, EVEN),
             )
             xs = (xs[0], xs[1], more[0], more[1])  # type: ignore[assignment]
-        if SCALED:
-            metas = _metas(meta + step * STEP // GROUP * stride + safe_n, stride, GROUPS)
-        both, unit = _accumulate(words, metas, xs, both, unit, KIND, BF16, ASM, GROUPS, SCALED)
+        if GROUP > 0:
+            metas = _metas(meta + step * STEP // GROUP * stride + outputs, stride, GROUPS)
+        acc, unit = _accumulate(words, metas, xs, acc, unit, KIND, BF16, ASM, GROUPS, GROUP > 0)
         w_at += ROWS * BK
         x_at += STEP
-    if not SCALED:
+    if GROUP == 0:
         unit = scale_and_zero(metas[0], KIND, BF16)[0]
-    both *= unit[:, None]
-    acc = both
-    up = both
-    if ACT != "":
-        acc, up = tl.split(tl.permute(tl.reshape(both, (2, BN, BM)), (1, 2, 0)))
+    return acc * unit[:, None]
 
-    LATE: tl.constexpr = BM * BN > 2048
-    old, slot, turn, factors = operands_after(
-        residual, slots, table, squares, square_parts, eps, rn, rm, rows, n, k, True, ADD, HEADS, ROTATE, LATE, D,
-        SQUARES, tile_n,
-    )  # fmt: skip
-    if LATE:
-        old, turn = residual, table
+
+@triton.jit
+def _fragments(tile):
+    """The columns of a tile [SLICES, R, 32] as operands of tensor cores have them whose threads hold eight neighbours.
+
+    Lane 4 g + t of a warp has columns 2 t and 2 t + 1 of row g, and those 8, 16 and 24 further on. A product is a sum
+    over all columns, so both operands may have them in any order: in this one what a thread loads is what it needs.
+    """
+    S: tl.constexpr = tile.shape[0]
+    R: tl.constexpr = tile.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(tile, (S, R, 4, 4, 2)), (0, 1, 3, 2, 4)), (S, R, 32))
+
+
+@triton.jit
+def _multiply_sliced(
+    x, w, meta, outputs, eights, rm, rows, stride, k, width, begin, end,
+    KIND: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
+    ASM: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_multiply`, even; each of SLICES warps multiplies its own share of the steps, and what they have is added up.
+
+    eights: the outputs [., 8]. Loaded in an order of dimensions in which neither words nor x go to another thread; so
+    parts of a tile need no memory, and no program that waits for them. A step's chunks are in one group.
+    """
+    UNIT: tl.constexpr = CHUNK * (4 if KIND == "int4" else 2)
+    STEP: tl.constexpr = BK // CHUNK * UNIT
+    GROUPS: tl.constexpr = UNIT // GROUP if GROUP > 0 and GROUP < UNIT else 1
+    FULL: tl.constexpr = outputs.shape[0]
+    share = tl.cdiv(end - begin, SLICES)
+    first = begin + tl.arange(0, SLICES) * share
+    stop = tl.minimum(first + share, end)
+    column = tl.arange(0, CHUNK)
+    w_at = w + _place(eights, width, CHUNK, ROWS)[:, None, :, None] + first[None, :, None, None] * (ROWS * BK)
+    w_at += column[None, None, None, :]
+    x_at = x + rm.to(tl.int64)[None, :, None] * k + first[:, None, None] * STEP + column[None, None, :]
+    of_all = 1.0
+    if GROUP == 0:
+        of_all = tl.load(meta + outputs)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    conclude(
-        acc, up, factors, biases, old, turn, out, parts, arrived, rn, rm, rows, n, tile, part, tile_n, row_tiles,
-        (gains, scale, new_residual, new_squares), (slot, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
-        BM, BN, SPLIT, True, BIAS, SQUARES > 0, ACT, ADD, HEADS, LATE, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT,
+        tl.extra.cuda.gdc_wait()
+
+    acc = tl.zeros((SLICES, FULL, rm.shape[0]), tl.float32)
+    unit = tl.full((SLICES, FULL), 1.0, tl.float32)
+    for i in tl.range(0, share, num_stages=STAGES):
+        live = first + i < stop
+        x_live = (rm < rows)[None, :, None] & live[:, None, None]
+        for chunk in tl.static_range(BK // CHUNK):
+            words = tl.load(w_at + chunk * ROWS * CHUNK, live[None, :, None, None], other=0)
+            words = tl.reshape(tl.permute(words, (1, 0, 2, 3)), (SLICES, FULL, CHUNK))
+            from_here = x_at + chunk * UNIT
+            x0 = _fragments(tl.load(from_here, x_live, other=0.0))
+            x1 = _fragments(tl.load(from_here + CHUNK, x_live, other=0.0))
+            xs = (x0, x1)
+            if KIND == "int4":
+                x2 = _fragments(tl.load(from_here + 2 * CHUNK, x_live, other=0.0))
+                x3 = _fragments(tl.load(from_here + 3 * CHUNK, x_live, other=0.0))
+                xs = (x0, x1, x2, x3)  # type: ignore[assignment]
+            if GROUP > 0:
+                group = tl.minimum((first + i) * STEP + chunk * UNIT, k - UNIT) // GROUP
+                metas = _metas(meta + group[:, None] * stride + outputs[None, :], stride, GROUPS)
+            else:
+                metas = (of_all[None, :],)
+            acc, unit = _accumulate(_fragments(words), metas, xs, acc, unit, KIND, BF16, ASM, GROUPS, GROUP > 0)
+        w_at += ROWS * BK
+        x_at += STEP
+    total = tl.sum(acc, 0)
+    if GROUP == 0:
+        total *= scale_and_zero(of_all, KIND, BF16)[0][:, None]
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "early", "square_parts"])
+def packed_kernel(
+    x, w, meta, bias, out, parts, arrived, rows, n, k, width, early,
+    squares, square_parts, eps, residual, scale, gain, new_residual, new_squares,
+    qk_gains, qk_eps, table, slots, kv, kv_stride, heads, kv_heads,
+    KIND: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
+    ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    BIAS: tl.constexpr, SQUARES: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, QK_NORM: tl.constexpr, ROTATE: tl.constexpr, INTERLEAVED: tl.constexpr, KV_LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out [rows, n] = x [rows, k] @ weight [n, k].T + bias; ACT, ADD, HEADS, SPLIT, BIAS, SQUARES as linear_kernel.
+
+    w: words int16 [n (2 n with ACT), width] of KIND, in the order of `_place`; meta: float32, with int4 int32,
+    [groups, n (2 n)], see `scale_and_zero`; GROUP: inputs of a group, 0 if there is one. BK words a step: with groups
+    of fewer inputs CHUNK, else whole steps make a group. EVEN: BK divides width, and the words are all of x. ASM: on a
+    GPU. AHEAD: see `_prefetch`; SLICES: see `_multiply_sliced`.
+    """
+    steps = tl.cdiv(width, BK)
+    tile, part, begin, end = share_of(steps, SPLIT, WHOLE)
+    row_tiles = tl.cdiv(rows, BM)
+    tile_n, tile_m = tile // row_tiles, tile % row_tiles
+    rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+    if HEADS:
+        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
+    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
+        if early > 0:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
+    # The tile's outputs of both halves lie under one another, so that a step's products are as few and large.
+    FULL: tl.constexpr = 2 * BN if ACT != "" else BN
+    safe_n = stacked_rows(tl.arange(0, FULL), tile_n, n, BN, D, ACT, HEADS)
+    if PDL and AHEAD > 0:
+        _prefetch(w, safe_n, width, begin, end, AHEAD, CHUNK, ROWS, BK)
+    if SLICES > 1:
+        index = tl.arange(0, FULL // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        both = _multiply_sliced(
+            x, w, meta, safe_n, stacked_rows(index, tile_n, n, BN, D, ACT, HEADS), rm, rows, FULL // BN * n, k, width,
+            begin, end, KIND, GROUP, CHUNK, ROWS, BF16, ASM, BK, SLICES, STAGES, PDL,
+        )  # fmt: skip
+    else:
+        both = _multiply(
+            x, w, meta, safe_n, rm, rows, FULL // BN * n, k, width, begin, end, KIND, GROUP, CHUNK, ROWS, BF16, ASM, BK,
+            EVEN, STAGES, PDL,
+        )  # fmt: skip
+    conclude_stacked(
+        both, biases, out, parts, arrived, rn, rm, rows, n, k, tile, part, tile_n,
+        (squares, square_parts, eps), (residual, gains, scale, new_residual, new_squares),
+        (table, slots, qk_gains, qk_eps, kv, kv_stride, heads, kv_heads),
+        BM, BN, SPLIT, WHOLE, BIAS, SQUARES, ACT, ADD, HEADS, D, QK_NORM, ROTATE, INTERLEAVED, KV_LIMIT, PDL,
     )  # fmt: skip
 
 

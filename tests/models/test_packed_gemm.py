@@ -3,7 +3,7 @@
 In Triton's interpreter where there is no GPU (float16); on one also in bfloat16, larger, and in CUDA graphs.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from actorserve.models.packed_gemm import CHUNK, Float8Rows, Packed, Scratch, pa
 from actorserve.models.packed_tiles import PACKED, by_rule, choices_for
 from actorserve.models.places import allocate
 from actorserve.models.quantization import Scheme, quantization_of
-from actorserve.models.spec import Spec
+from actorserve.models.rope import inverse_frequencies
+from actorserve.models.spec import Rope, Spec
 from actorserve.models.triton_attention import TritonAttention
 from actorserve.models.triton_ops import TritonOps
 from actorserve.models.unpack import FLOAT8, Part, random_part
@@ -87,7 +88,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows(kind: str, dtype: torch.dtype) -> None:
-    """Whole and odd sizes, one part and several, a bias."""
+    """Whole and odd sizes, one part and several, tiles of which some are split, a bias."""
     shapes = [(48, 256, 2), (112, 416, 1), *([(4608, 3584, 4), (3584, 18944, 8)] if CUDA else [])]
     for outputs, inputs, split in shapes:
         part = part_of(kind, outputs, inputs)
@@ -97,8 +98,29 @@ def test_few_rows(kind: str, dtype: torch.dtype) -> None:
         for rows, depth in ((3, depths[0]), *([(1, depths[-1]), (61, depths[-1])] if CUDA else [(1, depths[-1])])):
             x = x_of(rows, inputs, dtype)
             tile = Tile(16 if rows <= 16 else 64, 64, depth, split, 4, 3)
-            got = linear(x, weight, bias, tile, ARRIVED, False, torch.float32)
-            assert error(got, F.linear(x.float(), dense, bias.float())) < TOLERANCE / 4
+            exact = F.linear(x.float(), dense, bias.float())
+            for each in (tile, replace(tile, outputs=16, split=2, whole=2)):
+                got = linear(x, weight, bias, each, ARRIVED, False, torch.float32)
+                assert error(got, exact) < TOLERANCE / 4
+    assert not ARRIVED.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices(kind: str, dtype: torch.dtype) -> None:
+    """A program's warps with steps of their own, some with fewer than others or none; both halves, and two parts."""
+    weight, dense = packed(part_of(kind, 64, 640), dtype), part_of(kind, 64, 640).dequantise()
+    x = x_of(3, 640, dtype)
+    exact = F.linear(x.float(), dense)
+    for slices, split, chunks in ((4, 1, 1), (8, 1, 1), (2, 2, 1), (2, 1, 2)):
+        if not weight.fits(chunks * CHUNK, slices):
+            continue
+        tile = Tile(8, 32, chunks * CHUNK, split, slices, 3, slices=slices)
+        got = linear(x, weight, None, tile, ARRIVED, False, torch.float32)
+        assert error(got, exact) < TOLERANCE / 4
+        gated = linear(x, weight, None, tile, ARRIVED, False, torch.float32, "silu")
+        assert error(gated, F.silu(exact[:, :32]) * exact[:, 32:]) < TOLERANCE
+    assert weight.fits(CHUNK, 2) and not packed(part_of(kind, 64, 416), dtype).fits(2 * CHUNK, 2)
     assert not ARRIVED.any()
 
 
@@ -219,7 +241,7 @@ def test_few_float8_rows(kind: str) -> None:
     bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1)).to(x)
     quantised = weight.quantised(x)
     exact = straight(quantised) @ part_of(kind, outputs, inputs).dequantise().t()
-    for tile in (Tile(32, 32, 2 * CHUNK, 1), Tile(32, 64, 2 * CHUNK, 2)):
+    for tile in (Tile(32, 32, 2 * CHUNK, 1), Tile(32, 64, 2 * CHUNK, 2), Tile(32, 32, 2 * CHUNK, 2, whole=1)):
         ours = TritonLinear(weight, bias, ARRIVED, 0, torch.float32, choices=((64, tile),))
         assert error(ours(x), exact + bias.float()) < TOLERANCE / 4
         assert torch.equal(ours(x), ours(quantised))
@@ -342,14 +364,19 @@ def test_a_model(name: str, tmp_path: Path, thorough: bool) -> None:
     assert (got - expected).norm() < (0.1 if CUDA else 0.02) * expected.norm()  # bfloat16 throughout, as other families
 
 
-def test_tiles_of_less_than_a_head() -> None:
-    """Their outputs lie in order, so no epilogue takes pairs of one head from them: what follows is done by itself."""
-    spec = Spec(99, 256, 1, 1, 1, 64, 64)
+def test_pairs_of_a_head() -> None:
+    """Tiles of less than a head take pairs of one, which the epilogue rotates."""
+    rope = Rope(10000.0, 64)
+    spec = Spec(99, 256, 1, 1, 1, 64, 64, rope=rope)
     part, x = part_of("int4-128", 192, 256), x_of(5, 256, torch.float16)
-    weight, ops, slots = packed(part, torch.float16), TritonOps(DEVICE, fuse=True), torch.arange(5, device=DEVICE)
-    cache = torch.zeros(5, 2, 1, 64, dtype=torch.float16, device=DEVICE)
-    ours = TritonLinear(weight, None, ARRIVED, 0, choices=((16, Tile(16, 32, CHUNK, 1)),))
-    queries = ops.heads(ours, x, None, 0.0, None, spec, slots, cache)
-    exact = F.linear(x.float(), part.dequantise())
-    assert error(queries.reshape(5, 64), exact[:, :64]) < TOLERANCE
-    assert error(cache.reshape(5, 128), exact[:, 64:]) < TOLERANCE
+    weight, slots = packed(part, torch.float16), torch.arange(5, device=DEVICE)
+    for tile in (Tile(16, 32, CHUNK, 1), Tile(8, 32, CHUNK, 1, 2, slices=2)):
+        made = []
+        for fuse in (True, False):
+            cache = torch.zeros(5, 2, 1, 64, dtype=torch.float16, device=DEVICE)
+            ops = TritonOps(DEVICE, fuse=fuse)
+            table = ops.rotation(slots + 7, inverse_frequencies(rope).to(DEVICE), rope, torch.float16)
+            ours = TritonLinear(weight, None, ARRIVED, 0, choices=((16, tile),))
+            made.append((ops.heads(ours, x, None, 0.0, table, spec, slots, cache), cache))
+        for fused, plain in zip(*made, strict=True):
+            assert plain.any() and error(fused.reshape(5, -1), plain.reshape(5, -1).float()) < TOLERANCE

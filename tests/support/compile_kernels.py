@@ -199,14 +199,16 @@ def quantized() -> Iterator[None]:
     no_add: dict[str, Any] = dict.fromkeys(("residual", "gain", "new_residual", "new_squares"))
     no_add |= {"scale": 1.0, "ADD": False}
     plain = {"QK_NORM": False, "INTERLEAVED": False, "KV_LIMIT": 0, "BF16": True, "ASM": True, "EVEN": True}
-    plain |= {"CHUNK": 32, "ROWS": 16, "AHEAD": 8}
+    plain |= {"CHUNK": 32, "ROWS": 16, "AHEAD": 8, "WHOLE": 0, "SLICES": 1}
     heads = {"HEADS": True, "D": 128, "ROTATE": True, "BIAS": True, "qk_gains": None}
     tile = {"BM": 16, "BN": 128, "BK": 32, "SPLIT": 4, "STAGES": 4, "ACT": "", "PDL": True, "SQUARES": 32}
     cases: list[dict[str, Any]] = [
-        no_add | heads | {"KIND": "int4", "GROUP": 128},
+        no_add | heads | {"KIND": "int4", "GROUP": 128, "BM": 8, "BN": 32, "SLICES": 4, "SPLIT": 1, "parts": None},
         no_heads | no_add | {"KIND": "int4", "GROUP": 32, "ACT": "silu", "BN": 64, "SPLIT": 1, "parts": None},
         no_heads | no_add | {"KIND": "int8", "GROUP": 0, "BK": 64, "BM": 64, "PDL": False, "EVEN": False},
         no_heads | {"KIND": "int4", "GROUP": 128, "ADD": True, "SQUARES": 0, "squares": None},
+        no_heads | no_add | {"KIND": "fp8", "GROUP": 0, "BM": 8, "BN": 32, "BK": 64, "SLICES": 4},
+        no_add | heads | {"KIND": "int4", "GROUP": 128},
         no_heads | no_add | {"KIND": "fp8", "GROUP": 0, "BK": 64, "ACT": "silu", "BN": 64},
     ]
     thorough = "TESTS_THOROUGH" in os.environ
@@ -233,7 +235,7 @@ def quantized() -> Iterator[None]:
     own = {"GROUP": 0, "BLOCK": 4096, "STATIC": False, "static": None, "PDL": True}
     yield build(float8_kernels.norm_quantise_kernel, 8, True, types | {"delta": "*bf16", "weight": "*bf16"}, **own)
     types = PACKED | {"x": "*fp8e4nv", "w": "*fp8e4nv"}
-    own = no_heads | no_add | tile | {"BM": 64, "BN": 64, "BK": 128, "SPLIT": 1, "parts": None, "ACT": "silu"}
+    own = no_heads | no_add | tile | {"BM": 64, "BN": 64, "BK": 128, "SPLIT": 4, "WHOLE": 264, "ACT": "silu"}
     own |= {"QK_NORM": False, "INTERLEAVED": False, "KV_LIMIT": 0, "BIAS": False, "bias": None, "SQUARES": 0}
     for group in (0, 128)[: 2 if thorough else 1]:
         yield build(float8_kernels.float8_kernel, 4, True, types, 4, GROUP=group, squares=None, EVEN=True, **own)
