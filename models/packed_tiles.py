@@ -14,25 +14,26 @@ from .packed_gemm import CHUNK, Kind, Packed
 
 PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {
     ("int4", 37888, 3584): (
-        (8, Tile(8, 64, 32, 2, 2, 4, ahead=8)), (16, Tile(16, 128, 32, 1, 4, 4)), (64, Tile(64, 128, 32, 1, 4, 3)),
+        (8, Tile(8, 64, 32, 2, 2, 3, registers=96)), (16, Tile(16, 128, 32, 1, 4, 4)),
+        (64, Tile(64, 128, 32, 2, 4, 3, whole=264, registers=168)),
     ),
     ("int4", 3584, 18944): (
         (8, Tile(8, 32, 32, 8, 1, 4)), (16, Tile(16, 64, 32, 8, 2, 4)), (64, Tile(64, 64, 32, 7, 4, 3)),
     ),
     ("int4", 4608, 3584): (
-        (8, Tile(8, 128, 32, 7, 4, 4)), (16, Tile(16, 128, 32, 7, 4, 4)), (64, Tile(64, 64, 32, 4, 4, 3)),
+        (8, Tile(8, 32, 32, 7, 1, 4, ahead=4)), (16, Tile(16, 128, 32, 7, 4, 4)), (64, Tile(64, 64, 32, 4, 4, 3)),
     ),
     ("int4", 3584, 3584): (
-        (8, Tile(8, 32, 32, 4, 1, 4, ahead=8)), (16, Tile(16, 64, 32, 7, 2, 4)), (64, Tile(64, 64, 32, 4, 4, 3)),
+        (8, Tile(8, 32, 32, 1, 4, 4, slices=4)), (16, Tile(16, 64, 32, 7, 2, 4)), (64, Tile(64, 64, 32, 4, 4, 3)),
     ),
     ("fp8", 37888, 3584): (
-        (8, Tile(8, 128, 64, 1, 4, 4, ahead=4)), (16, Tile(16, 128, 64, 1, 4, 4)), (64, Tile(64, 128, 64, 1, 4, 3)),
+        (8, Tile(8, 64, 64, 1, 2, 4)), (16, Tile(16, 128, 64, 1, 4, 4)), (64, Tile(64, 128, 64, 1, 4, 3)),
     ),
     ("fp8", 3584, 18944): (
         (8, Tile(8, 32, 64, 8, 1, 4)), (16, Tile(16, 128, 64, 8, 4, 4)), (64, Tile(64, 64, 128, 4, 4, 3)),
     ),
     ("fp8", 4608, 3584): (
-        (8, Tile(8, 128, 64, 2, 4, 4, ahead=8)), (16, Tile(16, 128, 64, 4, 4, 4)), (64, Tile(64, 128, 64, 2, 4, 4)),
+        (8, Tile(8, 32, 64, 7, 1, 4, ahead=4)), (16, Tile(16, 128, 64, 4, 4, 4)), (64, Tile(64, 128, 64, 2, 4, 4)),
     ),
     ("fp8", 3584, 3584): (
         (8, Tile(8, 32, 64, 7, 1, 4)), (16, Tile(16, 64, 64, 4, 2, 4)), (64, Tile(64, 64, 128, 2, 4, 3)),
@@ -55,7 +56,7 @@ def choices_for(weight: Packed) -> Choices:
     """The tiles of a weight by the number of rows; above the last, `Packed.multiply`."""
     outputs, inputs = weight.shape
     measured = PACKED.get((weight.kind, outputs, inputs), ())
-    if not all(tile is None or weight.fits(tile.depth) for _, tile in measured):
+    if not all(tile is None or weight.fits(tile.depth, tile.slices) for _, tile in measured):
         measured = ()
     most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
     return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)

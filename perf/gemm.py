@@ -275,7 +275,8 @@ def short(tile: Choice) -> str:
     flags = ("" if tile.swap else ", swap=False") + (", tma=True" if tile.tma else "")
     flags += f", ahead={tile.ahead}" if tile.ahead else ""
     flags += ", fetch=True" if tile.fetch else ""
-    flags += f", registers={tile.registers}" if tile.registers else ""
+    flags += "".join(f", {name}={value}" for name in ("whole", "registers") if (value := getattr(tile, name)))
+    flags += f", slices={tile.slices}" if tile.slices > 1 else ""
     return f"Tile({tile.rows}, {tile.outputs}, {tile.depth}, {tile.split}, {tile.warps}, {tile.stages}{flags})"
 
 

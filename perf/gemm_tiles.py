@@ -160,15 +160,26 @@ def packed_candidates(case: Case, rows: int, sms: int, kind: str, group: int) ->
     shapes = ((32, 1), (64, 2), (128, 2), (128, 4)) if few else ((64, 4), (128, 4), (128, 8), (256, 8))
     found = []
     for outputs, warps in shapes:
-        if case.follows == "heads" and outputs % case.head_dim:
+        if case.follows == "heads" and outputs % case.head_dim and (not few or case.head_dim % outputs):
             continue
-        for stages in (4, 6) if few else (3, 4):
+        for stages in (3, 4, 6) if few else (3, 4):
             tile = Tile(max(8, min(128, 1 << (rows - 1).bit_length())), outputs, depth, 1, warps, stages)
             tiles = -(-case.outputs // outputs) * -(-rows // tile.rows)
             most = min(MAX_TILES // tiles, max(1, (32 // warps if few else 4) * sms // tiles))
             parts = [s for s in whole_splits(-(-width // depth)) if s <= most] or [1]
             found += [replace(tile, split=s) for s in dict.fromkeys((parts[-1], parts[len(parts) // 2], parts[0]))]
+            found += crowded(tile, tiles, sms)
+    if rows <= 8 and width % depth == 0:
+        found += [Tile(8, 32, depth, 1, slices, 4, slices=slices) for slices in (2, 4, 8)]
     return [tile for tile in found if 2 * tile.stages * (tile.outputs * tile.depth + tile.rows * 4 * CHUNK) <= SHARED]
+
+
+def crowded(tile: Tile, tiles: int, sms: int) -> list[Tile]:
+    """The same with fewer registers, so that more of its programs are on an SM; of many rows what is left is split."""
+    if tile.rows <= 16:
+        return [replace(tile, split=2, registers=96)] if tile.warps == 2 and tile.stages == 3 else []
+    whole = tiles // sms * sms
+    return [replace(tile, split=2, whole=whole, registers=168)] if tile.warps == 4 and 0 < whole < tiles else []
 
 
 def candidates(case: Case, rows: int, sms: int) -> list[Tile]:
