@@ -7,8 +7,8 @@ Used by packed_gemm.py. A row has a scale, or each 128 of its inputs; bytes are 
 import triton
 import triton.language as tl
 
-from .gemm_epilogues import head_rows, rounded, stacked_rows
-from .gemm_kernels import conclude_stacked, operands_before, share_of
+from .gemm_epilogues import rounded, stacked_rows
+from .gemm_kernels import conclude_stacked, operands_before, work_of
 from .layer_kernels import activate
 
 
@@ -102,15 +102,8 @@ def float8_kernel(
     [groups, n (2 n)]. EVEN: BK divides width.
     """
     steps = tl.cdiv(width, BK)
-    tile, part, begin, end = share_of(steps, SPLIT, WHOLE)
-    row_tiles = tl.cdiv(rows, BM)
-    tile_n, tile_m = tile // row_tiles, tile % row_tiles
-    rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
-    if HEADS:
-        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
-    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
-        if early > 0:
-            tl.extra.cuda.gdc_launch_dependents()
+    tile, part, begin, end, place, rn, rm = work_of(steps, rows, early, BM, BN, SPLIT, WHOLE, HEADS, D, PDL)
+    tile_n = place[0]
     # The tile's outputs of both halves lie under one another, so that a step's products are as few and large.
     FULL: tl.constexpr = 2 * BN if ACT != "" else BN
     safe_n = stacked_rows(tl.arange(0, FULL), tile_n, n, BN, D, ACT, HEADS)

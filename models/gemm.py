@@ -55,7 +55,7 @@ class Tile:
     fetch: bool = False
     """With PDL: the L2 is asked for the rest of the weight before the predecessor ends. Not of a quantized weight."""
     whole: int = 0
-    """With split, of a quantized weight: so many tiles are not; see share_of in gemm_kernels.py."""
+    """With split, of a quantized weight: so many tiles are not; see work_of in gemm_kernels.py."""
     slices: int = 1
     """Of a quantized weight: parts of the steps, each a warp's (as many as warps), that a program adds up itself."""
     registers: int = 0

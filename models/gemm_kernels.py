@@ -131,22 +131,33 @@ def operands_after(
 
 
 @triton.jit
-def share_of(steps, SPLIT: tl.constexpr, WHOLE: tl.constexpr):
-    """(tile, part of it, its first step, the step behind its last) of this program; grid see linear_kernel.
+def work_of(
+    steps, rows, early, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """This program's (tile, part of it, first step, step behind the last, its place [2], outputs, rows of x).
 
     The first WHOLE tiles are not split: those are as many as the SMs multiply side by side, and the parts of the others
-    go on top of them, so that no SM has a whole tile more than another.
+    go on top of them, so that no SM has a whole tile more than another. What comes next is launched, if `early`.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     share = tl.cdiv(steps, SPLIT)
     if WHOLE > 0:
         other = tl.maximum(tile - WHOLE, 0)
-        whole = tile < WHOLE
-        part = tl.where(whole, 0, other % SPLIT)
-        share = tl.where(whole, steps, share)
+        part = tl.where(tile < WHOLE, 0, other % SPLIT)
+        share = tl.where(tile < WHOLE, steps, share)
         tile = tl.minimum(tile, WHOLE + other // SPLIT)
     begin = part * share
-    return tile, part, begin, tl.minimum(begin + share, steps)
+    row_tiles = tl.cdiv(rows, BM)
+    tile_n, tile_m = tile // row_tiles, tile % row_tiles
+    rn = tile_n * BN + tl.arange(0, BN)
+    if HEADS:
+        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
+    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
+        if early > 0:
+            tl.extra.cuda.gdc_launch_dependents()
+    rm = tile_m * BM + tl.arange(0, BM)
+    return tile, part, begin, tl.minimum(begin + share, steps), (tile_n, tile_m), rn, rm
 
 
 @triton.jit
@@ -263,17 +274,10 @@ def linear_kernel(
     for the others.
     """
     steps = tl.cdiv(k, BK)
-    tile, part, begin, end = share_of(steps, SPLIT, 0)
-    row_tiles = tl.cdiv(rows, BM)
-    tile_n, tile_m = tile // row_tiles, tile % row_tiles
-    first_n, first_m = tile_n * BN, tile_m * BM
-    rn, rm = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
-    if HEADS:
-        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
+    tile, part, begin, end, place, rn, rm = work_of(steps, rows, early, BM, BN, SPLIT, 0, HEADS, D, PDL)
+    tile_n = place[0]
+    first_n, first_m = tile_n * BN, place[1] * BM
     limit = tl.minimum(end * BK, k)
-    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
-        if early > 0:
-            tl.extra.cuda.gdc_launch_dependents()
 
     kk = begin * BK + tl.arange(0, BK)
     row_live = (rm < rows)[:, None]  # masked, not clamped: a row that all programs read BM times is a hot spot

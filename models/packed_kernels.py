@@ -13,8 +13,8 @@ Invariant: results are a function of the row, the weight and the tile; `arrived`
 import triton
 import triton.language as tl
 
-from .gemm_epilogues import head_rows, stacked_rows
-from .gemm_kernels import conclude_stacked, operands_before, share_of
+from .gemm_epilogues import stacked_rows
+from .gemm_kernels import conclude_stacked, operands_before, work_of
 
 
 @triton.jit
@@ -354,15 +354,8 @@ def packed_kernel(
     GPU. AHEAD: see `_prefetch`; SLICES: see `_multiply_sliced`.
     """
     steps = tl.cdiv(width, BK)
-    tile, part, begin, end = share_of(steps, SPLIT, WHOLE)
-    row_tiles = tl.cdiv(rows, BM)
-    tile_n, tile_m = tile // row_tiles, tile % row_tiles
-    rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
-    if HEADS:
-        rn = head_rows(tl.arange(0, BN), tile_n, D, BN)
-    if PDL:  # noqa: SIM102 (a constant, and a number on the device)
-        if early > 0:
-            tl.extra.cuda.gdc_launch_dependents()
+    tile, part, begin, end, place, rn, rm = work_of(steps, rows, early, BM, BN, SPLIT, WHOLE, HEADS, D, PDL)
+    tile_n = place[0]
 
     biases, gains = operands_before(bias, gain, rn, n, BIAS, ACT, ADD)
     # The tile's outputs of both halves lie under one another, so that a step's products are as few and large.
