@@ -324,7 +324,7 @@ def _multiply_sliced(
                 group = tl.minimum((first + i) * STEP + chunk * UNIT, k - UNIT) // GROUP
                 metas = _metas(meta + group[:, None] * stride + outputs[None, :], stride, GROUPS)
             else:
-                metas = (of_all[None, :],)
+                metas = (of_all[None, :],)  # type: ignore[index]
             acc, unit = _accumulate(_fragments(words), metas, xs, acc, unit, KIND, BF16, ASM, GROUPS, GROUP > 0)
         w_at += ROWS * BK
         x_at += STEP

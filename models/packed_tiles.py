@@ -56,7 +56,7 @@ def choices_for(weight: Packed) -> Choices:
     """The tiles of a weight by the number of rows; above the last, `Packed.multiply`."""
     outputs, inputs = weight.shape
     measured = PACKED.get((weight.kind, outputs, inputs), ())
-    if not all(tile is None or weight.fits(tile.depth, tile.slices) for _, tile in measured):
+    if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for _, tile in measured if tile):
         measured = ()
     most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
     return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)
