@@ -59,23 +59,6 @@ def _advance(
     tl.store(done_ptr + row, (finish != 0).to(tl.int32), going)
 
 
-@triton.jit(do_not_specialize=["count", "stride"])  # or another batch would be compiled for
-def _deliver(out_ptr, host_ptr, count, stride, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < count
-    tl.store(host_ptr + i, tl.load(out_ptr + i, live), live)
-    tl.store(host_ptr + count + i, tl.load(out_ptr + stride + i, live), live)
-
-
-def deliver(out: Tensor, host: Tensor) -> None:
-    """Write out int32 [2, B], of any row stride, to pinned memory [2, B].
-
-    A copy would be a command of another engine, for which the graphs before and after it wait 10 us longer.
-    """
-    count = out.shape[1]
-    _deliver[(triton.cdiv(count, BLOCK),)](out, host, count, out.stride(0), BLOCK=BLOCK)
-
-
 def prepare(slots: "SlotArrays", rows: Tensor) -> "DecodeInputs":
     """See SlotArrays.prepare; rows int32 [B], results int32."""
     from .slots import DecodeInputs

@@ -8,7 +8,6 @@ Invariant: steps are ready in the order of their launches; the pinned memory of 
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -139,8 +138,6 @@ class Stepper:
         self.exact = self.device.type == "cpu" or getattr(runner.decoder.attention, "needs_host_lengths", False)
         """The host knows all lengths, because it waits for each step."""
         self._on_launch: Callable[[Step], None] | None = None
-        self._written: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        """Memory that a kernel may still write to, which the allocator does not know: not to be used for others."""
 
     def on_launch(self, callback: Callable[[Step], None]) -> None:
         """Call `callback` with each step that is not ready when launched: who waits for it."""
@@ -208,26 +205,13 @@ class Stepper:
         if scores is not None:
             scores = logprobs_to_host(scores, None)
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        host = None if out is None else self._deliver(out)
-        step = Step(slots, host, sampled, event, scores, to_host(vectors))
+        step = Step(slots, to_host(out), sampled, event, scores, to_host(vectors))
         event.record()
-        if host is not None:
-            self._written.append((event, host))
         if self.exact:
             step.wait()
         elif self._on_launch is not None:
             self._on_launch(step)
         return step
-
-    def _deliver(self, out: Tensor) -> Tensor:
-        """Have out int32 [2, B] written into pinned memory."""
-        from .slot_kernels import deliver
-
-        while self._written and self._written[0][0].query():  # type: ignore[no-untyped-call]
-            self._written.popleft()
-        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        deliver(out, host)
-        return host
 
     def prepare_ahead(self) -> bool:
         """While there is time measure a product of prefills or capture a graph; False when all is done."""

@@ -33,7 +33,6 @@ from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 INTS = "rows_ptr length_ptr last_ptr shift_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
-INTS += " host_ptr"
 POINTERS: dict[str, str] = {
     **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
     **dict.fromkeys("partial partial_lse lse table frequencies".split(), "*fp32"),
@@ -130,7 +129,6 @@ def layers() -> Iterator[None]:
             INTERLEAVED=interleaved, NORM=norm, ROTATE=True, KV_LIMIT=0, PDL=False,
         )  # fmt: skip
     yield build(slot_kernels._prepare, 4, PAGE=16, BLOCK=256)
-    yield build(slot_kernels._deliver, 4, BLOCK=256)
     yield build(slot_kernels._advance, 4, NO_TOKEN=-1, LENGTH=2, BLOCK=256)
 
 
