@@ -20,11 +20,9 @@ import trio
 
 from .courtesy import MOST, REFILL
 from .environment import child_environment
-from .fsm_worker import CREDIT, LENGTH, PID, Answer, Failed, Job, Ready, Result, Setup, decode_answer, framed
+from .fsm_worker import CREDIT, GRACE, LENGTH, PID, Answer, Failed, Job, Ready, Result, Setup, decode_answer, framed
 from .messages import GrammarSpec
 
-GRACE: Final = 0.4
-"""Seconds beyond the limit that the worker keeps itself, before it is killed."""
 START_SECONDS: Final = 120.0
 _ENTRY: Final = "from actorserve.actors.fsm_worker import main; main()"
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
@@ -31,6 +32,8 @@ TABLE_BYTES: Final = 16 << 20
 """Most of a grammar's transitions: a lane and a GPU take them."""
 MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
+GRACE: Final = 0.4
+"""Seconds beyond a grammar's own: after them its compiler is killed."""
 TABLE_SHARE: Final = 0.7
 """Of a grammar's seconds: for its table, where llguidance may take what needs longer."""
 WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
@@ -154,6 +157,7 @@ class Compiler:
         from ..fsm.shapes import Unsupported
 
         refusal: GrammarError | None = None
+        end = time.monotonic() + self.seconds + GRACE
         if self.backend != "llguidance":
             try:
                 return self._table(spec)
@@ -162,7 +166,7 @@ class Compiler:
                     raise
                 refusal = error
         try:
-            return self._translated(spec)
+            return self._translated(spec, end)
         except GrammarError as error:
             if refusal is None or isinstance(refusal, NotRegular):
                 raise
@@ -186,13 +190,20 @@ class Compiler:
             arrays = after_thoughts(arrays, spec.thoughts, self.tables.place >= 0)
         return Made(*(array.tobytes() for array in arrays))
 
-    def _translated(self, spec: GrammarSpec) -> MadeText:
-        """Raises GrammarError also for what the library refuses."""
+    def _translated(self, spec: GrammarSpec, end: float) -> MadeText:
+        """Raises GrammarError also for what the library refuses, and where the request's own matcher, which takes as
+        long as this one, would come after `end`."""
         import numpy as np
+
+        from ..fsm.errors import BudgetError
 
         assert self.matchers is not None
         grammar = translation(spec, frozenset(self.tokenizer.control.tokens))
+        began = time.monotonic()
         self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
+        now = time.monotonic()
+        if now + (now - began) > end:
+            raise BudgetError("seconds", self.seconds)
         return MadeText(msgspec.json.encode(Guidance(grammar, spec.thoughts)).decode())
 
     def _spell(self, text: str) -> list[int]:

@@ -23,7 +23,7 @@ from actorserve.actors import executor
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
 from actorserve.actors.desk import Desk
-from actorserve.actors.fsm_worker import Compiler, MadeText, Setup
+from actorserve.actors.fsm_worker import Compiler, Failed, MadeText, Setup
 from actorserve.actors.guided import GuidedRequests
 from actorserve.actors.match_pool import MatchPool
 from actorserve.actors.messages import (
@@ -232,6 +232,15 @@ def text_of(compiler: Compiler, kind: Any, text: str) -> str:
 
 
 NESTED = 'root ::= "[" root* "]"'
+
+
+def test_a_matcher_that_would_come_too_late_is_refused(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of a grammar is made in the compiler, the request's own after it, as slowly."""
+    spec = GrammarSpec("ebnf", NESTED)
+    assert isinstance(compiler.compile(spec), MadeText)
+    monkeypatch.setattr("actorserve.actors.fsm_worker.GRACE", -compiler.seconds)
+    answer = compiler.compile(spec)
+    assert isinstance(answer, Failed) and answer.code == "grammar_too_large" and answer.late
 
 
 def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
