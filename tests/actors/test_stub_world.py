@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from simulated_executor import VOCAB
 from stub_world import StubWorld
 
-from actorserve.actors.messages import Order
+from actorserve.actors.messages import Finish, Order
 from actorserve.sampler.params import SamplingParams
 
 
@@ -153,6 +153,20 @@ def test_deaths_of_others_making_are_nobodys_fault() -> None:
         world.kill_executor()
     world.settle()
     assert all(one.end.startswith("finish") for one in ones), [one.end for one in ones]
+    world.close()
+
+
+def test_poison_before_a_jump_that_is_planned_already() -> None:
+    """The jump is computed after the end, and told nobody; its pages are free."""
+    world = StubWorld(8, 1, num_continuous_decode_steps=1, plans_in_flight=2, window_ms=0.0)
+    one = world.ask(prompt_of(10, 1), params_of(0, 3, logprobs=1), grammar=2)
+    world.poison(one)
+    world.settle()
+    assert (one.end, one.said) == (f"finish {int(Finish.POISON)}", [])
+    other = world.ask(prompt_of(11, 1), params_of(0, 3))
+    world.settle()
+    assert other.end.startswith("finish") and len(other.said) == 3
+    world.check()
     world.close()
 
 
