@@ -170,6 +170,8 @@ class StubExecutor(Actor):
         self.kv = np.zeros((pages, self.page), dtype=np.uint64)
         self.seats: dict[int, Seat] = {}
         self.decoding: list[int] = []
+        self.over: set[int] = set()
+        """Slots whose requests have ended, until others are admitted to them."""
         self.sampler: StubSampler | None = None
         self.loaded = ""
         self.start_state = START
@@ -208,6 +210,7 @@ class StubExecutor(Actor):
             case PeerDown(name="sched"):
                 self.seats.clear()
                 self.decoding.clear()
+                self.over.clear()
             case PeerUp() | PeerDown() | Drain() | ImagePixels() | DropImage():
                 pass
 
@@ -221,6 +224,7 @@ class StubExecutor(Actor):
                 self.ready = replace(self.ready, weights=self.loaded)
                 self.seats.clear()
                 self.decoding.clear()
+                self.over.clear()
             case "start_profile" | "stop_profile":
                 return Carried(m.rid, m.task, "a stub has no model to profile", 400, "unsupported_value")
         return Carried(m.rid, m.task)
@@ -251,6 +255,7 @@ class StubExecutor(Actor):
             drawing = [*rows, *(c.slot for c in work if c.draws)]
             out = self._draw(drawing)
             ended = {slot for slot, finish in zip(drawing, out[1], strict=True) if finish}
+            self.over |= ended
             self.decoding = [s for s in drawing if s not in ended and s not in once]
             took_ns = time.perf_counter_ns() - started
             yield self._step_out(window, number, drawing, *out, scores, pooled, took_ns)
@@ -266,6 +271,7 @@ class StubExecutor(Actor):
             self.kv[destination, :tokens] = content
         for a in plan.admits:
             self.seats[a.slot] = Seat(a.rid, ints(a.pages), a.cached, a.limit)
+            self.over.discard(a.slot)
         self.sampler.sync(plan.window, plan.sampler_changes)
         for slot, page in zip(ints(plan.grow_slots), ints(plan.grow_pages), strict=True):
             self.seats[slot].pages.append(page)
@@ -276,9 +282,11 @@ class StubExecutor(Actor):
         chunks = []
         for i, length in enumerate(ints(plan.chunk_lengths)):
             slot, start = slots[i], ints(plan.chunk_starts)[i]
+            tokens, wanted = list(islice(ids, length)), list(islice(targets, scored[i]))
+            if slot in self.over:
+                continue  # a jump that was planned before its row was found to be poisoned
             if start != self.seats[slot].length:
                 raise RuntimeError(f"slot {slot} has {self.seats[slot].length} tokens, its chunk starts at {start}")
-            tokens, wanted = list(islice(ids, length)), list(islice(targets, scored[i]))
             end = ChunkEnd(last[i])
             chunks.append(Chunk(slot, tokens, end == ChunkEnd.DRAW, end == ChunkEnd.POOL, score_from[i], wanted))
         return chunks
