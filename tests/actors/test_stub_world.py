@@ -158,7 +158,7 @@ def test_deaths_of_others_making_are_nobodys_fault() -> None:
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_poison_before_a_jump_that_is_planned_already(k: int) -> None:
-    """The jump is not computed any more, and its pages are free."""
+    """The jump is run all the same, for nobody; its pages are free."""
     world = StubWorld(8, 1, num_continuous_decode_steps=k, plans_in_flight=2)
     one = world.ask(prompt_of(10, 1), params_of(0, 3, logprobs=1), grammar=2)
     world.poison(one)
