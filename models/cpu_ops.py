@@ -27,7 +27,7 @@ class CpuOps(TorchOps):
 
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See Ops."""
-        if rope.interleaved or positions.dim() != 1:
+        if rope.interleaved or positions.dim() != 1 or positions.dtype != torch.int64 or not positions.is_contiguous():
             return super().rotation(positions, frequencies, rope, dtype)
         cos, sin = torch.empty(2, len(positions), 1, rope.dim).unbind(0)
         factor = rope.scaling.attention_factor if rope.scaling else 1.0

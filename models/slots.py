@@ -153,7 +153,11 @@ class SlotArrays:
 
             advance(self, rows, draw_positions, ids, finish, out)
         elif self._kernels is not None and rows.dtype == torch.int64:
-            given = (tensor.data_ptr() for tensor in (draw_positions, ids, finish, out))
+            # Of other ranks they come in other dtypes; the kernel sees addresses only.
+            wide = [tensor.to(torch.int64).contiguous() for tensor in (draw_positions, ids)]
+            finish = finish.to(torch.uint8).contiguous()
+            assert out.dtype == torch.int32 and out.is_contiguous()
+            given = (tensor.data_ptr() for tensor in (*wide, finish, out))
             self._kernels.advance(self._some(rows), *given)
         else:
             self.advance_plain(rows, draw_positions, ids, finish, out)

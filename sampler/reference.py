@@ -139,7 +139,8 @@ def sample(
     it a GPU is waited for.
     """
     at = slots.cpu().numpy() if host_slots is None else host_slots
-    if kernel is not None and (logits.dtype != torch.float32 or not logits.is_contiguous()):
+    taken = (logits, torch.float32), (slots, torch.int64), (positions, torch.int64)
+    if kernel is not None and not all(t.dtype == dtype and t.is_contiguous() for t, dtype in taken):
         kernel = None
     if kernel is not None and state.plain[at].all():
         return Sampled(*kernel(logits, bitmask, slots, positions, state))
