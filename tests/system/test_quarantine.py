@@ -79,7 +79,7 @@ def test_the_guilty_is_refused_and_nobody_else(name: str, tmp_path: Path, monkey
     after: list[list[int]] = [[] for _ in range(INNOCENT)]
 
     async def main() -> None:
-        settings = {"load_format": "stub", "stub_step_ms": 8.0, "max_running_requests": 8, "log_level": "error"}
+        settings = {"load_format": "stub", "stub_step_ms": 20.0, "max_running_requests": 8, "log_level": "error"}
         async with actorserve.Engine(folder, placement="inline", **settings) as engine:  # the root: a thread of ours
             await crowd(engine, before)
             assert not deaths.read_text()
