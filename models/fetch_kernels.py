@@ -1,8 +1,8 @@
 """Asking the L2 for memory that a kernel will read once its predecessor has ended, with few instructions.
 
-Used by the GEMM before it waits for its predecessor (PDL). One bulk request of a thread covers what would take dozens
-of loads (PTX: cp.async.bulk.prefetch.L2, sm_90). Nothing waits for it.
-Invariant: addresses and sizes are multiples of 16 bytes; only memory of the tensor itself is asked for.
+Used by the GEMMs before they wait for their predecessors (PDL): line by line (`ask_lines`), or in bulk, where a request
+of one thread covers what would take dozens of loads (PTX: cp.async.bulk.prefetch.L2, sm_90). Nothing waits for it.
+Invariant: addresses and sizes in bulk are multiples of 16 bytes; only memory of the tensor itself is asked for.
 """
 
 import triton
@@ -11,6 +11,14 @@ import triton.language as tl
 ASK = tl.constexpr(
     "{ .reg .pred there; setp.ne.u32 there, $2, 0; @there cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
 )
+
+
+@triton.jit
+def ask_lines(at):
+    """Ask for the lines that the pointers `at` are in."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -13,6 +13,7 @@ Invariant: results are a function of the row, the weight and the tile; `arrived`
 import triton
 import triton.language as tl
 
+from .fetch_kernels import ask_lines
 from .gemm_epilogues import stacked_rows
 from .gemm_kernels import conclude_stacked, operands_before, work_of
 
@@ -127,9 +128,7 @@ def _prefetch(
     """Ask the L2 for the words of the first AHEAD steps, a power of two, while the predecessor ends."""
     step = tl.minimum(begin + tl.arange(0, AHEAD), end - 1)
     at = w + _place(rn, width, CHUNK, ROWS)[:, None] + (step * (ROWS * BK))[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    ask_lines(at)
 
 
 @triton.jit

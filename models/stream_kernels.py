@@ -9,6 +9,7 @@ Invariant: results are a function of x, the weight and the configuration; `arriv
 import triton
 import triton.language as tl
 
+from .fetch_kernels import ask_lines
 from .gemm_kernels import finish, operands_after, operands_before, total
 
 LEFT = tl.constexpr(1 << 16)
@@ -61,14 +62,9 @@ def _prefetch(w, rn, n, k, begin, AHEAD: tl.constexpr, BK: tl.constexpr, ACT: tl
     """Ask the L2 for the first AHEAD steps of the weight, a line of 64 elements at a time."""
     lines = begin * BK + 64 * tl.arange(0, AHEAD * BK // 64)
     at = w + tl.minimum(rn, n - 1).to(tl.int64)[:, None] * k + tl.minimum(lines, k - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    ask_lines(at)
     if ACT != "":
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(at + n.to(tl.int64) * k).to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        ask_lines(at + n.to(tl.int64) * k)
 
 
 @triton.jit
