@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actorserve.models.cublaslt import Product
+from actorserve.models.cublaslt import Plan, Product
 from actorserve.models.tuned_gemm import TunedGemms, bucket, key_of, read_choices, write_choices
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,9 +65,9 @@ def test_every_candidate_multiplies(
     added = rest[0] if rest else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
     gemms = TunedGemms(x.device, folder=tmp_path)
-    key = key_of(Product(384, 512, rows, bias, dtype, result))
-    plan, _ = gemms._plan(Product(384, 512, rows, bias, dtype, result))
-    candidates = gemms._candidates(plan)
+    product = Product(384, 512, rows, bias, dtype, result)
+    key = key_of(product)
+    candidates = gemms._candidates(Plan(gemms.library, product))
     ran = 0
     for candidate in candidates:
         write_choices(gemms._file, {key: candidate})
