@@ -24,7 +24,7 @@ class Display:
         self._began = time.monotonic()
         self._bars: dict[str, Any] = {}
         self._said: set[str] = set()
-        self._up = False
+        self._over = False
 
     def __enter__(self) -> Self:
         return self
@@ -49,23 +49,28 @@ class Display:
 
     def event(self, kind: str, node: str, detail: str, fraction: float) -> None:
         """An actors.supervisor.OnEvent: how far the actors' start is."""
-        if self._up:
+        if self._over:
             return
         if kind == "progress" and self._terminal:
             self._draw(node, f"starting {detail or node}", round(100 * fraction), 100, bar_format="{l_bar}{bar:30}|")
+        elif kind == "progress":
+            self._say_once(f"starting {detail or node}")
         elif kind == "spawn":
             self._say_once("starting the actors")
         elif kind == "ready" and node in self._bars:
             self._bars.pop(node).close()
         elif kind == "down":
             self.line(f"actorserve: {node} failed to start: {detail}")
+        elif kind == "stopping":  # whoever leaves from now on has not failed
+            self._clear()
+            self._over = True
 
     def greet(self, text: str) -> None:
         """The engine is up: no more bars. `text` goes to stdout."""
         self._clear()
-        if self._up:
+        if self._over:
             return
-        self._up = True
+        self._over = True
         print(text, flush=True)
         if sys.stdout.isatty():
             print(f"up after {time.monotonic() - self._began:.1f} s; Ctrl-C stops it", flush=True)

@@ -287,8 +287,16 @@ def test_plain_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
         for done in range(5):
             display.transfer("convert", done, 10_000_000)
         display.transfer("wait", 0, 0)
+        display.event("spawn", "exec.0", "", 0.0)
+        for _ in range(3):
+            display.event("progress", "exec.0", "exec.0: compiling kernels (once)", 1.0)
+        display.event("stopping", "", "", 0.0)
+        display.event("down", "front.0", "left", 0.0)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["converting the model (once) (10 MB)", "waiting for another process that prepares this model"]
+    assert lines == [
+        "converting the model (once) (10 MB)", "waiting for another process that prepares this model",
+        "starting the actors", "starting exec.0: compiling kernels (once)",
+    ]  # fmt: skip
 
 
 def test_python_m(tmp_path: Path) -> None:
