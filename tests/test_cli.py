@@ -164,7 +164,7 @@ def test_a_signal_stops_in_order(number: int, stand: Any, capsys: pytest.Capture
     assert stand(behaviour) == 0
     out, err = capsys.readouterr()
     assert "serves it's on http://127.0.0.1:" in out
-    assert err == "starting the actors\n"
+    assert err == "starting the actors\nstarting exec.0: weights\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
