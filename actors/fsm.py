@@ -1,4 +1,4 @@
-"""The fsm actor: compiles grammars for the scheduler, in processes of its own, and remembers them.
+"""The fsm actor: compiles grammars for the schedulers, in processes of its own, and remembers them.
 
 Equal grammars are compiled once, whoever waits for them, and their tables kept as long as there is room. Compilers are
 killed when they take too long, and started again (compile_pool.py). Grammars that no table can have are followed here,
@@ -34,7 +34,6 @@ from .messages import (
 )
 from .ref import Gone
 
-SCHEDULER: Final = "sched"
 WORKERS: Final = 2
 CACHE_BYTES: Final = 128 << 20
 ENTRY_BYTES: Final = 1024
@@ -48,7 +47,8 @@ class Work:
     """A grammar that is queued or being compiled, and the handles of who waits."""
 
     spec: GrammarSpec
-    handles: list[int] = field(default_factory=list)
+    handles: list[tuple[str, int]] = field(default_factory=list)
+    """Each a scheduler's."""
 
 
 class Cache:
@@ -105,59 +105,58 @@ class Fsm(Actor):
     def receive(self, message: Any, source: str) -> None:
         match message:
             case Compile():
-                self._compile(message)
+                self._compile(message, source)
             case Discard():
-                self._discard(message.handle)
+                self._discard(source, message.handle)
             case Match():
-                self.matches.follow(message)
+                self.matches.follow(message, source)
             case Unmatch():
-                self.matches.forget(message.rid)
-            case PeerDown():
-                self.matches.forget_all()
-                for work in self.works.values():
-                    work.handles.clear()
-                self.works.clear()
-                self._queue.clear()
+                self.matches.forget(source, message.rid)
+            case PeerDown(name=name):
+                self.matches.forget_all(name)
+                for scheduler, handle in [one for work in self.works.values() for one in work.handles]:
+                    if scheduler == name:
+                        self._discard(name, handle)
             case PeerUp() | Drain():
                 pass  # the scheduler asks again for what it needs
 
     # ------------------------------------------------------------------ requests
 
-    def _compile(self, m: Compile) -> None:
+    def _compile(self, m: Compile, scheduler: str) -> None:
         answer = self.cache.get(m.spec)
         if answer is not None:
-            self._answer(m.handle, answer)
+            self._answer(scheduler, m.handle, answer)
             return
         work = self.works.get(m.spec)
         if work is None:
             work = self.works[m.spec] = Work(m.spec)
             self._queue.append(work)
             self._ring()
-        work.handles.append(m.handle)
+        work.handles.append((scheduler, m.handle))
 
-    def _discard(self, handle: int) -> None:
-        work = next((work for work in self.works.values() if handle in work.handles), None)
+    def _discard(self, scheduler: str, handle: int) -> None:
+        work = next((work for work in self.works.values() if (scheduler, handle) in work.handles), None)
         if work is None:
             return
-        work.handles.remove(handle)
+        work.handles.remove((scheduler, handle))
         if not work.handles and work in self._queue:  # what is being compiled may as well be finished
             self._queue.remove(work)
             del self.works[work.spec]
 
-    def _answer(self, handle: int, answer: Result, status: int = 400, seconds: float = 0.0) -> None:
+    def _answer(self, scheduler: str, handle: int, answer: Result, status: int = 400, seconds: float = 0.0) -> None:
         match answer:
             case Made():
                 arrays = (memoryview(a) for a in (answer.token_class, answer.transitions, answer.canonical))
                 token_class, transitions, canonical = arrays
-                self._send(Compiled(handle, token_class, transitions, canonical, seconds))
+                self._send(scheduler, Compiled(handle, token_class, transitions, canonical, seconds))
             case MadeText():
-                self._send(Translated(handle, answer.grammar, seconds))
+                self._send(scheduler, Translated(handle, answer.grammar, seconds))
             case Failed():
-                self._send(CompileFailed(handle, status, answer.code, answer.message, seconds))
+                self._send(scheduler, CompileFailed(handle, status, answer.code, answer.message, seconds))
 
-    def _send(self, message: Compiled | Translated | CompileFailed | Masks | MatchFailed) -> None:
+    def _send(self, scheduler: str, message: Compiled | Translated | CompileFailed | Masks | MatchFailed) -> None:
         try:
-            self.context.ref(SCHEDULER).post(message)
+            self.context.ref(scheduler).post(message)
         except Gone:
             return  # it asks again when it is back
 
@@ -193,8 +192,8 @@ class Fsm(Actor):
                     self.cache.put(work.spec, answer)
                 if self.works.get(work.spec) is work:
                     del self.works[work.spec]
-                for handle in work.handles:
-                    self._answer(handle, answer, status, seconds)
+                for scheduler, handle in work.handles:
+                    self._answer(scheduler, handle, answer, status, seconds)
                 await self._warm_up(worker)  # again, if it was killed: before somebody waits for it
         finally:
             worker.close()

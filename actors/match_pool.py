@@ -1,6 +1,6 @@
 """Requests that follow a grammar of llguidance's: their matchers, and the threads that fill their masks.
 
-Part of the fsm actor, which hands in what the scheduler sends. The library releases the GIL, so the actor goes on
+Part of the fsm actor, which hands in what schedulers send. The library releases the GIL, so the actor goes on
 meanwhile. Masks that are asked for together are sent together; one that takes longer than DEADLINE is sent later by
 itself, so that a slow grammar makes its own request slow and no other. Invariant: a matcher has consumed the first
 `known` generated tokens of its request; a request that is not known any more is not answered.
@@ -46,6 +46,7 @@ class Place:
 class Job:
     """Consume these tokens and fill the mask. `place` is the request's as long as it is known."""
 
+    scheduler: str
     rid: int
     place: Place
     ids: list[int]
@@ -56,12 +57,13 @@ class Job:
 class MatchPool:
     """See the module's text."""
 
-    def __init__(self, setup: Setup, send: Callable[[Masks | MatchFailed], None], desk: Desk) -> None:
+    def __init__(self, setup: Setup, send: Callable[[str, Masks | MatchFailed], None], desk: Desk) -> None:
         self._setup = setup
         self._send = send
         self._desk = desk
         self._words = -(-setup.vocab_size // 32)
-        self._places: dict[int, Place] = {}
+        self._places: dict[tuple[str, int], Place] = {}
+        """By scheduler and request: what one has given up, another may ask for before we hear of that."""
         self._jobs: deque[Job] = deque()
         self._done: deque[Job] = deque()
         self._open = 0
@@ -80,25 +82,25 @@ class MatchPool:
             nursery.start_soon(self._fill, number, limiter)
         nursery.start_soon(self._answer)
 
-    def follow(self, m: Match) -> None:
+    def follow(self, m: Match, scheduler: str) -> None:
         """Take a request's tokens in; the answer follows."""
         if not m.start:
-            self._places[m.rid] = Place(m.grammar)
-        place = self._places.get(m.rid)
+            self._places[scheduler, m.rid] = Place(m.grammar)
+        place = self._places.get((scheduler, m.rid))
         if place is None:
             return  # forgotten meanwhile
         ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
-        self._jobs.append(Job(m.rid, place, ids))
+        self._jobs.append(Job(scheduler, m.rid, place, ids))
         self._open += 1
         self._ring()
 
-    def forget(self, rid: int) -> None:
+    def forget(self, scheduler: str, rid: int) -> None:
         """Drop a request's matcher."""
-        self._places.pop(rid, None)
+        self._places.pop((scheduler, rid), None)
 
-    def forget_all(self) -> None:
-        """Drop all: the scheduler that knew them is gone."""
-        self._places.clear()
+    def forget_all(self, scheduler: str) -> None:
+        """Drop all that this scheduler knew: it is gone."""
+        self._places = {key: place for key, place in self._places.items() if key[0] != scheduler}
 
     # ------------------------------------------------------------------ in threads
 
@@ -176,18 +178,20 @@ class MatchPool:
                     await self._progress.wait()
             done = [self._done.popleft() for _ in range(len(self._done))]
             self._open -= len(done)
-            self._post([job for job in done if self._places.get(job.rid) is job.place])
+            self._post([job for job in done if self._places.get((job.scheduler, job.rid)) is job.place])
 
     def _post(self, done: list[Job]) -> None:
+        filled: dict[str, list[tuple[Job, np.ndarray]]] = {}
         for job in done:
             if job.error is not None:
                 error = job.error
                 text = f"after {job.place.known} tokens: {error.message}"
-                self._send(MatchFailed(job.rid, error.status, error.code, text))
-                del self._places[job.rid]
-        filled = [(job, job.mask) for job in done if job.mask is not None]
-        if filled:
-            rids = np.array([job.rid for job, _ in filled], dtype=np.int64)
-            lengths = np.array([job.place.known for job, _ in filled], dtype=np.int32)
-            bitmask = np.stack([mask for _, mask in filled])
-            self._send(Masks(*(memoryview(a.tobytes()) for a in (rids, lengths, bitmask))))
+                self._send(job.scheduler, MatchFailed(job.rid, error.status, error.code, text))
+                del self._places[job.scheduler, job.rid]
+            elif job.mask is not None:
+                filled.setdefault(job.scheduler, []).append((job, job.mask))
+        for scheduler, jobs in filled.items():
+            rids = np.array([job.rid for job, _ in jobs], dtype=np.int64)
+            lengths = np.array([job.place.known for job, _ in jobs], dtype=np.int32)
+            bitmask = np.stack([mask for _, mask in jobs])
+            self._send(scheduler, Masks(*(memoryview(a.tobytes()) for a in (rids, lengths, bitmask))))

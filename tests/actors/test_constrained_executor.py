@@ -222,9 +222,9 @@ def test_a_request_that_leaves_while_its_grammar_compiles(folder: str, monkeypat
     discarded: list[int] = []
     discard, made = Fsm._discard, Fsm._made
 
-    def noted(self: Fsm, handle: int) -> None:
+    def noted(self: Fsm, scheduler: str, handle: int) -> None:
         discarded.append(handle)
-        discard(self, handle)
+        discard(self, scheduler, handle)
 
     async def slow(self: Fsm, worker: Worker, spec: GrammarSpec) -> Any:
         if spec.text == "slow":

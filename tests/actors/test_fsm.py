@@ -257,6 +257,46 @@ def test_a_discarded_grammar_is_not_compiled(folder: str, monkeypatch: pytest.Mo
     run(main)
 
 
+def test_each_scheduler_gets_its_own_answers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They number their grammars alike; one of three dies while its compilation is waited for."""
+    monkeypatch.setattr(module, "WORKERS", 1)
+
+    async def main() -> None:
+        async with bench(folder, seconds=1.0) as b:
+            others = [
+                Context(name, b.context.config, b.context.model, SchedulerInbox, sends_to=["fsm"])
+                for name in ("sched.1", "sched.2")
+            ]
+            for other in others:
+                connect(b.context, other)
+                connect(other, b.context)
+            b.send(Compile(1, regex(SLOW)))
+            await b.pid(0)
+            for scheduler in (b.sched, *others):
+                scheduler.ref("fsm").post(Compile(2, regex("[a-c]")))
+            others[1].ref("fsm").post(Compile(3, regex("[a-d]")))
+            b.send(Compile(4, regex("[a-e]")))
+            b.send(Discard(2))
+            with trio.fail_after(60):
+                while len(b.fsm.works) < 4 or len(b.fsm.works[regex("[a-c]")].handles) > 2:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            b.context.inbox.put_system(PeerDown("sched.2", 1, "test"))
+            assert (await b.answer()).handle == 1
+            assert (await b.answer()).handle == 4
+            with trio.fail_after(60):
+                while b.fsm.works:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            answered = [
+                [m.handle for m, _ in iter(other.inbox.poll, None) if isinstance(m, Compiled)] for other in others
+            ]
+            assert answered == [[2], []]
+            assert b.fsm.cache.get(regex("[a-d]")) is None
+            for other in others:
+                other.close()
+
+    run(main)
+
+
 TOO_LARGE = ("grammar_too_large", "grammar_too_large")
 REFUSED: dict[str, tuple[str, str]] = {
     "(a|b)*a(a|b){30}": TOO_LARGE, "((a{1,100}){1,100}){1,100}": TOO_LARGE, "([a-z]{1,10} ?){0,40}x": TOO_LARGE,

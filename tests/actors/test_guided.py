@@ -271,35 +271,76 @@ def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), sent.append, Desk())
+            pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), lambda scheduler, m: sent.append(m), Desk())
             pool.start(nursery)
-            pool.follow(match(1, 0, "[[]", nested))
+            pool.follow(match(1, 0, "[[]", nested), "sched")
             (first,) = await answers(1)
             assert isinstance(first, Masks) and memoryview(first.lengths).cast("i").tolist() == [3]
             bits = np.unpackbits(np.frombuffer(first.bitmask, np.uint8), bitorder="little")
             assert bits[byte[b"["]] and bits[byte[b"]"]] and not bits[2] and not bits[byte[b"a"]]
-            pool.follow(match(1, 3, "]", nested))
+            pool.follow(match(1, 3, "]", nested), "sched")
             (closed,) = await answers(1)
             assert isinstance(closed, Masks)
             assert np.flatnonzero(
                 np.unpackbits(np.frombuffer(closed.bitmask, np.uint8), bitorder="little")
             ).tolist() == [2]
             monkeypatch.setattr(Matcher, "fill", slow)
-            pool.follow(match(2, 0, "b", letters))
-            pool.follow(match(3, 0, "[", nested))
-            pool.follow(match(4, 0, "a", nested))
+            pool.follow(match(2, 0, "b", letters), "sched")
+            pool.follow(match(3, 0, "[", nested), "sched")
+            pool.follow(match(4, 0, "a", nested), "sched")
             early = await answers(2)
             (failed,) = [m for m in early if isinstance(m, MatchFailed)]
             assert failed.rid == 4 and failed.status == 400
             assert [memoryview(m.rids).cast("q").tolist() for m in early if isinstance(m, Masks)] == [[3]]
-            pool.forget(3)
+            pool.forget("sched", 3)
             release.set()
             (late,) = await answers(1)
             assert isinstance(late, Masks) and memoryview(late.rids).cast("q").tolist() == [2]
-            pool.follow(match(3, 1, "]", nested))  # forgotten: not answered
-            pool.follow(match(2, 1, "bac", letters))
+            pool.follow(match(3, 1, "]", nested), "sched")  # forgotten: not answered
+            pool.follow(match(2, 1, "bac", letters), "sched")
             (last,) = await answers(1)
             assert isinstance(last, Masks) and memoryview(last.lengths).cast("i").tolist() == [4]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_the_pool_keeps_schedulers_apart(folder: str, compiler: Compiler) -> None:
+    """Request 1 went from one replica to another, whose question comes before the first one's farewell."""
+    sent: list[tuple[str, Masks]] = []
+    nested = text_of(compiler, "ebnf", NESTED)
+    opened = [i for i in range(400) if compiler.tokenizer.token_bytes(i) == b"["][:1]
+
+    def match(start: int, count: int) -> Match:
+        return Match(1, start, memoryview(np.array(opened * count, np.int32).tobytes()), "" if start else nested)
+
+    async def known() -> list[tuple[str, list[int]]]:
+        """Who is told that how many tokens are consumed; a moment later than the last question."""
+        with trio.fail_after(60):
+            while not sent:  # noqa: ASYNC110
+                await trio.sleep(0.002)
+        await trio.sleep(0.05)
+        told = [(scheduler, memoryview(m.lengths).cast("i").tolist()) for scheduler, m in sent]
+        sent.clear()
+        return sorted(told)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            pool = MatchPool(
+                Setup(folder, (2,), 416, 20.0, "auto"),
+                lambda scheduler, m: sent.append((scheduler, m)) if isinstance(m, Masks) else None,
+                Desk(),
+            )
+            pool.start(nursery)
+            pool.follow(match(0, 1), "sched.0")
+            assert await known() == [("sched.0", [1])]
+            pool.follow(match(0, 3), "sched.1")
+            pool.forget("sched.0", 1)
+            assert await known() == [("sched.1", [3])]
+            pool.follow(match(0, 2), "sched.0")
+            pool.forget_all("sched.0")
+            pool.follow(match(3, 1), "sched.1")
+            assert await known() == [("sched.1", [4])]
             nursery.cancel_scope.cancel()
 
     trio.run(main)
