@@ -145,6 +145,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda if there is a GPU")] = "auto"
     tp_size: Annotated[Positive, Meta(description="tensor parallel ranks: GPUs that share the model")] = 1
+    dp_size: Annotated[
+        int, Meta(ge=1, le=64, description="replicas of the model, each with its own GPUs, cache and queue")
+    ] = 1
+    load_balance_method: Annotated[
+        Literal["cache_aware", "round_robin", "shortest_queue"],
+        Meta(description="which replica gets a request; cache_aware: one that has its beginning, unless it is busy"),
+    ] = "cache_aware"
     attention_backend: Annotated[
         Literal["auto", "torch", "triton", "flashinfer"],
         Meta(description="auto: torch on CPU; on a GPU FlashInfer prefill where installed, Triton decode"),
@@ -224,6 +231,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def page_size(self) -> int:
         """Tokens per KV page. Reuse is token-exact all the same: a partly shared page is copied."""
         return 16
+
+    @property
+    def executors(self) -> int:
+        """How many there are: one a GPU, or on a CPU one a process."""
+        return self.tp_size * self.dp_size
 
 
 class Thoughts(msgspec.Struct, frozen=True, array_like=True):

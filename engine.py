@@ -200,7 +200,8 @@ class Engine:
 
         `overrides` are fields of SamplingParams that replace those of `params`, and one of `regex`, `json_schema` (a
         dict or its JSON text) and `choice` (a list of texts), which each output then matches as a whole; beside a
-        schema `json_whitespace` ("spaced", "compact", {"any": n} or {"indent": n}). Returns one
+        schema `json_whitespace` ("spaced", "compact", {"any": n} or {"indent": n}); or `dp_rank`, the replica that is
+        to serve the prompts, of those of `dp_size` above 1. Returns one
         Output for one prompt and n 1, otherwise a list, prompt by prompt with n each. Cancelling the call stops the
         work. `pin`: of Client.new_pin, for programs that come back to what this call leaves in the prefix cache.
         `image_data`: for a model that takes images those of the prompt's image tokens, as base64, data: address or a
@@ -384,12 +385,15 @@ class Engine:
         return await collect_vectors(self._client.submit_all(submissions, cache_salt, priority)), is_batch
 
     async def stats(self) -> Stats:
-        """Return the scheduler's last report: requests, pages, token counts. Raises EngineDown without any."""
+        """Return the scheduler's last report: requests, pages, token counts; of several replicas the sums. Raises
+        EngineDown without any."""
         with anyio.move_on_after(STATS_SECONDS):
-            while (stats := self._client.stats) is None:
+            while len(self._client.reports()) < self.config.dp_size:
                 await self._wait_for_change()
-            return stats
-        raise EngineDown("the scheduler has not reported yet")
+        stats = self._client.stats
+        if stats is None:
+            raise EngineDown("the scheduler has not reported yet")
+        return stats
 
     def _prompts(self, prompt: PromptLike | Sequence[PromptLike]) -> tuple[list[Prompt], bool]:
         """Return the prompts, and whether they were a list."""
@@ -418,8 +422,10 @@ class Engine:
         if n < 1:
             raise RequestError("n must be at least 1", param="n")
         grammar = grammar_spec({name: overrides.pop(name, None) for name in GIVEN})
+        rank = overrides.pop("dp_rank", None)
         checked = _sampling(params, overrides)
-        return self._client.submit_all([Submission(p, checked, n, grammar, pin) for p in prompts], cache_salt, priority)
+        submissions = [Submission(p, checked, n, grammar, pin, dp_rank=rank) for p in prompts]
+        return self._client.submit_all(submissions, cache_salt, priority)
 
 
 class _Guest(Actor):

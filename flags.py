@@ -25,6 +25,7 @@ GROUPS = {
 ALIASES = {
     "model": ["--model-path"],
     "tp_size": ["--tp", "--tensor-parallel-size"],
+    "dp_size": ["--dp", "--data-parallel-size"],
 }
 """Other names that SGLang has for the same thing."""
 

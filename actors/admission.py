@@ -38,6 +38,8 @@ class Submission:
     """Its vector is wanted, and no continuation."""
     name: str = ""
     """What the client calls it: `abort` and `Questions.timelines` find it by this."""
+    dp_rank: int | None = None
+    """The replica that is to serve it; None: any."""
 
 
 class Admission:
@@ -86,7 +88,9 @@ class Admission:
         self.bytes -= cost
 
     def _check(self, submission: Submission) -> None:
-        config, grammar = self._config, submission.grammar
+        config, grammar, rank = self._config, submission.grammar, submission.dp_rank
+        if rank is not None and not 0 <= rank < config.dp_size:
+            raise no_replica(rank, config, "dp_rank")
         if submission.n > config.max_n:
             raise RequestError(f"n must be at most {config.max_n}", param="n")
         if (submission.params.logprobs or 0) > config.max_logprobs:
@@ -115,6 +119,12 @@ class Admission:
         grammar = 0 if submission.grammar is None else len(submission.grammar.text)
         vector = 0 if self._model.pooling is None else self._model.pooling.width * VECTOR_BYTES
         return size + grammar + most * TOKEN_BYTES + logprobs * LOGPROB_BYTES + vector
+
+
+def no_replica(rank: int, config: EngineConfig, param: str) -> RequestError:
+    """The error for a rank that no replica has."""
+    text = "there is one, whose rank is 0" if config.dp_size == 1 else f"ranks are 0 to {config.dp_size - 1}"
+    return RequestError(f"there is no replica {rank}: {text}", param=param, code="invalid_value")
 
 
 def check_task(pooling: Pooling | None, pooled: bool) -> None:

@@ -27,6 +27,7 @@ from .quarantine import CODES, Quarantine
 from .questions import Questions, Wakeup, refusal
 from .ref import Gone
 from .stream import Choice, Stream
+from .totals import serves, total, why_down
 
 INDEX_SHIFT: Final = 40
 EPOCH_SHIFT: Final = 32
@@ -62,7 +63,8 @@ class Client:
         new_wakeup: Callable[[], Wakeup] = anyio.Event,
     ) -> None:
         self.table: dict[int, Choice] = {}
-        self.stats: messages.Stats | None = None
+        self.replicas: dict[int, messages.Stats] = {}
+        """The last report of each replica's scheduler."""
         self.draining = False
         self.orphans: deque[Stream] = deque()
         """Streams whose reader was garbage collected, on whatever thread; cancelled when the next output comes."""
@@ -88,9 +90,11 @@ class Client:
         priority: int = 0,
         grammar: messages.GrammarSpec | None = None,
         name: str = "",
+        dp_rank: int | None = None,
     ) -> Stream:
         """Ask for n continuations of one prompt. Raises as `submit_all`."""
-        return self.submit_all([Submission(prompt, params, n, grammar, name=name)], cache_salt, priority)
+        submission = Submission(prompt, params, n, grammar, name=name, dp_rank=dp_rank)
+        return self.submit_all([submission], cache_salt, priority)
 
     def submit_all(
         self,
@@ -131,6 +135,7 @@ class Client:
                     pin=s.pin,
                     pooled=s.pooled,
                     name=s.name,
+                    dp_rank=s.dp_rank,
                 )
             )
         try:
@@ -160,7 +165,7 @@ class Client:
             ):
                 self.questions.take(message)
             case messages.Stats():
-                self.stats = message
+                self.replicas[message.dp_rank] = message
             case messages.PeerDown(name=name):
                 if name == "text":
                     self._text_down(message)
@@ -216,11 +221,24 @@ class Client:
         """Return why requests cannot be served now, or None."""
         if not self._text.up:
             return "the text actor is down" if self._text_died else "the text actor is starting"
-        if self.stats is None:
+        replicas = self.reports()
+        if not replicas:
             return "the scheduler has not reported yet"
-        if self.stats.down or not self.stats.executor_up:
-            return self.stats.down or "the executor is not up"
-        return None
+        return None if any(serves(stats) for stats in replicas) else why_down(replicas)
+
+    def reason_degraded(self) -> str | None:
+        """Return why not all replicas serve, or None."""
+        return why_down(self.reports()) or None
+
+    def reports(self) -> list[messages.Stats]:
+        """Return the last report of each replica, in their order; those that have sent none are left out."""
+        return [self.replicas[number] for number in sorted(self.replicas)]
+
+    @property
+    def stats(self) -> messages.Stats | None:
+        """What all replicas report together; None before the first report."""
+        replicas = self.reports()
+        return total(replicas) if replicas else None
 
     def busy(self, priority: int) -> bool:
         """Whether a request above this priority is in the engine."""
@@ -237,7 +255,7 @@ class Client:
 
     def _text_down(self, down: messages.PeerDown) -> None:
         """All wait for the next text actor, but those that it died of."""
-        self.stats = None
+        self.replicas.clear()
         self._text_died = True
         for rid in self._suspects.guilty(down):
             error = EngineDown(TEXT_DIED, code="text_crashed")

@@ -61,7 +61,7 @@ from .profiler import ProfileOptions, Profiler
 from .ref import Gone
 from .sampler import Sampler
 from .step_messages import Launched, pooled_of, scores_of, step_out
-from .topology import MEETING
+from .topology import MEETING, rank_of, replica_of, schedulers_among
 
 COMPILER_SECONDS: Final = 5.0
 
@@ -78,7 +78,11 @@ class Executor(Actor):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.rank = int(context.name.removeprefix("exec."))
+        self.rank = rank_of(context.name)
+        self.place = replica_of(context.name) * context.config.tp_size + self.rank
+        """Among all executors of the engine; on GPUs its device's number."""
+        self.scheduler = next(iter(schedulers_among(context.peers())), "")
+        """Its name, if this is rank 0."""
         self.followers = [name for name in context.peers() if name.startswith("exec.")]
         """The other ranks, if this is rank 0."""
         self.up: set[str] = set()
@@ -199,7 +203,7 @@ class Executor(Actor):
         config, model = self.context.config, self.context.model
         set_threads(config)
         keep_freed_memory()
-        device = pick_device(config.device, self.rank, config.tp_size)
+        device = pick_device(config.device, self.place, config.executors)
         enter(device)
         if config.tp_size > 1:
             self.waiting = True
@@ -232,12 +236,12 @@ class Executor(Actor):
         match message:
             case PeerUp(name=name):
                 self.up.add(name)
-                if self.up.issuperset(("sched", *self.followers)):
+                if self.up.issuperset((self.scheduler, *self.followers)):
                     assert self.ready is not None
                     self._publish(self.ready)
             case PeerDown(name=name):
                 self.up.discard(name)
-                if name == "sched":
+                if name == self.scheduler:
                     self._forget()
                     self._hand_on(Forget())
             case Forget():
@@ -342,7 +346,7 @@ class Executor(Actor):
         if self.rank:
             return
         try:
-            self.context.ref("sched").post(message)
+            self.context.ref(self.scheduler).post(message)
         except Gone:
             return  # the next scheduler starts from nothing
 
@@ -453,11 +457,11 @@ def has_children() -> bool:
 
 
 def set_threads(config: EngineConfig) -> None:
-    """Give torch the cores it may use; more threads than cores make each other wait, so ranks share them."""
+    """Give torch the cores it may use; more threads than cores make each other wait, so executors share them."""
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
-    elif config.tp_size > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.tp_size))
+    elif config.executors > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.executors))
 
 
 def enter(device: torch.device) -> None:

@@ -131,6 +131,8 @@ class Generate(Message, frozen=True, tag=10):
     """No output is wanted but the prompt's vector (ModelInfo.pooling), in the one Chunk that comes."""
     name: str = ""
     """What the client calls it; how AskTimelines finds it."""
+    dp_rank: int | None = None
+    """The replica that is to serve it; None: any."""
 
 
 class Cancel(Message, frozen=True, tag=11):
@@ -178,7 +180,7 @@ Action: TypeAlias = Literal[
 
 
 class Order(Message, frozen=True, tag=14):
-    """Front tells the scheduler, through text, to do something. Owed: Done or Refused.
+    """Front tells the schedulers, through text, to do something. Owed: Done or Refused, by all of them together.
 
     flush_cache: empty the prefix cache; refused while there are requests. pause: make no more plans, so that running
     requests stand still with their pages; pause_abort: also end all of them; pause_retract: also take their pages.
@@ -236,6 +238,8 @@ class Chunk(Message, frozen=True, tag=35):
     """The prompt's next tokens, where their logprobs were asked for: all before the output's first token."""
     vector: bytes = b""
     """float32, in the last chunk of a request that was `pooled`."""
+    dp_rank: int = 0
+    """The replica that serves it."""
 
 
 class Chunks(Message, frozen=True, tag=40):

@@ -73,7 +73,7 @@ def free_bytes(config: EngineConfig, decoder: Decoder, model: ModelInfo) -> int:
     fraction = config.mem_fraction_static or FRACTION[device.type]
     if device.type != "cuda":
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(available * fraction / config.tp_size)  # ranks have one memory
+        return int(available * fraction / config.executors)  # they have one memory
     slots = batch_slots(config, device.type)
     dtype = str(decoder.dtype).removeprefix("torch.")
     demand = ledger.demand_of(decoder.whole, config, dtype, model.context_length)

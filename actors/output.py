@@ -17,6 +17,7 @@ from ..models.stop import StopMatcher
 from ..models.stop_regex import PatternMatcher
 from ..sampler.params import SamplingParams
 from .messages import Chunk, Finish, ImagePixels, PromptLogprobs, Resumed, Submit, TokenLogprob, Tokens
+from .replicas import Replica
 
 MOST_ENTRIES: Final = 4096
 """Logprobs of a prompt in one chunk, those beside each token counted."""
@@ -56,6 +57,7 @@ class Output:
         "matched",
         "params",
         "prompt_tokens",
+        "replica",
         "rid",
         "thinking",
     )
@@ -64,16 +66,18 @@ class Output:
         self,
         submit: Submit,
         front: str,
+        replica: Replica,
         params: SamplingParams,
         detokenizer: Detokenizer | None,
         thinking: bool = False,
     ) -> None:
-        """`submit`: how the scheduler was asked; `params`: the front's, with the stop strings.
+        """`submit`: how the scheduler of `replica` was asked; `params`: the front's, with the stop strings.
 
         `detokenizer` None: token ids only. `thinking`: as Chunk.thinking.
         """
         self.rid = submit.rid
         self.front = front
+        self.replica = replica
         self.prompt_tokens = len(submit.ids) // 4
         self.cached_tokens = 0
         self.ids = array("i")
@@ -248,6 +252,7 @@ class Output:
             valid=self._valid() if ends else None,
             prompt_logprobs=prompt,
             vector=self._vector if ends else b"",
+            dp_rank=self.replica.number,
         )
 
     def _skip(self) -> None:

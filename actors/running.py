@@ -1,34 +1,51 @@
-"""What the text actor keeps of running requests: their outputs, what is new for whom, and how it tells them.
+"""What the text actor keeps of running requests: their outputs, what is new for whom, and what schedulers were told.
 
-The base of text.py's actor, which fills it.
+The base of text.py's actor, which fills it. Invariant: a scheduler that is up was told all that is here and is its own.
 """
 
 from typing import Final
 
-from ..errors import ActorserveError
+from msgspec.structs import replace
+
+from ..errors import ActorserveError, EngineDown
 from .actor import Actor, Context
+from .desk import MAX_DEATHS, Suspects
 from .messages import (
+    NO_STATS,
     Abort,
     AskTimelines,
     Chunk,
     Chunks,
+    Done,
     FrontAnswer,
     ImagePixels,
     Look,
     Order,
+    PeerDown,
     Refused,
+    Seen,
     Stats,
     Submit,
     Unpin,
 )
+from .orders import Orders, Question, Reply
 from .output import Output
 from .ref import Gone
+from .replicas import Replica, Replicas
+from .totals import why_down
+from .view import with_lanes_of
 
-SCHEDULER: Final = "sched"
+SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times while it worked on this request; it is not tried again"
+PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
+UPDATES: Final = ("update_weights", "update_weights_abort")
+EMPTYING: Final = ("flush_cache", *UPDATES)
+"""Orders that leave nothing in the prefix caches."""
+OURS: Final = -1
+"""Id of an order of nobody's."""
 
 
 class Running(Actor):
-    """State: the running requests, and those with something new for their front."""
+    """State: the running requests, those with something new for their front, the replicas, and orders to them."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -36,8 +53,12 @@ class Running(Actor):
         """Running requests by id."""
         self.prompt_tokens = 0
         """Of their prompts."""
-        self.scheduler_up = False
-        """It knows all that is here: it was told when it came up."""
+        self.replicas = Replicas(context.config, tuple(context.peers()))
+        self.orders = Orders(len(self.replicas))
+        self.suspects = Suspects()
+        """Of the schedulers' deaths."""
+        self.paused = False
+        """By the last order that was carried out."""
         self._changed: dict[str, dict[int, Output]] = {}
         """By front: outputs with something new."""
 
@@ -70,6 +91,7 @@ class Running(Actor):
         output = self.outputs.pop(rid, None)
         if output is not None:
             self.prompt_tokens -= output.prompt_tokens
+            output.replica.requests -= 1
         return output
 
     def _mark_changed(self, output: Output) -> None:
@@ -81,10 +103,16 @@ class Running(Actor):
     def _refuse(self, rid: int, n: int, front: str, error: ActorserveError) -> None:
         self._post(front, Refused(rid, n, error.status, error.code, error.message, error.param))
 
-    def _to_scheduler(self, message: Abort | Submit | ImagePixels | Unpin | Order | Look | AskTimelines) -> None:
+    def _to_scheduler(
+        self, replica: Replica, message: Abort | Submit | ImagePixels | Unpin | Order | Look | AskTimelines
+    ) -> None:
         """Send, if it is up; else the next one is told all that still holds."""
-        if self.scheduler_up:
-            self._post(SCHEDULER, message)
+        if replica.up:
+            self._post(replica.scheduler, message)
+
+    def _to_schedulers(self, message: Unpin | Order | Look | AskTimelines) -> None:
+        for replica in self.replicas:
+            self._to_scheduler(replica, message)
 
     def _post(
         self,
@@ -106,6 +134,89 @@ class Running(Actor):
             self.context.ref(name).post(message)
         except Gone:
             self.context.log.debug("%s is down", name)
+
+    # ------------------------------------------------------------------ orders
+
+    def _order(self, m: Question, front: str) -> None:
+        if isinstance(m, Order) and m.action in UPDATES and len(self.replicas) > 1:
+            down = why_down([replica.stats for replica in self.replicas])
+            if down:  # the others would have other weights than it
+                self._refuse(m.rid, 1, front, EngineDown(f"{down}; try again"))
+                return
+        self._to_schedulers(self.orders.ask(m, front))
+
+    def _order_ended(self, m: Reply, scheduler: str) -> None:
+        replica = self.replicas.named(scheduler)
+        assert replica is not None, "nobody else answers"
+        found = self.orders.answered(m, replica.number)
+        if found is None:
+            return
+        asked, reply = found
+        if isinstance(reply, Done) and isinstance(asked.question, Order):
+            self._carried_out(asked.question)
+        self._post(asked.front, with_lanes_of(self.context, reply) if isinstance(reply, Seen) else reply)
+
+    def _carried_out(self, order: Order) -> None:
+        if order.action in PAUSES:
+            self.paused = order.action != "continue"
+        elif order.action in EMPTYING:
+            for replica in self.replicas:
+                self.replicas.lost_cache(replica)
+
+    # ------------------------------------------------------------------ replicas
+
+    def _send_images(self, replica: Replica, images: tuple[ImagePixels, ...]) -> None:
+        """Before the Submits that have them."""
+        for image in images:
+            self._to_scheduler(replica, image)
+
+    def _stats(self, m: Stats, replica: Replica) -> None:
+        """To every front that has room: newer ones follow. What is up or down must arrive, so it waits for room."""
+        before, replica.stats = replica.stats, m
+        if m == before:
+            return
+        news = (m.executor_up, m.down) != (before.executor_up, before.down)
+        if before.executor_up and not m.executor_up:
+            self.replicas.lost_cache(replica)
+        for name in self.context.peers():
+            ref = self.context.ref(name)
+            if self.replicas.named(name) is None and ref.up:
+                if news:
+                    ref.post(m)
+                else:
+                    ref.try_send(m)
+
+    def _ask_again(self, replica: Replica) -> None:
+        """Tell a new scheduler all that the last one knew, as far as it was told here."""
+        replica.up = True
+        if self.paused:
+            self._to_scheduler(replica, Order(OURS, "pause"))
+        for output in self._outputs_of(replica):
+            self._send_images(replica, output.images)
+            self._to_scheduler(replica, output.submission())
+        for question in self.orders.unanswered(replica.number):
+            self._to_scheduler(replica, question)
+
+    def _outputs_of(self, replica: Replica) -> list[Output]:
+        return [output for output in self.outputs.values() if output.replica is replica]
+
+    def _scheduler_down(self, m: PeerDown, replica: Replica) -> None:
+        """All wait for the next scheduler, but those that it died of, and those that were to end."""
+        replica.up = False
+        down = f"the scheduler is down: {m.reason}"
+        self._stats(replace(NO_STATS, down=down, dp_rank=replica.number), replica)
+        for rid in self.suspects.guilty(m):
+            output, front = self._forget(rid), self.orders.withdraw(rid)
+            if output is not None or front:
+                error = EngineDown(SCHEDULER_DIED, code="scheduler_crashed")
+                self._refuse(rid, 1, front if output is None else output.front, error)
+        for output in [output for output in self._outputs_of(replica) if output.aborted]:
+            self._end_aborted(output)
+
+    def _end_aborted(self, output: Output) -> None:
+        self._drop(output.rid)
+        output.abort()
+        self._mark_changed(output)
 
 
 def _is_begun(output: Output) -> bool:

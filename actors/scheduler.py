@@ -69,6 +69,7 @@ from .score_rows import columns_of, computed_logprobs, known_logprobs
 from .stats import stats_of
 from .timeline import TimelineStore
 from .token_messages import closed_tokens, final_without_token, forced_tokens_of, pooled_of, tokens_of
+from .topology import replica_of
 from .view import seen
 from .window import Window
 from .window_messages import jumps_of, plan_of, slot_masks, slot_params
@@ -88,6 +89,7 @@ class Scheduler(Actor):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        self.replica = replica_of(context.name)
         self.schedule: Schedule | None = None
         self.early: list[Request] = []
         self.grammars = GrammarStore()
@@ -480,8 +482,9 @@ class Scheduler(Actor):
         """Return the present state and the totals."""
         s = self.schedule
         if s is None:
-            return replace(NO_STATS, waiting=len(self.early) + self.grammars.waiting, down=self.down())
-        return stats_of(s, self.grammars, self.executor_up, self.down(), self.errands.weights)
+            waiting = len(self.early) + self.grammars.waiting
+            return replace(NO_STATS, waiting=waiting, down=self.down(), dp_rank=self.replica)
+        return stats_of(s, self.grammars, self.executor_up, self.down(), self.errands.weights, self.replica)
 
     def down(self) -> str:
         """Return what is not up, for people; empty if everything is."""

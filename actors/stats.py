@@ -5,8 +5,10 @@ from .messages import Stats
 from .schedule import Schedule
 
 
-def stats_of(s: Schedule, grammars: GrammarStore, executor_up: bool, down: str, weights: str) -> Stats:
-    """Return the present state and the totals; `down`, `weights`: see Stats."""
+def stats_of(
+    s: Schedule, grammars: GrammarStore, executor_up: bool, down: str, weights: str, dp_rank: int = 0
+) -> Stats:
+    """Return the present state and the totals; `down`, `weights`, `dp_rank`: see Stats."""
     c, g = s.counters, grammars.counters
     return Stats(
         waiting=len(s.waiting) + grammars.waiting,
@@ -33,4 +35,5 @@ def stats_of(s: Schedule, grammars: GrammarStore, executor_up: bool, down: str, 
         grammar_seconds=g.seconds,
         down=down,
         weights=weights,
+        dp_rank=dp_rank,
     )

@@ -226,4 +226,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         last.valid,
         [logprob for chunk in chunks for logprob in chunk.prompt_logprobs],
         last.vector,
+        last.dp_rank,
     )

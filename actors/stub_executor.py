@@ -48,6 +48,7 @@ from .messages import (
 )
 from .ref import Gone
 from .stub_draw import START, Draw, logprob_of, moved, vector_of
+from .topology import schedulers_among
 
 POOL_TOKENS: Final = 1 << 20
 SLOTS: Final = 256
@@ -163,6 +164,7 @@ class StubExecutor(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         config, model = context.config, context.model
+        (self.scheduler,) = schedulers_among(context.peers())
         self.page = config.page_size
         pages = -(-(config.max_total_tokens or POOL_TOKENS) // self.page)
         per_slot = min(pages, -(-model.context_length // self.page))
@@ -203,11 +205,11 @@ class StubExecutor(Actor):
     def receive(self, message: Any, source: str) -> None:
         """Greet a scheduler that comes up; forget the batch of one that died."""
         match message:
-            case PeerUp(name="sched"):
+            case PeerUp(name=self.scheduler):
                 self._publish(self.ready)
             case Instruct():
                 self._publish(self._instructed(message))
-            case PeerDown(name="sched"):
+            case PeerDown(name=self.scheduler):
                 self.seats.clear()
                 self.decoding.clear()
                 self.over.clear()
@@ -231,7 +233,7 @@ class StubExecutor(Actor):
 
     def _publish(self, message: ExecutorReady | StepOut | Carried) -> None:
         try:
-            self.context.ref("sched").post(message)
+            self.context.ref(self.scheduler).post(message)
         except Gone:
             return  # the next scheduler starts from nothing
 

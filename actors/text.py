@@ -1,7 +1,8 @@
-"""The text actor: text in, token ids to the scheduler; token ids back, text out to the fronts.
+"""The text actor: text in, token ids to a scheduler; token ids back, text out to the fronts.
 
 It owns the tokenizer, the chat template, and for each running request a detokenizer and its stop strings (Output).
-When the scheduler dies, its successor is asked for the rest of every output, and the fronts see a pause.
+When a scheduler dies, its successor is asked for the rest of every output, and the fronts see a pause. Of several
+replicas (replicas.py) each request has one, chosen here; orders go to all of them (orders.py).
 Invariant: every request id that a front sent gets exactly one final message (a Chunk with `finish`, or Refused),
 unless the front cancelled it or died; and after its final message an id is unknown here, so late rows are ignored.
 """
@@ -18,7 +19,7 @@ import numpy as np
 import trio
 from msgspec.structs import replace
 
-from ..errors import ActorserveError, EngineDown, Overloaded, RequestError
+from ..errors import ActorserveError, Overloaded, RequestError
 from ..models.detokenize import Detokenizer, Detokenizers
 from ..models.images import ImageReader
 from ..models.template import load_template
@@ -26,7 +27,6 @@ from ..models.tokenizer import load_tokenizer
 from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Context
-from .desk import MAX_DEATHS, Suspects
 from .fetch import Fetcher, address_of, fetched, hosts_of, not_fetched
 from .messages import (
     NO_STATS,
@@ -42,7 +42,6 @@ from .messages import (
     Ended,
     Finish,
     Generate,
-    ImagePixels,
     Look,
     Order,
     PeerDown,
@@ -64,15 +63,11 @@ from .messages import (
 )
 from .output import Output, logprob_of
 from .prompts import Encoded, Prompts
-from .running import SCHEDULER, Running
-from .view import with_lanes_of
+from .replicas import Replica
+from .running import Running
 
 R = TypeVar("R")
 G = TypeVar("G", Generate, Tokenize)
-SCHEDULER_DIED: Final = f"the scheduler died {MAX_DEATHS} times while it worked on this request; it is not tried again"
-PAUSES: Final = ("pause", "pause_abort", "pause_retract", "continue")
-OURS: Final = -1
-"""Id of an order of nobody's."""
 POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
 DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
 FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
@@ -82,7 +77,7 @@ FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
 
 
 class Text(Running):
-    """State: the requests being tokenized, the orders that wait for an answer, and what Running has."""
+    """State: the requests being tokenized, what fronts pinned, and what Running has."""
 
     inbox_type: ClassVar[object] = TextInbox
 
@@ -90,18 +85,11 @@ class Text(Running):
         super().__init__(context)
         self.tokenizing: dict[int, str] = {}
         """First id of each request that a thread tokenizes: its front."""
-        self.ordered: dict[int, tuple[str, Order | Look | AskTimelines]] = {}
-        """Orders that the scheduler has not answered, with their fronts."""
-        self.suspects = Suspects()
-        self.paused = False
-        """By the last order that was carried out."""
-        self.stats = NO_STATS
-        """The last ones, for fronts that come up."""
         self.prompts = Prompts(context.config, context.model, None, None)
         self.fetcher: Fetcher | None = None
         """Of images that clients name by an address."""
-        self.pins: dict[str, set[int]] = {}
-        """Of each front, what a scheduler may hold for it."""
+        self.pins: dict[str, dict[int, int]] = {}
+        """Of each front, what a scheduler may hold for it, and which replica's."""
         self._detokenizers: Detokenizers | None = None
         self._threads = trio.CapacityLimiter(max(1, (os.cpu_count() or 2) // 2))
 
@@ -150,7 +138,7 @@ class Text(Running):
             case Ended():
                 self._ended(message)
             case Stats():
-                self._stats(message)
+                self._stats(message, self.replicas[message.dp_rank])
             case PeerDown():
                 self._peer_down(message)
             case PeerUp():
@@ -168,7 +156,7 @@ class Text(Running):
             case Order() | Look() | AskTimelines():
                 self._order(message, source)
             case Done() | Seen() | Timelines() | Refused():
-                self._order_ended(message)
+                self._order_ended(message, source)
             case Drain():
                 pass  # the fronts send nothing new
             case _:
@@ -205,7 +193,7 @@ class Text(Running):
             return ActorserveError("the prompt could not be tokenized")
 
     def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
-        """Hand the choices to the scheduler, or refuse them all. If it is down they wait for the next one."""
+        """Hand the choices to a scheduler, or refuse them all. If it is down they wait for the next one."""
         try:
             if isinstance(prompt, ActorserveError):
                 raise prompt
@@ -215,13 +203,13 @@ class Text(Running):
         except ActorserveError as error:
             self._refuse(m.rid, m.n, front, error)
             return
-        if m.pin:
-            self.pins.setdefault(front, set()).add(m.pin)
-        self._send_images(prompt.images)
+        replica = self._replica_for(m, front, prompt)
+        self._send_images(replica, prompt.images)
         resumed = None if m.resumed is None else {one.rid: one for one in m.resumed}
         for submit in submits:
             if resumed is None or submit.rid in resumed:
-                output = Output(submit, front, m.params, self._detokenizer(m, prompt.plain), prompt.thinking)
+                detokenizer = self._detokenizer(m, prompt.plain)
+                output = Output(submit, front, replica, m.params, detokenizer, prompt.thinking)
                 output.images = prompt.images
                 if resumed is not None:
                     output.resume(resumed[submit.rid])
@@ -229,7 +217,20 @@ class Text(Running):
                     output.push_prompt([self._first_of_prompt(prompt.ids, m.params)])
                 self.outputs[submit.rid] = output
                 self.prompt_tokens += output.prompt_tokens
-                self._to_scheduler(output.submission())
+                replica.requests += 1
+                self._to_scheduler(replica, output.submission())
+
+    def _replica_for(self, m: Generate, front: str, prompt: Encoded) -> Replica:
+        """Choose, and note where its pin is: what an earlier request left elsewhere is let go."""
+        if not m.pin:
+            return self.replicas.choose(prompt.ids, m.cache_salt, m.dp_rank)
+        pins = self.pins.setdefault(front, {})
+        before = pins.get(m.pin)
+        replica = self.replicas.choose(prompt.ids, m.cache_salt, m.dp_rank, before)
+        pins[m.pin] = replica.number
+        if before not in (None, replica.number):
+            self._to_scheduler(self.replicas[before], Unpin(memoryview(array("q", [m.pin])).cast("B")))
+        return replica
 
     def _check_room(self, tokens: int) -> None:
         """Raise Overloaded where a new request's prompts are too many for now, RequestError where they always are."""
@@ -238,11 +239,6 @@ class Text(Running):
             raise RequestError(f"n prompts of {tokens} tokens in all; the most is {most}", param="n", code="too_large")
         if self.prompt_tokens + tokens > most:
             raise Overloaded(f"prompts of {self.prompt_tokens} tokens are in the engine, the most is {most}; try again")
-
-    def _send_images(self, images: tuple[ImagePixels, ...]) -> None:
-        """Before the Submits that have them."""
-        for image in images:
-            self._to_scheduler(image)
 
     def _first_of_prompt(self, ids: np.ndarray, params: SamplingParams) -> TokenLogprob:
         """Of the first token that is wanted: nothing is before it."""
@@ -260,28 +256,24 @@ class Text(Running):
         self.tokenizing.pop(m.rid, None)
         for rid in range(m.rid, m.rid + m.n):
             self._changed.get(front, {}).pop(rid, None)
-            if self._forget(rid) is not None:
-                self._to_scheduler(Abort(rid))
+            if (output := self._forget(rid)) is not None:
+                self._to_scheduler(output.replica, Abort(rid))
 
     def _unpin(self, m: Unpin, front: str) -> None:
         pins = memoryview(bytes(m.pins))  # the message lies in the ring
-        self.pins.get(front, set()).difference_update(pins.cast("q"))
-        self._to_scheduler(Unpin(pins))
+        for pin in pins.cast("q"):
+            self.pins.get(front, {}).pop(pin, None)
+        self._to_schedulers(Unpin(pins))
 
     def _abort(self, m: Abort) -> None:
         """A front's wish; an output that has ended or is not tokenized yet is not known."""
         output = self.outputs.get(m.rid)
         if output is not None:
             output.aborted = True
-            if self.scheduler_up:
-                self._to_scheduler(m)
+            if output.replica.up:
+                self._to_scheduler(output.replica, m)
             else:
                 self._end_aborted(output)
-
-    def _end_aborted(self, output: Output) -> None:
-        self._drop(output.rid)
-        output.abort()
-        self._mark_changed(output)
 
     def _tokenize(self, m: Tokenize, front: str) -> None:
         if self.prompts.is_long(m.prompt):
@@ -333,19 +325,6 @@ class Text(Running):
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
         self._post(front, Detokenized(m.rid, text))
 
-    def _order(self, m: Order | Look | AskTimelines, front: str) -> None:
-        self.ordered[m.rid] = (front, m)
-        self._to_scheduler(m)
-
-    def _order_ended(self, m: Done | Seen | Timelines | Refused) -> None:
-        found = self.ordered.pop(m.rid, None)
-        if found is None:
-            return
-        front, order = found
-        if isinstance(m, Done) and isinstance(order, Order) and order.action in PAUSES:
-            self.paused = order.action != "continue"
-        self._post(front, with_lanes_of(self.context, m) if isinstance(m, Seen) else m)
-
     # ------------------------------------------------------------------ from the scheduler
 
     def _tokens(self, m: Tokens) -> None:
@@ -388,7 +367,7 @@ class Text(Running):
             if output.finish is not None:
                 self._drop(rid)
                 if not finish:  # a stop string: the scheduler does not know yet
-                    self._to_scheduler(Abort(rid))
+                    self._to_scheduler(output.replica, Abort(rid))
 
     def _pooled(self, m: Pooled) -> None:
         """Vectors are the last that their requests get."""
@@ -433,60 +412,28 @@ class Text(Running):
         error = ActorserveError(m.message, param=m.param, code=m.code, status=m.status)
         self._refuse(m.rid, 1, output.front, error)
 
-    def _stats(self, m: Stats) -> None:
-        """To every front that has room: newer ones follow. What is up or down must arrive, so it waits for room."""
-        if m == self.stats:
-            return
-        news, self.stats = (m.executor_up, m.down) != (self.stats.executor_up, self.stats.down), m
-        for name in self.context.peers():
-            ref = self.context.ref(name)
-            if name != SCHEDULER and ref.up:
-                if news:
-                    ref.post(m)
-                else:
-                    ref.try_send(m)
-
     # ------------------------------------------------------------------ peers
 
     def _peer_up(self, name: str) -> None:
-        if name == SCHEDULER:
-            self._ask_again()
-        elif self.stats != NO_STATS:
-            self._post(name, self.stats)  # the next ones may be long in coming
-
-    def _ask_again(self) -> None:
-        """Tell a new scheduler all that the last one knew, as far as it was told here."""
-        self.scheduler_up = True
-        if self.paused:
-            self._to_scheduler(Order(OURS, "pause"))
-        for output in self.outputs.values():
-            self._send_images(output.images)
-            self._to_scheduler(output.submission())
-        for _, order in self.ordered.values():
-            self._to_scheduler(order)
-
-    def _scheduler_down(self, m: PeerDown) -> None:
-        """All wait for the next scheduler, but those that it died of, and those that were to end."""
-        self.scheduler_up = False
-        self._stats(replace(NO_STATS, down=f"the scheduler is down: {m.reason}"))
-        for rid in self.suspects.guilty(m):
-            output, (front, _) = self._forget(rid), self.ordered.pop(rid, ("", None))
-            if output is not None or front:
-                error = EngineDown(SCHEDULER_DIED, code="scheduler_crashed")
-                self._refuse(rid, 1, front if output is None else output.front, error)
-        for output in [output for output in self.outputs.values() if output.aborted]:
-            self._end_aborted(output)
+        replica = self.replicas.named(name)
+        if replica is not None:
+            self._ask_again(replica)
+            return
+        for stats in (replica.stats for replica in self.replicas):
+            if stats != replace(NO_STATS, dp_rank=stats.dp_rank):
+                self._post(name, stats)  # the next ones may be long in coming
 
     def _peer_down(self, m: PeerDown) -> None:
-        if m.name == SCHEDULER:
-            self._scheduler_down(m)
+        replica = self.replicas.named(m.name)
+        if replica is not None:
+            self._scheduler_down(m, replica)
             return
         name = m.name
         self._changed.pop(name, None)
         self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
-        self.ordered = {rid: (front, order) for rid, (front, order) in self.ordered.items() if front != name}
+        self.orders.drop(name)
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)
-            self._to_scheduler(Abort(output.rid))
+            self._to_scheduler(output.replica, Abort(output.rid))
         if pins := self.pins.pop(name, None):
-            self._to_scheduler(Unpin(memoryview(array("q", pins)).cast("B")))
+            self._to_schedulers(Unpin(memoryview(array("q", pins)).cast("B")))

@@ -95,6 +95,49 @@ def attached_client(name: str = "client") -> NodeSpec:
     return NodeSpec(name, (ActorSpec(name),), kind="attached", front=True)
 
 
+def replica_of(actor: str) -> int:
+    """The number of the replica that an actor belongs to: the D of "sched.D" and "exec.D.R"; 0 where there is one."""
+    kind, *numbers = actor.split(".")
+    return int(numbers[0]) if len(numbers) > (kind != "sched") else 0
+
+
+def rank_of(executor: str) -> int:
+    """An executor's tensor parallel rank: the R of "exec.R" and "exec.D.R"."""
+    return int(executor.rpartition(".")[2])
+
+
+def schedulers_among(actors: Iterable[str]) -> list[str]:
+    """The schedulers, by their replicas."""
+    return sorted((name for name in actors if name.partition(".")[0] == "sched"), key=replica_of)
+
+
+def _replica(config: EngineConfig, number: int) -> tuple[list[NodeSpec], NodeSpec, list[LaneSpec]]:
+    """One scheduler and the executors that are its own: their nodes, its node, and the lanes between them."""
+    executor, sampler = STUB if config.load_format == "stub" else MODEL
+    place = f".{number}" if config.dp_size > 1 else ""
+    sched, first, draws = f"sched{place}", f"exec{place}.0", f"sampler{place}.0"
+    # Rank 0 draws for all tensor parallel ranks. A stub has no model to share.
+    ranks = 1 if config.load_format == "stub" else config.tp_size
+    followers = [f"exec{place}.{rank}" for rank in range(1, ranks)]
+    group = f"executors{place}"
+    executors = [
+        NodeSpec(first, (ActorSpec(first, executor), ActorSpec(draws, sampler)), group=group),
+        *(NodeSpec(name, (ActorSpec(name, executor),), group=group) for name in followers),
+    ]
+    lanes = [
+        LaneSpec("text", sched, BIG_LANE),
+        LaneSpec(sched, "text", BIG_LANE),
+        LaneSpec(first, sched, BIG_LANE),
+        LaneSpec(sched, first, BIG_LANE),
+        LaneSpec(sched, draws, BIG_LANE),
+        *(LaneSpec(first, name, BIG_LANE) for name in followers),
+    ]
+    # Without a tokenizer nobody knows what tokens spell: there are no grammars.
+    if not config.skip_tokenizer_init:
+        lanes += [LaneSpec(sched, "fsm", BIG_LANE), LaneSpec("fsm", sched, BIG_LANE)]
+    return executors, NodeSpec(sched, (ActorSpec(sched, "actorserve.actors.scheduler:Scheduler"),)), lanes
+
+
 def engine_topology(
     config: EngineConfig,
     fronts: Iterable[NodeSpec],
@@ -102,40 +145,20 @@ def engine_topology(
 ) -> Topology:
     """The engine of the configuration with these fronts (`http_front`, `attached_client`), each of one actor.
 
-    `placement` (default: the configuration's) moves text, scheduler, fsm and executors between processes of their own
+    `placement` (default: the configuration's) moves text, schedulers, fsm and executors between processes of their own
     and one node "engine" in the supervisor's loop. Fronts are what they are in both.
     """
     front_nodes = tuple(fronts)
-    executor, sampler = STUB if config.load_format == "stub" else MODEL
-    # Rank 0 draws for all tensor parallel ranks. A stub has no model to share.
-    leader = (ActorSpec("exec.0", executor), ActorSpec("sampler.0", sampler))
-    followers = () if config.load_format == "stub" else tuple(f"exec.{rank}" for rank in range(1, config.tp_size))
-    sched = ActorSpec("sched", "actorserve.actors.scheduler:Scheduler")
-    text = ActorSpec("text", "actorserve.actors.text:Text")
-    # Without a tokenizer nobody knows what tokens spell: there are no grammars.
-    fsm = () if config.skip_tokenizer_init else (ActorSpec("fsm", "actorserve.actors.fsm:Fsm"),)
+    replicas = [_replica(config, number) for number in range(config.dp_size)]
+    executors = [node for nodes, _, _ in replicas for node in nodes]
+    schedulers = [node for _, node, _ in replicas]
+    fsm = [] if config.skip_tokenizer_init else [NodeSpec("fsm", (ActorSpec("fsm", "actorserve.actors.fsm:Fsm"),))]
+    nodes = (*executors, *fsm, *schedulers, NodeSpec("text", (ActorSpec("text", "actorserve.actors.text:Text"),)))
     if (placement or config.placement) == "inline":
-        if followers:
-            raise ValueError("ranks wait for each other, so that they need processes of their own")
-        nodes: tuple[NodeSpec, ...] = (NodeSpec("engine", (*leader, *fsm, sched, text), kind="inline"),)
-    else:
-        nodes = (
-            NodeSpec("exec.0", leader, group="executors"),
-            *(NodeSpec(name, (ActorSpec(name, executor),), group="executors") for name in followers),
-            *(NodeSpec(actor.name, (actor,)) for actor in fsm),
-            NodeSpec("sched", (sched,)),
-            NodeSpec("text", (text,)),
-        )
-    lanes = [
-        LaneSpec("text", "sched", BIG_LANE),
-        LaneSpec("sched", "text", BIG_LANE),
-        LaneSpec("exec.0", "sched", BIG_LANE),
-        LaneSpec("sched", "exec.0", BIG_LANE),
-        LaneSpec("sched", "sampler.0", BIG_LANE),
-        *(LaneSpec("exec.0", name, BIG_LANE) for name in followers),
-    ]
-    for actor in fsm:
-        lanes += [LaneSpec("sched", actor.name, BIG_LANE), LaneSpec(actor.name, "sched", BIG_LANE)]
+        if len(executors) > 1:
+            raise ValueError("executors wait for each other or for a device, so that they need processes of their own")
+        nodes = (NodeSpec("engine", tuple(actor for node in nodes for actor in node.actors), kind="inline"),)
+    lanes = [lane for _, _, lanes in replicas for lane in lanes]
     for node in front_nodes:
         for actor in node.actors:
             lanes += [LaneSpec(actor.name, "text", BIG_LANE), LaneSpec("text", actor.name, BIG_LANE)]

@@ -28,7 +28,7 @@ class AskTimelines(Message, frozen=True, tag=85):
 
 
 class Stats(Message, frozen=True, tag=33):
-    """The scheduler's state, a few times a second while something happens. Text passes it on to the fronts."""
+    """A scheduler's state, a few times a second while something happens. Text passes it on to the fronts."""
 
     waiting: int
     running: int
@@ -66,6 +66,8 @@ class Stats(Message, frozen=True, tag=33):
     """What is not up, and why; empty: everything is."""
     weights: str = ""
     """The folder of the last update_weights; empty: those of the start."""
+    dp_rank: int = 0
+    """The replica's number; -1: of all of them (totals.py)."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)

@@ -187,7 +187,7 @@ async def model(service: Service, exchange: Exchange) -> None:
 
 async def metrics(service: Service, exchange: Exchange) -> None:
     """Serve GET /metrics."""
-    await exchange.reply(service.metrics.render(service.client.stats), content_type=CONTENT_TYPE)
+    await exchange.reply(service.metrics.render(service.client.reports()), content_type=CONTENT_TYPE)
 
 
 async def api_document(service: Service, exchange: Exchange) -> None:

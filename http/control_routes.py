@@ -180,16 +180,15 @@ async def model_info(service: Service, exchange: Exchange) -> None:
 
 
 async def server_info(service: Service, exchange: Exchange) -> None:
-    """Serve GET /server_info, /get_server_info and /get_server_args: the settings and the scheduler's last report."""
-    stats = service.client.stats
-    state = {} if stats is None else {name: getattr(stats, name) for name in stats.__struct_fields__}
+    """Serve GET /server_info, /get_server_info and /get_server_args: the settings and the schedulers' last reports."""
+    states = [msgspec.structs.asdict(stats) for stats in service.client.reports()]
     reply = {
         **msgspec.structs.asdict(service.config),
         "api_key": None if service.config.api_key is None else "(set)",
         "served_model_name": service.model_name,
         "version": package_version(),
         "status": service.readiness().status,
-        "internal_states": [state],
+        "internal_states": states or [{}],
     }
     await exchange.reply(encode(reply))
 

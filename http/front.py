@@ -54,7 +54,7 @@ class HttpFront(Actor):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        metrics = Metrics()
+        metrics = Metrics(context.config.dp_size)
         self.client = Client(
             context.ref("text"),
             context.config,

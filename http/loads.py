@@ -1,19 +1,22 @@
 """GET /v1/loads and /get_load, as SGLang's, and /load, as vLLM's: how busy the engine is, for who spreads requests.
 
-Routed by app.py. Invariant: the numbers are the scheduler's last report, at most a moment old; nothing is asked of it.
+Routed by app.py. Invariant: the numbers are the schedulers' last reports, at most a moment old; nothing is asked of
+them.
 """
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Final
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from ..actors.admission import no_replica
 from ..actors.messages import Stats
 from ..errors import EngineDown, RequestError
 from .control_routes import package_version
 from .exchange import Exchange
-from .protocol import encode
+from .protocol import DpRank, encode
 from .service import Service
 
 SECTIONS: Final = ("core", "memory", "spec", "lora", "disagg", "queues", "all")
@@ -21,10 +24,10 @@ SECTIONS: Final = ("core", "memory", "spec", "lora", "disagg", "queues", "all")
 
 
 class LoadQuery(Struct, frozen=True):
-    """`include`: sections by name, with commas between them. There is one engine, whose rank is 0."""
+    """`include`: sections by name, with commas between them. `dp_rank`: of this replica only."""
 
     include: Annotated[str, Meta(max_length=256)] = "all"
-    dp_rank: Annotated[int, Meta(ge=0, le=0)] | None = None
+    dp_rank: DpRank | None = None
 
 
 class QueueLoad(Struct, frozen=True):
@@ -91,48 +94,65 @@ class ServerLoad(Struct, frozen=True):
 
 async def loads(service: Service, exchange: Exchange) -> None:
     """Serve GET /v1/loads."""
-    sections = exchange.query(LoadQuery).include.split(",")
+    query = exchange.query(LoadQuery)
+    sections = query.include.split(",")
     for section in sections:
         if section not in SECTIONS:
             what = f"include names {section!r}; there are: {', '.join(SECTIONS)}"
             raise RequestError(what, param="include")
-    one = _load(service, queues=bool({"queues", "all"} & set(sections)))
+    if query.dp_rank is not None and query.dp_rank >= service.config.dp_size:
+        raise no_replica(query.dp_rank, service.config, "dp_rank")
+    found = _loads(service, queues=bool({"queues", "all"} & set(sections)))
+    if query.dp_rank is not None:
+        found = [one for one in found if one.dp_rank == query.dp_rank]
+    running, waiting = sum(one.num_running_reqs for one in found), sum(one.num_waiting_reqs for one in found)
     total = TotalLoad(
-        one.num_running_reqs,
-        one.num_waiting_reqs,
-        one.num_running_reqs + one.num_waiting_reqs,
-        one.token_usage,
-        one.gen_throughput,
-        one.utilization,
+        running,
+        waiting,
+        running + waiting,
+        _mean([one.token_usage for one in found]),
+        _mean([one.gen_throughput for one in found]),
+        _mean([one.utilization for one in found]),
     )
-    now = datetime.fromtimestamp(one.timestamp, UTC).isoformat()
-    await exchange.reply(encode(Loads(now, package_version(), 1, [one], total)))
+    now = datetime.now(UTC).isoformat()
+    await exchange.reply(encode(Loads(now, package_version(), service.config.dp_size, found, total)))
 
 
 async def get_load(service: Service, exchange: Exchange) -> None:
     """Serve GET /get_load: SGLang's of old, see /v1/loads."""
-    one = _load(service)
-    requests = one.num_running_reqs + one.num_waiting_reqs
-    await exchange.reply(encode([OldLoad(one.dp_rank, requests, one.num_waiting_reqs, one.num_used_tokens)]))
+    found = [
+        OldLoad(one.dp_rank, one.num_running_reqs + one.num_waiting_reqs, one.num_waiting_reqs, one.num_used_tokens)
+        for one in _loads(service)
+    ]
+    await exchange.reply(encode(found))
 
 
 async def server_load(service: Service, exchange: Exchange) -> None:
     """Serve GET /load: vLLM's, how many requests there are."""
-    stats = _stats(service)
-    await exchange.reply(encode(ServerLoad(stats.running + stats.waiting)))
+    await exchange.reply(encode(ServerLoad(sum(stats.running + stats.waiting for stats in _reports(service)))))
 
 
-def _stats(service: Service) -> Stats:
-    if service.client.stats is None:
+def _reports(service: Service) -> list[Stats]:
+    reports = service.client.reports()
+    if not reports:
         raise EngineDown("the scheduler has not reported yet; try again")
-    return service.client.stats
+    return reports
 
 
-def _load(service: Service, queues: bool = False) -> Load:
-    stats, page, most = _stats(service), service.config.page_size, service.config.max_running_requests
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _loads(service: Service, queues: bool = False) -> list[Load]:
+    """Of each replica that has reported."""
+    return [_load(service, stats, queues) for stats in _reports(service)]
+
+
+def _load(service: Service, stats: Stats, queues: bool) -> Load:
+    page, most = service.config.page_size, service.config.max_running_requests
     usage = stats.pages_running / max(1, stats.pages_total)
     return Load(
-        dp_rank=0,
+        dp_rank=stats.dp_rank,
         timestamp=time.time(),
         num_running_reqs=stats.running,
         num_waiting_reqs=stats.waiting,

@@ -1,11 +1,11 @@
-"""Metrics of one front in Prometheus' text format: its own requests and latencies, and the scheduler's last Stats.
+"""Metrics of one front in Prometheus' text format: its own requests and latencies, and the schedulers' last Stats.
 
 The front owns one; handlers count replies, the client reports choices that ended. Invariant: the set of time series
 is fixed (routes come from the route table, never from a client's path).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -48,35 +48,55 @@ _COUNTERS: Final = (
 
 
 class StatsCollector(Collector):
-    """The scheduler's Stats as metrics; `stats` is the last one received."""
+    """The schedulers' Stats as metrics; `reports` are the last ones received. Of several replicas each has its own
+    series, with the label dp_rank."""
 
-    def __init__(self) -> None:
-        self.stats: Stats | None = None
+    def __init__(self, replicas: int) -> None:
+        self.reports: Sequence[Stats] = ()
+        self._replicas = replicas
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the present values; only `actorserve_executor_up` (0) before the first Stats."""
-        stats = self.stats
-        up = float(stats is not None and stats.executor_up)
-        yield GaugeMetricFamily("actorserve_executor_up", "1 while the executor is up", up)
-        if stats is None:
+        """Yield the present values; only `actorserve_executor_up` (0) of replicas without a report."""
+        up = {stats.dp_rank: float(stats.executor_up) for stats in self.reports}
+        ranks = range(self._replicas)
+        yield self._gauge("executor_up", "1 while the executor is up", {rank: up.get(rank, 0.0) for rank in ranks})
+        if not self.reports:
             return
         for name, text, field in _GAUGES:
-            yield GaugeMetricFamily(f"actorserve_{name}", text, getattr(stats, field))
+            yield self._gauge(name, text, {stats.dp_rank: getattr(stats, field) for stats in self.reports})
         for name, text, field in _COUNTERS:
-            yield CounterMetricFamily(f"actorserve_{name}", text, getattr(stats, field))
-        yield GaugeMetricFamily("actorserve_step_seconds", "Smoothed time of a step", stats.step_us / 1e6)
+            counter = CounterMetricFamily(f"actorserve_{name}", text, labels=self._labels)
+            for stats in self.reports:
+                counter.add_metric(self._values(stats.dp_rank), getattr(stats, field))
+            yield counter
+        steps = {stats.dp_rank: stats.step_us / 1e6 for stats in self.reports}
+        yield self._gauge("step_seconds", "Smoothed time of a step", steps)
+
+    def _gauge(self, name: str, text: str, values: Mapping[int, float]) -> GaugeMetricFamily:
+        """`values`: by rank."""
+        gauge = GaugeMetricFamily(f"actorserve_{name}", text, labels=self._labels)
+        for rank, value in values.items():
+            gauge.add_metric(self._values(rank), value)
+        return gauge
+
+    @property
+    def _labels(self) -> list[str]:
+        return ["dp_rank"] if self._replicas > 1 else []
+
+    def _values(self, rank: int) -> list[str]:
+        return [str(rank)] if self._replicas > 1 else []
 
 
 class Metrics:
     """All metrics of one front; where there are several of them, `render` shows the sums over all."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int = 1) -> None:
         shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ  # serve.py's; the library writes files there
         self.registry = CollectorRegistry()
         self._own = None if shared else self.registry
         if shared:
             MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
-        self._stats = StatsCollector()
+        self._stats = StatsCollector(replicas)
         self.registry.register(self._stats)
         self._requests = Counter(
             "actorserve_http_requests", "HTTP requests that were answered", ["route", "status"], registry=self._own
@@ -100,9 +120,9 @@ class Metrics:
         if choice.last.completion_tokens > 1:
             self._tpot.observe((choice.last_ns - choice.first_ns) / 1e9 / (choice.last.completion_tokens - 1))
 
-    def render(self, stats: Stats | None) -> bytes:
-        """Return the page of /metrics."""
-        self._stats.stats = stats
+    def render(self, reports: Sequence[Stats]) -> bytes:
+        """Return the page of /metrics; `reports`: the replicas' last ones."""
+        self._stats.reports = reports
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

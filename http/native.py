@@ -54,6 +54,7 @@ class Continuation:
     with_text: bool
     index: int | None
     constrained: bool = False
+    shows_rank: bool = False
     texts: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     input: "Rows" = field(default_factory=lambda: Rows())
@@ -89,6 +90,7 @@ class Continuation:
             chunk.jumps if self.constrained else UNSET,
             said(chunk.valid),
             self.timeline,
+            chunk.dp_rank if self.shows_rank else UNSET,
         )
         return GenerateReply("".join(self.texts), self.ids, meta, UNSET if self.index is None else self.index)
 
@@ -146,7 +148,10 @@ async def generate(service: Service, exchange: Exchange) -> None:
         value = getattr(request, name)
         if isinstance(value, list) and not isinstance(value[0] if value else 0, int):
             service.check_batch(len(value), name)
-    submissions, continuations, is_list = _plan(request, service.model.vocab_size)
+    rank = service.rank_of(request.routed_dp_rank, request.data_parallel_rank)
+    submissions, continuations, is_list = _plan(request, service.model.vocab_size, rank)
+    for continuation in continuations:
+        continuation.shows_rank = service.config.dp_size > 1
     stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
     learn = _timelines(service, stream, continuations) if request.timeline else None
     async with exchange.watched(stream):
@@ -184,7 +189,9 @@ def _timelines(service: Service, stream: Stream, continuations: list[Continuatio
     return learn
 
 
-def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], list[Continuation], bool]:
+def _plan(
+    request: GenerateRequest, vocab_size: int, rank: int | None
+) -> tuple[list[Submission], list[Continuation], bool]:
     """Return what to submit, one Continuation a choice, and whether the reply is a list."""
     prompts, is_batch = native_prompts(request.text, request.input_ids, vocab_size)
     prompts = with_images(prompts, request.image_data, is_batch, request.video_data)
@@ -199,7 +206,7 @@ def _plan(request: GenerateRequest, vocab_size: int) -> tuple[list[Submission], 
         params = _sampling(sampling[i], logprobs[i])
         grammar = _grammar(sampling[i])
         rid = rids[i] or uuid.uuid4().hex
-        submissions.append(Submission(prompt, params, sampling[i].n, grammar, name=rid))
+        submissions.append(Submission(prompt, params, sampling[i].n, grammar, name=rid, dp_rank=rank))
         for _ in range(sampling[i].n):
             index = len(continuations) if is_list else None
             with_text = request.return_text_in_logprobs

@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from .protocol import (
     Choices,
+    DpRank,
     LogitBias,
     MinP,
     Penalty,
@@ -78,6 +79,10 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     stream: bool = False
     cache_salt: str | None = None
     priority: Priority | None = None
+    routed_dp_rank: DpRank | None = None
+    """The replica that is to serve it (--dp-size)."""
+    data_parallel_rank: DpRank | None = None
+    """SGLang's older name of it."""
     timeline: bool = False
     """Say in `meta_info` when what happened."""
     image_data: str | list[str | list[str] | None] | None = None
@@ -139,6 +144,8 @@ class MetaInfo(Struct, frozen=True):
     valid: bool | UnsetType = UNSET
     timeline: RequestTimeline | UnsetType | None = UNSET
     """With `timeline: true`, in the last frame; null where it is not known."""
+    dp_rank: int | UnsetType = UNSET
+    """With --dp-size above 1: the replica that served it."""
 
 
 class GenerateReply(Struct, frozen=True):

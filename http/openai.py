@@ -81,7 +81,8 @@ async def completions(service: Service, exchange: Exchange) -> None:
         if request.echo and request.logprobs is not None:
             params = msgspec.structs.replace(params, logprob_start_len=0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
-        submissions = [Submission(prompt, params, best_of, grammar, name=head.id) for prompt in prompts]
+        rank = service.rank_of(request.routed_dp_rank, request.data_parallel_rank)
+        submissions = [Submission(prompt, params, best_of, grammar, name=head.id, dp_rank=rank) for prompt in prompts]
         stream = service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
         writer = CompletionWriter(head, stream, n, best_of, echoes, request.logprobs, usage_frames, ids)
         await send_output(exchange, stream, writer, bool(request.stream), at_end=_timeline(service, request, head))
@@ -140,7 +141,9 @@ def submitted_chat(service: Service, request: ChatRequest, name: str) -> Iterato
         params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
         prompt = planned_prompt(request, plan)
         salt, priority = request.cache_salt or "", request.priority or 0
-        yield service.client.submit(prompt, params, request.n or 1, salt, priority, plan.grammar, name), plan.reading
+        rank = service.rank_of(request.routed_dp_rank, request.data_parallel_rank)
+        stream = service.client.submit(prompt, params, request.n or 1, salt, priority, plan.grammar, name, rank)
+        yield stream, plan.reading
 
 
 def planned_prompt(request: ChatRequest, plan: ToolPlan) -> ChatPrompt:

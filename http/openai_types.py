@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from .protocol import (
     Choices,
+    DpRank,
     LogitBias,
     MinP,
     Penalty,
@@ -85,6 +86,10 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
+    routed_dp_rank: DpRank | None = None
+    """The replica that is to serve it (--dp-size)."""
+    data_parallel_rank: DpRank | None = None
+    """SGLang's older name of it."""
     timeline: bool | None = None
     """Say when what happened, at the end of the reply."""
     return_token_ids: bool | None = None

@@ -27,6 +27,8 @@ MAX_N: Final = 128
 Refusable: TypeAlias = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
 LOWEST_PRIORITY: Final = -(1 << 31)
 """That of batches."""
+DpRank: TypeAlias = Annotated[int, Meta(ge=0, lt=64)]
+"""--dp-size is at most 64."""
 Priority: TypeAlias = Annotated[int, Meta(ge=LOWEST_PRIORITY, lt=1 << 31)]
 
 # The ranges of SamplingParams, so that clients can read them in the API's document.
@@ -103,7 +105,7 @@ class EngineVersion(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True):
-    """`reason` says what is missing when the status is not "ok"."""
+    """`reason` says what is missing: when the status is not "ok", or "ok" while some replicas do not serve."""
 
     status: Literal["ok", "unavailable", "draining"]
     reason: str | None = None

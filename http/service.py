@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp
 
+from ..actors.admission import no_replica
 from ..actors.client import Client
 from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
@@ -62,6 +63,17 @@ class Service:
                 status=404,
             )
 
+    def rank_of(self, routed_dp_rank: int | None, data_parallel_rank: int | None) -> int | None:
+        """Return the replica that a request names, in SGLang's field or in its older one; None: any.
+
+        Raises RequestError for one that there is not.
+        """
+        newer = routed_dp_rank is not None
+        rank = routed_dp_rank if newer else data_parallel_rank
+        if rank is not None and rank >= self.config.dp_size:
+            raise no_replica(rank, self.config, "routed_dp_rank" if newer else "data_parallel_rank")
+        return rank
+
     def check_batch(self, count: int, param: str) -> None:
         """Raise RequestError for a list of too many prompts."""
         most = self.config.max_batch_prompts
@@ -69,9 +81,9 @@ class Service:
             raise RequestError(f"{param} has {count} entries; the most is {most}", param=param, code="too_many")
 
     def health(self) -> Health:
-        """Return "ok" when text actor, scheduler and executor are up."""
+        """Return "ok" when text actor, scheduler and executor are up; of several replicas, those of one."""
         reason = self.client.reason_down()
-        return Health("ok") if reason is None else Health("unavailable", reason)
+        return Health("ok", self.client.reason_degraded()) if reason is None else Health("unavailable", reason)
 
     def readiness(self) -> Health:
         """Return "ok" when new requests are welcome."""

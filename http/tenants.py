@@ -99,9 +99,11 @@ class TenantClient:
         priority: int = 0,
         grammar: GrammarSpec | None = None,
         name: str = "",
+        dp_rank: int | None = None,
     ) -> Stream:
         """As Client.submit; raises for the tenant's limits, too."""
-        return self.submit_all([Submission(prompt, params, n, grammar, name=name)], cache_salt, priority)
+        submission = Submission(prompt, params, n, grammar, name=name, dp_rank=dp_rank)
+        return self.submit_all([submission], cache_salt, priority)
 
     def submit_all(self, submissions: Sequence[Submission], cache_salt: str = "", priority: int = 0) -> Stream:
         """As Client.submit_all; raises for the tenant's limits, too."""
@@ -171,12 +173,18 @@ class TenantClient:
     def stats(self) -> Stats | None:
         return self._client.stats
 
+    def reports(self) -> list[Stats]:
+        return self._client.reports()
+
     @property
     def draining(self) -> bool:
         return self._client.draining
 
     def reason_down(self) -> str | None:
         return self._client.reason_down()
+
+    def reason_degraded(self) -> str | None:
+        return self._client.reason_degraded()
 
     def busy(self, priority: int) -> bool:
         return self._client.busy(priority)

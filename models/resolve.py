@@ -46,6 +46,8 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         )
     pooling = pooling_of(folder, facts, config)
     vision = vision_facts(whole) if is_vision_model(whole) else None
+    if config.dp_size > 1 and config.placement == "inline":
+        raise StartupError("--dp-size needs --placement process: replicas compute at the same time")
     if config.tp_size > 1 and config.load_format != "stub":
         if config.placement == "inline":
             raise StartupError("--tp-size needs --placement process: ranks wait for each other")

@@ -144,7 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def pick_device(name: str, rank: int = 0, ranks: int = 1) -> torch.device:
-    """Resolve `EngineConfig.device`; of several tensor parallel ranks each has a GPU of its own."""
+    """Resolve `EngineConfig.device`; of several executors (`ranks`) each has a GPU of its own, the `rank`-th."""
     if name == "cuda" and not torch.cuda.is_available():
         raise StartupError("--device cuda: torch finds no CUDA device here; use --device cpu or install CUDA torch")
     if name == "auto":
@@ -152,7 +152,8 @@ def pick_device(name: str, rank: int = 0, ranks: int = 1) -> torch.device:
     if name == "cpu" or ranks == 1:
         return torch.device(name)
     if ranks > torch.cuda.device_count():
-        raise StartupError(f"--tp-size {ranks} needs as many GPUs; torch finds {torch.cuda.device_count()}")
+        found = torch.cuda.device_count()
+        raise StartupError(f"--tp-size times --dp-size is {ranks}, which needs as many GPUs; torch finds {found}")
     return torch.device(name, rank)
 
 

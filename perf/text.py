@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from actorserve.actors.messages import NOTHING, Finish, Submit
+from actorserve.actors.messages import NO_STATS, NOTHING, Finish, Submit
 from actorserve.actors.output import Output
+from actorserve.actors.replicas import Replica
 from actorserve.models.detokenize import Detokenizers
 from actorserve.models.embedded import embedded_model
 from actorserve.models.template import ChatTemplate, decode_chat
@@ -61,6 +62,7 @@ def detokenizing(ours: Tokenizer, theirs: Any) -> dict[str, float]:
     ids = ours.encode(TEXT, add_special_tokens=False)
     ids = ids * (1000 // len(ids) + 1)
     detokenizers = Detokenizers(ours)
+    alone = Replica(0, "sched", NO_STATS)
 
     def incremental() -> None:
         push = detokenizers.new(ids[:1]).push
@@ -78,7 +80,7 @@ def detokenizing(ours: Tokenizer, theirs: Any) -> dict[str, float]:
 
     def output(params: SamplingParams) -> Callable[[], None]:
         def run() -> None:
-            made = Output(Submit(1, NOTHING, params), "front.0", params, detokenizers.new(ids[:1]))
+            made = Output(Submit(1, NOTHING, params), "front.0", alone, params, detokenizers.new(ids[:1]))
             for token in ids:
                 made.push(token, Finish.NONE)
                 made.chunk()

@@ -28,7 +28,7 @@ class StandIn:
     def __init__(self, **settings: Any) -> None:
         self.config, self.model = EngineConfig(), MODEL
         self.client = Client(self, self.config, MODEL, new_wakeup=LoopWakeup)
-        self.client.stats = Stats(*[0] * 13, 0.0, True)
+        self.client.replicas[0] = Stats(*[0] * 13, 0.0, True)
 
     async def __aenter__(self) -> Self:
         return self

@@ -55,6 +55,7 @@ def test_values() -> None:
         port=0,
     )
     assert parse("--model-path /m --tensor-parallel-size 3") == EngineConfig(model="/m", tp_size=3)
+    assert parse("--dp 3") == parse("--data-parallel-size 3") == parse("--dp-size 3") == EngineConfig(dp_size=3)
 
 
 @pytest.mark.parametrize(

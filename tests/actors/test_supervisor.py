@@ -32,6 +32,9 @@ from actorserve.actors.topology import (
     attached_client,
     engine_topology,
     http_front,
+    rank_of,
+    replica_of,
+    schedulers_among,
 )
 from actorserve.errors import StartupError
 
@@ -507,6 +510,33 @@ def test_ranks_are_executors_behind_the_first() -> None:
     )
     with pytest.raises(ValueError, match="processes of their own"):
         engine_topology(demo_config(tp_size=2, load_format="auto"), [], "inline")
+
+
+def test_replicas_have_all_of_their_own_but_text_and_fsm() -> None:
+    config = demo_config(tp_size=2, dp_size=11, load_format="auto")
+    replicas = engine_topology(config, [attached_client()])
+    assert [node.name for node in replicas.nodes[:4]] == ["exec.0.0", "exec.0.1", "exec.1.0", "exec.1.1"]
+    assert [node.name for node in replicas.nodes[22:]] == [
+        *("fsm", *(f"sched.{number}" for number in range(11)), "text", "client"),
+    ]
+    groups = [node.group for node in replicas.nodes if node.group is not None]
+    assert groups == [f"executors.{number}" for number in range(11) for _ in range(2)]
+    theirs = {(lane.source, lane.target) for lane in replicas.lanes if replica_of(lane.source) == 7}
+    assert theirs == {
+        *[("sched.7", "text"), ("sched.7", "fsm"), ("sched.7", "exec.7.0"), ("sched.7", "sampler.7.0")],
+        *[("exec.7.0", "sched.7"), ("exec.7.0", "exec.7.1")],
+    }
+    text = {lane.target for lane in replicas.lanes if lane.source == "text"}
+    assert schedulers_among(text) == [f"sched.{number}" for number in range(11)], "in the order of their numbers"
+    assert (replica_of("exec.10.1"), rank_of("exec.10.1"), replica_of("exec.1"), rank_of("exec.1")) == (10, 1, 0, 1)
+    assert (replica_of("sched"), replica_of("sched.3"), replica_of("sampler.0"), replica_of("sampler.4.0")) == (
+        0,
+        3,
+        0,
+        4,
+    )
+    with pytest.raises(ValueError, match="processes of their own"):
+        engine_topology(demo_config(dp_size=2), [], "inline")
 
 
 def test_a_topology_is_checked() -> None:

@@ -722,11 +722,11 @@ def test_what_two_schedulers_die_of_is_refused(world: World) -> None:
     world.ask(2)
     world.text.receive(Order(9, "flush_cache"), "front.1")
     for at_work, fault in ((1, 9), True), ((2,), False), ((2,), True), ((), True), ((1, 9), True):
-        assert list(world.text.outputs) == [1, 2] and list(world.text.ordered) == [9]
+        assert list(world.text.outputs) == [1, 2] and [q.rid for q in world.text.orders.unanswered(0)] == [9]
         restart_scheduler(world, fault, at_work)
     refused = [m for m in (*world.front(), *world.front("front.1")) if isinstance(m, Refused)]
     assert [(m.rid, m.n, m.status, m.code) for m in refused] == [(rid, 1, 503, "scheduler_crashed") for rid in (1, 9)]
-    assert list(world.text.outputs) == [2] and not world.text.ordered
+    assert list(world.text.outputs) == [2] and not world.text.orders.unanswered(0)
 
 
 def test_an_abort_is_not_lost_with_the_scheduler(world: World, tokenizer: Tokenizer) -> None:

@@ -182,7 +182,7 @@ async def test_loads(rig, fakes):
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     async with fakes.open_rig(max_running_requests=4) as other:
         assert (await other.http.get("/v1/loads")).json()["loads"][0]["utilization"] == 0.5
-    rig.front.client.stats = None
+    rig.front.client.replicas.clear()
     assert (await rig.http.get("/v1/loads")).status_code == 503
 
 

@@ -148,7 +148,7 @@ async def test_nothing_is_left_in_a_ring(fakes):
                 await fakes.until(lambda sent=sent: len(got) >= sent)
                 text.post(fakes.STATS)
                 await fakes.until(lambda: front.client.stats is not None)
-                front.client.stats = None
+                front.client.replicas.clear()
     finally:
         loop.remove_reader(context.inbox.fileno())
         text.disconnect()

@@ -179,6 +179,8 @@ def test_unsupported_settings(folder: Path) -> None:
         resolved(folder, tp_size=3)
     with pytest.raises(StartupError, match="--tp-size needs --placement process"):
         resolved(folder, tp_size=2, placement="inline")
+    with pytest.raises(StartupError, match="--dp-size needs --placement process"):
+        resolved(folder, dp_size=2, placement="inline")
     with pytest.raises(StartupError, match=r"needs a \.gguf file"):
         resolved(folder, load_format="gguf")
 
