@@ -233,13 +233,15 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
 
     from .models.weights import pick_device
 
-    device = pick_device(config.device, 0, config.tp_size)
+    device = pick_device(config.device, 0, config.executors)
     if device.type == "cuda":
         yield _gpu(config, torch)
     else:
         yield _cpu(config, torch)
     if config.tp_size > 1:
         yield _ranks(config, device.type, torch)
+    if config.dp_size > 1:
+        yield _replicas(config, device.type)
     yield from _guarded("dtype", lambda: _paths(config, device, model))
     yield from _guarded("kernels", lambda: _kernels(config, device.type))
 
@@ -275,16 +277,25 @@ def _ranks(config: EngineConfig, device: str, torch: Any) -> Finding:
     return Finding("ok" if reached == config.tp_size - 1 else "warn", "ranks", text)
 
 
+def _replicas(config: EngineConfig, device: str) -> Finding:
+    """What each of them has."""
+    if device == "cpu":
+        text = f"{config.dp_size} that share this CPU's cores, each with weights and a prefix cache of its own"
+        return Finding("ok", "replicas", text)
+    each = "a GPU" if config.tp_size == 1 else f"{config.tp_size} GPUs"
+    return Finding("ok", "replicas", f"{config.dp_size}, {each} each")
+
+
 def _gpu(config: EngineConfig, torch: Any) -> Finding:
     about = torch.cuda.get_device_properties(0)
-    others = torch.cuda.device_count() - config.tp_size
+    others = torch.cuda.device_count() - config.executors
     text = f"{about.name}, {about.total_memory / GIB:.0f} GiB, compute capability {about.major}.{about.minor}"
     text += f", CUDA {torch.version.cuda}" + (f"; {others} more stay unused" if others else "")
     return Finding("ok", "device", text)
 
 
 def _cpu(config: EngineConfig, torch: Any) -> Finding:
-    threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // config.tp_size)
+    threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // config.executors)
     if config.device == "auto" and shutil.which("nvidia-smi"):
         reason = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         return Finding("warn", "device", f"CPU, {threads} threads: there is nvidia-smi, but {reason}")

@@ -53,7 +53,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is planned: a model and how it is to run on each of `config.tp_size` GPUs."""
+    """What is planned: a model and how it is to run on each of the GPUs of a replica."""
 
     name: str
     spec: Spec
@@ -115,7 +115,7 @@ def read_model(config: EngineConfig, gpu: Gpu) -> Subject:
     from .models.resolve import resolve_model  # with what reads GGUF, which `-h` need not wait for
 
     # Weights need not be there, nor as many GPUs.
-    asked = msgspec.structs.replace(config, load_format="dummy", tp_size=1)
+    asked = msgspec.structs.replace(config, load_format="dummy", tp_size=1, dp_size=1)
     with tempfile.TemporaryDirectory() as scratch:
         name = config.model or DEFAULT_MODEL
         if name in KNOWN and not Path(name).exists():
@@ -187,6 +187,7 @@ def as_json(subject: Subject, ledger: Ledger, table: list[dict[str, Any]]) -> di
         "model": subject.name,
         "dtype": subject.dtype,
         "tp_size": subject.config.tp_size,
+        "dp_size": subject.config.dp_size,
         "fits": ledger.fits,
         "missing": ledger.missing,
         "total": ledger.total,
@@ -204,7 +205,7 @@ def as_json(subject: Subject, ledger: Ledger, table: list[dict[str, Any]]) -> di
 def as_text(subject: Subject, gpu: str, ledger: Ledger, table: list[dict[str, Any]]) -> str:
     """The plan for people; `gpu` is its name."""
     demand, config = ledger.demand, subject.config
-    many = f", each of {config.tp_size}" if config.tp_size > 1 else ""
+    many = f", each of {config.executors}" if config.executors > 1 else ""
     kv = subject.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     lines = [f"{subject.name} in {subject.dtype}, KV in {kv}, on {gpu} with {ledger.total / GIB:.1f} GiB{many}", ""]
     lines += [f"{row.name:<24}{row.bytes / GIB:>9.2f} GiB  {row.kind:<11}{row.note}".rstrip() for row in ledger.rows]
@@ -215,6 +216,11 @@ def as_text(subject: Subject, gpu: str, ledger: Ledger, table: list[dict[str, An
         return "\n".join(lines)
     lines += ["", f"KV: {ledger.tokens:,} tokens at {demand.page_bytes / demand.page_size / 1024:.1f} KiB each"]
     lines += limits_of(ledger)
+    if config.dp_size > 1:
+        lines.append(
+            f"a replica; {config.dp_size} of them have {config.dp_size * ledger.tokens:,} tokens, and run up to "
+            f"{config.dp_size * demand.slots:,} requests at once"
+        )
     lines += ["", *table_lines(table, subject.gpu.measured)]
     return "\n".join(lines)
 

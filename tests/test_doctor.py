@@ -36,6 +36,14 @@ def test_a_machine_that_will_do(capsys: Any, model: str) -> None:
     assert found["attention"] == ("ok", "torch's operations: the path of dense weights on a CPU")
 
 
+def test_ranks_and_replicas(capsys: Any, model: str) -> None:
+    flags = ("--model", model, "--load-format", "dummy", "--tp-size", "2", "--dp-size", "3", "--device", "cpu")
+    code, found = look(capsys, *flags)
+    assert code == 0 and found["ranks"][1].startswith("2 processes") and found["replicas"][1].startswith("3 that share")
+    code, found = look(capsys, *flags, "--placement", "inline")
+    assert code == 1 and found["model"][0] == "fail" and "--dp-size needs --placement process" in found["model"][1]
+
+
 def test_a_model_that_gives_vectors(capsys: Any, tmp_path: Path) -> None:
     facts = {"model_type": "bert", "vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 1}
     facts |= {"num_attention_heads": 6, "intermediate_size": 64, "max_position_embeddings": 64}

@@ -40,6 +40,13 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) <= 110
 
 
+def test_replicas_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("--model qwen2-7b --max-total-tokens 160000 --tp-size 2 --dp-size 3", capsys)
+    assert (code, err) == (0, "")
+    assert "GiB, each of 6" in out.splitlines()[0]
+    assert "a replica; 3 of them have 480,000 tokens, and run up to 768 requests at once" in out
+
+
 def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     plan = as_json("--model qwen2-7b --length 100 2000", capsys)
     assert sum(row["bytes"] for row in plan["memory"]) == plan["total"]
@@ -59,6 +66,8 @@ def test_settings_of_run_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert short["pages"] == 8 * 63 and short["context_length"] == 1000
     ranks = as_json("--model qwen2-72b --tp-size 4", capsys)
     assert ranks["tp_size"] == 4 and ranks["fits"]
+    replicas = as_json("--model qwen2-72b --tp-size 4 --dp-size 2", capsys)
+    assert replicas == ranks | {"dp_size": 2}, "each replica is as one without others"
 
 
 def test_without_a_model_it_is_the_embedded_one(capsys: pytest.CaptureFixture[str]) -> None:
