@@ -316,6 +316,7 @@ class Executor(Actor):
         if self.images is not None:
             raise StartupError("the weights of a vision-language model cannot be exchanged while it runs")
         now = self.runner.decoder
+        enter(now.device)  # this thread, too
         config = replace(self.context.config, model=folder, load_format="auto")
         if not (Path(folder) / KEPT_FILE).exists():
             name = next(name for name, dtype in DTYPES.items() if dtype == now.dtype)

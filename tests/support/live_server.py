@@ -1,10 +1,12 @@
 """A real `actorserve run` as a child process, and what tests ask about it: its processes, its pages, its health."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +53,13 @@ class LiveServer:
             return client.chat.completions.create(model="", messages=messages, **options)  # type: ignore[call-overload,no-any-return]
 
     def metrics(self) -> dict[str, float]:
-        """Samples without labels, by name."""
-        lines = self.get("/metrics").text.splitlines()
-        return {n: float(v) for n, v in (line.split(" ") for line in lines if line[:1] != "#" and "{" not in line)}
+        """Samples without labels, by name; those of several replicas are summed."""
+        found: Counter[str] = Counter()
+        for line in re.sub(r'\{dp_rank="\d+"\}', "", self.get("/metrics").text).splitlines():
+            if line[:1] != "#" and "{" not in line:
+                name, _, value = line.partition(" ")
+                found[name] += float(value)  # type: ignore[assignment]
+        return dict(found)
 
     def children(self) -> dict[str, int]:
         """Pids of the engine's processes, by node name."""

@@ -9,7 +9,7 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,13 @@ def assert_unharmed(load: LiveLoad, undisturbed: list[Answer], exact: bool) -> N
 
 
 def kill_at_random(
-    server: LiveServer, kills: int, streams: list[dict[str, Any]], undisturbed: list[Answer], exact: bool, rest: float
+    server: LiveServer,
+    kills: int,
+    streams: list[dict[str, Any]],
+    undisturbed: list[Answer],
+    exact: bool,
+    rest: float,
+    nodes: Sequence[str] = NODES,
 ) -> None:
     """`kills` deaths, of each actor in turn, up to `rest` seconds after the last recovery."""
     before = shared_memory()
@@ -100,7 +106,7 @@ def kill_at_random(
     with LiveLoad(server.url, streams) as load:
         for number in range(kills):
             time.sleep(rng.uniform(0, rest))
-            times.watch(server, NODES[number % len(NODES)], rng.choice(SIGNALS))
+            times.watch(server, nodes[number % len(nodes)], rng.choice(SIGNALS))
             print(".", end="", flush=True)
     assert_unharmed(load, undisturbed, exact)
     noticed, ready = (f"{max(t):.2f} s at most, {statistics.median(t):.2f} s in the middle" for t in times.lists())
@@ -132,6 +138,19 @@ def test_deaths_with_the_stub(stub: LiveServer, kills: int | None, thorough: boo
     undisturbed = LiveLoad(stub.url, streams).once()
     assert stub.metrics()["actorserve_retractions_total"] > 0
     kill_at_random(stub, kills or (500 if thorough else 4), streams, undisturbed, exact=True, rest=0.5)
+
+
+@pytest.mark.timeout(0)
+def test_deaths_among_replicas(tmp_path: Path, kills: int | None, thorough: bool) -> None:
+    """Also of both at once, before the first is back."""
+    flags = ["--load-format", "stub", "--stub-step-ms", "20", "--max-restarts", "100000", "--dp-size", "2"]
+    nodes = ["sched.0", "exec.1.0", "exec.0.0", "text", "sched.1", "fsm"]
+    streams = bodies(32, 100)
+    with live_server(tmp_path, "--model", stub_folder(tmp_path / "model"), *flags) as server:
+        undisturbed = LiveLoad(server.url, streams).once()
+        kill_at_random(
+            server, kills or (300 if thorough else 3), streams, undisturbed, exact=True, rest=0.3, nodes=nodes
+        )
 
 
 def test_a_stopped_executor_is_replaced(stub: LiveServer) -> None:

@@ -63,33 +63,17 @@ def rank_of(server: LiveServer, text: str, **more: Any) -> int:
     return int(generate(server, text, **more)["meta_info"]["dp_rank"])
 
 
-def of_ranks(server: LiveServer, *names: str) -> list[list[float]]:
-    """Metrics of each replica, at one moment."""
-    found: dict[tuple[str, str], float] = {}
-    for line in server.get("/metrics").text.splitlines():
-        name, labelled, rest = line.partition('{dp_rank="')
-        if labelled:
-            found[name, rest.partition('"')[0]] = float(rest.rpartition(" ")[2])
-    return [[found[f"actorserve_{name}", str(rank)] for rank in range(REPLICAS)] for name in names]
-
-
 def by_rank(server: LiveServer, name: str) -> list[float]:
-    """One metric of each replica."""
-    return of_ranks(server, name)[0]
+    """A metric of each replica."""
+    start = f'actorserve_{name}{{dp_rank="'
+    lines = [line for line in server.get("/metrics").text.splitlines() if line.startswith(start)]
+    found = {int(line[len(start) :].partition('"')[0]): float(line.rpartition(" ")[2]) for line in lines}
+    assert sorted(found) == list(range(REPLICAS)), found
+    return [found[rank] for rank in range(REPLICAS)]
 
 
 def all_serve(server: LiveServer) -> bool:
     return server.get("/ready").json() == {"status": "ok", "reason": None}
-
-
-def idle(server: LiveServer) -> bool:
-    """Nothing runs, and all pages are somebody's."""
-    names = ("running_requests", "waiting_requests", "kv_pages", "kv_pages_free", "kv_pages_tree", "kv_pages_running")
-    for running, waiting, total, free, tree, held in zip(*of_ranks(server, *names), strict=True):
-        assert free + tree + held == total
-        if running or waiting or held:
-            return False
-    return True
 
 
 BODIES: list[dict[str, Any]] = [
@@ -103,7 +87,7 @@ def test_what_replicas_say_is_what_one_engine_says(server: LiveServer, alone: Li
     before = by_rank(server, "generated_tokens_total")
     said, wanted = (LiveLoad(s.url, BODIES).once() for s in (server, alone))
     assert [one.said(exact=True) for one in said] == [one.said(exact=True) for one in wanted]
-    wait_until(lambda: idle(server), 20, "the engine is idle")
+    server.assert_pages_add_up()
     came = [now - then for now, then in zip(by_rank(server, "generated_tokens_total"), before, strict=True)]
     assert sum(came) == 12 * 150 and min(came) >= 4 * 150, came
     # Without seeds, too: they are made of request ids, which replicas do not change.
@@ -128,7 +112,7 @@ def test_a_crowd_with_a_common_beginning_is_spread(server: LiveServer) -> None:
     before = by_rank(server, "generated_tokens_total")
     bodies = [{"prompt": shared + str(i), "max_tokens": 100, "ignore_eos": True} for i in range(24)]
     assert all(one.ends == ["length", "[DONE]"] for one in LiveLoad(server.url, bodies).once())
-    wait_until(lambda: idle(server), 20, "the engine is idle")
+    server.assert_pages_add_up()
     came = [now - then for now, then in zip(by_rank(server, "generated_tokens_total"), before, strict=True)]
     assert min(came) >= 6 * 100, came
 
@@ -149,7 +133,7 @@ def test_a_request_may_name_its_replica(server: LiveServer) -> None:
 
 
 def test_orders_and_reports_are_of_all_replicas(server: LiveServer, tmp_path: Path) -> None:
-    wait_until(lambda: idle(server), 20, "the engine is idle")
+    server.assert_pages_add_up()
     for rank in range(REPLICAS):
         generate(server, "some prompt that is longer than a page, or two" * 3, routed_dp_rank=rank)
     wait_until(lambda: min(by_rank(server, "kv_pages_tree")) > 0, 10, "both have something cached")
@@ -212,7 +196,7 @@ def test_a_death_is_felt_by_its_replica_alone(server: LiveServer, victim: str) -
     (spared, hit), short = streams_through(server, victim)
     assert max(answer.pause for answer in hit) > max(answer.pause for answer in spared)
     assert max(answer.pause for answer in spared) < max(0.25, short / 2), (short, victim)
-    wait_until(lambda: idle(server), 20, "the engine is idle")
+    server.assert_pages_add_up()
 
 
 def test_new_requests_go_where_they_are_served(server: LiveServer) -> None:
