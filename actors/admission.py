@@ -89,7 +89,7 @@ class Admission:
 
     def _check(self, submission: Submission) -> None:
         config, grammar, rank = self._config, submission.grammar, submission.dp_rank
-        if rank is not None and not 0 <= rank < config.dp_size:
+        if rank is not None and rank not in range(config.dp_size):
             raise no_replica(rank, config, "dp_rank")
         if submission.n > config.max_n:
             raise RequestError(f"n must be at most {config.max_n}", param="n")

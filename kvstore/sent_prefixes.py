@@ -7,6 +7,7 @@ calls before and nothing else; it may be wrong, since a cache evicts by rules of
 """
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -78,7 +79,7 @@ class SentPrefixes:
 def marks(length: int, page: int) -> Sequence[int]:
     """The lengths up to this one at which prefixes are told apart: multiples of the page, then of 2, 4, 8 pages, ..."""
     found = _marks(max(1, length).bit_length(), page)
-    return found[: int(np.searchsorted(found, length, side="right"))]
+    return found[: bisect_right(found, length)]
 
 
 @lru_cache
