@@ -11,7 +11,7 @@ P rows that a token is cached as (2: key and value).
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import StartupError
 from .batch import Batch, Chunk
 from .kv_cache import KVCache
+from .layers import Queries
 from .spec import Spec
 
 MATMUL_TOKENS = 4096
@@ -35,9 +36,13 @@ SPLIT_TOKENS = 1024
 class AttentionPlan(Protocol):
     """Attention of one batch."""
 
-    def run(self, layer: int, q: Tensor) -> Tensor:
+    @property
+    def rotates(self) -> bool:
+        """Whether it takes heads as the QKV product leaves them, too (Ops.heads)."""
+
+    def run(self, layer: int, q: Queries) -> Tensor:
         """Attend with queries [T, H, D] to the cache, which holds the new tokens already; of q's dtype,
-        [T, H * value_dim]."""
+        [T, H * value_dim]. Where it `rotates`, what Ops.heads leaves of them is rotated and written first."""
 
 
 class AttentionBackend(Protocol):
@@ -161,6 +166,8 @@ class WholePrompts:
 
 class TorchPlan:
     """The parts of a batch, per distinct window."""
+
+    rotates: ClassVar = False
 
     def __init__(self, parts: dict[int | None, list[Part]], kv: KVCache, spec: Spec) -> None:
         self.parts = parts

@@ -2,6 +2,7 @@
 
 Used by triton_attention.py. Softmax runs online, in base 2 and float32 (Milakov and Gimelshein 2018; Dao et al.,
 "FlashDecoding", 2023); a float8 cache is widened on load. What is outside of a sequence is masked, never read as a key.
+Decode may rotate heads and write the newest keys and values itself.
 Legend: B decode rows, H query heads, K KV heads, G = H / K (padded to GP), D head_dim (padded to DP), P table entries.
 """
 
@@ -53,11 +54,20 @@ def _keys_and_values(cache, table, key, end, head, d, K: tl.constexpr, D: tl.con
 
 
 @triton.jit
+def _rotated(x, other, live, cos, sin):
+    """What is at x, rotated with its partners at `other`; float32. `sin` has the sign of a half."""
+    one = tl.load(x, live, other=0.0).to(tl.float32)
+    return one * cos + tl.load(other, live, other=0.0).to(tl.float32) * sin
+
+
+@triton.jit
 def decode(
-    q, cache, tables, rows, lengths, out, partial, partial_lse, counters, scale, cap, window, q_stride, width,
+    q, cache, tables, rows, lengths, out, partial, partial_lse, counters, turns, slots, scale, cap, window, q_stride,
+    width,
     HAS_ROWS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, split, row): the group's queries over a share of the row's keys.
 
@@ -65,6 +75,8 @@ def decode(
     power of two. PDL: launched before its predecessor ends, and lets its successor be. AHEAD blocks of keys and values
     are loaded before the wait: all but the newest, which the predecessor writes, are of earlier steps, and so are
     lengths and tables of the kernels that begin a step, which are launched without PDL.
+    ROTATE: q [B, H + 2K, D] are heads as the QKV product leaves them, turns float32 [B, 2, D / 2] cosines and sines;
+    a row's newest key and value are written to slots [B] of the cache, by the program whose share they are in.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -88,7 +100,7 @@ def decode(
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK)
     newest = length - 1
-    last = end if AHEAD == 0 else tl.minimum(end, newest)
+    last = tl.minimum(end, newest) if AHEAD > 0 or ROTATE else end
     older_k = ()
     older_v = ()
     for j in tl.static_range(AHEAD):
@@ -96,21 +108,39 @@ def decode(
         older_k = older_k + (k,)  # type: ignore[assignment]  # noqa: RUF005
         older_v = older_v + (v,)  # type: ignore[assignment]  # noqa: RUF005
     new = cache
-    if AHEAD > 0:
+    if ROTATE:  # not where the table says: what a row that is done computes goes to a slot of no sequence
+        new += tl.load(slots + b).to(tl.int64) * (2 * K * D) + head * D
+    elif AHEAD > 0:
         new += (tl.load(table + newest // PAGE).to(tl.int64) * PAGE + newest % PAGE) * (2 * K * D) + head * D
     if PDL:
         tl.extra.cuda.gdc_wait()
     if split < used:
-        query = tl.load(
-            q + b.to(tl.int64) * q_stride + (head * G + g[:, None]) * D + d[None, :],
-            (g[:, None] < G) & (d[None, :] < D), other=0.0,
-        )  # fmt: skip
+        own = q + b.to(tl.int64) * q_stride
+        at = own + (head * G + g[:, None]) * D
+        real = (g[:, None] < G) & (d[None, :] < D)
+        if ROTATE:  # pairs are half a head apart
+            other = (d + D // 2) % D
+            cos = tl.load(turns + b * D + d % (D // 2), d < D, other=0.0)
+            sin = tl.load(turns + b * D + D // 2 + d % (D // 2), d < D, other=0.0)
+            sin = tl.where(d < D // 2, -sin, sin)
+            query = _rotated(at + d[None, :], at + other[None, :], real, cos[None, :], sin[None, :])
+            query = query.to(q.dtype.element_ty)
+            own += (K * G + head) * D
+            written_k = _rotated(own + d, own + other, d < D, cos, sin).to(cache.dtype.element_ty)
+            written_v = tl.load(own + K * D + d, d < D, other=0.0).to(cache.dtype.element_ty)
+            if newest < end:
+                tl.store(new + d, written_k, d < D)
+                tl.store(new + K * D + d, written_v, d < D)
+        else:
+            query = tl.load(at + d[None, :], real, other=0.0)
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, DP], tl.float32)
-        if AHEAD > 0:  # the newest key by itself, where it is among these
-            new_k = tl.load(new + d, d < D, other=0.0).to(query.dtype).to(tl.float32)
-            new_v = tl.load(new + K * D + d, d < D, other=0.0).to(query.dtype).to(tl.float32)
+        if AHEAD > 0 or ROTATE:  # the newest key by itself, where it is among these
+            new_k = written_k if ROTATE else tl.load(new + d, d < D, other=0.0)
+            new_v = written_v if ROTATE else tl.load(new + K * D + d, d < D, other=0.0)
+            new_k = new_k.to(query.dtype).to(tl.float32)
+            new_v = new_v.to(query.dtype).to(tl.float32)
             score = _scaled(tl.sum(query.to(tl.float32) * new_k[None, :], 1), scale, cap, SOFTCAP)
             ours = newest < end
             m = tl.where(ours, score, m)

@@ -6,6 +6,7 @@ the same bit for bit in every batch, and however its prompt is cut into chunks.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class CpuAttention:
 
 class CpuPlan:
     """A batch's tokens: where their pages are, and what they see."""
+
+    rotates: ClassVar = False
 
     def __init__(self, batch: Batch, kv: KVCache, spec: Spec) -> None:
         self.batch, self.cache, self.spec, self.page_size = batch, kv.rows, spec, kv.page_size

@@ -27,6 +27,10 @@ MAX_WORKSPACE: Final = 1
 """cublasLtMatmulPreferenceAttributes_t"""
 MOST: Final = 32
 """Candidates of one question."""
+KERNEL, MEMSET = 0, 2
+"""CUgraphNodeType"""
+THREAD_LOCAL: Final = 1
+"""CUstreamCaptureMode"""
 
 
 class Algorithm(ctypes.Structure):
@@ -87,6 +91,13 @@ def _load() -> ctypes.CDLL:
         lib.cublasLtGetVersion.restype = c_size_t
         return lib
     raise OSError(f"none of {', '.join(NAMES)} can be loaded")
+
+
+def _driver(name: str, *arguments: object) -> None:
+    """Call a function of CUDA's driver; raises RuntimeError with its status if it fails."""
+    status = getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name}: status {status}")
 
 
 class Plan:
@@ -153,6 +164,25 @@ class Plan:
             c_void_p(out.data_ptr()), self._d, byref(algorithm), c_void_p(space.data_ptr()), c_size_t(space.numel()),
             c_void_p(torch.cuda.current_stream().cuda_stream),
         )  # fmt: skip
+
+    def nodes(self, algorithm: Algorithm, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> list[int]:
+        """What `run` launches: CUgraphNodeTypes. Nothing runs."""
+        stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        handle, graph, count, kind = c_void_p(stream.cuda_stream), c_void_p(), c_size_t(), c_int()
+        _driver("cuStreamBeginCapture_v2", handle, THREAD_LOCAL)
+        try:
+            with torch.cuda.stream(stream):
+                self.run(algorithm, x, weight, bias, out)
+        finally:
+            _driver("cuStreamEndCapture", handle, byref(graph))
+        _driver("cuGraphGetNodes", graph, None, byref(count))
+        nodes, kinds = (c_void_p * count.value)(), []
+        _driver("cuGraphGetNodes", graph, nodes, byref(count))
+        for node in nodes:
+            _driver("cuGraphNodeGetType", c_void_p(node), byref(kind))
+            kinds.append(kind.value)
+        _driver("cuGraphDestroy", graph)
+        return kinds
 
     def close(self) -> None:
         """Free what the library keeps of it."""

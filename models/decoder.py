@@ -293,7 +293,8 @@ class Decoder:
             return attend(layer.latent, layer.qkv(hidden), spec, table, slots, kv_rows, step.plan, index)
         weight, eps = (None, 0.0) if spec.qk_norm is None else (layer.qk_norm, spec.qk_norm.eps)
         if self.fuses_heads:
-            queries = self.ops.heads(layer.qkv, hidden, weight, eps, table, spec, slots, kv_rows)
+            rotates = step.plan.rotates
+            queries = self.ops.heads(layer.qkv, hidden, weight, eps, table, spec, slots, kv_rows, rotates)
         else:
             heads = layer.qkv(hidden).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
             if spec.clip_qkv is not None:

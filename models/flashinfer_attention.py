@@ -8,7 +8,7 @@ Source: Ye et al., "FlashInfer: efficient and customizable attention engine for 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -93,6 +93,7 @@ def paged_views(kv: KVCache, layer: int) -> tuple[Tensor, Tensor]:
 class MixedPlan:
     """Decode rows by another backend's plan, chunks by FlashInfer's."""
 
+    rotates: ClassVar = False
     rows: AttentionPlan | None
     planned: dict[int | None, Any]
     num_decode: int
@@ -143,6 +144,7 @@ class FlashInferDecode:
 class DecodePlan:
     """FlashInfer's decode of one batch."""
 
+    rotates: ClassVar = False
     wrapper: Any
     kv: KVCache
 

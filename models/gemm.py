@@ -98,6 +98,13 @@ GEMMS: Final[dict[tuple[int, int], Choices]] = {
 # fmt: on
 
 
+PARTS: Final[dict[tuple[int, int], tuple[tuple[int, int], ...]]] = {(3584, 18944): ((64, 1), (256, 2))}
+"""Into how many parts of its columns cuBLAS's product is cut, which the norm after it adds up: (most rows, parts).
+
+cuBLAS cuts this one itself, and launches a kernel that adds up. A step of Qwen2-7B at 128 rows takes 2.1 % less so.
+"""
+
+
 def choose(choices: Choices, rows: int) -> Choice | None:
     """The tile for this many rows, None for cuBLAS."""
     for most, tile in choices:
@@ -325,6 +332,23 @@ class TritonLinear:
         """Programs that multiply this many rows; 0 without a tile."""
         tile = self.tile(rows)
         return triton.cdiv(len(self.weight), tile.outputs) * triton.cdiv(rows, tile.rows) if tile else 0
+
+    def parts(self, rows: int) -> int:
+        """Into how many parts `in_parts` is to cut a product of this many rows; 1: it is to be one."""
+        if isinstance(self.weight, Packed) or self.bias is not None or self.tile(rows) is not None:
+            return 1
+        outputs, inputs = self.weight.shape
+        return next((parts for most, parts in PARTS.get((outputs, inputs), ()) if rows <= most), 1)
+
+    def in_parts(self, x: Tensor, parts: int) -> Tensor:
+        """float32 [parts, T, out]: what each part of the columns adds to the product."""
+        assert isinstance(self.weight, Tensor)
+        (rows, inputs), outputs = x.shape, len(self.weight)
+        left = x.contiguous().view(rows, parts, inputs // parts).transpose(0, 1)
+        right = self.weight.view(outputs, parts, inputs // parts).permute(1, 2, 0)
+        if x.is_cuda:
+            return torch.bmm(left, right, out_dtype=torch.float32)
+        return torch.bmm(left.float(), right.float())
 
     def float8_rows(self, rows: int) -> Packed | None:
         """The weight, if it is multiplied with float8 inputs at this many rows."""

@@ -6,7 +6,7 @@ Invariant: results are TorchAttention's, up to rounding (tests/models/test_laten
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 import triton
@@ -59,6 +59,7 @@ class LatentAttention:
 class LatentPlan:
     """See attention.AttentionPlan."""
 
+    rotates: ClassVar = False
     kv: KVCache
     spec: Spec
     decode: Tensor | None

@@ -46,10 +46,13 @@ def rotation_kernel(
 
 @triton.jit
 def norm_kernel(
-    delta, residual, weight, out, new_residual, width, scale, eps,
-    ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    delta, residual, weight, out, new_residual, part, width, scale, eps,
+    ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = rms_norm(r) * weight with r = residual (+ scale * delta, stored if ADD); one program a row [width]."""
+    """out = rms_norm(r) * weight with r = residual (+ scale * delta, stored if ADD); one program a row [width].
+
+    With PARTS > 1 delta is the sum of as many float32 tensors, `part` numbers apart, rounded to the residual's dtype.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
@@ -60,7 +63,12 @@ def norm_kernel(
         tl.extra.cuda.gdc_wait()
     x = tl.load(residual + at, live, other=0.0)
     if ADD:
-        added = x.to(tl.float32) + scale * tl.load(delta + at, live, other=0.0).to(tl.float32)
+        y = tl.load(delta + at, live, other=0.0).to(tl.float32)
+        for i in tl.static_range(1, PARTS):
+            y += tl.load(delta + i * part + at, live, other=0.0)
+        if PARTS > 1:
+            y = y.to(x.dtype).to(tl.float32)
+        added = x.to(tl.float32) + scale * y
         x = added.to(x.dtype)
         tl.store(new_residual + at, x, live)
     x = x.to(tl.float32)

@@ -81,6 +81,10 @@ Hidden = Any
 """Normed hidden states [T, hidden]: a Tensor, or what Ops.add_norm made of them for the linear map that comes next."""
 
 
+Queries = Any
+"""Queries [T, H, D]: a Tensor, or what Ops.heads leaves to an attention plan that `rotates`."""
+
+
 class Ops(Protocol):
     """What a forward is made of, besides attention: GEMMs with what follows each, and these parts by themselves."""
 
@@ -123,8 +127,9 @@ class Ops(Protocol):
         spec: Spec,
         kv_slots: Tensor,
         kv_rows: Tensor,
-    ) -> Tensor:
-        """`qk_norm_rope_and_write` of qkv(x)."""
+        rotates: bool = False,
+    ) -> Queries:
+        """`qk_norm_rope_and_write` of qkv(x). With `rotates` it may leave that work to the attention that follows."""
 
     def add_norm(
         self,
@@ -277,6 +282,7 @@ class TorchOps:
         spec: Spec,
         kv_slots: Tensor,
         kv_rows: Tensor,
+        rotates: bool = False,
     ) -> Tensor:
         """See Ops."""
         heads = qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)

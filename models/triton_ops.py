@@ -2,12 +2,15 @@
 
 Used by the decoder through the protocol in layers.py, whose TorchOps is the reference. Where our GEMM multiplies, a
 layer of a decode step is five kernels: QKV with rotation and KV write, attention, output and down projection each with
-the residual and half of the norm, gate-up with the activation. Elsewhere cuBLAS and a kernel for what follows.
-In small decode steps a kernel is launched before its predecessor ends (PDL). Tried and not kept: while such a kernel
-runs, asking the L2 for the start of the weight that the next GEMM reads made every step slower (perf/layer.py).
+the residual and half of the norm, gate-up with the activation. Elsewhere cuBLAS and a kernel for what follows, but for
+rotation and KV write, which attention does where it can (`Unrotated`).
+In small decode steps a kernel is launched before its predecessor ends (PDL). Tried and not kept: while a small kernel
+runs, asking the L2 for the start of the weight that the next GEMM reads made every step slower: at few rows with PDL,
+line by line, and at 128 and 256 without, in bulk (docs/performance.md).
 Invariant: no host synchronisation; what is launched depends on shapes, dtypes and the Spec only.
 """
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -36,6 +39,8 @@ at 32; at 128 and 256 rows it costs 1 to 3 %. Prefetching beside it: 3.89 (4 MiB
 Where gate-up is a stream it pays with more rows: whole steps 4.86 and 4.74 ms at 32, 5.45 and 5.40 at 64.
 """
 PDL_HIDDEN: Final = 3584
+FEW_ROWS: Final = 128
+"""Up to here a program of the activation has two warps: a step of Qwen2-7B at 128 rows takes 13 to 30 us less."""
 MOST_READERS: Final = 2048
 """Up to so many programs a GEMM divides by the root mean squares itself: each of them reads the rows' sums of squares.
 
@@ -57,6 +62,21 @@ def pdl_rows(spec: Spec, dense: bool = True) -> int:
     """Up to how many rows kernels are launched with PDL; `dense`: weights are not quantized."""
     rows = PDL_ROWS * PDL_HIDDEN // spec.hidden
     return max(rows, stream_rows(2 * spec.inter, spec.hidden)) if dense else rows
+
+
+@dataclass(slots=True)
+class Unrotated:
+    """Heads as the QKV product leaves them, for an attention that rotates them and writes keys and values itself."""
+
+    heads: Tensor
+    """[T, H + 2K, D]"""
+    table: Tensor
+    """See TritonOps.rotation."""
+    kv_slots: Tensor
+    """[T]"""
+
+    def __len__(self) -> int:
+        return len(self.heads)
 
 
 class TritonOps:
@@ -111,16 +131,17 @@ class TritonOps:
         return self._norm(delta.contiguous(), residual.contiguous(), residual_scale, weight, eps)
 
     def _norm(
-        self, delta: Tensor | None, residual: Tensor, scale: float, weight: Tensor, eps: float
+        self, delta: Tensor | None, residual: Tensor, scale: float, weight: Tensor, eps: float, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
+        """`add_rms_norm`, or `rms_norm` without delta; with several parts that is float32 [parts, T, hidden]."""
         rows, width = residual.shape
         out = torch.empty_like(residual)
         new_residual = residual if delta is None else torch.empty_like(residual)
         warps = 4 if width <= 2048 else 8 if width <= 8192 else 16
         if rows:
             norm_kernel[(rows,)](
-                delta, residual, weight, out, new_residual, width, scale, eps, ADD=delta is not None,
-                BLOCK=max(32 * warps, triton.next_power_of_2(width)), **self._launch(rows, warps),
+                delta, residual, weight, out, new_residual, rows * width, width, scale, eps, ADD=delta is not None,
+                PARTS=parts, BLOCK=max(32 * warps, triton.next_power_of_2(width)), **self._launch(rows, warps),
             )  # fmt: skip
         return out, new_residual
 
@@ -158,7 +179,7 @@ class TritonOps:
         gate_up = gate_up.contiguous()
         rows, width = len(gate_up), gate_up.shape[1] // 2
         out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-        block, warps = 1024, 4
+        block, warps = 1024, 2 if rows <= FEW_ROWS else 4
         if rows:
             act_mul_kernel[(rows * triton.cdiv(width, block),)](
                 gate_up, out, width, ACT=act, BLOCK=block, **self._launch(rows, warps)
@@ -186,7 +207,8 @@ class TritonOps:
         spec: Spec,
         kv_slots: Tensor,
         kv_rows: Tensor,
-    ) -> Tensor:
+        rotates: bool = False,
+    ) -> Tensor | Unrotated:
         """See Ops."""
         ours = self._fusing(qkv, len(x))
         rope = spec.rope if table is not None else None
@@ -199,6 +221,8 @@ class TritonOps:
             if tile is not None and epilogue.fits(tile, ours.weight):
                 return ours.heads(x, epilogue)
         heads = qkv(x).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        if rotates and rope is not None and qk_norm is None and not rope.interleaved and rope.dim == spec.head_dim:
+            return Unrotated(heads, table, kv_slots)
         return self.qk_norm_rope_and_write(heads, qk_norm, eps, table, spec, kv_slots, kv_rows)
 
     def add_norm(
@@ -218,6 +242,10 @@ class TritonOps:
             return wanted.normed(linear(x), residual, residual_scale, weight, eps, rows <= self.pdl_rows)
         if ours is not None and x.dtype in self.defer and self._divides(into, rows):
             return ours.add(x, residual, residual_scale, weight, eps)
+        parts = linear.parts(rows) if self.fuse and isinstance(linear, TritonLinear) else 1
+        if parts > 1:
+            assert isinstance(linear, TritonLinear)
+            return self._norm(linear.in_parts(x, parts), residual.contiguous(), residual_scale, weight, eps, parts)
         return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
 
     def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:

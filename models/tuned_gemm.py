@@ -3,9 +3,11 @@
 Used by gemm.py for the products of a prefill. torch runs the first candidate of the library's heuristic, which at 8,192
 rows of Qwen2-7B's gate-up product takes 3.40 ms on an H200 where the fastest takes 3.19. Products are measured while
 the executor idles; what won is kept in the cache folder by GPU and library, so that the next start has it and results
-stay the same. Tried and not kept: the same for decode steps. What is fastest alone at 256 rows (gate-up: 108 us instead
-of 114) made whole steps 5 % slower; a GPU at its limit of power is another one (perf/decode.py).
-Invariant: a product that was not measured, or that torch multiplies as fast, is torch's.
+stay the same. In decode steps another than torch's runs only where torch's clears memory before its kernel. Tried and
+not kept: measuring for decode steps. What is fastest alone at 256 rows (gate-up: 108 us instead of 114) made whole
+steps 5 % slower, and at 128 rows none of the six fastest of each product made them faster; a GPU at its limit of power
+is another one (perf/decode.py).
+Invariant: any other product, and one that torch multiplies as fast, is torch's.
 """
 
 import contextlib
@@ -24,11 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_folder
-from .cublaslt import Algorithm, CublasLt, Plan, Product
+from .cublaslt import KERNEL, MEMSET, Algorithm, CublasLt, Plan, Product
 
 WORKSPACE: Final = 32 << 20
 FEWEST: Final = 768
 """Rows from which products are measured: no decode step has as many."""
+DECODED: Final = range(72, 257, 8)
+"""Rows of steps that are graphs, at which an algorithm is avoided that clears memory first.
+
+Gate and up of Qwen2-7B at 256 rows: 5 us between kernels, and so many nodes that launching steps waits for the device.
+"""
 COLD_BYTES: Final = 128 << 20
 """Weights that are multiplied in turn when a product is measured: more than the L2 cache holds."""
 MOST_WEIGHTS: Final = 8
@@ -78,14 +85,16 @@ class TunedGemms:
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor | None:
         """x [rows, inputs] @ weight.T + bias in dtype `result`, or None where torch is to do it."""
         rows = len(x)
-        if rows < FEWEST or not x.is_contiguous() or x.data_ptr() % 16:
+        if (rows < FEWEST and rows not in DECODED) or not x.is_contiguous() or x.data_ptr() % 16:
             return None
         product = product_of(rows, weight, bias, result)
+        out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
+        if product not in self._plans and rows < FEWEST:
+            self._keep(product, self._plain(product, x, weight, bias, out))
         chosen = self._plan(product)
         if chosen is None:
             return None
         plan, algorithm = chosen
-        out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
         plan.run(algorithm, x, weight, bias, out)
         return out
 
@@ -140,10 +149,28 @@ class TunedGemms:
 
     def _plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
         if product not in self._plans:
-            self._plans[product] = self._new_plan(product)
-            if len(self._plans) > PLANS:
-                self._close(self._plans.popitem(last=False)[1])
+            self._keep(product, self._new_plan(product))
         return self._plans[product]
+
+    def _keep(self, product: Product, planned: tuple[Plan, Algorithm] | None) -> None:
+        self._plans[product] = planned
+        if len(self._plans) > PLANS:
+            self._close(self._plans.popitem(last=False)[1])
+
+    def _plain(
+        self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+    ) -> tuple[Plan, Algorithm] | None:
+        """Where the library would clear memory before its kernel: its first candidate that is one kernel, no more."""
+        plan = Plan(self.library, product)
+        for number, candidate in enumerate(plan.candidates()):
+            algorithm = plan.algorithm(candidate)
+            nodes = [] if algorithm is None else plan.nodes(algorithm, x, weight, bias, out)
+            if number == 0 and MEMSET not in nodes:
+                break
+            if algorithm is not None and nodes == [KERNEL]:
+                return plan, algorithm
+        plan.close()
+        return None
 
     def _new_plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
         chosen = self._chosen.get(key_of(product), b"")

@@ -11,7 +11,8 @@ from actorserve.errors import StartupError
 from actorserve.models.attention import TorchAttention, make_backend
 from actorserve.models.batch import Batch, Chunk
 from actorserve.models.kv_cache import KVCache
-from actorserve.models.spec import Spec
+from actorserve.models.rope import inverse_frequencies
+from actorserve.models.spec import Rope, Spec
 
 pytest.importorskip("triton")
 from actorserve.models.triton_attention import (
@@ -23,6 +24,7 @@ from actorserve.models.triton_attention import (
     launch_for,
     splits_for,
 )
+from actorserve.models.triton_ops import TritonOps, Unrotated
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -133,6 +135,61 @@ def test_keys_loaded_ahead(dtype: torch.dtype, window: int | None) -> None:
         Case(spec_of(7, 2 if CUDA else 1, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("launch", [None, AHEAD, replace(AHEAD, most=1), Launch(32, 4, 2, 132, 2)], ids=str)
+@pytest.mark.parametrize(("head_dim", "window"), [(64, None), (24, 20)])
+def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch | None, dtype: torch.dtype) -> None:
+    """Heads as the QKV product leaves them: the results and the cache are those of rotating first.
+
+    A row that is done has a length of one, and what is computed of it goes to another slot than its first.
+    """
+    spec = replace(spec_of(7, 2 if CUDA else 1, head_dim, window), rope=Rope(1e4, head_dim))
+    lengths = [1, 17, 32, 33, 100, *([129, 8192] if CUDA else [])]
+    case, rows = Case(spec, dtype, lengths, []), len(lengths)
+    heads = torch.randn(rows, spec.heads + 2 * spec.kv_heads, head_dim, device=DEVICE).to(dtype)
+    at = [int(pages[(n - 1) // PAGE]) * PAGE + (n - 1) % PAGE for pages, n in zip(case.parts, lengths, strict=True)]
+    slots, rope = torch.tensor(at, device=DEVICE), spec.rope
+    assert rope is not None
+    ops, positions = TritonOps(DEVICE), torch.tensor(lengths, device=DEVICE) - 1
+    table = ops.rotation(positions, inverse_frequencies(rope).to(DEVICE), rope, dtype)
+    case.q = ops.qk_norm_rope_and_write(heads.clone(), None, 0.0, table, spec, slots, case.kv.rows[0])
+    expected, written = case.expected(), case.kv.rows[0][slots].clone()
+    plan = TritonAttention(launch).plan(case.batch, case.kv, spec)
+    assert plan.rotates
+    first, owned = at[0], set(torch.cat(case.parts).tolist())
+    scratch = next(page for page in range(case.kv.num_pages) if page not in owned) * PAGE
+    for slot in (first, scratch):
+        slots[0] = slot
+        case.kv.rows[0][slots] = float("nan")
+        before = case.kv.rows[0][first].clone()
+        got = plan.run(0, Unrotated(heads, table, slots))
+        assert (got.float() - expected).norm() / expected.norm() < LIMIT[dtype]
+        torch.testing.assert_close(case.kv.rows[0][slots], written, rtol=1e-2, atol=1e-3)
+        assert slot == first or torch.equal(case.kv.rows[0][first], before)
+
+
+def test_who_rotates() -> None:
+    """Not beside chunks, nor into a cache that saturates; nor are heads left that no attention rotates."""
+    spec = replace(spec_of(2, 1, 64), rope=Rope(1e4, 64))
+    case, backend = Case(spec, torch.float16, [5, 40], [(0, 20)]), TritonAttention()
+    rows = Case(spec, torch.float16, [5, 40], [])
+    narrow = KVCache(spec, rows.kv.num_pages, PAGE, DEVICE, torch.float8_e4m3fn, torch.float16)
+    assert backend.plan(rows.batch, rows.kv, spec).rotates
+    assert not backend.plan(case.batch, case.kv, spec).rotates and not backend.plan(rows.batch, narrow, spec).rotates
+    ops, x, weight = TritonOps(DEVICE), torch.randn(2, 32, device=DEVICE), torch.randn(256, 32, device=DEVICE)
+    qkv, table = ops.linear(weight, None), torch.randn(2, 2, 32, device=DEVICE)
+    slots, cache = torch.arange(2, device=DEVICE), torch.zeros(2, 2, 1, 64, device=DEVICE)
+    gains = torch.ones(3, 64, device=DEVICE)
+    for rope, qk_norm, rotates, left in (
+        (spec.rope, None, True, True), (spec.rope, None, False, False), (spec.rope, gains, True, False),
+        (Rope(1e4, 64, interleaved=True), None, True, False), (Rope(1e4, 32), None, True, False),
+        (None, None, True, False),
+    ):  # fmt: skip
+        turns = None if rope is None else table[..., : rope.dim // 2].contiguous()
+        found = ops.heads(qkv, x, qk_norm, 1e-6, turns, replace(spec, rope=rope), slots, cache, rotates)
+        assert isinstance(found, Unrotated) == left
+
+
 @pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 5.0), (33, 5.0), (1, None)])
 def test_window_and_softcap(window: int | None, cap: float | None) -> None:
     spec = spec_of(2, 2, 32, window, cap)
@@ -168,8 +225,11 @@ def test_the_table_of_launches_is_sound() -> None:
         limits = [most for most, _ in table]
         assert limits == sorted(set(limits))
         for most, launch in table:
-            assert launch_for(head_dim, most) == launch and launch_for(head_dim + 1, 1) == DECODE[128][0][1]
+            assert launch_for(head_dim, most) == launch
         assert launch_for(head_dim, 1 << 20) == table[-1][1]
+    for other, like in ((24, 128), (96, 128), (160, 256), (512, 256)):
+        assert launch_for(other, 500) == launch_for(like, 500)
+    assert launch_for(128, 500) != launch_for(256, 500)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11] if CUDA else [1, 11])

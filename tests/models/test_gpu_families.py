@@ -24,7 +24,7 @@ from actorserve.models.triton_attention import TritonAttention
 from actorserve.models.triton_ops import TritonOps
 
 CUDA = torch.cuda.is_available()
-INTERPRETED = ["deepseek-v2"]
+INTERPRETED = ["deepseek-v2", "qwen2-windows"]
 THOROUGHLY = ["cohere-plus", "gemma2", "gemma3", "granite", "mixtral", "olmo2"]
 LENGTH = 3
 

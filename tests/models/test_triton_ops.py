@@ -12,7 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from actorserve.models import gemm
 from actorserve.models.families import spec_of
+from actorserve.models.gemm import TritonLinear
 from actorserve.models.layers import ACTIVATIONS, TorchOps
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.shapes import KNOWN
@@ -66,6 +68,29 @@ def test_norm(width: int, dtype: torch.dtype) -> None:
         close(residual, x.float() + scale * delta.float())
         close(y, PLAIN.rms_norm(residual.float(), weight.float(), 1e-5))
         assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_of_a_product_in_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The parts' sum is rounded as the product is, so both ways give the same; where they are few rows it is whole."""
+    monkeypatch.setitem(gemm.PARTS, (80, 96), ((2, 1), (4, 3)))
+    weight, gain, bias = randn(80, 96, dtype=dtype), randn(80, dtype=dtype, seed=1), randn(80, dtype=dtype, seed=2)
+    linear = TritonLinear(weight, None, OPS.arrived, 0)
+    assert [linear.parts(rows) for rows in (1, 2, 3, 4, 5)] == [1, 1, 3, 3, 1]
+    assert TritonLinear(weight, bias, OPS.arrived, 0).parts(3) == 1
+    assert TritonLinear(weight[:64].contiguous(), None, OPS.arrived, 0).parts(3) == 1
+    for rows in (2, 4, 5):
+        x, residual = randn(rows, 96, dtype=dtype, seed=3), randn(rows, 80, dtype=dtype, seed=4)
+        exact = x.float() @ weight.float().T
+        if linear.parts(rows) > 1:
+            parts = linear.in_parts(x, 3)
+            assert parts.dtype == torch.float32
+            torch.testing.assert_close(parts.sum(0), exact, rtol=1e-4, atol=1e-4)
+        y, new = OPS.add_norm(linear, x, residual, 0.5, gain, 1e-6, None)
+        torch.testing.assert_close(
+            new.float(), residual.float() + 0.5 * exact, rtol=2 * ULP[dtype], atol=8 * ULP[dtype]
+        )
+        close(y, PLAIN.rms_norm(new.float(), gain.float(), 1e-6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

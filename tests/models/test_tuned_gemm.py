@@ -1,14 +1,16 @@
 """Products by measured algorithms are torch's products; choices are kept and checked before they are used."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actorserve.models.cublaslt import Plan, Product
-from actorserve.models.tuned_gemm import TunedGemms, bucket, key_of, read_choices, write_choices
+from actorserve.models import tuned_gemm
+from actorserve.models.cublaslt import KERNEL, MEMSET, Plan, Product
+from actorserve.models.tuned_gemm import DECODED, TunedGemms, bucket, key_of, read_choices, write_choices
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BF16 = torch.bfloat16
@@ -42,6 +44,52 @@ def test_choices_are_kept(tmp_path: Path) -> None:
     choices = {"64x32x8 bfloat16 bfloat16": bytes(range(64)), "torch's": b""}
     write_choices(tmp_path / "new" / "choices.json", choices)
     assert read_choices(tmp_path / "new" / "choices.json") == choices
+
+
+@pytest.mark.parametrize(
+    ("nodes", "chosen"),
+    [
+        ([[KERNEL], [KERNEL]], None), ([[KERNEL, KERNEL], [KERNEL]], None), ([], None), ([None, [KERNEL]], None),
+        ([[MEMSET, KERNEL], [MEMSET, KERNEL]], None),
+        ([[MEMSET, KERNEL], None, [KERNEL, KERNEL], [KERNEL], [KERNEL]], 3),
+    ],
+)  # fmt: skip
+def test_in_a_decode_step_no_memory_is_cleared(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[list[int] | None], chosen: int | None
+) -> None:
+    """The library's choice is torch's unless it clears memory; then its next that is one kernel. It is asked once."""
+    ran, asked = [], []
+
+    class Candidates:
+        """A plan; None: a candidate that is not for this product."""
+
+        def __init__(self, library: object, product: Product) -> None:
+            asked.append(product)
+
+        def candidates(self) -> list[bytes]:
+            return [bytes([i]) for i in range(len(nodes))]
+
+        def algorithm(self, candidate: bytes) -> int | None:
+            return None if nodes[candidate[0]] is None else candidate[0]
+
+        def nodes(self, algorithm: int, *operands: object) -> list[int] | None:
+            return nodes[algorithm]
+
+        def run(self, algorithm: int, *operands: object) -> None:
+            ran.append(algorithm)
+
+        def close(self) -> None:
+            asked.append(None)
+
+    monkeypatch.setattr(tuned_gemm, "Plan", Candidates)
+    monkeypatch.setattr(tuned_gemm, "CublasLt", lambda *_: SimpleNamespace(version=1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
+    gemms = TunedGemms(torch.device("cpu"), folder=Path("/nonexistent"))
+    for rows in (DECODED[0], DECODED[0], DECODED[0] + 1, 8):
+        out = gemms.multiply(torch.zeros(rows, 32), torch.zeros(64, 32), None, torch.float32)
+        assert (out is not None) == (chosen is not None and rows in DECODED)
+    assert ran == ([] if chosen is None else [chosen, chosen])
+    assert len([a for a in asked if a]) == 1 and (None in asked) == (chosen is None)
 
 
 def operands(rows: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -80,6 +128,20 @@ def test_every_candidate_multiplies(
         error = ((out.double() - exact).abs() / exact.abs().clamp(min=1)).max().item()
         assert error < (2e-5 if result == torch.float32 else torch.finfo(result).eps)
     assert ran > 0
+
+
+@gpu
+@pytest.mark.parametrize(("outputs", "inputs"), [(37888, 3584), (384, 512)])
+def test_decode_steps_multiply(tmp_path: Path, outputs: int, inputs: int) -> None:
+    """Whichever algorithm it is, the product is float32's up to rounding; it is one kernel if it is not torch's."""
+    x, weight = operands(256, outputs, inputs, False, BF16)
+    gemms = TunedGemms(x.device, folder=tmp_path)
+    out = gemms.multiply(x, weight, None, BF16)
+    if out is not None:
+        exact = x.float() @ weight.float().T
+        assert ((out.float() - exact).abs() / exact.abs().clamp(min=1)).max().item() < 2 * torch.finfo(BF16).eps
+        plan, algorithm = next(chosen for chosen in gemms._plans.values() if chosen is not None)
+        assert plan.nodes(algorithm, x, weight, None, out) == [KERNEL]
 
 
 @gpu

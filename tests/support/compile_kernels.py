@@ -35,7 +35,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 INTS = "rows_ptr length_ptr last_ptr shift_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
 POINTERS: dict[str, str] = {
     **dict.fromkeys("logits floats best largest group_tops candidates win_weights new_weights".split(), "*fp32"),
-    **dict.fromkeys("partial partial_lse lse table frequencies".split(), "*fp32"),
+    **dict.fromkeys("partial partial_lse lse table frequencies turns".split(), "*fp32"),
     **dict.fromkeys("ints directory totals aboves new_aboves stop_ids bias_ids eos_ids".split(), "*i64"),
     **dict.fromkeys("slots positions masks bound states best_ids drawn ids chosen".split(), "*i32"),
     **dict.fromkeys("candidate_ids wins new_wins tables rows lengths counters pages meta".split(), "*i32"),
@@ -98,7 +98,8 @@ def attention() -> Iterator[None]:
                 seen.add((head_dim, launch, splits))
                 yield build(
                     attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
-                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True, **shape,
+                    BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
+                    ROTATE=problems > 1 or not all_of_them, **shape,
                 )  # fmt: skip
     for window, cap in ((False, False), (True, True)):
         yield build(
@@ -121,8 +122,10 @@ def layers() -> Iterator[None]:
     for axes in (False, True):
         yield build(layer_kernels.rotation_kernel, 4, BLOCK=256, AXES=axes)
     for pdl in (False, True):
-        yield build(layer_kernels.norm_kernel, 8, pdl, ADD=True, BLOCK=4096, PDL=pdl)
+        yield build(layer_kernels.norm_kernel, 8, pdl, ADD=True, PARTS=1, BLOCK=4096, PDL=pdl)
         yield build(layer_kernels.act_mul_kernel, 4, pdl, ACT="silu", BLOCK=1024, PDL=pdl)
+    parts = POINTERS | {"delta": "*fp32"}
+    yield build(layer_kernels.norm_kernel, 8, pointers=parts, ADD=True, PARTS=2, BLOCK=4096, PDL=False)
     for interleaved, norm in ((False, False), (True, True)):
         yield build(
             layer_kernels.rope_kernel, 1, D=128, DIM=128, HALF=64, REST=0, HEADS=4, BLOCKS=9, SKIP_QUERIES=False,
