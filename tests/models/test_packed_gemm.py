@@ -108,11 +108,12 @@ def test_few_rows(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_slices(kind: str, dtype: torch.dtype) -> None:
-    """A program's warps with steps of their own, some with fewer than others or none; both halves, and two parts."""
+    """A program's warps with steps of their own, some with fewer than others or none; both halves, and parts, one
+    of which may have no step."""
     weight, dense = packed(part_of(kind, 64, 640), dtype), part_of(kind, 64, 640).dequantise()
     x = x_of(3, 640, dtype)
     exact = F.linear(x.float(), dense)
-    for slices, split, chunks in ((4, 1, 1), (8, 1, 1), (2, 2, 1), (2, 1, 2)):
+    for slices, split, chunks in ((4, 1, 1), (8, 1, 1), (2, 2, 1), (2, 1, 2), (2, 4, 1)):
         if not weight.fits(chunks * CHUNK, slices):
             continue
         tile = Tile(8, 32, chunks * CHUNK, split, slices, 3, slices=slices)
