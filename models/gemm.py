@@ -57,7 +57,8 @@ class Tile:
     whole: int = 0
     """With split, of a quantized weight: so many tiles are not; see work_of in gemm_kernels.py."""
     slices: int = 1
-    """Of a quantized weight: parts of the steps, each a warp's (as many as warps), that a program adds up itself."""
+    """Of a quantized weight: parts of the steps, each a warp's (as many as warps), that a program adds up itself. With
+    PDL the words of each one's first stages - 1 steps are loaded before the predecessor ends."""
     registers: int = 0
     """Most registers of a thread; 0: as many as the compiler likes."""
 

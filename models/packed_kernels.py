@@ -276,57 +276,90 @@ def _fragments(tile):
 
 
 @triton.jit
+def _wait():
+    """tl.extra.cuda.gdc_wait, of which Triton 3.9 knows that nothing is to be loaded before it, not even words."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _slice_xs(at, live, rows, CHUNK: tl.constexpr, KIND: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr):
+    """Tiles of x [SLICES, BM, 32] from pointers [SLICES * BM, 32], one for each value of a word.
+
+    PDL: in a branch, always taken, out of which the compiler's pipeline moves no load: so none comes before the wait.
+    """
+    x0 = tl.zeros(at.shape, at.dtype.element_ty)
+    x1 = x0
+    x2 = x0
+    x3 = x0
+    if PDL:
+        if rows > 0:
+            x0, x1 = tl.load(at, live, other=0.0), tl.load(at + CHUNK, live, other=0.0)
+            if KIND == "int4":
+                x2, x3 = tl.load(at + 2 * CHUNK, live, other=0.0), tl.load(at + 3 * CHUNK, live, other=0.0)
+    else:
+        x0, x1 = tl.load(at, live, other=0.0), tl.load(at + CHUNK, live, other=0.0)
+        if KIND == "int4":
+            x2, x3 = tl.load(at + 2 * CHUNK, live, other=0.0), tl.load(at + 3 * CHUNK, live, other=0.0)
+    BM: tl.constexpr = at.shape[0] // SLICES
+    x0 = _fragments(tl.reshape(x0, (SLICES, BM, 32)))
+    x1 = _fragments(tl.reshape(x1, (SLICES, BM, 32)))
+    if KIND == "int4":
+        x2 = _fragments(tl.reshape(x2, (SLICES, BM, 32)))
+        x3 = _fragments(tl.reshape(x3, (SLICES, BM, 32)))
+        return x0, x1, x2, x3
+    else:
+        return x0, x1
+
+
+@triton.jit
 def _multiply_sliced(
-    x, w, meta, outputs, eights, rm, rows, stride, k, width, begin, end,
+    x, w, meta, outputs, eights, rm, first_m, rows, stride, k, width, begin, end,
     KIND: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr,
     ASM: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_multiply`, even; each of SLICES warps multiplies its own share of the steps, and what they have is added up.
 
-    eights: the outputs [., 8]. Loaded in an order of dimensions in which neither words nor x go to another thread; so
-    parts of a tile need no memory, and no program that waits for them. A step's chunks are in one group.
+    eights: the outputs, eight of them again for each slice, then the next eight. Loaded as rows, whose order compilers
+    agree on, so that neither words nor x go to another thread; so parts of a tile need no memory, and no program that
+    waits for them. A step's chunks are in one group. The words of the first STAGES - 1 steps are on their way into
+    shared memory before the predecessor ends: the loop begins before, and waits in its first step.
     """
     UNIT: tl.constexpr = CHUNK * (4 if KIND == "int4" else 2)
-    STEP: tl.constexpr = BK // CHUNK * UNIT
+    CHUNKS: tl.constexpr = BK // CHUNK
     GROUPS: tl.constexpr = UNIT // GROUP if GROUP > 0 and GROUP < UNIT else 1
     FULL: tl.constexpr = outputs.shape[0]
-    share = tl.cdiv(end - begin, SLICES)
+    BM: tl.constexpr = rm.shape[0]
+    share = tl.maximum(tl.cdiv(end - begin, SLICES), 1)
     first = begin + tl.arange(0, SLICES) * share
-    stop = tl.minimum(first + share, end)
-    column = tl.arange(0, CHUNK)
-    w_at = w + _place(eights, width, CHUNK, ROWS)[:, None, :, None] + first[None, :, None, None] * (ROWS * BK)
-    w_at += column[None, None, None, :]
-    x_at = x + rm.to(tl.int64)[None, :, None] * k + first[:, None, None] * STEP + column[None, None, :]
+    own = begin + tl.arange(0, FULL * SLICES) // 8 % SLICES * share
+    w_at = w + _place(eights, width, CHUNK, ROWS)[:, None] + own[:, None] * (ROWS * BK) + tl.arange(0, CHUNK)[None, :]
+    w_steps = tl.minimum(share, end - own)
+    row = first_m + tl.arange(0, SLICES * BM) % BM
+    own = begin + tl.arange(0, SLICES * BM) // BM * share
+    x_at = x + row.to(tl.int64)[:, None] * k + (own * (CHUNKS * UNIT))[:, None] + tl.arange(0, CHUNK)[None, :]
+    x_steps = tl.where(row < rows, tl.minimum(share, end - own), 0)
     of_all = 1.0
     if GROUP == 0:
         of_all = tl.load(meta + outputs)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
 
-    acc = tl.zeros((SLICES, FULL, rm.shape[0]), tl.float32)
+    acc = tl.zeros((SLICES, FULL, BM), tl.float32)
     unit = tl.full((SLICES, FULL), 1.0, tl.float32)
     for i in tl.range(0, share, num_stages=STAGES):
-        live = first + i < stop
-        x_live = (rm < rows)[None, :, None] & live[:, None, None]
-        for chunk in tl.static_range(BK // CHUNK):
-            words = tl.load(w_at + chunk * ROWS * CHUNK, live[None, :, None, None], other=0)
-            words = tl.reshape(tl.permute(words, (1, 0, 2, 3)), (SLICES, FULL, CHUNK))
-            from_here = x_at + chunk * UNIT
-            x0 = _fragments(tl.load(from_here, x_live, other=0.0))
-            x1 = _fragments(tl.load(from_here + CHUNK, x_live, other=0.0))
-            xs = (x0, x1)
-            if KIND == "int4":
-                x2 = _fragments(tl.load(from_here + 2 * CHUNK, x_live, other=0.0))
-                x3 = _fragments(tl.load(from_here + 3 * CHUNK, x_live, other=0.0))
-                xs = (x0, x1, x2, x3)  # type: ignore[assignment]
+        if PDL:  # noqa: SIM102 (a constant, and a number on the device)
+            if i == 0:
+                _wait()
+        for chunk in tl.static_range(CHUNKS):
+            j = i * CHUNKS + chunk
+            words = tl.load(w_at + j * CHUNK * ROWS, (i < w_steps)[:, None], other=0)
+            words = tl.permute(tl.reshape(words, (FULL // 8, SLICES, 8, CHUNK)), (1, 0, 2, 3))
+            words = tl.reshape(words, (SLICES, FULL, CHUNK))
+            xs = _slice_xs(x_at + j * UNIT, (i < x_steps)[:, None], rows, CHUNK, KIND, SLICES, PDL)
             if GROUP > 0:
-                group = tl.minimum((first + i) * STEP + chunk * UNIT, k - UNIT) // GROUP
+                group = tl.minimum((first * CHUNKS + j) * UNIT, k - UNIT) // GROUP
                 metas = _metas(meta + group[:, None] * stride + outputs[None, :], stride, GROUPS)
             else:
                 metas = (of_all[None, :],)  # type: ignore[index]
             acc, unit = _accumulate(_fragments(words), metas, xs, acc, unit, KIND, BF16, ASM, GROUPS, GROUP > 0)
-        w_at += ROWS * BK
-        x_at += STEP
     total = tl.sum(acc, 0)
     if GROUP == 0:
         total *= scale_and_zero(of_all, KIND, BF16)[0][:, None]
@@ -363,10 +396,11 @@ def packed_kernel(
     if PDL and AHEAD > 0:
         _prefetch(w, safe_n, width, begin, end, AHEAD, CHUNK, ROWS, BK)
     if SLICES > 1:
-        index = tl.arange(0, FULL // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        index = tl.arange(0, FULL * SLICES)
+        eights = stacked_rows(index // (8 * SLICES) * 8 + index % 8, tile_n, n, BN, D, ACT, HEADS)
         both = _multiply_sliced(
-            x, w, meta, safe_n, stacked_rows(index, tile_n, n, BN, D, ACT, HEADS), rm, rows, FULL // BN * n, k, width,
-            begin, end, KIND, GROUP, CHUNK, ROWS, BF16, ASM, BK, SLICES, STAGES, PDL,
+            x, w, meta, safe_n, eights, rm, place[1] * BM, rows, FULL // BN * n, k, width, begin, end, KIND, GROUP,
+            CHUNK, ROWS, BF16, ASM, BK, SLICES, STAGES, PDL,
         )  # fmt: skip
     else:
         both = _multiply(

@@ -170,7 +170,7 @@ def packed_candidates(case: Case, rows: int, sms: int, kind: str, group: int) ->
             found += [replace(tile, split=s) for s in dict.fromkeys((parts[-1], parts[len(parts) // 2], parts[0]))]
             found += crowded(tile, tiles, sms)
     if rows <= 8 and width % depth == 0:
-        found += [Tile(8, 32, depth, 1, slices, 4, slices=slices) for slices in (2, 4, 8)]
+        found += [Tile(8, 32, depth, 1, slices, stages, slices=slices) for slices in (2, 4, 8) for stages in (4, 8)]
     return [tile for tile in found if 2 * tile.stages * (tile.outputs * tile.depth + tile.rows * 4 * CHUNK) <= SHARED]
 
 

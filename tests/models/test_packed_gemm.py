@@ -108,11 +108,12 @@ def test_few_rows(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_slices(kind: str, dtype: torch.dtype) -> None:
-    """A program's warps with steps of their own, some with fewer than others or none; both halves, and two parts."""
+    """A program's warps with steps of their own, some with fewer than others or none; both halves, and parts, one
+    of which may have no step."""
     weight, dense = packed(part_of(kind, 64, 640), dtype), part_of(kind, 64, 640).dequantise()
     x = x_of(3, 640, dtype)
     exact = F.linear(x.float(), dense)
-    for slices, split, chunks in ((4, 1, 1), (8, 1, 1), (2, 2, 1), (2, 1, 2)):
+    for slices, split, chunks in ((4, 1, 1), (8, 1, 1), (2, 2, 1), (2, 1, 2), (2, 4, 1)):
         if not weight.fits(chunks * CHUNK, slices):
             continue
         tile = Tile(8, 32, chunks * CHUNK, split, slices, 3, slices=slices)
@@ -122,6 +123,22 @@ def test_slices(kind: str, dtype: torch.dtype) -> None:
         assert error(gated, F.silu(exact[:, :32]) * exact[:, 32:]) < TOLERANCE
     assert weight.fits(CHUNK, 2) and not packed(part_of(kind, 64, 416), dtype).fits(2 * CHUNK, 2)
     assert not ARRIVED.any()
+
+
+@pytest.mark.parametrize("kind", ["int4-128", "fp8-row"])
+def test_a_norm_between_slices(kind: str) -> None:
+    """One product adds to the residual, the next one divides by its root mean squares."""
+    hidden, rows, dtype = 256, 3, DTYPES[-1]
+    weight, dense = packed(part_of(kind, hidden, hidden), dtype), part_of(kind, hidden, hidden).dequantise()
+    x, residual = x_of(rows, hidden, dtype), x_of(rows + 1, hidden, dtype)[1:]
+    gain = 1 + x_of(1, hidden, dtype)[0] / 4
+    after = residual.float() + 0.5 * F.linear(x.float(), dense)
+    exact = F.linear(F.rms_norm(after, (hidden,), gain.float(), 1e-5), dense)
+    tile = Tile(8, 32, CHUNK, 1, 2, 8, slices=2)
+    half, new = TritonLinear(weight, None, ARRIVED, 0, choices=((8, tile),)).add(x, residual, 0.5, gain, 1e-5)
+    limit = TOLERANCE if dtype == torch.float16 else 8 * TOLERANCE  # inputs of the second product are rounded
+    assert error(new, after) < limit and half.squares.shape == (rows, hidden // 32)
+    assert error(linear(half, weight, None, tile, ARRIVED, False, torch.float32), exact) < limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

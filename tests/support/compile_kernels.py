@@ -43,6 +43,8 @@ POINTERS: dict[str, str] = {
     "marks": "*i16", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
 }  # fmt: skip
 FLOATS = {"scale", "cap", "eps", "qk_eps", "factor"}
+LOOSE = {"rows", "early", "square_parts", "heads", "kv_heads"}
+"""Numbers that do not divide by 16."""
 PACKED: dict[str, str] = {
     **dict.fromkeys("x bias out residual gain new_residual qk_gains kv".split(), "*bf16"), "w": "*i16",
     **dict.fromkeys("parts squares new_squares table scales static x_scales w_scales".split(), "*fp32"),
@@ -52,16 +54,22 @@ PACKED: dict[str, str] = {
 
 
 def build(
-    kernel: Any, warps: int, pdl: bool = False, pointers: dict[str, str] = POINTERS, stages: int = 3, **constants: Any
-) -> None:
-    """Compile one configuration; names decide the types of arguments."""
+    kernel: Any, warps: int, pdl: bool = False, pointers: dict[str, str] = POINTERS, stages: int = 3,
+    aligned: bool = False, **constants: Any,
+) -> str:  # fmt: skip
+    """Compile one configuration; names decide the types of arguments. `aligned`: pointers and sizes divide by 16, as
+    they do there. Returns its PTX."""
     names = kernel.arg_names
     types = {n: pointers.get(n) or ("fp32" if n in FLOATS else "i32") for n in names if n not in constants}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     values = {(names.index(n),): value for n, value in constants.items()}
+    whole = {n for n in types if aligned and types[n] != "fp32" and n not in LOOSE}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
     options = {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if pdl else {})}
-    compiler.compile(compiler.ASTSource(kernel, signature, values), target=TARGET, options=options)
+    source = compiler.ASTSource(kernel, signature, values, attributes)
+    compiled = compiler.compile(source, target=TARGET, options=options)
     print(kernel.__name__, constants, flush=True)
+    return str(compiled.asm["ptx"])
 
 
 def sampler() -> Iterator[None]:
@@ -216,7 +224,12 @@ def quantized() -> Iterator[None]:
     for case in cases if thorough else cases[:3]:
         own = plain | tile | ({} if case.get("BIAS") else {"BIAS": False, "bias": None}) | case
         types = PACKED | {"meta": "*i32" if own["KIND"] == "int4" else "*fp32"}
-        yield build(packed_kernels.packed_kernel, 8 if own["BM"] > 32 else 4, own["PDL"], types, 4, **own)
+        aligned = own["SLICES"] > 1
+        ptx = build(packed_kernels.packed_kernel, 8 if own["BM"] > 32 else 4, own["PDL"], types, 4, aligned, **own)
+        if own["SLICES"] > 1:  # compilers move loads, and there the order counts
+            assert "cp.async.cg" in ptx, "words are not asked for before the wait"
+            assert ptx.count("ld.global.v4") == (4 if own["KIND"] == "int4" else 2) * own["BK"] // 32, "x is"
+        yield
     for kind, group in (("int4", 128), ("int8", 0))[: 2 if thorough else 1]:
         types = PACKED | {"meta": "*i32" if kind == "int4" else "*fp32"}
         yield build(
