@@ -1,15 +1,18 @@
 """The linear maps of a decode step on a GPU: our GEMM where it was measured to be faster, cuBLAS everywhere else.
 
-Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplied with at how many rows, by which of two
-kernels (`Tile`, `Stream`); what is not in it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table. Nothing
-is tuned at run time. With a tile, the work between this GEMM and the next is done in its epilogue: rotation and KV
-write, activation, residual and norm (`Heads`, `act`, `Add`); a norm's division follows in the next GEMM (`Unscaled`).
+Used by triton_ops.py. GEMMS says which tile a weight of some shape is multiplied with at how many rows, by which kernel
+(`Tile`, `Stream`, `Primed`); what is not in it goes to cuBLAS. perf/gemm.py finds the tiles and prints the table, and
+perf/step_tiles.py those that are fastest in a step. Nothing is tuned at run time. With a tile, the work between this
+GEMM and the next is done in its epilogue: rotation and KV write, activation, residual and norm (`Heads`, `act`, `Add`);
+a norm's division follows in the next GEMM (`Unscaled`).
 Tried with a `Tile` on an H200 and not kept: asking the L2 for a large weight while the predecessor ends, or for the
 next GEMM's, made steps slower (Qwen2-7B, 32 rows: 4.26 to 4.50 ms for 4.20; Qwen2-0.5B, 64 rows: 1.10 to 1.15 for
-1.06). Of a small weight in one request a thread it pays (Tile.fetch: 1.052 ms for 1.061).
+1.06). Of a small weight in one request a thread it pays (Tile.fetch: 1.052 ms for 1.061), and more where the weight
+comes into shared memory (Primed: 0.94 ms).
 Invariant: a call does no host synchronisation and launches what depends on shapes only, so it can be captured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .gemm_kernels import linear_kernel
 from .kv_cache import saturation
 from .packed_gemm import Float8Rows, Packed
+from .primed_gemm import MOST_ROWS, Primed, can_prime
+from .primed_gemm import multiply as multiply_primed
 from .stream_gemm import Stream, multiply
 from .tuned_gemm import TunedGemms, by_torch
 
@@ -63,7 +68,7 @@ class Tile:
     """Most registers of a thread; 0: as many as the compiler likes."""
 
 
-Choice = Tile | Stream
+Choice = Tile | Stream | Primed
 Choices = tuple[tuple[int, Choice | None], ...]
 """(most rows, tile) in rising order, None for cuBLAS; cuBLAS above the last."""
 
@@ -82,14 +87,19 @@ GEMMS: Final[dict[tuple[int, int], Choices]] = {
     (152064, 3584): ((1, Tile(16, 64, 128, 1, 4, 4)), (32, Tile(32, 64, 128, 1, 4, 4, tma=True))),
     (9728, 896): (
         (1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (16, Tile(16, 128, 64, 1, 4, 6, tma=True)),
-        (64, Tile(64, 128, 64, 1, 4, 6, swap=False, tma=True)),
+        (64, Primed(64, 64, 64, Tile(64, 128, 64, 1, 4, 6, swap=False, tma=True), 7, 3)),
     ),
     (896, 4864): (
         (1, Tile(1, 4, 1024, 1, 4, 3, ahead=5)), (16, Tile(16, 64, 128, 8, 4, 4, tma=True)),
-        (64, Tile(64, 16, 128, 4, 4, 5, swap=False, tma=True)),
+        (64, Primed(64, 64, 128, Tile(64, 16, 128, 4, 4, 5, swap=False, tma=True), 5, 3, 8)),
     ),
-    (1152, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7))),
-    (896, 896): ((1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Tile(16, 64, 128, 1, 4, 7, fetch=True))),
+    (1152, 896): (
+        (1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (56, Primed(16, 64, 128, Tile(16, 64, 128, 1, 4, 7))),
+        (64, Primed(32, 64, 64, Tile(16, 64, 128, 1, 4, 7))),
+    ),
+    (896, 896): (
+        (1, Tile(1, 8, 512, 1, 2, 3, ahead=2)), (64, Primed(16, 64, 128, Tile(16, 64, 128, 1, 4, 7, fetch=True))),
+    ),
     (151936, 896): (
         (1, Tile(1, 8, 1024, 1, 4, 3)), (16, Tile(16, 64, 128, 1, 4, 4, tma=True)),
         (64, Tile(64, 64, 64, 1, 4, 4, tma=True)),
@@ -112,6 +122,11 @@ def choose(choices: Choices, rows: int) -> Choice | None:
         if rows <= most:
             return tile
     return None
+
+
+def unprimed(choices: Choices, which: Callable[[Primed], bool] = lambda primed: True) -> Choices:
+    """The choices for GPUs and weights without `which` of the Primed."""
+    return tuple((most, c.plain if isinstance(c, Primed) and which(c) else c) for most, c in choices)
 
 
 def stream_rows(outputs: int, inputs: int) -> int:
@@ -181,6 +196,8 @@ class Heads:
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
+        if isinstance(tile, Primed):
+            return self.fits(tile.plain, weight)
         if isinstance(tile, Stream):
             return outputs % size == 0
         few = isinstance(weight, Tensor) or tile.rows <= FEW_PACKED_ROWS
@@ -192,6 +209,8 @@ def fits(tile: Choice, outputs: int, inputs: int, rows: int) -> bool:
     """Whether `tile` can multiply a weight [outputs, inputs] with this many rows."""
     if isinstance(tile, Stream):
         return tile.programs <= MAX_TILES
+    if isinstance(tile, Primed):
+        return tile.fits(outputs, inputs) and rows <= MOST_ROWS and fits(tile.plain, outputs, inputs, rows)
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
     return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
 
@@ -214,6 +233,8 @@ def linear(
     second half; with `add`, what an Unscaled holds; with `heads`, the queries. `pdl`: launch before the predecessor
     ends.
     """
+    if isinstance(tile, Primed) and not tile.takes(act, add, heads):
+        tile = tile.plain
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape
     outputs, width = (len(weight) // 2, tile.outputs // 2) if act else (len(weight), tile.outputs)
@@ -224,6 +245,10 @@ def linear(
     if isinstance(tile, Stream):
         assert isinstance(weight, Tensor) and isinstance(x, Tensor)
         multiply(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
+        return out
+    if isinstance(tile, Primed):
+        assert isinstance(weight, Tensor) and isinstance(x, Tensor)
+        multiply_primed(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
         return out
     tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None
@@ -321,6 +346,10 @@ class TritonLinear:
             return
         outputs, inputs = weight.shape
         self.choices = gemms.get((outputs, inputs), ()) if can_multiply(weight) else ()
+        if not can_prime(weight) or dtype is not None:
+            self.choices = unprimed(self.choices)
+        elif bias is not None:  # only the kernel for all of a weight adds one
+            self.choices = unprimed(self.choices, lambda primed: primed.weights > 0)
         self.tuned = tuned if can_multiply(weight) else None
         if self.tuned is not None:
             self.tuned.register(weight, bias, dtype or weight.dtype)

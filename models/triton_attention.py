@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..sampler.upload import upload
 from . import attention_kernels as kernels
+from . import primed_attention
 from .batch import TILE_QUERIES, Batch, Tiles, tile_table
 from .kv_cache import KVCache, saturation
 from .spec import Spec
@@ -100,7 +101,8 @@ class TritonAttention:
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)
         pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec)
-        return TritonPlan(batch, kv, spec, launch, workspace, prefill_tiles(batch), pdl)
+        primed = pdl and self._launch is None and primed_attention.takes(batch, kv, spec)
+        return TritonPlan(batch, kv, spec, launch, workspace, prefill_tiles(batch), pdl, primed)
 
     def _reserve(self, spec: Spec, device: torch.device) -> None:
         """Room for the partial results of MOST_PROGRAMS, more never split; at a fixed address, for graphs."""
@@ -133,6 +135,8 @@ class TritonPlan:
     tiles: Tiles | None
     pdl: bool
     """Decode is launched before its predecessor ends."""
+    primed: bool
+    """It is that of primed_attention.py."""
 
     @property
     def rotates(self) -> bool:
@@ -157,7 +161,9 @@ class TritonPlan:
         }  # fmt: skip
         numbers = (spec.attention_scale, spec.attn_softcap or 1.0, window or 0, q.stride(0))
         batch = self.batch
-        if batch.num_decode:
+        if self.primed and q.dtype == cache.dtype:
+            primed_attention.attend(q, cache, batch, out, spec, self.pdl)
+        elif batch.num_decode:
             partial, lse, counters = self.workspace
             launch, splits = self.launch, splits_for(batch.num_decode * spec.kv_heads, self.launch)
             kernels.decode[(spec.kv_heads, splits, batch.num_decode)](

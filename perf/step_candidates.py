@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import Final
 
-from actorserve.models.gemm import Tile
+from actorserve.models.gemm import Choice, Tile
+from actorserve.models.primed_gemm import Primed
 from actorserve.models.triton_attention import Launch
 
 SMS = 132
 
 
-def _narrow() -> list[Tile]:
+def _narrow() -> list[Choice]:
     """For weights of about 900 inputs and outputs."""
     plain = [
         Tile(16, 64, 128, 1, 4, 7),
@@ -21,10 +22,11 @@ def _narrow() -> list[Tile]:
         Tile(32, 64, 128, 1, 4, 5),
         Tile(64, 16, 128, 1, 4, 7, swap=False),
     ]
-    return [*plain, *(replace(tile, fetch=True) for tile in plain), Tile(16, 64, 128, 1, 4, 3, ahead=3)]
+    primed = [Primed(rows, 64, depth, plain[0]) for rows, depth in ((16, 128), (16, 64), (32, 64), (32, 128))]
+    return [*plain, *(replace(tile, fetch=True) for tile in plain), Tile(16, 64, 128, 1, 4, 3, ahead=3), *primed]
 
 
-def _gate_up() -> list[Tile]:
+def _gate_up() -> list[Choice]:
     plain = [
         Tile(64, 128, 64, 1, 4, 6, swap=False, tma=True),
         Tile(64, 128, 64, 1, 4, 4, swap=False, tma=True),
@@ -32,10 +34,16 @@ def _gate_up() -> list[Tile]:
         Tile(64, 128, 64, 1, 4, 5, swap=False),
         Tile(64, 128, 64, 1, 4, 6, swap=False),
     ]
-    return [*plain, *(replace(tile, fetch=True) for tile in plain)]
+    primed = [
+        Primed(64, outputs, depth, plain[0], weights, inputs)
+        for outputs, depth, weights, inputs in (
+            (64, 64, 7, 3), (64, 64, 6, 3), (64, 128, 3, 2), (128, 64, 10, 6), (128, 64, 8, 6), (128, 128, 5, 3),
+        )
+    ]  # fmt: skip
+    return [*plain, *(replace(tile, fetch=True) for tile in plain), *primed]
 
 
-def _down() -> list[Tile]:
+def _down() -> list[Choice]:
     plain = [
         Tile(64, 16, 128, 4, 4, 5, swap=False, tma=True),
         Tile(64, 16, 128, 4, 4, 4, swap=False, tma=True),
@@ -47,7 +55,14 @@ def _down() -> list[Tile]:
         Tile(32, 64, 128, 8, 4, 4, tma=True),
         Tile(64, 16, 128, 4, 4, 5, swap=False),
     ]
-    return [*plain, *(replace(tile, fetch=True) for tile in plain[:2])]
+    primed = [
+        Primed(64, outputs, depth, plain[0], weights, inputs, split)
+        for outputs, depth, weights, inputs, split in (
+            (64, 128, 5, 3, 8), (64, 128, 5, 5, 8), (64, 64, 10, 10, 8), (64, 128, 4, 3, 8), (32, 128, 10, 4, 4),
+            (32, 128, 5, 3, 8), (64, 64, 5, 5, 16),
+        )
+    ]  # fmt: skip
+    return [*plain, *(replace(tile, fetch=True) for tile in plain[:2]), *primed]
 
 
 def _attention() -> list[Launch]:
@@ -62,6 +77,6 @@ def _attention() -> list[Launch]:
     ]  # fmt: skip
 
 
-CANDIDATES: Final[dict[str, list[Tile] | list[Launch]]] = {
+CANDIDATES: Final[dict[str, list[Choice] | list[Launch]]] = {
     "attention": _attention(), "qkv": _narrow(), "o": _narrow(), "gate_up": _gate_up(), "down": _down(),
 }  # fmt: skip

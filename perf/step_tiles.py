@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from actorserve.models.decoder import LayerWeights
 from actorserve.models.gemm import TritonLinear, choose
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.layers import DenseMlp
+from actorserve.models.primed_gemm import Primed
 from actorserve.models.triton_attention import Launch, TritonAttention, launch_for
 from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import Bench
@@ -41,6 +42,8 @@ PARAMS = SamplingParams(temperature=1.0, max_new_tokens=None, seed=0, ignore_eos
 STEPS = 24
 KINDS: Final = ("qkv", "attention", "o", "gate_up", "down")
 """The kernels of a layer in their order."""
+OF_LAYERS: Final = ("linear_kernel", "whole_kernel", "gated_kernel", "split_kernel", "decode")
+"""What these are called; the head's is one of them."""
 LIMIT: Final = 0.05
 """Largest relative difference of the logits to those of the first configuration; bfloat16 gives up to about 0.02."""
 Choice = gemm.Choice | Launch
@@ -118,6 +121,8 @@ def of_layer(layer: LayerWeights) -> dict[str, Any]:
 
 
 def told(choice: Choice) -> str:
+    if isinstance(choice, Primed):
+        return f"Primed({', '.join(str(getattr(choice, f.name)) for f in fields(choice) if f.name != 'plain')})"
     if not isinstance(choice, Launch):
         return short(choice)
     more = f", ahead={choice.ahead}" if choice.ahead else ""
@@ -141,7 +146,7 @@ def spent(step: Step) -> str:
     number = 0
     for before, event in zip([events[0], *events], events, strict=False):
         took = max(0.0, event.time_range.end - before.time_range.end)
-        if event.name in ("linear_kernel", "decode"):
+        if event.name in OF_LAYERS:
             place = number % (len(KINDS) * layers + 1)
             found["head" if place == len(KINDS) * layers else KINDS[place % len(KINDS)]].append(took)
             number += 1

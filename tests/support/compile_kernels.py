@@ -11,6 +11,8 @@ from typing import Any
 
 from triton import cdiv, compiler
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from actorserve.models import (
     attention_kernels,
@@ -22,10 +24,14 @@ from actorserve.models import (
     moe_gemm,
     moe_kernels,
     packed_kernels,
+    primed_attention,
+    primed_attention_kernels,
+    primed_kernels,
     slot_kernels,
     stream_kernels,
 )
-from actorserve.models.gemm import GEMMS, Tile
+from actorserve.models.gemm import GEMMS, Choice, Tile
+from actorserve.models.primed_gemm import HEAD, MOST_ROWS, Primed
 from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_attention import DECODE, splits_for
 from actorserve.perf.gemm_tiles import Case, cases
@@ -66,8 +72,9 @@ def build(
     whole = {n for n in types if aligned and types[n] != "fp32" and n not in LOOSE}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
     options = {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if pdl else {})}
-    source = compiler.ASTSource(kernel, signature, values, attributes)
-    compiled = compiler.compile(source, target=TARGET, options=options)
+    source = GluonASTSource if kernel.is_gluon() else compiler.ASTSource
+    made = source(kernel, signature, values, attributes)
+    compiled = compiler.compile(made, target=TARGET, options=options)
     print(kernel.__name__, constants, flush=True)
     return str(compiled.asm["ptx"])
 
@@ -109,6 +116,10 @@ def attention() -> Iterator[None]:
                     BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
                     ROTATE=problems > 1 or not all_of_them, **shape,
                 )  # fmt: skip
+    own = {name: getattr(primed_attention, name) for name in ("CHUNK", "BUFFERS", "PAGE")}
+    types = POINTERS | {"blocks": swizzled(primed_attention.PAGE, primed_attention.HEAD_DIM)}
+    own |= {"K": 2, "G": 7, "GP": primed_attention.GROUP, "D": primed_attention.HEAD_DIM}
+    yield build(primed_attention_kernels.attend_kernel, 4, True, types, PDL=True, **own)
     for window, cap in ((False, False), (True, True)):
         yield build(
             attention_kernels.prefill, 4, D=128, DP=128, M=64, BLOCK=64, STAGES=2,
@@ -151,7 +162,18 @@ def gemms() -> Iterator[None]:
             kind = (case.follows, type(tile))
             if tile is not None and ("TESTS_THOROUGH" in os.environ or kind not in seen):
                 seen.add(kind)
-                yield one_gemm(case, tile) if isinstance(tile, Tile) else one_stream(case, tile, most)
+                yield one_product(case, tile, most)
+
+
+def one_product(case: Case, tile: Choice, rows: int) -> None:
+    """What multiplies so many rows; with a Primed also what it leaves to others."""
+    if isinstance(tile, Primed):
+        one_primed(case, tile)
+        tile = tile.plain
+    if isinstance(tile, Tile):
+        one_gemm(case, tile)
+    else:
+        one_stream(case, tile, rows)
 
 
 def one_gemm(case: Case, tile: Tile) -> None:
@@ -179,6 +201,31 @@ def one_stream(case: Case, stream: Stream, rows: int) -> None:
     types = PACKED | {"w": "*bf16", **({"out": "*fp32"} if case.follows == "logits" else {})}
     types |= blocks(stream.rows, constants["BN"], stream.depth)
     build(stream_kernels.stream_kernel, stream.warps, True, types, stream.stages, **constants)
+
+
+def one_primed(case: Case, primed: Primed) -> None:
+    """A configuration as primed_gemm.multiply launches it, with PDL."""
+    constants: dict[str, Any] = {"BK": primed.depth, "STEPS": case.inputs // primed.depth, "PDL": True}
+    if primed.weights == 0:
+        own = {name: epilogue_of(case)[name] for name in ("SQUARES", "ADD", "BIAS")}
+        constants |= own | ({} if own["BIAS"] else {"bias": None}) | {"BM": primed.rows}
+        head = (1, HEAD // 16, 2, 8, primed.depth) if case.follows == "heads" else (HEAD, primed.depth)
+        types = {"x_blocks": swizzled(primed.rows, primed.depth), "w_blocks": swizzled(*head), "slots": "*i32"}
+        build(primed_kernels.whole_kernel, 4, True, PACKED | types, **constants)
+        return
+    width = primed.outputs // (2 if case.follows == "gated" else 1)
+    types = {"x_blocks": swizzled(MOST_ROWS, primed.depth), "w_blocks": swizzled(width, primed.depth)}
+    constants |= {"BM": MOST_ROWS, "BN": width, "WEIGHTS": primed.weights, "INPUTS": primed.inputs}
+    if primed.split > 1:
+        build(primed_kernels.split_kernel, 4, True, PACKED | types, SPLIT=primed.split, **constants)
+    else:
+        build(primed_kernels.gated_kernel, 4, True, PACKED | types, SQUARES=32, ACT="silu", **constants)
+
+
+def swizzled(*block: int) -> str:
+    """The type of a descriptor of primed_gemm.blocks_of."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+    return f"tensordesc<bf16[{','.join(map(str, block))}],{layout!r}>"
 
 
 def blocks(rows: int, outputs: int, depth: int) -> dict[str, str]:
