@@ -1,7 +1,7 @@
 """What grammars of bad will do: how each is answered, and what the streams of others notice.
 
-    python -m actorserve.perf.blowup [--model DIR] [--load-format dummy] [--streams 2] [--seconds 10]
-        [--rounds 3] [--json FILE]
+    python -m actorserve.perf.blowup [--model DIR] [--load-format dummy] [--attention-backend triton]
+        [--streams 2] [--seconds 10] [--rounds 3] [--json FILE]
 
 A whole engine, each actor in its process. Streams decode steadily; quiet stretches and stretches in which one such
 grammar follows another take turns in one run, so that the machine's own noise falls on both. In a quiet stretch the
@@ -140,11 +140,12 @@ async def plain_ones(engine: Any, figures: dict[str, dict[str, Any]]) -> None:
         await trio.sleep(max(0.0, seconds - (time.perf_counter() - began)))
 
 
-async def run(model: str, load_format: str, streams: int, seconds: float, rounds: int) -> dict[str, Any]:
+async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return all figures."""
     figures: dict[str, Any] = {"grammars": {}}
-    options = {"load_format": load_format, "max_total_tokens": 8192, "cpu_threads": 1}
-    async with Engine(model, placement="process", **options) as engine:
+    options = {"load_format": args.load_format, "attention_backend": args.attention_backend}
+    options |= {"placement": "process", "max_total_tokens": 8192, "cpu_threads": 1}
+    async with Engine(args.model or embedded_model(), **options) as engine:
         await answer(engine, {"regex": "ready"})
         for name, fields in (LARGE | WRONG).items():
             came, ms = await answer(engine, fields)
@@ -153,14 +154,14 @@ async def run(model: str, load_format: str, streams: int, seconds: float, rounds
         found = Streams(engine)
         kinds: dict[str, list[float]] = {"quiet": [], "hostile": []}
         async with trio.open_nursery() as nursery:
-            for number in range(streams):
+            for number in range(args.streams):
                 nursery.start_soon(found.run, number)
-            await trio.sleep(seconds / 4)
+            await trio.sleep(args.seconds / 4)
             hostile = all_of_them()
-            for _ in range(rounds):
+            for _ in range(args.rounds):
                 for kind, values in kinds.items():
                     found.gaps = []
-                    with trio.move_on_after(seconds):
+                    with trio.move_on_after(args.seconds):
                         while kind == "hostile":
                             await answer(engine, next(hostile)[1])
                         await plain_ones(engine, figures["grammars"])
@@ -183,12 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--attention-backend", default="auto", help="on a GPU FlashInfer may compile kernels for minutes")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a stretch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    figures = trio.run(run, args.model or embedded_model(), args.load_format, args.streams, args.seconds, args.rounds)
+    figures = trio.run(run, args)
     for name, found in figures["grammars"].items():
         late = "" if found["ms"] <= found["target_ms"] else "  LATE"
         print(f"{name:28}{found['ms']:8.0f} ms{late}  {found['came']}")
