@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--attention-backend", default="auto", help="on a GPU FlashInfer may compile kernels for minutes")
+    parser.add_argument("--attention-backend", default="auto", help="FlashInfer may compile its kernels for minutes")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a stretch")
     parser.add_argument("--rounds", type=int, default=3)
