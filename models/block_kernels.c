@@ -15,21 +15,22 @@ a row's result does not depend on the batch that it is in, nor on the threads.
 #define DEPTH 576 /* inputs of a panel, which stays in the second-level cache */
 #define BLOCK 112 /* rows that a panel is made for */
 /* What the registers hold: units side by side, rows beside those whose weights go into a panel on their way, rows beside
-those from a panel, and rows that need no panel and how many units these have side by side. */
+those from a panel, rows that need no panel, rows of any tile, and how many units these have side by side. */
 #if LANES == 16
 #define PANEL 3
 #define FIRST 7
 #define NEXT 9
 #define FEW 8
+#define MOST 9
 #define WIDTH(rows) PANEL
 #else
-#define PANEL 2
-#define FIRST 4
+#define PANEL 3
+#define FIRST 3
 #define NEXT 6
-#define FEW 8
-#define WIDTH(rows) (rows > 4 && rows <= FEW ? 1 : PANEL)
+#define FEW 6
+#define MOST 6
+#define WIDTH(rows) (rows == 1 ? PANEL : 2) /* one row waits for its sums: three chains of them are better */
 #endif
-#define MOST 9 /* rows of a tile */
 
 enum kind { Q4_0, Q4_1, Q8_0, Q4_Z }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
 
@@ -87,8 +88,8 @@ struct product {
     long rows;
     float *y;
     const struct ahead *ahead;
-    int width;         /* units side by side */
-    long tasks, share; /* units of a task */
+    int width;               /* units side by side */
+    long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
 };
 
 /* Rows of the first tile of `rows`; tiles are of about one size. */
@@ -145,9 +146,10 @@ INLINE void fetch(struct pieces *a, long times) {
 }
 
 /* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
-packed tile of `count` rows. With `keeps` the weights are left in the panel [depth, width, LANES]. */
+packed tile of `count` rows. With `keeps` the weights are left in the panel [depth, width, LANES]. `coming` bytes after
+these units are those that are wanted next. */
 INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
-                       long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
+                       long coming, long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
     vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
@@ -156,8 +158,8 @@ INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind
         fetch(ahead, depth / GROUP);
         for (int r = 0; r < width; r++) {
             g[r] = open_group(bits, kind, w + r * stride);
-            for (int at = 0; at < unit_bytes(kind); at += LINE) /* of the units after these: into the second level */
-                __builtin_prefetch(w + (width + r) * stride + at, 0, 2);
+            for (int at = 0; at < unit_bytes(kind); at += LINE) /* into the second level */
+                __builtin_prefetch(w + coming + r * stride + at, 0, 2);
         }
         for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK)
             for (int j = 0; j < CHUNK / 2; j++) {
@@ -201,13 +203,13 @@ INLINE void next_tile(int width, int count, const float *panel, long depth, cons
 }
 
 /* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
-typedef void first_function(enum kind, const uint8_t *, long, long, const float *, float *, float *, struct pieces *);
+typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *, struct pieces *);
 typedef void next_function(const float *, long, const float *, float *);
 #define FIRST_TILE(count, bits, width, keeps) \
-    static void first_##bits##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, long depth, \
-                                                           const float *x, float *sums, float *panel, \
-                                                           struct pieces *ahead) { \
-        first_tile(bits, width, count, keeps, kind, w, stride, depth, x, sums, panel, ahead); \
+    static void first_##bits##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, \
+                                                           long coming, long depth, const float *x, float *sums, \
+                                                           float *panel, struct pieces *ahead) { \
+        first_tile(bits, width, count, keeps, kind, w, stride, coming, depth, x, sums, panel, ahead); \
     }
 #define NEXT_TILE(count, width) \
     static void next_##width##_##count(const float *panel, long depth, const float *x, float *sums) { \
@@ -216,15 +218,20 @@ typedef void next_function(const float *, long, const float *, float *);
 #define FIRST_NAME(count, bits, width, keeps) \
     [bits == 8][width][keeps][count] = first_##bits##_##width##_##keeps##_##count,
 #define NEXT_NAME(count, width) [width][count] = next_##width##_##count,
+#define UP_TO_6(DO, ...) \
+    DO(1, __VA_ARGS__) DO(2, __VA_ARGS__) DO(3, __VA_ARGS__) DO(4, __VA_ARGS__) DO(5, __VA_ARGS__) DO(6, __VA_ARGS__)
+#if MOST == 9
 #define COUNTS(DO, ...) \
-    DO(1, __VA_ARGS__) DO(2, __VA_ARGS__) DO(3, __VA_ARGS__) DO(4, __VA_ARGS__) DO(5, __VA_ARGS__) \
-    DO(6, __VA_ARGS__) DO(7, __VA_ARGS__) DO(8, __VA_ARGS__) DO(9, __VA_ARGS__)
+    UP_TO_6(DO, __VA_ARGS__) DO(7, __VA_ARGS__) DO(8, __VA_ARGS__) DO(9, __VA_ARGS__)
+#else
+#define COUNTS UP_TO_6
+#endif
 #define FIRSTS(DO, width) \
     COUNTS(DO, 4, width, 0) COUNTS(DO, 4, width, 1) COUNTS(DO, 8, width, 0) COUNTS(DO, 8, width, 1)
-#if PANEL == 3
+#if LANES == 16
 #define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 3)
 #else
-#define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 2)
+#define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 2) ALL(DO, 3)
 #endif
 
 WIDTHS(FIRSTS, FIRST_TILE)
@@ -240,8 +247,8 @@ static struct pieces pieces_of(const struct product *a, long from, long to) {
     return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
 }
 
-/* `width` units from `unit` on of at most BLOCK rows from `row` on. */
-static void block(const struct product *a, int width, long unit, long row, long rows) {
+/* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
+static void block(const struct product *a, int width, long unit, long coming, long row, long rows) {
     float panel[DEPTH * PANEL * LANES] __attribute__((aligned(LINE)));
     float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
     long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size, step = rows > FEW ? DEPTH : a->inputs;
@@ -252,7 +259,8 @@ static void block(const struct product *a, int width, long unit, long row, long 
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
         const uint8_t *w = a->weight + unit * stride + at / GROUP * size;
         const float *x = a->x + row * a->inputs;
-        first_tiles[wide][width][first < rows][first](a->kind, w, stride, depth, x + at * first, sums, panel, &ahead);
+        first_tiles[wide][width][first < rows][first](a->kind, w, stride, coming * stride, depth, x + at * first, sums,
+                                                      panel, &ahead);
         for (int count; done < rows; done += count) {
             count = next_rows(rows - done);
             next_tiles[width][count](panel, depth, x + done * a->inputs + at * count, sums + done * width * LANES);
@@ -272,8 +280,10 @@ static void product_task(void *data, long i) {
     long to = from + a->share < units ? from + a->share : units;
     for (long row = 0; row < a->rows; row += BLOCK) {
         long rows = a->rows - row < BLOCK ? a->rows - row : BLOCK, unit = from;
-        for (; unit + a->width <= to; unit += a->width) block(a, a->width, unit, row, rows);
-        for (; unit < to; unit++) block(a, 1, unit, row, rows);
+        for (int width; unit < to; unit += width) {
+            width = unit + a->width <= to ? a->width : 1;
+            block(a, width, unit, unit + width < to ? width : width + a->away, row, rows);
+        }
     }
 }
 
@@ -297,6 +307,7 @@ void linear(const struct map *map, const float *x, long rows, float *packed, flo
     a.width = WIDTH(rows);
     a.share = units / (threads * 16L) / a.width * a.width;
     if (a.share < a.width) a.share = a.width;
+    a.away = a.share * (threads - 1);
     a.tasks = (units + a.share - 1) / a.share;
     a.x = pack(x, rows, map->inputs, packed, threads);
     parallel(product_task, &a, a.tasks, threads);
