@@ -7,15 +7,28 @@ Invariant: a token's result depends on its query and what it sees alone: not on 
 #include "cpu_kernels.h"
 
 #define BLOCK 64      /* keys; a multiple of LANES */
+#define LINE 16       /* numbers of a line of a cache */
 #define GROUP 8       /* query heads of a KV head computed at a time */
 #define ALONE 32768   /* products that one thread has done before another one has come */
 
 /* parts[i] and parts[i + step], added so that their sums over lanes `step` apart are neighbours: halves as many. */
 INLINE void halve(vec *parts, int step) {
-    ivec index = (COUNTED & ~step) + (COUNTED & step) * (LANES / step);
 #pragma GCC unroll 8
-    for (int i = 0; i < step; i++)
-        parts[i] = chosen(parts[i], parts[i + step], index) + chosen(parts[i], parts[i + step], index + step);
+    for (int i = 0; i < step; i++) {
+#if LANES == 16
+        vec a = parts[i], b = parts[i + step];
+        ivec low = (COUNTED & ~step) + (COUNTED & step) * (LANES / step), high = low + step;
+        parts[i] = (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b) +
+                   (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
+#else
+        __m256 a = (__m256)parts[i], b = (__m256)parts[i + step];
+        if (step == 4) parts[i] = (vec)_mm256_permute2f128_ps(a, b, 0x20) + (vec)_mm256_permute2f128_ps(a, b, 0x31);
+        if (step == 2) parts[i] = (vec)_mm256_shuffle_ps(a, b, 0x44) + (vec)_mm256_shuffle_ps(a, b, 0xee);
+        if (step == 1)
+            parts[i] = (vec)_mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa) +
+                       (vec)_mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
+#endif
+    }
 }
 
 /* The sum of each of LANES vectors, one a lane. */
@@ -27,10 +40,12 @@ INLINE vec sums(vec *parts) {
     return parts[0];
 }
 
-/* scores [group, BLOCK] of `count` keys; what is beyond them is -inf. */
-INLINE void score(const float *const *keys, int count, const float *q, long dim, int group, float scale,
-                  float (*scores)[BLOCK]) {
-    for (int first = 0; first < count; first += LANES)
+/* scores [group, BLOCK] of `count` keys; what is beyond them is -inf. Meanwhile their values come, if `asks`. */
+INLINE void score(const float *const *keys, long to_value, int asks, int count, const float *q, long dim, int group,
+                  float scale, float (*scores)[BLOCK]) {
+    for (int first = 0; first < count; first += LANES) {
+        for (int j = first; asks && j < first + LANES; j++)
+            for (long d = 0; d < dim; d += LINE) __builtin_prefetch(keys[j] + to_value + d);
         for (int h = 0; h < group; h++) {
             vec parts[LANES];
 #pragma GCC unroll 16
@@ -45,6 +60,7 @@ INLINE void score(const float *const *keys, int count, const float *q, long dim,
             s = (vec)(((ivec)s & seen) | ((ivec)all(-INFINITY) & ~seen));
             store(scores[h] + first, s);
         }
+    }
 }
 
 /* sums [group, dim] += weights [group, BLOCK] times the values of `count` keys. */
@@ -94,6 +110,7 @@ INLINE void find_keys(const struct attention *a, const int32_t *pages, long from
 /* `group` heads of a token that share the KV head `head`. */
 INLINE void attend_group(const struct attention *a, long token, long head, const float *q, int group, float *out) {
     const int32_t *pages = (const int32_t *)a->pages[token];
+    int asks = token + 1 == a->tokens || a->pages[token] != a->pages[token + 1]; /* else the one before has read them */
     const float *keys[BLOCK];
     float scores[GROUP][BLOCK], best[GROUP], total[GROUP];
     for (int h = 0; h < group; h++) best[h] = -INFINITY, total[h] = 0;
@@ -102,7 +119,7 @@ INLINE void attend_group(const struct attention *a, long token, long head, const
         int count = a->end[token] - at < BLOCK ? a->end[token] - at : BLOCK;
         find_keys(a, pages, at, count, head, keys);
         for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
-        score(keys, count, q, a->dim, group, a->scale, scores);
+        score(keys, a->kv_heads * a->dim, asks, count, q, a->dim, group, a->scale, scores);
         for (int h = 0; h < group; h++) {
             float before = soften(scores[h], count, best + h, total + h), *to = out + h * a->dim;
             for (long d = 0; d < a->dim && before != 1.0f; d += LANES) store(to + d, load(to + d) * before);

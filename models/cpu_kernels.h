@@ -33,10 +33,6 @@ INLINE vec floats(ivec q) { return (vec)_mm512_cvtepi32_ps((__m512i)q); }
 INLINE ivec integers(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
 INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
 INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
-/* Lane i is lane index[i] of a, or, from LANES on, of b. */
-INLINE vec chosen(vec a, vec b, ivec index) {
-    return (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)index, (__m512)b);
-}
 #else
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
@@ -51,11 +47,6 @@ INLINE float largest(vec x) {
     __m128 h = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
-}
-INLINE vec chosen(vec a, vec b, ivec index) {
-    __m256 first = _mm256_permutevar8x32_ps((__m256)a, (__m256i)index);
-    __m256 second = _mm256_permutevar8x32_ps((__m256)b, (__m256i)index);
-    return (vec)_mm256_blendv_ps(first, second, (__m256)(index > (ivec){0} + (LANES - 1)));
 }
 #endif
 
