@@ -25,11 +25,12 @@ those from a panel, rows that need no panel, rows of any tile, and how many unit
 #define WIDTH(rows) PANEL
 #else
 #define PANEL 3
-#define FIRST 3
+#define FIRST 4
 #define NEXT 6
 #define FEW 6
 #define MOST 6
-#define WIDTH(rows) (rows == 1 ? PANEL : 2) /* one row waits for its sums: three chains of them are better */
+/* One row waits for its sums, and three of them hide more of that. */
+#define WIDTH(rows) (rows == 1 ? 3 : rows > 4 && rows <= FEW ? 1 : 2)
 #endif
 
 enum kind { Q4_0, Q4_1, Q8_0, Q4_Z }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
@@ -92,11 +93,16 @@ struct product {
     long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
 };
 
-/* Rows of the first tile of `rows`; tiles are of about one size. */
+/* Rows of the first tile of `rows`. */
 INLINE int first_rows(long rows) {
     if (rows <= FEW) return rows;
     long tiles = 1 + (rows - FIRST + NEXT - 1) / NEXT;
+#if LANES == 16
     return rows / tiles < FIRST ? rows / tiles : FIRST;
+#else /* what the others cannot take, for a row costs more here; but fewer than three would wait for their sums */
+    long rest = rows - (tiles - 1) * NEXT;
+    return rest < 3 ? 3 : rest;
+#endif
 }
 
 /* Rows of the next tile of `rows` that are left. */
