@@ -1,0 +1,186 @@
+"""The memory that kernels in gluon_emulator.py see: tensors behind pointers and descriptors, shared buffers, barriers.
+
+What is read before it is written is NaN, and what is outside of a tensor cannot be reached. A tensor that the kernel's
+predecessor writes has two contents: the final one, and a stale one for those who do not wait, NaN where it is written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+class Fault(AssertionError):
+    """A kernel does what on a GPU goes wrong, or may."""
+
+
+def check(right: Any, message: str) -> None:
+    """Raise Fault unless `right`."""
+    if not right:
+        raise Fault(message)
+
+
+class Memory:
+    """A kernel's tensor, as it lies there; `fresh`: bool, where its predecessor writes it."""
+
+    def __init__(self, name: str, tensor: Tensor, fresh: Tensor | None) -> None:
+        self.name, self.like = name, tensor
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        self.final = tensor.as_strided((extent,), (1,))
+        self.inside = torch.zeros(extent, dtype=torch.bool)
+        self.shaped(self.inside).fill_(True)
+        self.written = torch.zeros(extent, dtype=torch.bool)
+        self.stale = self.final
+        if fresh is not None:
+            self.stale = self.final.clone()
+            self.shaped(self.stale).masked_fill_(fresh.expand(tensor.shape), float("nan"))
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """What has an element for each place, as the tensor has them."""
+        return flat.as_strided(self.like.shape, self.like.stride(), 0)
+
+    def seen(self, waited: bool) -> Tensor:
+        """Its content for who has waited for the predecessor, or has not: flat."""
+        return self.final if waited else self.stale
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Addresses in a tensor: a number of elements from its first, or a tensor of them."""
+
+    memory: Memory
+    offsets: Any = 0
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.memory.like.dtype)
+
+    def __add__(self, more: Any) -> "Pointer":
+        return Pointer(self.memory, self.offsets + more)
+
+    def places(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(int64 offsets, bool: which of them count); of the others the offset is 0."""
+        offsets = torch.as_tensor(self.offsets).long()
+        live = torch.ones_like(offsets, dtype=torch.bool) if mask is None else mask.expand(offsets.shape)
+        offsets = torch.where(live, offsets, 0)
+        inside = self.memory.inside
+        check(((offsets >= 0) & (offsets < len(inside))).all(), f"access beyond {self.memory.name}")
+        check((inside[offsets] | ~live).all(), f"access between the rows of {self.memory.name}")
+        return offsets, live
+
+
+class Blocks:
+    """A tensor that is loaded in blocks: a TensorDescriptor in a kernel."""
+
+    def __init__(self, name: str, descriptor: TensorDescriptor, fresh: Tensor | None) -> None:
+        self.memory = Memory(name, descriptor.base, fresh)
+        self.block_shape, self.layout = descriptor.block_shape, descriptor.layout
+        self.dtype = descriptor.base.dtype
+
+    def block(self, first: Sequence[Any], waited: bool) -> Tensor:
+        """The block that begins there, with zeros for what is outside."""
+        tensor = self.memory.shaped(self.memory.seen(waited))
+        source, target = [], []
+        for begin, length, size in zip(map(int, first), self.block_shape, tensor.shape, strict=True):
+            low, high = max(begin, 0), max(0, min(begin + length, size))
+            source.append(slice(low, high))
+            target.append(slice(low - begin, max(high, low) - begin))
+        values = torch.zeros(self.block_shape, dtype=self.dtype)
+        values[tuple(target)] = tensor[tuple(source)]
+        return values
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A part of a program's buffer in shared memory. `owner` is told who reads and writes it."""
+
+    owner: Any
+    memory: Tensor
+    """[elements] of the whole buffer."""
+    start: int
+    shape: tuple[int, ...]
+    layout: Any
+    order: tuple[int, ...] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.memory.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def index(self, i: Any) -> "Shared":
+        """The i-th of its parts along the first dimension."""
+        check(0 <= i < self.shape[0] and self.order is None, f"no buffer {i} of {self.shape[0]}")
+        rest = self.shape[1:]
+        return Shared(self.owner, self.memory, self.start + int(i) * prod(rest), rest, self.layout)
+
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return replace(self, order=order)
+
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Shared":
+        check(dtype == self.dtype and prod(shape) == prod(self.shape) and self.order is None, "another size")
+        check(layout.swizzle_byte_width == self.layout.swizzle_byte_width, "another swizzle")
+        return replace(self, shape=tuple(shape), layout=layout)
+
+    def overlaps(self, other: object) -> bool:
+        if not isinstance(other, Shared) or other.memory is not self.memory:
+            return False
+        return self.start < other.start + prod(other.shape) and other.start < self.start + prod(self.shape)
+
+    def _lines(self) -> Tensor:
+        """[rows, groups of columns, columns of a group]: groups are as wide as the swizzle and one behind the other."""
+        check(len(self.shape) == self.layout.rank, f"{self.shape} is not one block of the layout's")
+        wide = self.layout.swizzle_byte_width // self.dtype.itemsize
+        check(self.start % (8 * wide) == 0 and self.shape[-1] % wide == 0, "a swizzle begins in between")
+        flat = self.memory[self.start : self.start + prod(self.shape)]
+        return flat.view(self.shape[-1] // wide, -1, wide).transpose(0, 1)
+
+    def values(self) -> Tensor:
+        """A copy."""
+        values = self._lines().reshape(self.shape).clone()
+        return values if self.order is None else values.permute(self.order)
+
+    def fill(self, values: Tensor) -> None:
+        lines = self._lines()
+        check(tuple(values.shape) == self.shape and self.order is None, f"{list(values.shape)} into {self.shape}")
+        lines.copy_(values.reshape(lines.shape))
+
+    def load(self, layout: Any) -> Tensor:
+        self.owner.reads(self)
+        return self.values()
+
+    def store(self, values: Tensor) -> None:
+        check(values.dtype == self.dtype, f"{values.dtype} into {self.dtype}")
+        self.owner.stores(self)
+        self.fill(values)
+
+
+@dataclass(eq=False)
+class Barrier:
+    """An mbarrier: a phase is complete when so many have arrived, and all bytes that they expect."""
+
+    count: int = 0
+    """0: it is not initialised."""
+    missing: int = 0
+    """Arrivals."""
+    nbytes: int = 0
+    """Expected, and not there yet."""
+    completed: int = 0
+    """Phases."""
+
+
+@dataclass
+class Barriers:
+    """Barriers [n, 1]."""
+
+    all: list[Barrier] = field(default_factory=list)
+
+    def index(self, i: Any) -> Barrier:
+        return self.all[int(i)]
