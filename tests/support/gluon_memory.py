@@ -129,6 +129,8 @@ class Shared:
         check(layout.swizzle_byte_width == self.layout.swizzle_byte_width, "another swizzle")
         return replace(self, shape=tuple(shape), layout=layout)
 
+    _reinterpret = reinterpret  # its name in Triton 3.6
+
     def overlaps(self, other: object) -> bool:
         if not isinstance(other, Shared) or other.memory is not self.memory:
             return False

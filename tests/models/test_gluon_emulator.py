@@ -1,0 +1,176 @@
+"""The emulator of Gluon finds what is wrong on purpose: each mistake in a kernel that without it is right."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+from gluon_emulator import Emulated
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from actorserve.models.primed_gemm import blocks_of
+from actorserve.models.primed_kernels import all_threads, load_block, reinterpreted
+
+
+@gluon.jit
+def product(x, w_blocks, out, rows, WRONG: gl.constexpr):
+    """out [rows, 64] = x [rows, 192] @ w [64, 192].T, rows <= 64, with two buffers for three steps."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    row = gl.arange(0, 64, gl.SliceLayout(1, L))[:, None]
+    column = gl.arange(0, 64, gl.SliceLayout(0, L))[None, :]
+    live = (row < rows + (WRONG == "rows")) & (column < 64)
+    w = gl.allocate_shared_memory(w_blocks.dtype, [2, 64, 64], w_blocks.layout)
+    left = gl.allocate_shared_memory(w_blocks.dtype, [64, 64], w_blocks.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(bars.index(i), count=1)
+    if WRONG != "barrier fence":
+        fence_async_shared()
+    for i in gl.static_range(2):
+        mbarrier.expect(bars.index(i), 8192 + (WRONG == "bytes"))
+        load_block(w_blocks, [0, i * 64], bars.index(i), w.index(i))
+    if WRONG == "early store":
+        gl.store(out + row * 64 + column, 0.0, live)
+    if WRONG != "late":
+        tl.extra.cuda.gdc_wait()
+    acc = gl.zeros([64, 64], gl.float32, ACC)
+    for s in gl.static_range(3):
+        if s == 2 and WRONG != "store in use":
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        left.store(gl.load(x + row * 192 + s * 64 + column, live, other=0.0))
+        if WRONG != "fence":
+            fence_async_shared()
+        if WRONG != "wait":
+            mbarrier.wait(bars.index(s % 2), s // 2 if WRONG != "phase" else 0)
+        acc = warpgroup_mma(left, w.index(s % 2).permute((1, 0)), acc, use_acc=s > 0, is_async=True)
+        if s == 0:
+            if WRONG != "load in use":
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            if WRONG != "arm":
+                mbarrier.expect(bars.index(0), 8192)
+            if WRONG == "armed twice":
+                mbarrier.expect(bars.index(0), 8192)
+            load_block(w_blocks, [0, 128], bars.index(0), w.index(0))
+    if WRONG != "accumulator":
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    if WRONG == "late":
+        tl.extra.cuda.gdc_wait()
+    gl.store(out + row * 64 + column, gl.convert_layout(acc * 1.0, L), live)
+    if WRONG == "twice":
+        gl.store(out + row * 64 + column, 0.0, live)
+    if WRONG == "under way":
+        load_block(w_blocks, [0, 0], bars.index(0), w.index(0))
+
+
+def tensors(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and the product."""
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, 192).bfloat16(), torch.randn(64, 192).bfloat16()
+    return x, w, torch.full((rows, 64), float("nan"))
+
+
+def multiply(wrong: str, rows: int = 50) -> None:
+    x, w, out = tensors(rows)
+    launch = Emulated(product, {"x": None})[(1,)]
+    launch(x, blocks_of(w, [64, 64]), out, rows, WRONG=wrong, num_warps=4, launch_pdl=True)
+    torch.testing.assert_close(out, x.float() @ w.float().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 64])
+def test_what_is_right(rows: int) -> None:
+    multiply("", rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ("rows", "access beyond x"),
+        ("barrier fence", "no fence after a barrier's initialisation"),
+        ("bytes", "never completes: 0 arrivals and 1 bytes are missing"),
+        ("arm", "never completes: 1 arrivals and -8192 bytes are missing"),
+        ("armed twice", "armed again before its phase has been waited for"),
+        ("early store", "out is written before gdc_wait"),
+        ("late", "nan"),
+        ("store in use", "written while a product reads it"),
+        ("load in use", "written while a product reads it"),
+        ("fence", "no fence between a store and its use"),
+        ("wait", "read before it is loaded"),
+        ("phase", "read before it is loaded"),
+        ("accumulator", "read while its product is under way"),
+        ("twice", "out is written twice"),
+        ("under way", "ends while something of it is under way"),
+    ],
+)
+def test_what_is_wrong(wrong: str, fault: str) -> None:
+    with pytest.raises(AssertionError, match=fault):
+        multiply(wrong)
+
+
+@gluon.jit
+def total(values, parts, arrived, out, COUNT: gl.constexpr, WRONG: gl.constexpr):
+    """out [COUNT, 32], each the sum of 2 * values [COUNT, 32], by programs that wait for one another."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    program, lane = gl.program_id(0), gl.arange(0, 32, L)
+    gl.store(parts + program * 32 + lane, 2 * gl.load(values + program * 32 + lane))
+    if WRONG != "threads":
+        all_threads()
+    gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
+    if WRONG != "wait":
+        while gl.atomic_add(arrived, 0, sem="acquire", scope="gpu") != COUNT + (WRONG == "deadlock"):
+            pass
+    sums = gl.zeros([32], gl.float32, L)
+    for i in gl.static_range(COUNT):
+        sums += gl.load(parts + i * 32 + lane)
+    if WRONG == "reset":  # while others still wait
+        gl.store(arrived, 0)
+    gl.store(out + program * 32 + lane, sums)
+
+
+def add_up(wrong: str) -> None:
+    values, out = torch.randn(5, 32), torch.zeros(5, 32)
+    parts, arrived = torch.full((5, 32), float("nan")), torch.zeros(1, dtype=torch.int32)
+    Emulated(total, {})[(5,)](values, parts, arrived, out, COUNT=5, WRONG=wrong, num_warps=4)
+    torch.testing.assert_close(out, (2 * values).sum(0).expand(5, 32))
+
+
+def test_programs_that_wait() -> None:
+    add_up("")
+    for wrong, fault in (("deadlock", "waits"), ("reset", "waits"), ("threads", "not all threads"), ("wait", "nan")):
+        with pytest.raises(AssertionError, match=fault):
+            add_up(wrong)
+
+
+@gluon.jit
+def pages(blocks, out, D: gl.constexpr):
+    """Two blocks [16, D] through one buffer [32, D] in two shapes."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    buffer = gl.allocate_shared_memory(blocks.dtype, [32, D], blocks.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    fence_async_shared()
+    halves = reinterpreted(buffer, [2, 16, D], blocks.layout)
+    mbarrier.expect(bars.index(0), 32 * D * 2)
+    for i in gl.static_range(2):
+        load_block(blocks, [i * 16, 0], bars.index(0), halves.index(i))
+    mbarrier.wait(bars.index(0), 0)
+    row = gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
+    gl.store(out + row * D + gl.arange(0, D, gl.SliceLayout(0, L))[None, :], buffer.load(L))
+
+
+def test_the_order_of_columns_in_shared_memory() -> None:
+    """A block of more columns than the swizzle is wide is not its halves one after the other; beyond it are zeros."""
+    for width, same in ((64, True), (128, False)):
+        values, out = torch.randn(20, width).bfloat16(), torch.zeros(32, width).bfloat16()
+        Emulated(pages, {})[(1,)](blocks_of(values, [16, width]), out, D=width, num_warps=4)
+        padded = torch.cat([values, torch.zeros(12, width).bfloat16()])
+        assert torch.equal(out, padded) == same
