@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 from gluon_emulator import Emulated
+from gluon_memory import Fault
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -72,15 +73,13 @@ def product(x, w_blocks, out, rows, WRONG: gl.constexpr):
         load_block(w_blocks, [0, 0], bars.index(0), w.index(0))
 
 
-def tensors(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, w and the product."""
-    torch.manual_seed(0)
-    x, w = torch.randn(rows, 192).bfloat16(), torch.randn(64, 192).bfloat16()
-    return x, w, torch.full((rows, 64), float("nan"))
+def randn(rows: int, columns: int) -> Tensor:
+    """Not at the begin of its memory."""
+    return torch.randn(rows + 2, columns, generator=torch.Generator().manual_seed(0)).bfloat16()[1:-1]
 
 
-def multiply(wrong: str, rows: int = 50) -> None:
-    x, w, out = tensors(rows)
+def multiply(wrong: str, rows: int = 50, x: Tensor | None = None) -> None:
+    x, w, out = randn(rows, 192) if x is None else x, randn(64, 192), torch.full((rows, 64), float("nan"))
     launch = Emulated(product, {"x": None})[(1,)]
     launch(x, blocks_of(w, [64, 64]), out, rows, WRONG=wrong, num_warps=4, launch_pdl=True)
     torch.testing.assert_close(out, x.float() @ w.float().T, rtol=1e-5, atol=1e-4)
@@ -114,6 +113,11 @@ def test_what_is_right(rows: int) -> None:
 def test_what_is_wrong(wrong: str, fault: str) -> None:
     with pytest.raises(AssertionError, match=fault):
         multiply(wrong)
+
+
+def test_what_lies_between_rows_is_not_theirs() -> None:
+    with pytest.raises(Fault, match="access between the rows of x"):
+        multiply("", x=randn(50, 200)[:, :192])
 
 
 @gluon.jit
@@ -170,7 +174,7 @@ def pages(blocks, out, D: gl.constexpr):
 def test_the_order_of_columns_in_shared_memory() -> None:
     """A block of more columns than the swizzle is wide is not its halves one after the other; beyond it are zeros."""
     for width, same in ((64, True), (128, False)):
-        values, out = torch.randn(20, width).bfloat16(), torch.zeros(32, width).bfloat16()
+        values, out = randn(20, width), torch.zeros(32, width).bfloat16()
         Emulated(pages, {})[(1,)](blocks_of(values, [16, width]), out, D=width, num_warps=4)
         padded = torch.cat([values, torch.zeros(12, width).bfloat16()])
         assert torch.equal(out, padded) == same

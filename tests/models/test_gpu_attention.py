@@ -49,7 +49,8 @@ class Case:
         self.spec = spec
         self.lengths = [*decode, *(start + length for start, length in chunks)]
         counts = [-(-n // PAGE) for n in self.lengths]
-        order = torch.randperm(sum(counts) + 3, dtype=torch.int32)
+        spare = torch.zeros(1, dtype=torch.int32)  # nobody has page 0, of which masks make use
+        order = torch.cat([1 + torch.randperm(sum(counts) + 2, dtype=torch.int32), spare])
         parts = torch.split(order[: sum(counts)], counts)
         self.kv = KVCache(spec, len(order), PAGE, DEVICE, dtype)
         self.kv.storage.fill_(float("nan"))  # what no sequence owns must not enter

@@ -16,7 +16,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
-from gluon_memory import Barrier, Barriers, Blocks, Memory, Pointer, Shared, check
+from gluon_memory import Barrier, Barriers, Blocks, Fault, Memory, Pointer, Shared, check
 from torch import Tensor
 from triton import language as tl
 from triton.experimental.gluon import language as gl
@@ -64,8 +64,7 @@ class Pending:
         self.value = value
 
     def _refuse(self, *_other: object) -> NoReturn:
-        check(False, "an accumulator is read while its product is under way")
-        raise AssertionError
+        raise Fault("an accumulator is read while its product is under way")
 
     __getattr__ = __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __truediv__ = _refuse
 

@@ -42,7 +42,7 @@ class Memory:
 
     def shaped(self, flat: Tensor) -> Tensor:
         """What has an element for each place, as the tensor has them."""
-        return flat.as_strided(self.like.shape, self.like.stride(), 0)
+        return flat.as_strided(self.like.shape, self.like.stride())
 
     def seen(self, waited: bool) -> Tensor:
         """Its content for who has waited for the predecessor, or has not: flat."""
