@@ -148,6 +148,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dp_size: Annotated[
         int, Meta(ge=1, le=64, description="replicas of the model, each with its own GPUs, cache and queue")
     ] = 1
+    nnodes: Annotated[int, Meta(ge=1, le=64, description="machines that the replicas are on, as many on each")] = 1
+    node_rank: Annotated[
+        int, Meta(ge=0, description="which of them this is; 0 has the HTTP server, the others only replicas")
+    ] = 0
+    dist_init_addr: Annotated[
+        str | None, Meta(description="HOST:PORT of node 0 at which the other machines join, in a private network")
+    ] = None
+    node_key_file: Annotated[
+        str | None, Meta(description="file with the key that all machines share, at least 32 bytes")
+    ] = None
+    node_timeout: Annotated[
+        float, Meta(gt=0, description="seconds without a word after which another machine counts as lost")
+    ] = 5.0
     load_balance_method: Annotated[
         Literal["cache_aware", "round_robin", "shortest_queue"],
         Meta(description="which replica gets a request; cache_aware: one that has its beginning, unless it is busy"),
@@ -234,8 +247,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def executors(self) -> int:
-        """How many there are: one a GPU, or on a CPU one a process."""
-        return self.tp_size * self.dp_size
+        """How many this machine has: one a GPU, or on a CPU one a process."""
+        return self.tp_size * len(self.replicas_here)
+
+    @property
+    def replicas_here(self) -> range:
+        """Numbers of this machine's replicas."""
+        each = self.dp_size // self.nnodes
+        return range(self.node_rank * each, (self.node_rank + 1) * each)
+
+    def machine_of(self, replica: int) -> int:
+        """The --node-rank of the machine that has this replica."""
+        return replica // (self.dp_size // self.nnodes)
 
 
 class Thoughts(msgspec.Struct, frozen=True, array_like=True):

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+import msgspec
+
 from . import __version__
 from .config import EngineConfig, ModelInfo
 from .errors import StartupError
@@ -87,10 +89,16 @@ def examine(config: EngineConfig) -> Iterator[Finding]:
     yield from _guarded("lanes", _lanes)
     yield _limits()
     yield from _guarded("cache", _cache)
+    if config.nnodes > 1 or config.node_rank:
+        found = list(_guarded("machines", lambda: _machines(config)))
+        yield from found
+        if found[-1].state == "fail":  # the rest is looked at as if this one were alone
+            config = msgspec.structs.replace(config, nnodes=1, node_rank=0)
     model: list[ModelInfo] = []
     yield from _guarded("model", lambda: _model(config, model))
     yield from _guarded("device", lambda: _device(config, model[0] if model else None))
-    yield from _guarded("port", lambda: _port(config))
+    if not config.node_rank:
+        yield from _guarded("port", lambda: _port(config))
 
 
 def _guarded(subject: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -203,6 +211,22 @@ def _port(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("ok", "port", f"{config.host} port {config.port} is free; only this machine reaches it")
 
 
+def _machines(config: EngineConfig) -> Iterator[Finding]:
+    """What this one is among several, and where they meet."""
+    from .actors.machines import check_machines
+    from .member import meeting_point
+
+    check_machines(config)
+    count = len(config.replicas_here)
+    text = f"node {config.node_rank} of {config.nnodes}, {count} of {config.dp_size} replicas"
+    if config.node_rank:
+        yield Finding("ok", "machines", f"{text}; joins node 0 at {config.dist_init_addr}, which is not asked now")
+        return
+    with meeting_point(config):
+        where = f"{config.dist_init_addr} is free for the others; only for a private network, as nothing is encrypted"
+        yield Finding("ok", "machines", f"{text}; {where}")
+
+
 # ------------------------------------------------------------------ the model and its paths
 
 
@@ -240,7 +264,7 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
         yield _cpu(config, torch)
     if config.tp_size > 1:
         yield _ranks(config, device.type, torch)
-    if config.dp_size > 1:
+    if len(config.replicas_here) > 1:
         yield _replicas(config, device.type)
     yield from _guarded("dtype", lambda: _paths(config, device, model))
     yield from _guarded("kernels", lambda: _kernels(config, device.type))
@@ -278,12 +302,13 @@ def _ranks(config: EngineConfig, device: str, torch: Any) -> Finding:
 
 
 def _replicas(config: EngineConfig, device: str) -> Finding:
-    """What each of them has."""
+    """What each of them has, that are here."""
+    count = len(config.replicas_here)
     if device == "cpu":
-        text = f"{config.dp_size} that share this CPU's cores, each with weights and a prefix cache of its own"
+        text = f"{count} that share this CPU's cores, each with weights and a prefix cache of its own"
         return Finding("ok", "replicas", text)
     each = "a GPU" if config.tp_size == 1 else f"{config.tp_size} GPUs"
-    return Finding("ok", "replicas", f"{config.dp_size}, {each} each")
+    return Finding("ok", "replicas", f"{count}, {each} each")
 
 
 def _gpu(config: EngineConfig, torch: Any) -> Finding:

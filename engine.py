@@ -62,6 +62,8 @@ class Engine:
             self.config = msgspec.convert({"log_level": "warning", "model": model} | settings, EngineConfig)
         except msgspec.ValidationError as error:
             raise StartupError(f"wrong setting: {error}") from None
+        if self.config.nnodes > 1:
+            raise StartupError("several machines (nnodes) are for `actorserve run`")
         self._on_progress = on_progress
         self._root: Root | None = None
         self._group: anyio.abc.TaskGroup | None = None

@@ -26,6 +26,7 @@ ALIASES = {
     "model": ["--model-path"],
     "tp_size": ["--tp", "--tensor-parallel-size"],
     "dp_size": ["--dp", "--data-parallel-size"],
+    "dist_init_addr": ["--nccl-init-addr"],
 }
 """Other names that SGLang has for the same thing."""
 

@@ -79,9 +79,12 @@ class Subject:
 
 def plan(parsed: argparse.Namespace, config: EngineConfig, parser: argparse.ArgumentParser) -> int:
     """Print the plan; returns the exit code. Raises StartupError for a model that is not served."""
+    from .actors.machines import check_shares  # with all messages, which `-h` need not wait for
+
     gpu = chosen_gpu(parsed, parser)
     if parsed.length and min(parsed.length) < 1:
         parser.error("argument --length: must be at least 1")
+    check_shares(config)
     subject = read_model(config, gpu)
     ledger = subject.ledger()
     context = subject.context_length
@@ -115,7 +118,7 @@ def read_model(config: EngineConfig, gpu: Gpu) -> Subject:
     from .models.resolve import resolve_model  # with what reads GGUF, which `-h` need not wait for
 
     # Weights need not be there, nor as many GPUs.
-    asked = msgspec.structs.replace(config, load_format="dummy", tp_size=1, dp_size=1)
+    asked = msgspec.structs.replace(config, load_format="dummy", tp_size=1, dp_size=1, nnodes=1)
     with tempfile.TemporaryDirectory() as scratch:
         name = config.model or DEFAULT_MODEL
         if name in KNOWN and not Path(name).exists():
@@ -205,7 +208,10 @@ def as_json(subject: Subject, ledger: Ledger, table: list[dict[str, Any]]) -> di
 def as_text(subject: Subject, gpu: str, ledger: Ledger, table: list[dict[str, Any]]) -> str:
     """The plan for people; `gpu` is its name."""
     demand, config = ledger.demand, subject.config
-    many = f", each of {config.executors}" if config.executors > 1 else ""
+    gpus = config.tp_size * config.dp_size
+    many = f", each of {gpus}" if gpus > 1 else ""
+    if config.nnodes > 1:
+        many += f" on {config.nnodes} machines"
     kv = subject.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     lines = [f"{subject.name} in {subject.dtype}, KV in {kv}, on {gpu} with {ledger.total / GIB:.1f} GiB{many}", ""]
     lines += [f"{row.name:<24}{row.bytes / GIB:>9.2f} GiB  {row.kind:<11}{row.note}".rstrip() for row in ledger.rows]

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 import trio
 
 from . import __version__
+from .actors.machines import check_machines
 from .actors.node import configure_logging
 from .actors.supervisor import GiveUp, Supervisor
-from .actors.topology import engine_topology, http_front
+from .actors.topology import MeetingPoint, engine_topology, http_front
 from .config import EngineConfig, ModelInfo
 from .display import Display
 from .errors import StartupError
+from .member import meeting_point, members
 from .models.resolve import resolve_model
 
 BACKLOG = 2048
@@ -29,14 +31,17 @@ QUESTION = "What is the capital of France?"
 
 def serve(config: EngineConfig) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code. Raises StartupError."""
-    configure_logging("root", config.log_level)
+    configure_logging("root" if config.nnodes == 1 else f"node {config.node_rank}", config.log_level)
+    check_machines(config)
     with Display() as display:
         try:
-            with listen(config.host, config.port) as listener:
-                with terminate_as_interrupt():
-                    model = resolve_model(config, display.transfer)
+            if config.node_rank:
+                return trio.run(_until_signal, members(config, _resolved(config, display), display), 0.0)
+            with listen(config.host, config.port) as listener, meeting_point(config) as point:
+                model = _resolved(config, display)
                 with shared_metrics(config.http_workers):
-                    return trio.run(_supervise, config, model, listener, display)
+                    supervisor = _head(config, model, listener, point, display)
+                    return trio.run(_until_signal, [supervisor], config.drain_timeout)
         except KeyboardInterrupt:
             return 0
         except GiveUp as error:
@@ -83,8 +88,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise StartupError(f"cannot listen on {host} port {port}: {reason}{hint}") from error
 
 
-async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.socket, display: Display) -> int:
-    """Run the engine until a signal, or until it gives up."""
+def _resolved(config: EngineConfig, display: Display) -> ModelInfo:
+    with terminate_as_interrupt():
+        return resolve_model(config, display.transfer)
+
+
+def _head(
+    config: EngineConfig, model: ModelInfo, listener: socket.socket, point: MeetingPoint | None, display: Display
+) -> Supervisor:
+    """The engine behind the listening socket."""
     banner = greeting(model, base_url(config.host, listener, "https" if config.ssl_certfile else "http"))
 
     def on_event(kind: str, node: str, detail: str, fraction: float) -> None:
@@ -92,31 +104,45 @@ async def _supervise(config: EngineConfig, model: ModelInfo, listener: socket.so
         if kind == "up":
             display.greet(banner)
 
-    topology = engine_topology(config, [http_front(i, listener.fileno()) for i in range(config.http_workers)])
-    supervisor = Supervisor(topology, config, model, on_event=on_event)
-    failure: Exception | None = None
+    fronts = [http_front(i, listener.fileno()) for i in range(config.http_workers)]
+    return Supervisor(engine_topology(config, fronts, point=point), config, model, on_event=on_event)
+
+
+async def _until_signal(supervisors: list[Supervisor], drain: float) -> int:
+    """Run them until a signal, or until one gives up. `drain`: seconds that requests have after SIGTERM."""
+    failures: list[Exception] = []
     code = 0
+
+    def stop(seconds: float) -> None:
+        for supervisor in supervisors:
+            supervisor.request_stop(seconds)
 
     async def obey(signals: AsyncIterator[int]) -> None:
         nonlocal code
         async for number in signals:
-            if supervisor_told.is_set():
+            if told.is_set():
                 code = 128 + number
                 nursery.cancel_scope.cancel(reason="a second signal")
-            supervisor_told.set()
-            supervisor.request_stop(config.drain_timeout if number == signal.SIGTERM else 0.0)
+            told.set()
+            stop(drain if number == signal.SIGTERM else 0.0)
 
-    supervisor_told = trio.Event()
+    async def run(supervisor: Supervisor) -> None:
+        try:
+            await supervisor.run()
+        except (StartupError, GiveUp) as error:
+            failures.append(error)  # past the nursery, which would wrap it in a group
+        stop(0.0)
+
+    told = trio.Event()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey, signals)
-            try:
-                await supervisor.run()
-            except (StartupError, GiveUp) as error:
-                failure = error  # past the nursery, which would wrap it in a group
+            async with trio.open_nursery() as running:
+                for supervisor in supervisors:
+                    running.start_soon(run, supervisor)
             nursery.cancel_scope.cancel()
-    if failure is not None and not supervisor_told.is_set():
-        raise failure
+    if failures and not told.is_set():
+        raise failures[0]
     return code
 
 

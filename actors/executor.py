@@ -79,8 +79,9 @@ class Executor(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.rank = rank_of(context.name)
-        self.place = replica_of(context.name) * context.config.tp_size + self.rank
-        """Among all executors of the engine; on GPUs its device's number."""
+        here = context.config.replicas_here.start
+        self.place = (replica_of(context.name) - here) * context.config.tp_size + self.rank
+        """Among all executors of this machine; on GPUs its device's number."""
         self.scheduler = next(iter(schedulers_among(context.peers())), "")
         """Its name, if this is rank 0."""
         self.followers = [name for name in context.peers() if name.startswith("exec.")]

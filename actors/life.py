@@ -262,6 +262,8 @@ class Node:
 
     def why(self, end: str) -> str:
         """The reason of the end, as others are told."""
+        if self.spec.away and self.failed is not None and self.verdict is None:
+            return self.failed.summary.partition(": ")[2]
         reason = self.verdict or end
         return f"{reason}: {self.failed.summary}" if self.failed else reason
 

@@ -62,3 +62,9 @@ class Drain(Message, frozen=True, tag=3):
     """Take no new work; finish what runs until `deadline_ns` (CLOCK_MONOTONIC)."""
 
     deadline_ns: int
+
+
+class Fence(Message, frozen=True, tag=95):
+    """From whoever stands in for an actor of another machine (link.py), to a scheduler. Owed: the same, back."""
+
+    number: int

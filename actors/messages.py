@@ -75,6 +75,7 @@ from .message import (
     NOTHING as NOTHING,
     ChunkEnd as ChunkEnd,
     Drain as Drain,
+    Fence as Fence,
     Finish as Finish,
     Message as Message,
     PeerDown as PeerDown,
@@ -119,7 +120,7 @@ TextInbox: TypeAlias = (
 GrammarNews: TypeAlias = Compiled | Translated | CompileFailed | Masks | MatchFailed
 SchedulerInbox: TypeAlias = (
     SystemMessage | ImagePixels | Submit | Abort | Unpin | Order | Look | AskTimelines
-    | ExecutorReady | StepOut | Carried | GrammarNews
+    | ExecutorReady | StepOut | Carried | GrammarNews | Fence
 )  # fmt: skip
 ExecutorInbox: TypeAlias = SystemMessage | Plan | Instruct | Forget | ImagePixels | DropImage
 SamplerMessage: TypeAlias = SlotParams | LoadGrammar | DropGrammar | GrammarStates | SlotMasks

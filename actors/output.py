@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from ..models.detokenize import Detokenizer
 from ..models.stop import StopMatcher
@@ -125,6 +126,10 @@ class Output:
     def is_called(self, name: str, tenant: str | None) -> bool:
         """Whether AbortNamed means it."""
         return name in ("", self._submit.name) and tenant in (None, self._submit.tenant)
+
+    def prompt(self) -> tuple[NDArray[np.int32], str]:
+        """Its token ids, and the salt of what they may share."""
+        return np.frombuffer(self._submit.ids, dtype=np.int32), self._submit.cache_salt
 
     def submission(self) -> Submit:
         """How to ask a scheduler for the rest of it."""

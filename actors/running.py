@@ -3,6 +3,7 @@
 The base of text.py's actor, which fills it. Invariant: a scheduler that is up was told all that is here and is its own.
 """
 
+from collections.abc import Collection
 from typing import Final
 
 from msgspec.structs import replace
@@ -28,7 +29,7 @@ from .messages import (
     Submit,
     Unpin,
 )
-from .orders import Orders, Question, Reply
+from .orders import Asked, Orders, Question, Reply
 from .output import Output
 from .ref import Gone
 from .replicas import Replica, Replicas
@@ -59,6 +60,8 @@ class Running(Actor):
         """Of the schedulers' deaths."""
         self.paused = False
         """By the last order that was carried out."""
+        self.weights = ""
+        """The folder of those that were exchanged last; empty: those of the start."""
         self._changed: dict[str, dict[int, Output]] = {}
         """By front: outputs with something new."""
 
@@ -143,25 +146,33 @@ class Running(Actor):
             if down:  # the others would have other weights than it
                 self._refuse(m.rid, 1, front, EngineDown(f"{down}; try again"))
                 return
-        self._to_schedulers(self.orders.ask(m, front))
+        self._to_schedulers(self.orders.ask(m, front, [one.number for one in self.replicas if not one.away]))
 
     def _order_ended(self, m: Reply, scheduler: str) -> None:
         replica = self.replicas.named(scheduler)
         assert replica is not None, "nobody else answers"
+        if m.rid == OURS and isinstance(m, Refused):
+            self.context.log.error("replica %d cannot have the others' weights: %s", replica.number, m.message)
         found = self.orders.answered(m, replica.number)
-        if found is None:
-            return
-        asked, reply = found
+        if found is not None:
+            self._answer(*found)
+
+    def _answer(self, asked: Asked, reply: Reply) -> None:
         if isinstance(reply, Done) and isinstance(asked.question, Order):
-            self._carried_out(asked.question)
+            self._carried_out(asked.question, asked.replies)
         self._post(asked.front, with_lanes_of(self.context, reply) if isinstance(reply, Seen) else reply)
 
-    def _carried_out(self, order: Order) -> None:
+    def _carried_out(self, order: Order, by: Collection[int]) -> None:
         if order.action in PAUSES:
             self.paused = order.action != "continue"
         elif order.action in EMPTYING:
             for replica in self.replicas:
                 self.replicas.lost_cache(replica)
+        if order.action in UPDATES:
+            self.weights = order.detail
+            for replica in self.replicas:
+                if replica.number not in by:
+                    replica.stale = True
 
     # ------------------------------------------------------------------ replicas
 
@@ -178,6 +189,10 @@ class Running(Actor):
         news = (m.executor_up, m.down) != (before.executor_up, before.down)
         if before.executor_up and not m.executor_up:
             self.replicas.lost_cache(replica)
+        self._compare_weights(replica, news)
+        if news and replica.serves:
+            for gone in [one for one in self.replicas if one.gone]:
+                self._move_outputs(gone)
         for name in self.context.peers():
             ref = self.context.ref(name)
             if self.replicas.named(name) is None and ref.up:
@@ -189,13 +204,41 @@ class Running(Actor):
     def _ask_again(self, replica: Replica) -> None:
         """Tell a new scheduler all that the last one knew, as far as it was told here."""
         replica.up = True
+        replica.stale = replica.remote and bool(self.weights)
         if self.paused:
             self._to_scheduler(replica, Order(OURS, "pause"))
-        for output in self._outputs_of(replica):
-            self._send_images(replica, output.images)
-            self._to_scheduler(replica, output.submission())
+        self._submit_again(replica)
         for question in self.orders.unanswered(replica.number):
             self._to_scheduler(replica, question)
+
+    def _submit_again(self, replica: Replica) -> None:
+        """Ask for the rest of what it has, unless that would come of other weights."""
+        for output in self._outputs_of(replica) if not replica.stale else ():
+            self._send_images(replica, output.images)
+            self._to_scheduler(replica, output.submission())
+
+    def _compare_weights(self, replica: Replica, news: bool) -> None:
+        """A machine that was started again has those of its start."""
+        m = replica.stats
+        if not replica.remote:
+            self.weights = m.weights or self.weights  # of a text actor that died
+        elif replica.stale and m.weights == self.weights:
+            replica.stale = False
+            self._submit_again(replica)
+        elif replica.stale and news and m.executor_up:
+            self._to_scheduler(replica, Order(OURS, "update_weights", self.weights))
+
+    def _move_outputs(self, gone: Replica) -> None:
+        """Ask others for the rest of what another machine's replica had, if one serves; else when one does."""
+        if not any(replica.serves for replica in self.replicas):
+            return
+        for output in self._outputs_of(gone):
+            replica = self.replicas.choose(*output.prompt(), None)
+            gone.requests -= 1
+            replica.requests += 1
+            output.replica = replica
+            self._send_images(replica, output.images)
+            self._to_scheduler(replica, output.submission())
 
     def _outputs_of(self, replica: Replica) -> list[Output]:
         return [output for output in self.outputs.values() if output.replica is replica]
@@ -212,6 +255,10 @@ class Running(Actor):
                 self._refuse(rid, 1, front if output is None else output.front, error)
         for output in [output for output in self._outputs_of(replica) if output.aborted]:
             self._end_aborted(output)
+        if replica.remote:
+            self._move_outputs(replica)
+            for asked, reply in self.orders.gone(replica.number):
+                self._answer(asked, reply)
 
     def _end_aborted(self, output: Output) -> None:
         self._drop(output.rid)

@@ -5,6 +5,7 @@ made and sent. Invariant: every Submit gets exactly one final message, a Tokens 
 parameters reach the samplers before the plan that needs them.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -36,6 +37,7 @@ from .messages import (
     DropImage,
     Ended,
     ExecutorReady,
+    Fence,
     GrammarSpec,
     ImagePixels,
     Instruct,
@@ -155,6 +157,9 @@ class Scheduler(Actor):
                 self._carried(message)
             case AskTimelines():
                 self._to_text(self.timelines.answer(message))
+            case Fence():
+                with contextlib.suppress(Gone):
+                    self.context.ref(source).post(message)
             case Drain():
                 pass  # the fronts send nothing new
 

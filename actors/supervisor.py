@@ -56,6 +56,8 @@ QUICK_DRAIN = 0.4
 """Seconds that running requests have when nobody gave them any."""
 WATCH_SECONDS = 0.2
 """Between two looks at who is stuck: it is killed within --hang-seconds and a little more than two of these."""
+AWAY_PAUSE = 0.2
+"""Seconds before the next life of a node that needs another machine."""
 OnEvent = Callable[[str, str, str, float], None]
 """(kind, node, detail, fraction), called in the loop. Kinds: spawn; progress (detail "actor: stage", fraction 0 to 1);
 ready; down (detail: the reason); hang; and for the whole engine, with an empty node: up, stopping, stopped."""
@@ -272,8 +274,13 @@ class Supervisor:
         policy, now = self._policy, time.monotonic()
         failed, reason = node.failed, node.last_error
         trace = f"\n{failed.traceback}" if failed else ""
-        if failed is not None and failed.startup_message is not None and not node.was_ready:
+        if failed is not None and failed.startup_message is not None and (node.spec.away or not node.was_ready):
             await self._give_up(StartupError(failed.startup_message))
+        if node.spec.away:  # another machine was lost: the next life waits for it
+            log.warning("%s: %s", node.spec.name, reason)
+            log.debug("%s", trace)
+            await trio.sleep(AWAY_PAUSE)
+            return
         node.failures.append(now)
         while node.failures[0] < now - policy.period:
             node.failures.popleft()
@@ -323,7 +330,8 @@ class Supervisor:
         for other in self._nodes:
             if other is not node and other.state == "running":
                 self._join(node, other)
-        if all(one.state == "running" for one in self._nodes if one.spec.kind != "attached"):
+        needed = [one for one in self._nodes if one.spec.kind != "attached" and not one.spec.away]
+        if all(one.state == "running" for one in needed):
             self._all_ready.set()
 
     def _join(self, node: Node, other: Node) -> None:

@@ -270,7 +270,7 @@ class Text(Running):
         output = self.outputs.get(m.rid)
         if output is not None:
             output.aborted = True
-            if output.replica.up:
+            if output.replica.up and not output.replica.stale:
                 self._to_scheduler(output.replica, m)
             else:
                 self._end_aborted(output)

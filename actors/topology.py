@@ -5,6 +5,7 @@ one loop with one or more actors: a process, a place in the supervisor's own loo
 Invariant: names are unique, each lane joins two actors of the topology, at most one lane per direction.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -46,6 +47,8 @@ class NodeSpec:
     """Requests come in here: it stops before the others."""
     start_seconds: float = 120.0
     """Without a word of progress for this long, a starting node is killed."""
+    away: bool = False
+    """It needs another machine: nobody waits for it at the start, and its deaths are not counted."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,47 @@ def schedulers_among(actors: Iterable[str]) -> list[str]:
     return sorted((name for name in actors if name.partition(".")[0] == "sched"), key=replica_of)
 
 
+@dataclass(frozen=True)
+class MeetingPoint:
+    """What the head needs where there are several machines; the descriptors stay the caller's."""
+
+    listen: int
+    """The socket that the others connect to."""
+    channels: Mapping[int, tuple[int, int]]
+    """By replica on another machine: a pair of datagram sockets, from the gate to the replica's bridge."""
+
+
+def _elsewhere(config: EngineConfig, point: MeetingPoint) -> tuple[list[NodeSpec], list[LaneSpec]]:
+    """The stand-ins of the schedulers that are on other machines, and the gate."""
+    nodes, lanes = [], []
+    for number, (_, receives) in point.channels.items():
+        name = f"sched.{number}"
+        actor = ActorSpec(name, "actorserve.actors.bridge:Bridge")
+        nodes.append(NodeSpec(name, (actor,), files={"handed": receives}, start_seconds=math.inf, away=True))
+        lanes += _lanes_of(name, config)
+    files = {f"sched.{number}": sends for number, (sends, _) in point.channels.items()}
+    gate = ActorSpec("gate", "actorserve.actors.gate:Gate")
+    return [NodeSpec("gate", (gate,), files={**files, "meeting_point": point.listen}), *nodes], lanes
+
+
+def _lanes_of(sched: str, config: EngineConfig) -> list[LaneSpec]:
+    """A scheduler's lanes to and from text and fsm."""
+    peers = ["text"] if config.skip_tokenizer_init else ["text", "fsm"]  # nobody else knows what tokens spell
+    ends = [ends for peer in peers for ends in ((peer, sched), (sched, peer))]
+    return [LaneSpec(source, target, BIG_LANE) for source, target in ends]
+
+
+def member_topology(config: EngineConfig, replica: int) -> Topology:
+    """One replica on a machine that is not the head: the link is there what text and fsm are on the head."""
+    executors, scheduler, lanes = _replica(config, replica)
+    link = "actorserve.actors.link:"
+    actors = [ActorSpec("text", link + "Link")]
+    if not config.skip_tokenizer_init:
+        actors.append(ActorSpec("fsm", link + "LinkedFsm"))
+    joined = NodeSpec(f"link.{replica}", tuple(actors), front=True, start_seconds=math.inf, away=True)
+    return Topology((*executors, scheduler, joined), tuple(lanes))
+
+
 def _replica(config: EngineConfig, number: int) -> tuple[list[NodeSpec], NodeSpec, list[LaneSpec]]:
     """One scheduler and the executors that are its own: their nodes, its node, and the lanes between them."""
     executor, sampler = STUB if config.load_format == "stub" else MODEL
@@ -125,16 +169,12 @@ def _replica(config: EngineConfig, number: int) -> tuple[list[NodeSpec], NodeSpe
         *(NodeSpec(name, (ActorSpec(name, executor),), group=group) for name in followers),
     ]
     lanes = [
-        LaneSpec("text", sched, BIG_LANE),
-        LaneSpec(sched, "text", BIG_LANE),
+        *_lanes_of(sched, config),
         LaneSpec(first, sched, BIG_LANE),
         LaneSpec(sched, first, BIG_LANE),
         LaneSpec(sched, draws, BIG_LANE),
         *(LaneSpec(first, name, BIG_LANE) for name in followers),
     ]
-    # Without a tokenizer nobody knows what tokens spell: there are no grammars.
-    if not config.skip_tokenizer_init:
-        lanes += [LaneSpec(sched, "fsm", BIG_LANE), LaneSpec("fsm", sched, BIG_LANE)]
     return executors, NodeSpec(sched, (ActorSpec(sched, "actorserve.actors.scheduler:Scheduler"),)), lanes
 
 
@@ -142,23 +182,27 @@ def engine_topology(
     config: EngineConfig,
     fronts: Iterable[NodeSpec],
     placement: Literal["process", "inline"] | None = None,
+    point: MeetingPoint | None = None,
 ) -> Topology:
     """The engine of the configuration with these fronts (`http_front`, `attached_client`), each of one actor.
 
     `placement` (default: the configuration's) moves text, schedulers, fsm and executors between processes of their own
-    and one node "engine" in the supervisor's loop. Fronts are what they are in both.
+    and one node "engine" in the supervisor's loop. Fronts are what they are in both. `point`: where the other machines
+    join, if there are any.
     """
     front_nodes = tuple(fronts)
-    replicas = [_replica(config, number) for number in range(config.dp_size)]
+    replicas = [_replica(config, number) for number in config.replicas_here]
     executors = [node for nodes, _, _ in replicas for node in nodes]
     schedulers = [node for _, node, _ in replicas]
     fsm = [] if config.skip_tokenizer_init else [NodeSpec("fsm", (ActorSpec("fsm", "actorserve.actors.fsm:Fsm"),))]
-    nodes = (*executors, *fsm, *schedulers, NodeSpec("text", (ActorSpec("text", "actorserve.actors.text:Text"),)))
+    elsewhere, bridges = ([], []) if point is None else _elsewhere(config, point)
+    text = NodeSpec("text", (ActorSpec("text", "actorserve.actors.text:Text"),))
+    nodes = (*executors, *fsm, *schedulers, *elsewhere, text)
     if (placement or config.placement) == "inline":
         if len(executors) > 1:
             raise ValueError("executors wait for each other or for a device, so that they need processes of their own")
         nodes = (NodeSpec("engine", tuple(actor for node in nodes for actor in node.actors), kind="inline"),)
-    lanes = [lane for _, _, lanes in replicas for lane in lanes]
+    lanes = [lane for _, _, lanes in replicas for lane in lanes] + bridges
     for node in front_nodes:
         for actor in node.actors:
             lanes += [LaneSpec(actor.name, "text", BIG_LANE), LaneSpec("text", actor.name, BIG_LANE)]
