@@ -9,6 +9,7 @@ import pytest
 
 from actorserve import cli, doctor
 from actorserve.errors import StartupError
+from actorserve.perf.engines import free_port
 
 
 def look(capsys: Any, *flags: str) -> tuple[int, dict[str, tuple[str, str]]]:
@@ -42,6 +43,24 @@ def test_ranks_and_replicas(capsys: Any, model: str) -> None:
     assert code == 0 and found["ranks"][1].startswith("2 processes") and found["replicas"][1].startswith("3 that share")
     code, found = look(capsys, *flags, "--placement", "inline")
     assert code == 1 and found["model"][0] == "fail" and "--dp-size needs --placement process" in found["model"][1]
+
+
+def test_machines(capsys: Any, model: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k" * 32)
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--model", model, "--load-format", "dummy", "--device", "cpu", "--dp-size", "4", "--nnodes", "2"]
+    code, found = look(capsys, *flags)
+    assert code == 1 and found["machines"][0] == "fail" and "--dist-init-addr is needed" in found["machines"][1]
+    flags += ["--dist-init-addr", address, "--node-key-file", str(tmp_path / "key")]
+    code, found = look(capsys, *flags)
+    assert code == 0 and found["machines"][1].startswith(f"node 0 of 2, 2 of 4 replicas; {address} is free")
+    assert found["replicas"][1].startswith("2 that share")
+    code, found = look(capsys, *flags, "--node-rank", "1")
+    assert code == 0 and "port" not in found and f"joins node 0 at {address}" in found["machines"][1]
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+        code, found = look(capsys, *flags)
+    assert code == 1 and "cannot wait for other machines at --dist-init-addr" in found["machines"][1]
+    assert look(capsys, "--dp-size", "1", "--nnodes", "2", "--model", model, "--load-format", "dummy")[0] == 1
 
 
 def test_a_model_that_gives_vectors(capsys: Any, tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def test_replicas_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a replica; 3 of them have 480,000 tokens, and run up to 768 requests at once" in out
 
 
+def test_machines_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("--model qwen2-7b --max-total-tokens 160000 --dp-size 4 --nnodes 2", capsys)
+    assert (code, err) == (0, "") and out.splitlines()[0].endswith("GiB, each of 4 on 2 machines")
+    code, out, err = run("--model qwen2-7b --dp-size 3 --nnodes 2", capsys)
+    assert (code, out) == (2, "") and "--dp-size 3 does not divide by --nnodes 2" in err
+
+
 def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     plan = as_json("--model qwen2-7b --length 100 2000", capsys)
     assert sum(row["bytes"] for row in plan["memory"]) == plan["total"]

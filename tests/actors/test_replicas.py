@@ -158,8 +158,8 @@ def test_views_side_by_side() -> None:
 
 def test_an_order_is_answered_when_all_have() -> None:
     orders = Orders(2)
-    assert orders.ask(Order(1, "flush_cache"), "front.0") == Order(1, "flush_cache")
-    assert orders.ask(Look(2, 101, 10), "front.1") == Look(2, 50, 5), "together as much as was asked for"
+    assert orders.ask(Order(1, "flush_cache"), "front.0", [0, 1]) == Order(1, "flush_cache")
+    assert orders.ask(Look(2, 101, 10), "front.1", [0, 1]) == Look(2, 50, 5), "together as much as was asked for"
     assert orders.answered(Done(1), 1) is None
     assert orders.unanswered(1) == [Look(2, 50, 5)] and len(orders.unanswered(0)) == 2
     assert orders.answered(Done(1), 1) is None, "a scheduler that was asked again may answer again"
@@ -172,7 +172,7 @@ def test_an_order_is_answered_when_all_have() -> None:
 def test_answers_together() -> None:
     def together(question: Any, *replies: Any) -> Any:
         orders = Orders(len(replies))
-        orders.ask(question, "front.0")
+        orders.ask(question, "front.0", range(len(replies)))
         (*_, found) = [orders.answered(reply, number) for number, reply in enumerate(replies)]
         assert found is not None
         return found[1]
@@ -396,3 +396,97 @@ def test_a_front_that_comes_up_hears_of_all_replicas(world: World) -> None:
     world.context.inbox.put_system(PeerUp("front.0", 2))
     world.text.drain()
     assert received(world.front) == [replace(UP, dp_rank=i) for i in range(2)]
+
+
+# ------------------------------------------------------------------ a replica on another machine
+
+
+@pytest.fixture
+def apart() -> Iterator[World]:
+    """Replica 1 is on node 1."""
+    world = World(nnodes=2)
+    yield world
+    world.close()
+
+
+def submits(world: World, number: int) -> list[int]:
+    return [m.rid for m in world.got(number) if isinstance(m, Submit)]
+
+
+def test_what_a_lost_machine_had_goes_to_others(apart: World) -> None:
+    """With the tokens so far, also what had named it; what comes later names it in vain, until it is back."""
+    assert [apart.ask(rid, dp_rank=1) for rid in range(3)] == [1] * 3
+    apart.ask(3, dp_rank=0)
+    nothing = memoryview(b"")
+    row = Tokens(view("q", [1]), view("i", [7]), memoryview(b"\0"), nothing, 0, nothing, nothing)
+    apart.scheds[1].ref("text").post(row)
+    apart.text.drain()
+    apart.text.receive(Abort(2), "front.0")
+    received(apart.front)
+    apart.kill(1)
+    moved = [m for m in apart.got(0) if isinstance(m, Submit)]
+    assert [(m.rid, m.generated.cast("i").tolist() if m.generated else []) for m in moved] == [(0, []), (1, [7])]
+    assert [replica.requests for replica in apart.text.replicas] == [3, 0], "the one that was to end has ended"
+    assert apart.ask(10, dp_rank=1) == 0
+    apart.join(apart.scheds[1])
+    assert submits(apart, 1) == []
+    apart.say(replace(UP, dp_rank=1, windows=1))
+    assert apart.ask(11, dp_rank=1) == 1
+
+
+def test_what_a_lost_machine_had_waits_for_one_that_serves(apart: World) -> None:
+    apart.ask(1, dp_rank=1)
+    apart.say(replace(UP, dp_rank=0, executor_up=False))
+    apart.kill(1)
+    assert submits(apart, 0) == []
+    apart.say(replace(UP, dp_rank=0))
+    assert submits(apart, 0) == [1]
+    # New ones never wait for a machine that is not there.
+    apart.say(replace(UP, dp_rank=0, executor_up=False))
+    assert [apart.ask(10 + rid, first=300 * rid) for rid in range(4)] == [0] * 4
+
+
+def test_what_none_could_take_is_asked_of_the_machine_that_comes_back(apart: World) -> None:
+    apart.ask(1, dp_rank=1)
+    apart.say(replace(UP, dp_rank=0, executor_up=False))
+    apart.kill(1)
+    apart.join(apart.scheds[1])
+    assert submits(apart, 1) == [1] and submits(apart, 0) == []
+
+
+def test_orders_do_not_wait_for_a_lost_machine(apart: World) -> None:
+    apart.front.ref("text").post(Order(1, "flush_cache"))
+    apart.text.drain()
+    apart.scheds[0].ref("text").post(Done(1))
+    apart.text.drain()
+    assert received(apart.front)[-1:] != [Done(1)]
+    apart.kill(1)
+    assert Done(1) in received(apart.front)
+    apart.got(0)
+    apart.front.ref("text").post(Order(2, "pause"))
+    apart.text.drain()
+    apart.scheds[0].ref("text").post(Done(2))
+    apart.text.drain()
+    assert Done(2) in received(apart.front)
+    apart.join(apart.scheds[1])
+    assert [m.action for m in apart.got(1)] == ["pause"], "and it is told what holds"
+
+
+def test_a_machine_that_comes_back_has_no_requests_before_it_has_the_weights(apart: World) -> None:
+    order(apart, Order(1, "update_weights", "/new"))
+    apart.say(*(replace(UP, dp_rank=i, weights="/new") for i in range(2)))
+    apart.kill(1)
+    apart.join(apart.scheds[1])
+    apart.say(replace(UP, dp_rank=1))
+    assert apart.got(1) == [Order(-1, "update_weights", "/new")]
+    assert [apart.ask(rid, dp_rank=1) for rid in range(2)] == [0, 0]
+    apart.scheds[1].ref("text").post(Done(-1))
+    apart.say(replace(UP, dp_rank=1, weights="/new"))
+    assert apart.ask(5, dp_rank=1) == 1
+    # Exchanged while it was away.
+    apart.kill(1)
+    apart.got(0)
+    apart.text.weights = "/newer"
+    apart.join(apart.scheds[1])
+    apart.say(replace(UP, dp_rank=1, weights="/new"))
+    assert apart.got(1) == [Order(-1, "update_weights", "/newer")]

@@ -27,11 +27,13 @@ from actorserve.actors.supervisor import GiveUp, RestartPolicy, Supervisor
 from actorserve.actors.topology import (
     ActorSpec,
     LaneSpec,
+    MeetingPoint,
     NodeSpec,
     Topology,
     attached_client,
     engine_topology,
     http_front,
+    member_topology,
     rank_of,
     replica_of,
     schedulers_among,
@@ -537,6 +539,27 @@ def test_replicas_have_all_of_their_own_but_text_and_fsm() -> None:
     )
     with pytest.raises(ValueError, match="processes of their own"):
         engine_topology(demo_config(dp_size=2), [], "inline")
+
+
+def test_replicas_of_several_machines() -> None:
+    """Node 0 has stand-ins for the schedulers of others, under their names; each of theirs is a topology of its own."""
+    config = demo_config(dp_size=6, nnodes=3)
+    assert [config.machine_of(replica) for replica in range(6)] == [0, 0, 1, 1, 2, 2]
+    point = MeetingPoint(3, {replica: (10 + replica, 20 + replica) for replica in range(2, 6)})
+    head = engine_topology(config, [attached_client()], point=point)
+    away = [node.name for node in head.nodes if node.away]
+    assert away == ["sched.2", "sched.3", "sched.4", "sched.5"]
+    assert {node.name for node in head.nodes} >= {"sched.0", "sched.1", "exec.1.0", "gate", "text", "fsm"}
+    assert "exec.2.0" not in {node.name for node in head.nodes}
+    for name in ("sched.1", "sched.5"):
+        ends = {(lane.source, lane.target) for lane in head.lanes}
+        assert ends >= {("text", name), (name, "text"), ("fsm", name), (name, "fsm")}
+    machine = demo_config(dp_size=6, nnodes=3, node_rank=2)
+    assert list(machine.replicas_here) == [4, 5] and machine.executors == 2
+    member = member_topology(machine, 5)
+    assert [node.name for node in member.nodes] == ["exec.5.0", "sched.5", "link.5"]
+    assert [actor.name for actor in member.nodes[-1].actors] == ["text", "fsm"]
+    assert {(lane.source, lane.target) for lane in member.lanes} >= {("text", "sched.5"), ("sched.5", "fsm")}
 
 
 def test_a_topology_is_checked() -> None:
