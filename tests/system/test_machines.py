@@ -23,7 +23,7 @@ from stub_model import stub_folder
 
 from actorserve.perf.engines import free_port
 
-TIMEOUT = 1.5
+TIMEOUT = 2.5
 KEY = "0123456789abcdef" * 4
 STUB = ["--load-format", "stub", "--stub-step-ms", "4", "--max-total-tokens", "65536"]
 TOKENS = 150
