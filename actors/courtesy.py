@@ -1,10 +1,7 @@
 """Work that begins at once, and gives way to everybody when it takes long: for compilers on the cores of a model.
 
 Used by fsm_worker.py. Each piece of work runs in a thread of its own: priorities are a thread's on Linux, and without
-privileges no thread gets a better one back. Giving way is SCHED_IDLE: a core that has anything else to do leaves such a
-thread at once, where a merely nicer one first takes what its turn is worth. On two cores, beside two streams of
-SmolLM2-135M, tokens then take 1.12 times as long while hostile grammars are compiled; 1.55 with niceness (perf.blowup).
-Where cores are free, or none of it is wasted, nothing is slower for it.
+privileges no thread gets a better one back. Where cores are free, or none of it is wasted, nothing is slower for it.
 Invariant: work begins with the priority of the process, whatever the work before it was; over a long time at most
 REFILL of a core is wasted at that priority, and LEAST a piece.
 """
@@ -23,6 +20,8 @@ LEAST: Final = 0.02
 """The same right after much was wasted."""
 REFILL: Final = 0.01
 """Seconds that are won back in a second."""
+STEP: Final = 10
+"""By how much it is nicer then: beside a thread that wants all of the same core it gets a tenth."""
 
 
 class Courteous:
@@ -82,10 +81,10 @@ class _Thread(threading.Thread, Generic[T]):
             return self.seconds
 
     def give_way(self) -> None:
-        """Have only what nobody else wants; where that is not allowed, it goes on as it is."""
+        """Be nicer; where that is not allowed, it goes on as it is."""
         assert self.native_id is not None
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(self.native_id, os.SCHED_IDLE, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, self.native_id, os.getpriority(os.PRIO_PROCESS, 0) + STEP)
 
     def result(self) -> T:
         """What the work returned; raises what it raised."""
