@@ -12,9 +12,9 @@ comes into shared memory (Primed: 0.94 ms).
 Invariant: a call does no host synchronisation and launches what depends on shapes only, so it can be captured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 import triton
@@ -29,6 +29,7 @@ from .primed_gemm import multiply as multiply_primed
 from .stream_gemm import Stream, multiply
 from .tuned_gemm import TunedGemms, by_torch
 
+T = TypeVar("T")
 EARLY_BYTES: Final = 32 << 20
 """With PDL, the successor of a GEMM with a weight up to this may be launched at once, else when that has been read."""
 FEW_PACKED_ROWS: Final = 16
@@ -116,12 +117,9 @@ cuBLAS cuts this one itself, and launches a kernel that adds up. A step of Qwen2
 """
 
 
-def choose(choices: Choices, rows: int) -> Choice | None:
-    """The tile for this many rows, None for cuBLAS."""
-    for most, tile in choices:
-        if rows <= most:
-            return tile
-    return None
+def choose(choices: Iterable[tuple[int, T]], rows: int) -> T | None:
+    """What a table says of this many rows, None above its last: of `Choices` the tile, None for cuBLAS."""
+    return next((choice for most, choice in choices if rows <= most), None)
 
 
 def unprimed(choices: Choices, which: Callable[[Primed], bool] = lambda primed: True) -> Choices:
@@ -368,7 +366,7 @@ class TritonLinear:
         if isinstance(self.weight, Packed) or self.bias is not None or self.tile(rows) is not None:
             return 1
         outputs, inputs = self.weight.shape
-        return next((parts for most, parts in PARTS.get((outputs, inputs), ()) if rows <= most), 1)
+        return choose(PARTS.get((outputs, inputs), ()), rows) or 1
 
     def in_parts(self, x: Tensor, parts: int) -> Tensor:
         """float32 [parts, T, out]: what each part of the columns adds to the product."""

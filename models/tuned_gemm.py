@@ -88,13 +88,13 @@ class TunedGemms:
         if (rows < FEWEST and rows not in DECODED) or not x.is_contiguous() or x.data_ptr() % 16:
             return None
         product = product_of(rows, weight, bias, result)
-        out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
         if product not in self._plans and rows < FEWEST:
-            self._keep(product, self._plain(product, x, weight, bias, out))
+            self._keep(product, self._plain(product, x, weight, bias))
         chosen = self._plan(product)
         if chosen is None:
             return None
         plan, algorithm = chosen
+        out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
         plan.run(algorithm, x, weight, bias, out)
         return out
 
@@ -157,10 +157,9 @@ class TunedGemms:
         if len(self._plans) > PLANS:
             self._close(self._plans.popitem(last=False)[1])
 
-    def _plain(
-        self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
-    ) -> tuple[Plan, Algorithm] | None:
+    def _plain(self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Plan, Algorithm] | None:
         """Where the library would clear memory before its kernel: its first candidate that is one kernel, no more."""
+        out = torch.empty(product.rows, product.outputs, dtype=product.result, device=x.device)
         plan = Plan(self.library, product)
         for number, candidate in enumerate(plan.candidates()):
             algorithm = plan.algorithm(candidate)
