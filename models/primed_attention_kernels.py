@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primed_kernels import load_block, reinterpreted
+from .primed_kernels import barriers, load_block, reinterpreted
 
 BEYOND = gl.constexpr(1 << 30)
 """A slot that no cache has: what a block loads from there is zero."""
@@ -80,11 +80,8 @@ def attend_kernel(
     vs = gl.allocate_shared_memory(T, [BUFFERS, CHUNK, D], KV)
     queries = gl.allocate_shared_memory(T, [GP, D], KV)
     weights = gl.allocate_shared_memory(T, [GP, CHUNK], gl.NVMMASharedLayout.get_default_for([GP, CHUNK], T))
-    k_bars = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    v_bars = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(k_bars.index(i), count=1)
-        mbarrier.init(v_bars.index(i), count=1)
+    k_bars = barriers(BUFFERS)
+    v_bars = barriers(BUFFERS)
     fence_async_shared()
     for i in gl.static_range(BUFFERS):
         if i < steps:

@@ -38,10 +38,12 @@ def reinterpreted(buffer, shape: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def prepare_barriers(bars, COUNT: gl.constexpr):
-    """Barriers [COUNT, 1] that one arrival and its bytes complete."""
+def barriers(COUNT: gl.constexpr):
+    """New barriers [COUNT, 1] that one arrival and its bytes complete. To be fenced before they are used."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=1)
+    return bars
 
 
 @gluon.jit
@@ -115,8 +117,7 @@ def whole_kernel(
     T: gl.constexpr = x_blocks.dtype
     w = gl.allocate_shared_memory(T, [STEPS, 64, BK], x_blocks.layout)
     x = gl.allocate_shared_memory(T, [STEPS, BM, BK], x_blocks.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    prepare_barriers(bars, 2)
+    bars = barriers(2)
     fence_async_shared()
     HEAD: gl.constexpr = w_blocks.layout
     mbarrier.expect(bars.index(0), 64 * BK * 2 * STEPS)
@@ -191,10 +192,8 @@ def gated_kernel(
     w = gl.allocate_shared_memory(T, [WEIGHTS, BN, BK], w_blocks.layout)
     u = gl.allocate_shared_memory(T, [WEIGHTS, BN, BK], w_blocks.layout)
     x = gl.allocate_shared_memory(T, [INPUTS, BM, BK], x_blocks.layout)
-    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
-    x_bars = gl.allocate_shared_memory(gl.int64, [INPUTS, 1], mbarrier.MBarrierLayout())
-    prepare_barriers(w_bars, WEIGHTS)
-    prepare_barriers(x_bars, INPUTS)
+    w_bars = barriers(WEIGHTS)
+    x_bars = barriers(INPUTS)
     fence_async_shared()
     for i in gl.static_range(WEIGHTS):
         mbarrier.expect(w_bars.index(i), 2 * BN * BK * 2)
@@ -263,10 +262,8 @@ def split_kernel(
     count = (part + 1) * STEPS // SPLIT - begin  # SHARE or one less: then the last step is beyond k, of zeros
     w = gl.allocate_shared_memory(T, [WEIGHTS, BN, BK], w_blocks.layout)
     x = gl.allocate_shared_memory(T, [INPUTS, BM, BK], x_blocks.layout)
-    w_bars = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
-    x_bars = gl.allocate_shared_memory(gl.int64, [INPUTS, 1], mbarrier.MBarrierLayout())
-    prepare_barriers(w_bars, WEIGHTS)
-    prepare_barriers(x_bars, INPUTS)
+    w_bars = barriers(WEIGHTS)
+    x_bars = barriers(INPUTS)
     fence_async_shared()
     for i in gl.static_range(WEIGHTS):
         column = gl.where(i < count, begin + i, STEPS) * BK
