@@ -19,9 +19,8 @@ from .messages import Drain, PeerDown, PeerUp
 from .node_messages import CONTROL, PEERS, Control, Refusal, Serving, Welcome, encode
 from .relay import Relay
 from .sealed import Frame, Keys, LinkLost, SealedSocket
+from .topology import HANDED
 
-HANDED: Final = "handed"
-"""context.files: where the gate's connections come, as descriptors with a Handed each."""
 NAMES: Final = {kind: name for name, kind in PEERS.items()}
 
 

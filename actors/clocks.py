@@ -13,8 +13,8 @@ from .messages import Submit, Timelines, TimelineView
 _submit: Final = msgspec.msgpack.Decoder(Submit)
 _timelines: Final = msgspec.msgpack.Decoder(Timelines)
 _encode: Final = msgspec.msgpack.Encoder().encode
-_SUBMIT: Final = 20
-_TIMELINES: Final = 88
+_SUBMIT: Final = Submit.__struct_config__.tag
+_TIMELINES: Final = Timelines.__struct_config__.tag
 
 
 class Clocks:

@@ -20,9 +20,8 @@ from .machines import differences, facts_of, read_key
 from .messages import SystemMessage
 from .node_messages import CONTROL, VERSION, Join, Refusal, decode, encode
 from .sealed import Keys, LinkLost, SealedSocket, prove_as_head, read_first
+from .topology import MEETING_POINT
 
-MEETING_POINT: Final = "meeting_point"
-"""context.files: the listening socket. Beside it, by the name of each scheduler elsewhere, the way to its bridge."""
 SECONDS: Final = 5.0
 """For saying who one is."""
 PENDING: Final = 64

@@ -16,6 +16,7 @@ from ..config import EngineConfig
 from .messages import NO_STATS, Stats
 from .router import Router
 from .topology import schedulers_among
+from .totals import serves
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +39,7 @@ class Replica:
     @property
     def serves(self) -> bool:
         """Whether all of it is up."""
-        return self.up and self.stats.executor_up and not self.stats.down and not self.stale
+        return self.up and serves(self.stats) and not self.stale
 
     @property
     def away(self) -> bool:

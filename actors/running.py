@@ -211,11 +211,15 @@ class Running(Actor):
         for question in self.orders.unanswered(replica.number):
             self._to_scheduler(replica, question)
 
+    def _ask_for(self, output: Output) -> None:
+        """Ask its replica for (the rest of) it."""
+        self._send_images(output.replica, output.images)
+        self._to_scheduler(output.replica, output.submission())
+
     def _submit_again(self, replica: Replica) -> None:
         """Ask for the rest of what it has, unless that would come of other weights."""
         for output in self._outputs_of(replica) if not replica.stale else ():
-            self._send_images(replica, output.images)
-            self._to_scheduler(replica, output.submission())
+            self._ask_for(output)
 
     def _compare_weights(self, replica: Replica, news: bool) -> None:
         """A machine that was started again has those of its start."""
@@ -237,8 +241,7 @@ class Running(Actor):
             gone.requests -= 1
             replica.requests += 1
             output.replica = replica
-            self._send_images(replica, output.images)
-            self._to_scheduler(replica, output.submission())
+            self._ask_for(output)
 
     def _outputs_of(self, replica: Replica) -> list[Output]:
         return [output for output in self.outputs.values() if output.replica is replica]

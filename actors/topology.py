@@ -17,6 +17,11 @@ Kind = Literal["process", "inline", "attached"]
 MODEL: Final = ("actorserve.actors.executor:Executor", "actorserve.actors.sampler:Sampler")
 """Who runs the model, and who draws."""
 STUB: Final = ("actorserve.actors.stub_executor:StubExecutor", "actorserve.actors.stub_executor:StubSampler")
+HANDED: Final = "handed"
+"""context.files of a bridge: where the gate's connections come, as descriptors with a bridge.Handed each."""
+MEETING_POINT: Final = "meeting_point"
+"""context.files of the gate: the listening socket. Beside it, by the name of each scheduler elsewhere, the way to its
+bridge."""
 MEETING: Final = "meeting"
 """context.files: a listening socket on this machine, the same for all nodes of a group and all their lives."""
 BIG_LANE = 4 << 20
@@ -130,11 +135,11 @@ def _elsewhere(config: EngineConfig, point: MeetingPoint) -> tuple[list[NodeSpec
     for number, (_, receives) in point.channels.items():
         name = f"sched.{number}"
         actor = ActorSpec(name, "actorserve.actors.bridge:Bridge")
-        nodes.append(NodeSpec(name, (actor,), files={"handed": receives}, start_seconds=math.inf, away=True))
+        nodes.append(NodeSpec(name, (actor,), files={HANDED: receives}, start_seconds=math.inf, away=True))
         lanes += _lanes_of(name, config)
     files = {f"sched.{number}": sends for number, (sends, _) in point.channels.items()}
     gate = ActorSpec("gate", "actorserve.actors.gate:Gate")
-    return [NodeSpec("gate", (gate,), files={**files, "meeting_point": point.listen}), *nodes], lanes
+    return [NodeSpec("gate", (gate,), files={**files, MEETING_POINT: point.listen}), *nodes], lanes
 
 
 def _lanes_of(sched: str, config: EngineConfig) -> list[LaneSpec]:

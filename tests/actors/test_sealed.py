@@ -19,7 +19,7 @@ from actorserve.actors import gate
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.bridge import Handed, take_over
 from actorserve.actors.clocks import Clocks
-from actorserve.actors.gate import MEETING_POINT, Gate
+from actorserve.actors.gate import Gate
 from actorserve.actors.lane import MAX_MESSAGE, LaneReceiver, LaneSender, create_lane
 from actorserve.actors.link import StandIn
 from actorserve.actors.machines import facts_of
@@ -49,6 +49,7 @@ from actorserve.actors.sealed import (
     prove_as_head,
     prove_as_member,
 )
+from actorserve.actors.topology import MEETING_POINT
 from actorserve.config import EngineConfig, ModelInfo
 from actorserve.sampler.params import SamplingParams
 
