@@ -13,6 +13,7 @@ import anyio
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from processes import is_alive
 
 import actorserve
 from actorserve.actors import embedded_host, embedded_root
@@ -342,13 +343,6 @@ def children(pid: int) -> set[int]:
         for child in map(int, task.read_text().split()):
             found |= {child} | children(child)
     return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 async def check_answer(engine):

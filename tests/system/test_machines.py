@@ -19,6 +19,7 @@ import pytest
 import tiny
 from live_load import LiveLoad
 from live_server import LiveServer, live_server, wait_until
+from processes import is_alive
 from stub_model import stub_folder
 
 from actorserve.perf.engines import free_port
@@ -152,13 +153,6 @@ def generate(server: LiveServer, **more: Any) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     found: dict[str, Any] = reply.json()
     return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_two_machines_say_what_one_says(cluster: Cluster, other: Machine, wanted: list[Any]) -> None:
