@@ -155,7 +155,7 @@ def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch
     table = ops.rotation(positions, inverse_frequencies(rope).to(DEVICE), rope, dtype)
     case.q = ops.qk_norm_rope_and_write(heads.clone(), None, 0.0, table, spec, slots, case.kv.rows[0])
     expected, written = case.expected(), case.kv.rows[0][slots].clone()
-    plan = TritonAttention(launch).plan(case.batch, case.kv, spec)
+    plan = replace(TritonAttention(launch).plan(case.batch, case.kv, spec), pdl=False)
     assert plan.rotates
     first, owned = at[0], set(torch.cat(case.parts).tolist())
     scratch = next(page for page in range(case.kv.num_pages) if page not in owned) * PAGE
@@ -170,13 +170,17 @@ def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch
 
 
 def test_who_rotates() -> None:
-    """Not beside chunks, nor into a cache that saturates; nor are heads left that no attention rotates."""
+    """Not beside chunks, with PDL, nor into a cache that saturates; nor are heads left that no attention rotates."""
     spec = replace(spec_of(2, 1, 64), rope=Rope(1e4, 64))
     case, backend = Case(spec, torch.float16, [5, 40], [(0, 20)]), TritonAttention()
     rows = Case(spec, torch.float16, [5, 40], [])
     narrow = KVCache(spec, rows.kv.num_pages, PAGE, DEVICE, torch.float8_e4m3fn, torch.float16)
-    assert backend.plan(rows.batch, rows.kv, spec).rotates
-    assert not backend.plan(case.batch, case.kv, spec).rotates and not backend.plan(rows.batch, narrow, spec).rotates
+    plain, beside, saturating = (
+        replace(backend.plan(one.batch, kv, spec), pdl=False)
+        for one, kv in ((rows, rows.kv), (case, case.kv), (rows, narrow))
+    )
+    assert plain.rotates and not replace(plain, pdl=True).rotates
+    assert not beside.rotates and not saturating.rotates
     ops, x, weight = TritonOps(DEVICE), torch.randn(2, 32, device=DEVICE), torch.randn(256, 32, device=DEVICE)
     qkv, table = ops.linear(weight, None), torch.randn(2, 2, 32, device=DEVICE)
     slots, cache = torch.arange(2, device=DEVICE), torch.zeros(2, 2, 1, 64, device=DEVICE)
