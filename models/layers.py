@@ -230,7 +230,8 @@ class TorchOps:
     """Ops in plain torch. With `compiled`, functions are fused by torch.compile (--enable-torch-compile)."""
 
     def __init__(self, compiled: bool = False) -> None:
-        wrap: Callable[[Any], Any] = torch.compile(dynamic=True) if compiled else lambda f: f
+        # not dynamic=True: then a model's own dimensions are symbols too, which takes minutes and makes slower kernels
+        wrap: Callable[[Any], Any] = torch.compile() if compiled else lambda f: f
         self._rotation, self._rms_norm, self._add_rms_norm = wrap(rotation_table), wrap(rms_norm), wrap(add_rms_norm)
         self._qk_norm, self._rope_and_write, self._act_mul = wrap(qk_norm_), wrap(rope_and_write), wrap(act_mul)
 
