@@ -8,6 +8,7 @@ covers all of them.
 from .budget import Budget
 from .canonical import Encode
 from .dfa import determinise
+from .lengths import least_states
 from .minimise import minimise
 from .nfa import build_nfa
 from .pattern import parse_pattern
@@ -22,6 +23,7 @@ def compile_bytes(node: Node, budget: Budget) -> ByteDfa:
 
     Raises EmptyLanguage: nothing matches. BudgetError: too large or too slow.
     """
+    budget.need_dfa_states(least_states(node))  # what is hopeless by arithmetic alone takes no time
     nfa = build_nfa(node, budget)
     return lower(minimise(determinise(nfa, budget), budget), budget)
 

@@ -1,5 +1,5 @@
 """How long the texts of a syntax tree are, whether one text is among them, and the part of a tree within length bounds.
-Used by shapes.py for constants and json_schema.py for minLength and maxLength beside a pattern or format.
+Used by shapes.py for constants, json_schema.py for minLength and maxLength beside a pattern or format, and compiler.py.
 
 Lengths count characters. Invariant: `within` is exact; where it would need to multiply the tree out, it says so.
 """
@@ -31,6 +31,22 @@ def span(node: Node) -> Span | None:
             if inner is None:
                 return None if low else (0, 0)
             return inner[0] * low, _times(inner[1], high)
+
+
+def least_states(node: Node) -> int:
+    """How many states every automaton of this language has at least; found without multiplying repeats out.
+
+    The states along its longest text differ in how much may still come at most; where texts have no greatest length,
+    those along its shortest one in how much must still come.
+    """
+    try:
+        lengths = span(node)
+    except RecursionError:  # nfa.py has a limit of its own, and says so
+        return 0
+    if lengths is None:
+        return 0
+    low, high = lengths
+    return 1 + (low if high is None else high)
 
 
 def _sum(parts: tuple[Node, ...]) -> Span | None:

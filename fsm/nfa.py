@@ -4,9 +4,13 @@ Used by dfa.py. A state is a position of the unrolled expression: a character, o
 next (the follow automaton of Glushkov, "The abstract theory of automata", 1961, seen from the other side of the
 character). Positions are made from the end of the expression to its start, each with the set of what may come after it,
 so there is nothing to eliminate; x{0,n} becomes (x(x(...)?)?)?, whose sets stay small; and what ends alike, as the
-options of many schemas do, is made once. Invariant: from every position a match can be completed.
+options of many schemas do, is made once. Where one position of a set accepts all that another one does, the other one
+is left out: what counted repeats leave then is the one that may still repeat most often, and a repeat of repeats has
+as many sets as it has lengths, not as it has ways to get there (subsumption as in De Wulf et al., "Antichains: a new
+algorithm for checking universality of finite automata", 2006). Invariant: from every position a match can be completed.
 """
 
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,6 +24,12 @@ FINAL: Final = 0
 MAX_DEPTH: Final = 200
 MAX_FOLLOW: Final = 1_000_000
 """Members of all sets together."""
+TOPS: Final = 4
+"""Chains per charset that a new position is compared with."""
+MAX_COMPARED: Final = 200_000
+"""Members of all sets that are compared; positions that come later are not."""
+NEVER: Final = -1 << 40
+"""Below all positions and loops."""
 
 Positions = frozenset[int]
 END: Final[Positions] = frozenset({FINAL})
@@ -34,6 +44,24 @@ class Nfa:
     charset: list[int]
     follow: list[Positions]
     charsets: list[Ranges]
+    chain: dict[int, int]
+    """Of two positions with the same one the later accepts all that the earlier one does. It is the first of them."""
+    above: set[int]
+    """The positions that are not the first of their chains."""
+
+    def reduced(self, positions: Positions) -> Positions:
+        """The same without those that others make superfluous."""
+        return positions if self.above.isdisjoint(positions) else _highest(positions, self.chain)
+
+
+def _highest(positions: Positions, chain: dict[int, int]) -> Positions:
+    """The last one of each chain."""
+    last: dict[int, int] = {}
+    for position in positions:
+        of = chain[position]
+        if last.get(of, position) <= position:
+            last[of] = position
+    return positions if len(last) == len(positions) else frozenset(last.values())
 
 
 @dataclass(slots=True)
@@ -42,6 +70,8 @@ class _Builder:
     charset: list[int] = field(default_factory=lambda: [-1])
     follow: list[Positions] = field(default_factory=lambda: [NONE])
     numbers: dict[Ranges, int] = field(default_factory=dict)
+    by_id: dict[int, int] = field(default_factory=dict)
+    """The same by the ids of the tree's ranges: those of all letters take longer to hash than a position to make."""
     letters: dict[str, int] = field(default_factory=dict)
     made: dict[tuple[int, Positions], Positions] = field(default_factory=dict)
     """By charset and what follows: the set of that position alone."""
@@ -49,8 +79,15 @@ class _Builder:
     """By body and what follows the loop: where x* and x+ begin."""
     loops: list[Positions] = field(default_factory=lambda: [NONE])
     """Member -i of a set stands for all of loops[i]: where the body of a starred expression is entered again."""
+    chain: dict[int, int] = field(default_factory=lambda: {FINAL: FINAL})
+    """As Nfa.chain; what stands for a loop is a chain of its own."""
+    above: set[int] = field(default_factory=set)
+    """Positions that are not the first of their chains."""
+    tops: defaultdict[int, deque[int]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=TOPS)))
+    """By charset: the last positions of some chains, lately met ones first."""
     steps: int = 0
     members: int = 0
+    compared: int = 0
 
     def build(self, node: Node, then: Positions, depth: int = 0) -> Positions:
         """Returns where `node` followed by `then` begins; empty if nothing matches that."""
@@ -98,6 +135,7 @@ class _Builder:
         if found is None:
             loop = len(self.loops)
             self.loops.append(NONE)
+            self.chain[-loop] = -loop
             again = self.build(node, frozenset({-loop}), depth)
             self.loops[loop] = self._union(again, then)
             found = self.stars[node, then] = frozenset({-loop}), again
@@ -110,7 +148,7 @@ class _Builder:
                 code = ord(character)
                 if SURROGATES[0] <= code <= SURROGATES[1]:
                     return NONE
-                number = self.letters[character] = self._number(((code, code),))
+                number = self.letters[character] = self.numbers.setdefault(((code, code),), len(self.numbers))
             then = self._position(number, then)
         return then
 
@@ -121,17 +159,42 @@ class _Builder:
             self.budget.need_nfa_states(position)
             self.charset.append(number)
             self.follow.append(then)
+            self.chain[position] = self._chain(position, number, then)
             found = self.made[number, then] = frozenset({position})
         return found
 
+    def _chain(self, position: int, number: int, then: Positions) -> int:
+        """The chain of a new position, which is the last one of it."""
+        tops, chain = self.tops[number], self.chain
+        alone = len(then) == 1 and self.above.isdisjoint(then)  # it is above nothing, or would have been made before
+        if not alone and self.compared < MAX_COMPARED:
+            last = {chain[one]: one for one in then}
+            for place, top in enumerate(tops):
+                other = self.follow[top]
+                if len(other) > len(then):
+                    continue
+                self.compared += len(then)
+                for one in other:
+                    if last.get(chain[one], NEVER) < one:
+                        break
+                else:
+                    del tops[place]
+                    tops.appendleft(position)
+                    self.above.add(position)
+                    return chain[top]
+        tops.appendleft(position)
+        return position
+
     def _number(self, ranges: Ranges) -> int:
-        return self.numbers.setdefault(ranges, len(self.numbers))
+        number = self.by_id.get(id(ranges))
+        if number is None:
+            number = self.by_id[id(ranges)] = self.numbers.setdefault(ranges, len(self.numbers))
+        return number
 
     def _union(self, *sets: Positions) -> Positions:
-        some = [s for s in sets if s]
-        if len(some) < 2:
-            return some[0] if some else NONE
-        union = frozenset().union(*some)
+        union = NONE.union(*sets)
+        if not self.above.isdisjoint(union):
+            union = _highest(union, self.chain)
         self._count(union)
         return union
 
@@ -155,13 +218,13 @@ class _Builder:
                     new = self.loops[-waiting.pop()] - seen
                     seen |= new
                     waiting += [p for p in new if p < 0]
-                found = known[positions] = frozenset(p for p in seen if p >= 0)
+                found = known[positions] = _highest(frozenset(p for p in seen if p >= 0), self.chain)
                 self._count(found)
                 self.budget.check()
             return found
 
         follow = [resolve(positions) for positions in self.follow]
-        return Nfa(resolve(start), self.charset, follow, list(self.numbers))
+        return Nfa(resolve(start), self.charset, follow, list(self.numbers), self.chain, self.above)
 
 
 def build_nfa(node: Node, budget: Budget) -> Nfa:

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actorserve.fsm import reference
+from actorserve.fsm import compiler, nfa, reference
 from actorserve.fsm.budget import Budget
 from actorserve.fsm.compiler import compile_bytes, compile_pattern
 from actorserve.fsm.dfa import determinise
 from actorserve.fsm.errors import BudgetError, EmptyLanguage, GrammarError
+from actorserve.fsm.lengths import least_states
 from actorserve.fsm.minimise import components, minimise
 from actorserve.fsm.nfa import build_nfa
 from actorserve.fsm.pattern import parse_pattern
@@ -183,19 +184,90 @@ def test_nothing_matches(pattern: str) -> None:
     ("node", "resource"),
     [
         (parse_pattern("(a|b)*a(a|b){30}"), "dfa states"),
-        (parse_pattern("((a{1,100}){1,100}){1,100}"), "nfa states"),
-        (parse_pattern(".{1,100000}"), "dfa states"),
-        (parse_pattern("(a?b?c?){0,2000}"), "nfa transitions"),
-        (parse_pattern("[ab]{4000000000}"), "nfa states"),
+        (parse_pattern("z*((a{1,100}){1,100}){1,100}"), "nfa states"),
+        (parse_pattern("z*(a?b?c?){0,20000}"), "nfa transitions"),
         (parse_pattern("\\w{1,500}"), "dfa states"),
-        (Text("x" * 200_000), "nfa states"),
-        (parse_pattern("([a-z]{1,100} ?){0,100}x"), "positions in dfa states"),
+        (
+            parse_pattern(f"[ab]*({'|'.join(f'a[ab]{{30}}{c}' for c in 'cdefghijklmnopqrst')})"),
+            "positions in dfa states",
+        ),
     ],
 )
 def test_blow_ups_are_refused_soon(node: Node, resource: str) -> None:
     with pytest.raises(BudgetError) as caught:
         compile_bytes(node, Budget(seconds=100))  # they would take hours
     assert caught.value.resource == resource and resource in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("node", "least"),
+    [
+        (parse_pattern("((a{1,100}){1,100}){1,100}"), 1_000_001),
+        (parse_pattern(".{1,100000}|b"), 100_001),
+        (parse_pattern("([ab]{4000000000})*c[ab]{4000000000}"), 4_000_000_002),
+        (Text("x" * 200_000), 200_001),
+    ],
+)
+def test_hopeless_by_arithmetic_is_refused_at_once(node: Node, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written out."""
+    monkeypatch.setattr(compiler, "build_nfa", None)
+    assert least_states(node) == least
+    with pytest.raises(BudgetError) as caught:
+        compile_bytes(node, Budget())
+    assert caught.value.resource == "dfa states"
+
+
+@settings(max_examples=examples(200, 80), deadline=None)
+@given(nodes())
+def test_no_automaton_has_fewer_states(node: Node) -> None:
+    try:
+        positions = build_nfa(node, Budget())
+    except EmptyLanguage:
+        return
+    assert least_states(node) <= len(minimise(determinise(positions, Budget()), Budget()).final)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "states"),
+    [
+        ("([a-z]{1,10} ?){0,40}x", 842),
+        ("(ab?c?){0,500}", 1500),
+        (r"(\w{1,20}(, )?){1,20}", 441),
+        ("((a{1,9} ?){1,9}b?){1,9}", 1000),
+    ],
+)
+def test_repeats_of_repeats_have_a_state_per_length(pattern: str, states: int) -> None:
+    """Not one per way to get there."""
+    large = determinise(build_nfa(parse_pattern(pattern), Budget()), Budget())
+    assert len(large.final) <= states * 1.01
+
+
+def repeats() -> st.SearchStrategy[Node]:
+    """Repeats of repeats of few letters, which overlap in many ways."""
+    leaves = st.sampled_from(["a", "b", "[ab]", "[abc]", "ab", "ba"]).map(parse_pattern)
+    counts = st.sampled_from([(0, 1), (0, 3), (1, 3), (2, 4), (3, 3), (0, None), (1, None)])
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.builds(lambda n, bounds: Repeat(n, *bounds), inner, counts),
+            st.builds(Concat, st.lists(inner, min_size=2, max_size=3).map(tuple)),
+            st.builds(Choice, st.lists(inner, min_size=2, max_size=3).map(tuple)),
+        ),
+        max_leaves=8,
+    )
+
+
+@settings(max_examples=examples(1000, 200), deadline=None)
+@given(repeats())
+def test_what_is_left_out_of_sets_changes_no_language(node: Node) -> None:
+    def minimal() -> ByteDfa:
+        return compile_bytes(node, Budget())
+
+    found = minimal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nfa, "MAX_COMPARED", -1)
+        expected = minimal()
+    assert np.array_equal(found.delta, expected.delta) and np.array_equal(found.final, expected.final)
 
 
 def test_deep_trees_are_refused() -> None:
