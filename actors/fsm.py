@@ -183,6 +183,8 @@ class Fsm(Actor):
         try:
             if warm:
                 await self._warm_up(worker)
+                if self.mother.refusal is None and self.mother.setup.backend != "fsm":
+                    self.context.nursery.start_soon(self.matches.warm_up)
             while True:
                 work = await self._next_work(number)
                 started = trio.current_time()

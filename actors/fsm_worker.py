@@ -24,6 +24,7 @@ from .courtesy import Courteous
 from .messages import GrammarSpec
 
 if TYPE_CHECKING:
+    from ..fsm.budget import Budget
     from ..fsm.matcher import Matchers
     from ..fsm.syntax import Node
     from ..models.tokenizer import Tokenizer
@@ -32,9 +33,9 @@ TABLE_BYTES: Final = 16 << 20
 """Most of a grammar's transitions: a lane and a GPU take them."""
 MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
-GRACE: Final = 0.4
+GRACE: Final = 0.2
 """Seconds beyond a grammar's own: after them its compiler is killed."""
-TABLE_SHARE: Final = 0.7
+TABLE_SHARE: Final = 0.6
 """Of a grammar's seconds: for its table, where llguidance may take what needs longer."""
 WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
 LENGTH: Final = struct.Struct("<I")
@@ -95,6 +96,8 @@ class Guidance(msgspec.Struct, frozen=True, array_like=True):
     """What MadeText and Translated say, as JSON: a grammar of llguidance's, and what comes before it."""
 
     grammar: str
+    items: int
+    """As Matchers.new takes them."""
     thoughts: Thoughts | None = None
 
 
@@ -157,16 +160,21 @@ class Compiler:
         from ..fsm.shapes import Unsupported
 
         refusal: GrammarError | None = None
+        node: Node | None = None
         end = time.monotonic() + self.seconds + GRACE
         if self.backend != "llguidance":
+            budget = self._budget()
             try:
-                return self._table(spec)
+                if spec.kind == "regex":
+                    budget.need_pattern(len(spec.text))
+                node = syntax_of(spec)
+                return self._table(spec, node, budget)
             except (BudgetError, NotRegular, Unsupported) as error:
                 if self.matchers is None:
                     raise
                 refusal = error
         try:
-            return self._translated(spec, end)
+            return self._translated(spec, node, end)
         except GrammarError as error:
             if refusal is None or isinstance(refusal, NotRegular):
                 raise
@@ -174,37 +182,39 @@ class Compiler:
                 refusal.message += f"; llguidance: {error.message}"
             raise refusal from error
 
-    def _table(self, spec: GrammarSpec) -> Made:
+    def _budget(self) -> "Budget":
         from ..fsm.budget import Budget
-        from ..fsm.compiler import compile_pattern, compile_tokens
-        from ..fsm.thoughts import Tables, after_thoughts
 
         share = 1.0 if self.matchers is None else TABLE_SHARE
-        budget = Budget(seconds=share * self.seconds, table_bytes=TABLE_BYTES)
-        if spec.kind == "regex":
-            table = compile_pattern(spec.text, self.tables, self._spell, budget)
-        else:
-            table = compile_tokens(syntax_of(spec), self.tables, self._spell, budget)
+        return Budget(seconds=share * self.seconds, table_bytes=TABLE_BYTES)
+
+    def _table(self, spec: GrammarSpec, node: "Node", budget: "Budget") -> Made:
+        from ..fsm.compiler import compile_tokens
+        from ..fsm.thoughts import Tables, after_thoughts
+
+        table = compile_tokens(node, self.tables, self._spell, budget)
         arrays = Tables(table.token_class, table.transitions, table.canonical)
         if spec.thoughts is not None:
             arrays = after_thoughts(arrays, spec.thoughts, self.tables.place >= 0)
         return Made(*(array.tobytes() for array in arrays))
 
-    def _translated(self, spec: GrammarSpec, end: float) -> MadeText:
-        """Raises GrammarError also for what the library refuses, and where the request's own matcher, which takes as
-        long as this one, would come after `end`."""
+    def _translated(self, spec: GrammarSpec, node: "Node | None", end: float) -> MadeText:
+        """`node`: its tree, where that is known. Raises GrammarError also for what the library refuses, and where the
+        request's own matcher, which takes as long as this one, would come after `end`."""
         import numpy as np
 
         from ..fsm.errors import BudgetError
+        from ..fsm.matcher import CHARACTER_ITEMS, ITEMS
 
         assert self.matchers is not None
-        grammar = translation(spec, frozenset(self.tokenizer.control.tokens))
+        grammar = translation(spec, frozenset(self.tokenizer.control.tokens), node)
+        items = CHARACTER_ITEMS if spec.kind == "ebnf" else ITEMS
         began = time.monotonic()
-        self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
+        self.matchers.new(grammar, items=items).fill(np.zeros(self.matchers.words, np.int32))
         now = time.monotonic()
         if now + (now - began) > end:
             raise BudgetError("seconds", self.seconds)
-        return MadeText(msgspec.json.encode(Guidance(grammar, spec.thoughts)).decode())
+        return MadeText(msgspec.json.encode(Guidance(grammar, items, spec.thoughts)).decode())
 
     def _spell(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -236,21 +246,21 @@ def syntax_of(spec: GrammarSpec) -> "Node":
             raise NotRegular("it is for llguidance: the server runs with --grammar-backend fsm")
 
 
-def translation(spec: GrammarSpec, special: frozenset[str]) -> str:
-    """A grammar as llguidance has it. Raises GrammarError."""
+def translation(spec: GrammarSpec, special: frozenset[str], node: "Node | None" = None) -> str:
+    """A grammar as llguidance has it. `node`: what syntax_of made of it, where it did. Raises GrammarError."""
     from ..fsm.guidance import ebnf_grammar, grammar_of, json_grammar
     from ..fsm.spelling import policy
     from ..fsm.structural_tag import tag_grammar
 
     match spec.kind:
         case "json_schema":
-            return json_grammar(msgspec.json.decode(spec.text), policy(spec.whitespace))
+            return json_grammar(msgspec.json.decode(spec.text), policy(spec.whitespace), checked=node is not None)
         case "ebnf":
             return ebnf_grammar(spec.text)
         case "structural_tag":
             return tag_grammar(msgspec.json.decode(spec.text), special)
         case _:
-            return grammar_of(syntax_of(spec))
+            return grammar_of(syntax_of(spec) if node is None else node)
 
 
 def make_matchers(tokenizer: "Tokenizer", setup: Setup) -> "Matchers":
@@ -324,10 +334,12 @@ def be_born(
 def serve(channel: socket.socket, compiler: Compiler, saved: float) -> None:
     """Answer until the other end closes."""
     courteous = Courteous(saved)
+    gc.disable()  # trees and sets hold no cycles, and looking for some would be half of the time: that is done behind
     while (head := _received(channel, LENGTH.size)) != b"":
         job = _decode_job(_received(channel, LENGTH.unpack(head)[0]))
         answer = courteous.do(partial(compiler.compile, job.spec), without_table)
         channel.sendall(framed(answer))
+        gc.collect()
 
 
 def _received(channel: socket.socket, size: int) -> bytes:

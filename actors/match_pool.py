@@ -82,6 +82,10 @@ class MatchPool:
             nursery.start_soon(self._fill, number, limiter)
         nursery.start_soon(self._answer)
 
+    async def warm_up(self) -> None:
+        """Have what makes matchers, before somebody waits for it: half a second."""
+        await trio.to_thread.run_sync(self._ready, abandon_on_cancel=True)
+
     def follow(self, m: Match, scheduler: str) -> None:
         """Take a request's tokens in; the answer follows."""
         if not m.start:
@@ -151,16 +155,21 @@ class MatchPool:
         except Exception as error:  # a fault of the library's is this request's alone
             job.error = ActorserveError(f"the grammar's parser failed: {type(error).__name__}: {error}"[:400])
 
-    def _prototype(self, grammar: str) -> "AnyMatcher":
+    def _ready(self) -> "Matchers":
         with self._lock:
             if self._matchers is None:
                 from ..models.tokenizer import load_tokenizer
 
                 self._matchers = make_matchers(load_tokenizer(self._setup.tokenizer), self._setup)
+            return self._matchers
+
+    def _prototype(self, grammar: str) -> "AnyMatcher":
+        matchers = self._ready()
+        with self._lock:
             found = self._prototypes.get(grammar)
             if found is None:
                 guidance = decode_guidance(grammar)
-                found = self._prototypes[grammar] = self._matchers.new(guidance.grammar, guidance.thoughts)
+                found = self._prototypes[grammar] = matchers.new(guidance.grammar, guidance.thoughts, guidance.items)
                 if len(self._prototypes) > PROTOTYPES:
                     self._prototypes.popitem(last=False)
             self._prototypes.move_to_end(grammar)

@@ -45,28 +45,32 @@ class _Determiniser:
         self.masks = [sum(1 << c for c in members.tolist()) for members in alphabet.members]
         self.cells_of: dict[tuple[int, ...], _Cells] = {}
         self.states: dict[Positions, int] = {nfa.start: 0}
+        """By their sets, and by sets that are one of these once what is superfluous is left out."""
+        self.queue = [nfa.start]
+        """The set of each state."""
         self.sources: list[int] = []
         self.labels: list[int] = []
         self.targets: list[int] = []
 
     def run(self) -> None:
-        queue = [self.nfa.start]
-        members = 0
+        queue, members = self.queue, 0
         for source, positions in enumerate(queue):
             if source & 0x7F == 0:
                 self.budget.check()
             groups = self._groups(positions)
             for mask, numbers in self._cells(groups):
                 follows = groups[numbers[0]] if len(numbers) == 1 else [f for n in numbers for f in groups[n]]
-                target = follows[0] if len(follows) == 1 else self.nfa.reduced(frozenset().union(*follows))
-                state = self.states.get(target)
+                union = follows[0] if len(follows) == 1 else frozenset().union(*follows)
+                state = self.states.get(union)
                 if state is None:
-                    state = self.states[target] = len(queue)
-                    self.budget.need_dfa_states(state + 1)
-                    members += len(target)
+                    target = self.nfa.reduced(union)
+                    state = self.states[union] = self.states.setdefault(target, len(queue))
+                    members += len(union)
                     if members > MAX_MEMBERS:
                         raise BudgetError("positions in dfa states", MAX_MEMBERS)
-                    queue.append(target)
+                    if state == len(queue):
+                        self.budget.need_dfa_states(state + 1)
+                        queue.append(target)
                 self.sources.append(source)
                 self.labels.append(mask)
                 self.targets.append(state)
@@ -125,9 +129,9 @@ def determinise(nfa: Nfa, budget: Budget) -> CharDfa:
     counts = lengths[label]
     column = ranges(starts[label], starts[label] + counts)
     classes = np.array([c for m in members for c in m], np.int64)[column]
-    delta = np.full((len(work.states), alphabet.size), -1, np.int32)
+    delta = np.full((len(work.queue), alphabet.size), -1, np.int32)
     delta[np.repeat(np.array(work.sources, np.int64), counts), classes] = np.repeat(np.array(work.targets), counts)
-    final = np.fromiter((FINAL in positions for positions in work.states), np.bool_, len(work.states))
+    final = np.fromiter((FINAL in positions for positions in work.queue), np.bool_, len(work.queue))
     return CharDfa(delta, final, alphabet)
 
 

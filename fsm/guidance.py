@@ -6,6 +6,7 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,7 @@ REFUSED: Final = (TRIVIAL.keys() | {"uniqueItems"}) - {"patternProperties"}
 SILENT: Final = frozenset("then else minContains maxContains".split())
 """Without `if` and `contains`, which are refused. llguidance would refuse them too."""
 
+_NO_WORD: Final = re.compile("[^0-9A-Za-z]", re.DOTALL)
 _SCHEMAS: Final = frozenset(
     "items additionalItems additionalProperties contains propertyNames not if then else".split()
 )
@@ -49,12 +51,13 @@ def ebnf_grammar(text: str) -> str:
     return str(llguidance.LLMatcher.grammar_from_lark(lark))
 
 
-def json_grammar(schema: Any, whitespace: Whitespace = DEFAULT) -> str:
-    """The values of a JSON schema as a grammar. Raises as `prepared` does, and Unsupported for other whitespace than
-    separators.
+def json_grammar(schema: Any, whitespace: Whitespace = DEFAULT, checked: bool = False) -> str:
+    """The values of a JSON schema as a grammar. `checked`: schema_to_syntax has taken it.
+
+    Raises as `prepared` does, and Unsupported for other whitespace than separators.
     """
     options = json_options(whitespace)
-    return str(llguidance.LLMatcher.grammar_from_json_schema(prepared(schema, ""), overrides=options))
+    return str(llguidance.LLMatcher.grammar_from_json_schema(prepared(schema, "", checked), overrides=options))
 
 
 def json_options(whitespace: Whitespace = DEFAULT) -> "JsonCompileOptions":
@@ -70,15 +73,16 @@ def json_options(whitespace: Whitespace = DEFAULT) -> "JsonCompileOptions":
     }
 
 
-def prepared(schema: Any, pointer: str) -> dict[str, Any]:
+def prepared(schema: Any, pointer: str, checked: bool = False) -> dict[str, Any]:
     """A schema as llguidance is to read it: patterns in our words, since dialects differ; undeclared members left out
     where silence would admit them, as in json_schema.py; without the client's own options for llguidance.
 
     Raises SchemaError where json_schema.py knows that the schema is invalid or contradictory; Unsupported for keywords
     that nobody obeys. Pointers begin at `pointer`.
     """
-    with contextlib.suppress(Unsupported):  # that is why we are asked
-        schema_to_syntax(schema)
+    if not checked:
+        with contextlib.suppress(Unsupported):  # that is why we are asked
+            schema_to_syntax(schema)
     if isinstance(schema, bool):
         return {}  # false is a contradiction
     close = _closable(schema)
@@ -113,7 +117,7 @@ def rust_pattern(node: Node) -> str:
 def _pieces(node: Node) -> Iterator[str]:
     match node:
         case Text(text):
-            yield "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+            yield _NO_WORD.sub(lambda found: f"\\x{{{ord(found[0]):x}}}", text)
         case Chars(ranges):
             yield char_class(ranges)
         case Concat(parts):

@@ -18,13 +18,12 @@ from .thoughts import ThinkingMatcher
 
 Int32Array = npt.NDArray[np.int32]
 
-LIMITS: Final = llguidance.LLParserLimits(
-    # The library's own, but for the items of a step, since GBNF is parsed character by character (gbnf.py): at 20,000
-    # a millisecond 50 ms; and for memory: lexer states take up to 2 kB each.
-    step_max_items=1_000_000,
-    max_lexer_states=50_000,
-    verbose_errors=False,
-)
+ITEMS: Final = 50_000
+"""The library's own limit of a parser's items in a step; what is forced is looked at so far ahead: milliseconds."""
+CHARACTER_ITEMS: Final = 1_000_000
+"""For GBNF, which is parsed character by character (gbnf.py): at 20,000 a millisecond 50 ms."""
+LEXER_STATES: Final = 50_000
+"""They take up to 2 kB each."""
 
 
 class _Tokens:
@@ -82,12 +81,13 @@ class Matchers:
         self._text = np.packbits(bits, bitorder="little").view(np.int32)
         """The mask of all tokens that are text."""
 
-    def new(self, grammar: str, thoughts: Thoughts | None = None) -> "AnyMatcher":
-        """Return a matcher at the beginning, behind thoughts if there are any.
+    def new(self, grammar: str, thoughts: Thoughts | None = None, items: int = ITEMS) -> "AnyMatcher":
+        """Return a matcher at the beginning, behind thoughts if there are any; `items`: what a step may take.
 
         Raises GrammarError: malformed, too large, or nothing matches.
         """
-        made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        limits = llguidance.LLParserLimits(step_max_items=items, max_lexer_states=LEXER_STATES, verbose_errors=False)
+        made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if made.is_error():
             raise _error(made, GrammarError)
         matcher = Matcher(made, self.words)

@@ -56,11 +56,8 @@ class Nfa:
 
 def _highest(positions: Positions, chain: dict[int, int]) -> Positions:
     """The last one of each chain."""
-    last: dict[int, int] = {}
-    for position in positions:
-        of = chain[position]
-        if last.get(of, position) <= position:
-            last[of] = position
+    ascending = sorted(positions)
+    last = dict(zip(map(chain.__getitem__, ascending), ascending, strict=True))
     return positions if len(last) == len(positions) else frozenset(last.values())
 
 

@@ -5,7 +5,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -38,8 +38,10 @@ from actorserve.models.tokenizer import load_tokenizer
 from actorserve.perf.blowup import LARGE, WRONG
 from actorserve.sampler.grammar import Grammars
 
-SLOW = "([a-z]{1,40} ?){0,300}x"
-"""Takes seconds."""
+Placement = Literal["inline", "process"]
+Backend = Literal["auto", "fsm"]
+SLOW = r"(\w{1,40} ?){0,300}x"
+"""Takes a second, until its states are too many."""
 
 
 def regex(text: str) -> GrammarSpec:
@@ -49,8 +51,8 @@ def regex(text: str) -> GrammarSpec:
 class Bench:
     """An fsm actor in this loop, and the scheduler's end of its lanes."""
 
-    def __init__(self, folder: str, seconds: float) -> None:
-        config = EngineConfig(placement="inline", grammar_seconds=seconds, grammar_backend="fsm")
+    def __init__(self, folder: str, seconds: float, placement: Placement, backend: Backend) -> None:
+        config = EngineConfig(placement=placement, grammar_seconds=seconds, grammar_backend=backend)
         model = ModelInfo(name="m", path=folder, model_type="", vocab_size=100_000, context_length=64, eos_ids=(0,))
         self.context = Context("fsm", config, model, FsmInbox, sends_to=["sched"])
         self.sched = Context("sched", config, model, SchedulerInbox, sends_to=["fsm"])
@@ -85,8 +87,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @asynccontextmanager
-async def bench(folder: str, seconds: float = 20.0) -> AsyncIterator[Bench]:
-    b = Bench(folder, seconds)
+async def bench(
+    folder: str, seconds: float = 20.0, placement: Placement = "inline", backend: Backend = "fsm"
+) -> AsyncIterator[Bench]:
+    b = Bench(folder, seconds, placement, backend)
     async with trio.open_nursery() as nursery:
         b.context.host({}, nursery)
         await b.fsm.start()
@@ -98,6 +102,22 @@ async def bench(folder: str, seconds: float = 20.0) -> AsyncIterator[Bench]:
 
 def run(main: Callable[[], Any]) -> None:
     trio.run(main)
+
+
+def test_matchers_are_made_before_somebody_waits_for_one(folder: str) -> None:
+    """Where the actor has a process of its own; a program's own loop has them at need."""
+
+    async def main() -> None:
+        async with bench(folder, placement="process", backend="auto") as b:
+            with trio.fail_after(60):
+                while b.fsm.matches._matchers is None:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+        async with bench(folder, placement="process") as b:
+            b.send(Compile(1, regex("a")))
+            assert isinstance(await b.answer(), Compiled)
+            assert b.fsm.matches._matchers is None, "its grammars are all tables"
+
+    run(main)
 
 
 def test_a_pattern_comes_back_as_tables(folder: str) -> None:

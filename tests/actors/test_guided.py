@@ -1,12 +1,16 @@
 """Rows that need a mask for each token: the schedule with a fake matcher, the pool of real ones, a tiny engine."""
 
+import gc
+import json
 import random
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -23,7 +27,7 @@ from actorserve.actors import executor
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
 from actorserve.actors.desk import Desk
-from actorserve.actors.fsm_worker import Compiler, Failed, MadeText, Setup
+from actorserve.actors.fsm_worker import Compiler, Failed, Guidance, Job, MadeText, Setup, framed, serve
 from actorserve.actors.guided import GuidedRequests
 from actorserve.actors.match_pool import MatchPool
 from actorserve.actors.messages import (
@@ -46,6 +50,7 @@ from actorserve.actors.request import Request, Stage
 from actorserve.actors.scheduler import Scheduler
 from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import RequestError
+from actorserve.fsm import guidance, json_schema
 from actorserve.fsm.matcher import Matcher
 
 # ------------------------------------------------------------------ the schedule
@@ -241,6 +246,59 @@ def test_a_matcher_that_would_come_too_late_is_refused(compiler: Compiler, monke
     monkeypatch.setattr("actorserve.actors.fsm_worker.GRACE", -compiler.seconds)
     answer = compiler.compile(spec)
     assert isinstance(answer, Failed) and answer.code == "grammar_too_large" and answer.late
+
+
+def test_a_tree_is_made_once_for_both_backends(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is too large for tables, which takes longest."""
+    made: list[str] = []
+    for module, name in ((json_schema, "schema_to_syntax"), (guidance, "schema_to_syntax"), (json_schema, "choices")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, original=original, name=name: (made.append(name), original(*given))[1]
+        )
+    texts = [f"{i * 7919:06}{i * i * 104729:012}" for i in range(6000)]
+    for kind, value in (("json_schema", {"enum": texts}), ("choice", texts)):
+        assert text_of(compiler, kind, json.dumps(value))
+    assert made == ["schema_to_syntax", "choices"]
+
+
+def test_what_is_forced_is_not_looked_at_to_its_end(compiler: Compiler) -> None:
+    """Here that would be 150 million characters."""
+    pair = {"type": "array", "minItems": 2, "items": False}
+    definitions = {f"n{i}": {**pair, "prefixItems": 2 * [{"$ref": f"#/$defs/n{i + 1}"}]} for i in range(25)}
+    schema = {"$ref": "#/$defs/n0", "$defs": {**definitions, "n25": {"type": "null"}}}
+    text = text_of(compiler, "json_schema", json.dumps(schema))
+    grammar = msgspec.json.decode(text, type=Guidance)
+    assert compiler.matchers is not None
+    matcher = compiler.matchers.new(grammar.grammar, items=grammar.items)
+    assert isinstance(matcher, Matcher)
+    matcher.fill(np.zeros(compiler.matchers.words, np.int32))
+    assert 0 < len(matcher._matcher.compute_ff_bytes()) < 200_000
+
+
+def test_compilers_do_not_look_for_cycles_while_they_work() -> None:
+    """But before they wait for the next grammar."""
+    ours, theirs = socket.socketpair()
+    seen: list[bool] = []
+
+    class Stub:
+        def compile(self, spec: GrammarSpec) -> Failed:
+            seen.append(gc.isenabled())
+            loop: list[Any] = []
+            loop.append(loop)
+            return Failed("", spec.text)
+
+    with ours, theirs:
+        for text in "ab":
+            ours.sendall(framed(Job(GrammarSpec("regex", text))))
+        ours.shutdown(socket.SHUT_WR)
+        gc.callbacks.append(counted := lambda phase, info: seen.append(phase == "stop" and info["generation"] == 2))
+        try:
+            serve(theirs, Stub(), 1.0)  # type: ignore[arg-type]
+        finally:
+            gc.callbacks.remove(counted)
+            gc.enable()
+    assert seen == 2 * [False, False, True]
 
 
 def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
