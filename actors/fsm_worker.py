@@ -35,7 +35,7 @@ MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
 GRACE: Final = 0.2
 """Seconds beyond a grammar's own: after them its compiler is killed."""
-TABLE_SHARE: Final = 0.6
+TABLE_SHARE: Final = 0.7
 """Of a grammar's seconds: for its table, where llguidance may take what needs longer."""
 WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
 LENGTH: Final = struct.Struct("<I")

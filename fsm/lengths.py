@@ -4,30 +4,42 @@ Used by shapes.py for constants, json_schema.py for minLength and maxLength besi
 Lengths count characters. Invariant: `within` is exact; where it would need to multiply the tree out, it says so.
 """
 
+from typing import Final
+
 from .spelling import EMPTY, choice, concat, repeat
 from .syntax import NOTHING, Chars, Choice, Concat, Node, Repeat, Text
 
 Span = tuple[int, int | None]
 """Least and greatest length; None: without bound."""
+UNKNOWN: Final[Span] = (-1, -1)
 
 
-def span(node: Node) -> Span | None:
-    """The least and greatest length of a text of `node`; None if it has no texts."""
+def span(node: Node, known: dict[int, Span | None] | None = None) -> Span | None:
+    """The least and greatest length of a text of `node`; None if it has no texts. `known`: by the ids of nodes, for
+    trees whose parts are shared many times over."""
+    known = {} if known is None else known
+    found = known.get(id(node), UNKNOWN)
+    if found == UNKNOWN:
+        found = known[id(node)] = _span(node, known)
+    return found
+
+
+def _span(node: Node, known: dict[int, Span | None]) -> Span | None:
     match node:
         case Text(text):
             return len(text), len(text)
         case Chars(ranges):
             return (1, 1) if ranges else None
         case Concat(parts):
-            return _sum(parts)
+            return _sum(parts, known)
         case Choice(options):
-            spans = [inner for inner in map(span, options) if inner is not None]
+            spans = [inner for inner in (span(option, known) for option in options) if inner is not None]
             highs = [high for _, high in spans]
             if not spans:
                 return None
             return min(low for low, _ in spans), None if None in highs else max(h for h in highs if h is not None)
         case Repeat(body, low, high):
-            inner = span(body)
+            inner = span(body, known)
             if inner is None:
                 return None if low else (0, 0)
             return inner[0] * low, _times(inner[1], high)
@@ -49,11 +61,11 @@ def least_states(node: Node) -> int:
     return 1 + (low if high is None else high)
 
 
-def _sum(parts: tuple[Node, ...]) -> Span | None:
+def _sum(parts: tuple[Node, ...], known: dict[int, Span | None]) -> Span | None:
     low: int = 0
     high: int | None = 0
     for part in parts:
-        inner = span(part)
+        inner = span(part, known)
         if inner is None:
             return None
         low += inner[0]

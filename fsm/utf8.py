@@ -123,7 +123,11 @@ def _instances(values: Int32Array, patterns: Int32Array, states: int, budget: Bu
         for column in range(values.shape[1]):
             keys += code[values[:, column, None]] * weights[:, column]
     else:
-        keys = np.stack([(code[row[patterns]] * words).sum(1) for row in values])
+        keys = np.empty((len(values), len(patterns)), np.uint64)
+        for number, row in enumerate(values):
+            if number & 0xFF == 0:
+                budget.check()
+            keys[number] = (code[row[patterns]] * words).sum(1)
     number, first = numbered(keys.ravel())
     budget.need_dfa_states(states + len(first) - 1)  # one of them may be dead
     row, pattern = np.divmod(first, len(patterns))

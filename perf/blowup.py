@@ -50,6 +50,7 @@ def doubling(count: int) -> dict[str, Any]:
     return {**pairs, f"n{count}": {"type": "null"}}
 
 
+RULES = "\n".join(["root ::= r0", *(f"r{i} ::= r{i + 1} r{i + 1}" for i in range(25)), 'r25 ::= "a"'])
 LARGE: dict[str, dict[str, Any]] = {
     "(a|b)*a(a|b){30}": {"regex": "(a|b)*a(a|b){30}"},
     "((a{1,100}){1,100}){1,100}": {"regex": "((a{1,100}){1,100}){1,100}"},
@@ -63,6 +64,8 @@ LARGE: dict[str, dict[str, Any]] = {
     "oneOf in oneOf": {"json_schema": nested(20, '{"type":"null"}', '{"oneOf":[{"type":"integer"},%s]}')},
     "recursive $ref": {"json_schema": {"type": "array", "items": {"$ref": "#"}}},
     "references that double": {"json_schema": {"$ref": "#/$defs/n0", "$defs": doubling(25)}},
+    "rules that double": {"ebnf": RULES},
+    r"(\w{1,40} ?){0,300}x": {"regex": r"(\w{1,40} ?){0,300}x"},
 }  # fmt: skip
 """What may be too much: an answer or a 400 within ANSWER_MS."""
 NO_INTEGER = {"type": "integer", "minimum": 3, "maximum": 2}
@@ -148,7 +151,22 @@ def all_of_them() -> Iterator[tuple[str, dict[str, Any]]]:
     for turn in range(1_000_000):
         for name, fields in LARGE.items():
             kind, value = next(iter(fields.items()))
-            yield name, {kind: f"{value}{turn}"} if kind == "regex" else fields
+            yield name, {kind: other(kind, value, turn)}
+
+
+def other(kind: str, value: Any, turn: int) -> Any:
+    """A grammar of the same size that is not the same."""
+    match kind, value:
+        case "regex", _:
+            return f"{value}{turn}"
+        case "choice", _:
+            return [*value, f"choice {turn}"]
+        case "json_schema", dict():
+            return {**value, "title": f"schema {turn}"}
+        case "json_schema", _:
+            return value.replace("{", f'{{"title":"schema {turn}",', 1)
+        case _:
+            return f'{value}\nr{turn + 26} ::= "b"'
 
 
 async def plain_ones(engine: Any, figures: dict[str, dict[str, Any]]) -> None:

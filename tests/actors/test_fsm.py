@@ -321,6 +321,7 @@ TOO_LARGE = ("grammar_too_large", "grammar_too_large")
 REFUSED: dict[str, tuple[str, str]] = {
     "(a|b)*a(a|b){30}": TOO_LARGE, "((a{1,100}){1,100}){1,100}": TOO_LARGE, "([a-z]{1,10} ?){0,40}x": TOO_LARGE,
     ".{1,100000}": TOO_LARGE, "enum of 1 MB": TOO_LARGE, "choice of 1 MB": TOO_LARGE,
+    "rules that double": TOO_LARGE, r"(\w{1,40} ?){0,300}x": TOO_LARGE,
     "1,000 arrays deep": ("invalid_json_schema", "nested too deeply"),
     "1,000 groups deep": ("invalid_grammar", "position 100"),
     "oneOf in oneOf": ("unsupported_json_schema", "at "), "recursive $ref": ("unsupported_json_schema", "at /items"),

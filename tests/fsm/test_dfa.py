@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actorserve.fsm import compiler, nfa, reference
+from actorserve.fsm import compiler, lengths, nfa, reference
 from actorserve.fsm.budget import Budget
 from actorserve.fsm.compiler import compile_bytes, compile_pattern
 from actorserve.fsm.dfa import determinise
@@ -215,6 +215,16 @@ def test_hopeless_by_arithmetic_is_refused_at_once(node: Node, least: int, monke
     with pytest.raises(BudgetError) as caught:
         compile_bytes(node, Budget())
     assert caught.value.resource == "dfa states"
+
+
+def test_lengths_of_trees_with_shared_parts_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    node: Node = Text("a")
+    for _ in range(25):
+        node = Concat((node, node))
+    asked: list[Node] = []
+    original = lengths._span
+    monkeypatch.setattr(lengths, "_span", lambda node, known: (asked.append(node), original(node, known))[1])
+    assert least_states(node) == (1 << 25) + 1 and len(asked) == 26
 
 
 @settings(max_examples=examples(200, 80), deadline=None)
