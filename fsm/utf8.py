@@ -7,15 +7,19 @@ states at a time. (Automata for UTF-8 ranges one range at a time: R. Cox, "Regul
 accepts what another one does; and every state can still complete a match.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from .alphabet import Alphabet, Int32Array, column_keys, numbered, random_words
+from .alphabet import Alphabet, Int32Array, UInt64Array, column_keys, numbered, random_words
 from .budget import Budget
 from .dfa import CharDfa
 
+CELLS: Final = 1 << 16
+"""Pairs of rows and patterns that are looked at together."""
 Int16Array = npt.NDArray[np.int16]
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -114,24 +118,36 @@ def _instances(values: Int32Array, patterns: Int32Array, states: int, budget: Bu
     values int32 [rows, n], -1: dead; patterns int32 [patterns, 64], places in such a row. Returns the number of what
     comes of each, int32 [rows, patterns], -1 where all is dead, and the distinct ones, int32 [numbers, 64].
     """
+    keys = np.empty((len(values), len(patterns)), np.uint64)
+    distinct = np.empty(0, np.uint64)
+    keys_of = _keys(values, patterns)
+    step = max(1, CELLS // len(patterns))
+    for start in range(0, len(values), step):
+        budget.check()
+        keys[start : start + step] = keys_of(values[start : start + step])
+        distinct = np.unique(np.append(distinct, keys[start : start + step]))
+        budget.need_dfa_states(states + len(distinct) - 1)  # one of them may be dead
+    number, first = numbered(keys.ravel())
+    row, pattern = np.divmod(first, len(patterns))
+    made = values[row[:, None], patterns[pattern]]
+    alive = (made >= 0).any(1)
+    place = np.where(alive, np.cumsum(alive, dtype=np.int32) - 1, -1)
+    return place[number].reshape(keys.shape), made[alive]
+
+
+def _keys(values: Int32Array, patterns: Int32Array) -> Callable[[Int32Array], UInt64Array]:
+    """What gives rows of these values a key for each pattern, equal where they make the same of it."""
     code = np.append(random_words(int(values.max()) + 1), np.uint64(0))  # the last one is what -1 takes
     words = random_words(64)
-    if values.shape[1] < 64:
-        weights = np.zeros((len(patterns), values.shape[1]), np.uint64)
-        np.add.at(weights, (np.arange(len(patterns))[:, None], patterns), words)
-        keys = np.zeros((len(values), len(patterns)), np.uint64)
-        for column in range(values.shape[1]):
-            keys += code[values[:, column, None]] * weights[:, column]
-    else:
-        keys = np.empty((len(values), len(patterns)), np.uint64)
-        for number, row in enumerate(values):
-            if number & 0xFF == 0:
-                budget.check()
-            keys[number] = (code[row[patterns]] * words).sum(1)
-    number, first = numbered(keys.ravel())
-    budget.need_dfa_states(states + len(first) - 1)  # one of them may be dead
-    row, pattern = np.divmod(first, len(patterns))
-    distinct = values[row[:, None], patterns[pattern]]
-    alive = (distinct >= 0).any(1)
-    place = np.where(alive, np.cumsum(alive, dtype=np.int32) - 1, -1)
-    return place[number].reshape(keys.shape), distinct[alive]
+    if values.shape[1] >= 64:
+        return lambda rows: np.stack([(code[row[patterns]] * words).sum(1) for row in rows])
+    weights = np.zeros((len(patterns), values.shape[1]), np.uint64)
+    np.add.at(weights, (np.arange(len(patterns))[:, None], patterns), words)
+
+    def keys_of(rows: Int32Array) -> UInt64Array:
+        keys = np.zeros((len(rows), len(patterns)), np.uint64)
+        for column in range(rows.shape[1]):
+            keys += code[rows[:, column, None]] * weights[:, column]
+        return keys
+
+    return keys_of
