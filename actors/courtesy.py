@@ -1,7 +1,8 @@
 """Work that begins at once, and gives way to everybody when it takes long: for compilers on the cores of a model.
 
-Used by fsm_worker.py. Each piece of work runs in a thread of its own: priorities are a thread's on Linux, and without
-privileges no thread gets a better one back. Where cores are free, or none of it is wasted, nothing is slower for it.
+Used by fsm_worker.py and match_pool.py. Each piece of work runs in a thread of its own: priorities are a thread's on
+Linux, and without privileges no thread gets a better one back. Where cores are free, or none of it is wasted, nothing
+is slower for it.
 Invariant: work begins with the priority of the process, whatever the work before it was; over a long time at most
 REFILL of a core is wasted at that priority, and LEAST a piece.
 """
@@ -25,12 +26,13 @@ STEP: Final = 10
 
 
 class Courteous:
-    """Does one piece of work after another; see the module's text."""
+    """Does pieces of work, for several threads if need be; see the module's text."""
 
     def __init__(self, saved: float = MOST) -> None:
         """`saved`: seconds that may be wasted at first."""
         self._saved = saved
         self._since = time.monotonic()
+        self._lock = threading.Lock()
 
     def do(self, work: Callable[[], T], wasted: Callable[[T], bool]) -> T:
         """Return what the work returns, and learn whether that was worth its time; raises what it raises."""
@@ -45,11 +47,16 @@ class Courteous:
         thread.join()
         result = thread.result()
         if wasted(result):
-            self._saved = max(0.0, self.saved() - thread.seconds)
+            with self._lock:
+                self._saved = max(0.0, self._refilled() - thread.seconds)
         return result
 
     def saved(self) -> float:
         """Seconds that may be wasted now."""
+        with self._lock:
+            return self._refilled()
+
+    def _refilled(self) -> float:
         now = time.monotonic()
         self._saved = min(MOST, self._saved + REFILL * (now - self._since))
         self._since = now

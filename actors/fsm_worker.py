@@ -96,8 +96,6 @@ class Guidance(msgspec.Struct, frozen=True, array_like=True):
     """What MadeText and Translated say, as JSON: a grammar of llguidance's, and what comes before it."""
 
     grammar: str
-    items: int
-    """As Matchers.new takes them."""
     thoughts: Thoughts | None = None
 
 
@@ -204,17 +202,15 @@ class Compiler:
         import numpy as np
 
         from ..fsm.errors import BudgetError
-        from ..fsm.matcher import CHARACTER_ITEMS, ITEMS
 
         assert self.matchers is not None
         grammar = translation(spec, frozenset(self.tokenizer.control.tokens), node)
-        items = CHARACTER_ITEMS if spec.kind == "ebnf" else ITEMS
         began = time.monotonic()
-        self.matchers.new(grammar, items=items).fill(np.zeros(self.matchers.words, np.int32))
+        self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
         now = time.monotonic()
         if now + (now - began) > end:
             raise BudgetError("seconds", self.seconds)
-        return MadeText(msgspec.json.encode(Guidance(grammar, items, spec.thoughts)).decode())
+        return MadeText(msgspec.json.encode(Guidance(grammar, spec.thoughts)).decode())
 
     def _spell(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

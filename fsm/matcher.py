@@ -18,12 +18,14 @@ from .thoughts import ThinkingMatcher
 
 Int32Array = npt.NDArray[np.int32]
 
-ITEMS: Final = 50_000
-"""The library's own limit of a parser's items in a step; what is forced is looked at so far ahead: milliseconds."""
-CHARACTER_ITEMS: Final = 1_000_000
-"""For GBNF, which is parsed character by character (gbnf.py): at 20,000 a millisecond 50 ms."""
-LEXER_STATES: Final = 50_000
-"""They take up to 2 kB each."""
+LIMITS: Final = llguidance.LLParserLimits(
+    # The library's own, but for the items of a step: twice as many, since GBNF is parsed character by character
+    # (gbnf.py), where grammars of programming languages take some thousands; they also end looking ahead into what is
+    # forced, 10 to 70 ms later. And for memory: lexer states take up to 2 kB each.
+    step_max_items=100_000,
+    max_lexer_states=50_000,
+    verbose_errors=False,
+)
 
 
 class _Tokens:
@@ -81,13 +83,12 @@ class Matchers:
         self._text = np.packbits(bits, bitorder="little").view(np.int32)
         """The mask of all tokens that are text."""
 
-    def new(self, grammar: str, thoughts: Thoughts | None = None, items: int = ITEMS) -> "AnyMatcher":
-        """Return a matcher at the beginning, behind thoughts if there are any; `items`: what a step may take.
+    def new(self, grammar: str, thoughts: Thoughts | None = None) -> "AnyMatcher":
+        """Return a matcher at the beginning, behind thoughts if there are any.
 
         Raises GrammarError: malformed, too large, or nothing matches.
         """
-        limits = llguidance.LLParserLimits(step_max_items=items, max_lexer_states=LEXER_STATES, verbose_errors=False)
-        made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        made = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if made.is_error():
             raise _error(made, GrammarError)
         matcher = Matcher(made, self.words)

@@ -23,13 +23,15 @@ from test_schedule import prompt_of
 from word_model import word_model
 
 from actorserve import Engine, SamplingParams
-from actorserve.actors import executor
+from actorserve.actors import executor, match_pool
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
+from actorserve.actors.courtesy import Courteous
 from actorserve.actors.desk import Desk
 from actorserve.actors.fsm_worker import Compiler, Failed, Guidance, Job, MadeText, Setup, framed, serve
 from actorserve.actors.guided import GuidedRequests
-from actorserve.actors.match_pool import MatchPool
+from actorserve.actors.match_pool import Job as PoolJob
+from actorserve.actors.match_pool import MatchPool, Place
 from actorserve.actors.messages import (
     Compile,
     ExecutorReady,
@@ -51,7 +53,7 @@ from actorserve.actors.scheduler import Scheduler
 from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import RequestError
 from actorserve.fsm import guidance, json_schema
-from actorserve.fsm.matcher import Matcher
+from actorserve.fsm.matcher import Matcher, Matchers
 
 # ------------------------------------------------------------------ the schedule
 
@@ -270,10 +272,10 @@ def test_what_is_forced_is_not_looked_at_to_its_end(compiler: Compiler) -> None:
     text = text_of(compiler, "json_schema", json.dumps(schema))
     grammar = msgspec.json.decode(text, type=Guidance)
     assert compiler.matchers is not None
-    matcher = compiler.matchers.new(grammar.grammar, items=grammar.items)
+    matcher = compiler.matchers.new(grammar.grammar)
     assert isinstance(matcher, Matcher)
     matcher.fill(np.zeros(compiler.matchers.words, np.int32))
-    assert 0 < len(matcher._matcher.compute_ff_bytes()) < 200_000
+    assert 0 < len(matcher._matcher.compute_ff_bytes()) < 400_000
 
 
 def test_compilers_do_not_look_for_cycles_while_they_work() -> None:
@@ -299,6 +301,52 @@ def test_compilers_do_not_look_for_cycles_while_they_work() -> None:
             gc.callbacks.remove(counted)
             gc.enable()
     assert seen == 2 * [False, False, True]
+
+
+def test_what_takes_long_gives_way(folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar's first matcher, and the masks of a request whose last one took long."""
+    done: list[object] = []
+    do = Courteous.do
+    monkeypatch.setattr(Courteous, "do", lambda self, work, wasted: (done.append(work), do(self, work, wasted))[1])
+    pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), lambda scheduler, m: None, Desk())
+    place = Place(text_of(compiler, "ebnf", NESTED))
+    (bracket,) = (i for i in range(400) if compiler.tokenizer.token_bytes(i) == b"[")
+    counts = []
+    for seconds, ids in ((1e9, []), (-1.0, [bracket]), (1e9, [bracket]), (1e9, [bracket])):
+        monkeypatch.setattr(match_pool, "SLOW", seconds)
+        job = PoolJob("sched", 1, place, ids)
+        pool._work(job)
+        assert job.error is None and job.mask is not None and job.mask[bracket // 32] >> bracket % 32 & 1
+        counts.append(len(done))
+    assert counts == [1, 1, 2, 2] and place.known == 3
+
+
+def test_a_matcher_that_takes_long_keeps_no_other_from_being_made(
+    folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick = text_of(compiler, "ebnf", 'root ::= "a" | "b" root "c"'), text_of(compiler, "ebnf", NESTED)
+    begun, release = threading.Event(), threading.Event()
+    new = Matchers.new
+
+    def waiting(self: Matchers, grammar: str, thoughts: None) -> Any:
+        if grammar in json.loads(slow):
+            begun.set()
+            assert release.wait(60)
+        return new(self, grammar, thoughts)
+
+    monkeypatch.setattr(Matchers, "new", waiting)
+    pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), lambda scheduler, m: None, Desk())
+    jobs = [PoolJob("sched", rid, Place(grammar), []) for rid, grammar in enumerate((slow, quick, slow))]
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(pool._work, jobs[0])
+        assert begun.wait(60)
+        threads.submit(pool._work, jobs[1]).result(60)
+        third = threads.submit(pool._work, jobs[2])
+        assert jobs[1].mask is not None and jobs[0].mask is None
+        release.set()
+        first.result(60)
+        third.result(60)
+    assert jobs[0].mask is not None and jobs[2].mask is not None
 
 
 def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
