@@ -7,7 +7,8 @@ A whole engine, each actor in its process. Streams decode steadily; quiet stretc
 grammar follows another take turns in one run, so that the machine's own noise falls on both. In a quiet stretch the
 requests whose grammars can be had come too, at the same pace but without a grammar: another request in a step is not
 what is measured. Figures: status and time of each grammar (targets: ANSWER_MS for what may be large, REFUSAL_MS for
-what is plainly wrong), the gaps between tokens in both kinds of stretches, and the most memory that a compiler took.
+what is plainly wrong), the most that one took beside streams, the gaps between tokens in both kinds of stretches, and
+the most memory that a compiler took.
 On a CPU the engine is left with one thread; where no core is free, compilers and streams share what there is, and the
 figures say little. A GPU's engine captures graphs when it first idles, also those that masks need: that is waited for.
 """
@@ -196,16 +197,18 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             for number in range(args.streams):
                 nursery.start_soon(found.run, number)
             await trio.sleep(args.seconds / 4)
-            hostile = all_of_them()
+            hostile, beside = all_of_them(), [(0.0, "")]
             for _ in range(args.rounds):
                 for kind, values in kinds.items():
                     found.gaps = []
                     with trio.move_on_after(args.seconds):
                         while kind == "hostile":
-                            await answer(engine, next(hostile)[1])
+                            name, fields = next(hostile)
+                            beside.append(((await answer(engine, fields))[1], name))
                         await plain_ones(engine, figures["grammars"])
                     values += found.gaps
             nursery.cancel_scope.cancel()
+    figures["slowest_beside_ms"], figures["slowest_beside"] = max(beside)
     for kind, values in kinds.items():
         figures |= statistics(kind, values)
     figures["p99_ratio"] = figures["p99_hostile_ms"] / figures["p99_quiet_ms"]
@@ -233,6 +236,7 @@ def main() -> None:
     for name, found in figures["grammars"].items():
         late = "" if found["ms"] <= found["target_ms"] else "  LATE"
         print(f"{name:28}{found['ms']:8.0f} ms{late}  {found['came']}")
+    print(f"beside streams at most {figures['slowest_beside_ms']:.0f} ms: {figures['slowest_beside']}")
     print(f"a compiler took at most {figures['compiler_bytes'] / 2**20:.0f} MiB")
     for kind in ("quiet", "hostile"):
         row = "  ".join(f"{q} {figures[f'{q}_{kind}_ms']:7.1f}" for q in ("p50", "p90", "p99"))
