@@ -18,12 +18,15 @@ from typing import Final
 
 import trio
 
+from ..fsm.budget import PATIENCE, charged
 from .courtesy import MOST, REFILL
 from .environment import child_environment
 from .fsm_worker import CREDIT, GRACE, LENGTH, PID, Answer, Failed, Job, Ready, Result, Setup, decode_answer, framed
 from .messages import GrammarSpec
 
 START_SECONDS: Final = 120.0
+TICK: Final = 0.05
+"""Seconds between two looks at a compiler that gets little of the cores."""
 _ENTRY: Final = "from actorserve.actors.fsm_worker import main; main()"
 
 
@@ -154,13 +157,35 @@ class Worker:
             return Failed("unsupported_value", self.mother.refusal)
         assert self._stream is not None
         seconds = self.mother.setup.seconds
-        with trio.move_on_after(seconds + GRACE), _deaths(self.close):  # cancelled: it would lag
-            answer = await _ask(self._stream, Job(spec))
-            assert not isinstance(answer, Ready)
-            return answer
+        with trio.move_on_after(PATIENCE * (seconds + GRACE)), _deaths(self.close):  # cancelled: it would lag
+            await self._stream.send_all(framed(Job(spec)))
+            if await self._answers(seconds + GRACE):
+                answer = await _answer(self._stream)
+                assert not isinstance(answer, Ready)
+                return answer
+        self.close()
         self._killed_at = time.monotonic()
         text = f"{spec.kind}: the grammar is too complex: compiling it takes more than {seconds:g} s"
         return Failed("grammar_too_large", text, late=True)
+
+    async def _answers(self, seconds: float) -> bool:
+        """Wait for an answer to begin; False when the process was charged so many seconds for it."""
+        assert self._stream is not None
+        began, used = trio.current_time(), self._used()
+        while (left := seconds - charged(trio.current_time() - began, self._used() - used)) > 0:
+            with trio.move_on_after(max(left, TICK)):
+                await trio.lowlevel.wait_readable(self._stream.socket)
+                return True
+        return False
+
+    def _used(self) -> float:
+        """Seconds of a core that the process has had."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="ascii") as file:
+                fields = file.read().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended: there is something to be read
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """Kill the process, if there is one; its mother does not wait for it."""
@@ -190,6 +215,10 @@ def _deaths(close: Callable[[], None]) -> Iterator[None]:
 async def _ask(stream: trio.SocketStream, order: Setup | Job) -> Answer:
     """Send and wait for the answer."""
     await stream.send_all(framed(order))
+    return await _answer(stream)
+
+
+async def _answer(stream: trio.SocketStream) -> Answer:
     head = await _read(stream, LENGTH.size)
     answer: Answer = decode_answer(await _read(stream, LENGTH.unpack(head)[0]))
     return answer

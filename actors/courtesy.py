@@ -1,8 +1,10 @@
 """Work that begins at once, and gives way to everybody when it takes long: for compilers on the cores of a model.
 
-Used by fsm_worker.py and match_pool.py. Each piece of work runs in a thread of its own: priorities are a thread's on
-Linux, and without privileges no thread gets a better one back. Where cores are free, or none of it is wasted, nothing
-is slower for it.
+Used by fsm_worker.py. Each piece of work runs in a thread of its own: priorities are a thread's on Linux, and without
+privileges no thread gets a better one back. Giving way is SCHED_IDLE: a core that has anything else to do leaves such a
+thread at once, where a merely nicer one first takes what its turn is worth; so it must hold nothing that others wait
+for, and who waits for it must know that from being slow (fsm/budget.py). Where cores are free, or none of it is wasted,
+nothing is slower for it.
 Invariant: work begins with the priority of the process, whatever the work before it was; over a long time at most
 REFILL of a core is wasted at that priority, and LEAST a piece.
 """
@@ -17,22 +19,19 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 MOST: Final = 0.5
 """Seconds of a core that one piece of work takes before it gives way: what grammars take that mean no harm."""
-LEAST: Final = 0.02
+LEAST: Final = 0.005
 """The same right after much was wasted."""
 REFILL: Final = 0.01
 """Seconds that are won back in a second."""
-STEP: Final = 10
-"""By how much it is nicer then: beside a thread that wants all of the same core it gets a tenth."""
 
 
 class Courteous:
-    """Does pieces of work, for several threads if need be; see the module's text."""
+    """Does one piece of work after another; see the module's text."""
 
     def __init__(self, saved: float = MOST) -> None:
         """`saved`: seconds that may be wasted at first."""
         self._saved = saved
         self._since = time.monotonic()
-        self._lock = threading.Lock()
 
     def do(self, work: Callable[[], T], wasted: Callable[[T], bool]) -> T:
         """Return what the work returns, and learn whether that was worth its time; raises what it raises."""
@@ -47,16 +46,11 @@ class Courteous:
         thread.join()
         result = thread.result()
         if wasted(result):
-            with self._lock:
-                self._saved = max(0.0, self._refilled() - thread.seconds)
+            self._saved = max(0.0, self.saved() - thread.seconds)
         return result
 
     def saved(self) -> float:
         """Seconds that may be wasted now."""
-        with self._lock:
-            return self._refilled()
-
-    def _refilled(self) -> float:
         now = time.monotonic()
         self._saved = min(MOST, self._saved + REFILL * (now - self._since))
         self._since = now
@@ -88,10 +82,10 @@ class _Thread(threading.Thread, Generic[T]):
             return self.seconds
 
     def give_way(self) -> None:
-        """Be nicer; where that is not allowed, it goes on as it is."""
+        """Have only what nobody else wants; where that is not allowed, it goes on as it is."""
         assert self.native_id is not None
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.native_id, os.getpriority(os.PRIO_PROCESS, 0) + STEP)
+            os.sched_setscheduler(self.native_id, os.SCHED_IDLE, os.sched_param(0))
 
     def result(self) -> T:
         """What the work returned; raises what it raised."""

@@ -13,7 +13,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
@@ -34,7 +33,7 @@ TABLE_BYTES: Final = 16 << 20
 MEMORY: Final = 2 << 30
 """Bytes that compiling may take beside the tokenizer's tables."""
 GRACE: Final = 0.2
-"""Seconds beyond a grammar's own: after them its compiler is killed."""
+"""Seconds beyond a grammar's own: after them its compiler is killed (as they are charged: fsm/budget.py)."""
 TABLE_SHARE: Final = 0.7
 """Of a grammar's seconds: for its table, where llguidance may take what needs longer."""
 WARM_UP: Final = (GrammarSpec("regex", "[a-z]+"), GrammarSpec("json_schema", '{"type":"string","format":"date"}'))
@@ -159,9 +158,9 @@ class Compiler:
 
         refusal: GrammarError | None = None
         node: Node | None = None
-        end = time.monotonic() + self.seconds + GRACE
+        whole = self._budget(self.seconds + GRACE)
         if self.backend != "llguidance":
-            budget = self._budget()
+            budget = self._budget(self.seconds * (1.0 if self.matchers is None else TABLE_SHARE))
             try:
                 if spec.kind == "regex":
                     budget.need_pattern(len(spec.text))
@@ -172,7 +171,7 @@ class Compiler:
                     raise
                 refusal = error
         try:
-            return self._translated(spec, node, end)
+            return self._translated(spec, node, whole)
         except GrammarError as error:
             if refusal is None or isinstance(refusal, NotRegular):
                 raise
@@ -180,11 +179,10 @@ class Compiler:
                 refusal.message += f"; llguidance: {error.message}"
             raise refusal from error
 
-    def _budget(self) -> "Budget":
+    def _budget(self, seconds: float) -> "Budget":
         from ..fsm.budget import Budget
 
-        share = 1.0 if self.matchers is None else TABLE_SHARE
-        return Budget(seconds=share * self.seconds, table_bytes=TABLE_BYTES)
+        return Budget(seconds=seconds, table_bytes=TABLE_BYTES)
 
     def _table(self, spec: GrammarSpec, node: "Node", budget: "Budget") -> Made:
         from ..fsm.compiler import compile_tokens
@@ -196,19 +194,18 @@ class Compiler:
             arrays = after_thoughts(arrays, spec.thoughts, self.tables.place >= 0)
         return Made(*(array.tobytes() for array in arrays))
 
-    def _translated(self, spec: GrammarSpec, node: "Node | None", end: float) -> MadeText:
+    def _translated(self, spec: GrammarSpec, node: "Node | None", budget: "Budget") -> MadeText:
         """`node`: its tree, where that is known. Raises GrammarError also for what the library refuses, and where the
-        request's own matcher, which takes as long as this one, would come after `end`."""
+        request's own matcher, which takes as long as this one, would come when the time is up."""
         import numpy as np
 
         from ..fsm.errors import BudgetError
 
         assert self.matchers is not None
         grammar = translation(spec, frozenset(self.tokenizer.control.tokens), node)
-        began = time.monotonic()
+        before = budget.spent()
         self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
-        now = time.monotonic()
-        if now + (now - began) > end:
+        if 2 * budget.spent() - before > budget.seconds:
             raise BudgetError("seconds", self.seconds)
         return MadeText(msgspec.json.encode(Guidance(grammar, spec.thoughts)).decode())
 

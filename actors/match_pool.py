@@ -2,17 +2,14 @@
 
 Part of the fsm actor, which hands in what schedulers send. The library releases the GIL, so the actor goes on
 meanwhile. Masks that are asked for together are sent together; one that takes longer than DEADLINE is sent later by
-itself, so that a slow grammar makes its own request slow and no other; where all cores are busy, what takes long gives
-way (courtesy.py). Invariant: a matcher has consumed the first `known` generated tokens of its request; a request that
-is not known any more is not answered.
+itself, so that a slow grammar makes its own request slow and no other. Invariant: a matcher has consumed the first
+`known` generated tokens of its request; a request that is not known any more is not answered.
 """
 
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -20,7 +17,6 @@ import numpy as np
 import trio
 
 from ..errors import ActorserveError
-from .courtesy import Courteous
 from .desk import Desk
 from .fsm_worker import Guidance, Setup, make_matchers
 from .messages import Masks, Match, MatchFailed
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 
 DEADLINE: Final = 0.005
 """Seconds that a mask may make others wait that were asked for with it."""
-SLOW: Final = 0.02
-"""Seconds of a core for a token, after which the request's next ones give way."""
 THREADS: Final = 4
 decode_guidance: Final = msgspec.json.Decoder(Guidance).decode
 PROTOTYPES: Final = 64
@@ -46,8 +40,6 @@ class Place:
     matcher: "AnyMatcher | None" = None
     known: int = 0
     """Generated tokens that it has consumed."""
-    slow: bool = False
-    """The last one took long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +82,6 @@ class MatchPool:
         self._matchers: Matchers | None = None
         self._prototypes: OrderedDict[str, Prototype] = OrderedDict()
         self._lock = threading.Lock()
-        self._courteous = Courteous()
 
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to answer, until the nursery is cancelled."""
@@ -160,25 +151,17 @@ class MatchPool:
         try:
             if place.matcher is None:
                 place.matcher = self._prototype(place.grammar).copy()
-            if place.slow:
-                job.mask = self._courteous.do(partial(self._next, place, job.ids), _always)
-            else:
-                job.mask = self._next(place, job.ids)
+            place.matcher.consume(job.ids)
+            place.known += len(job.ids)
+            mask = np.zeros(self._words, np.int32)
+            matchers = self._matchers
+            assert matchers is not None
+            place.matcher.fill(mask[: matchers.words])
+            job.mask = mask
         except ActorserveError as error:
             job.error = error
         except Exception as error:  # a fault of the library's is this request's alone
             job.error = ActorserveError(f"the grammar's parser failed: {type(error).__name__}: {error}"[:400])
-
-    def _next(self, place: Place, ids: list[int]) -> np.ndarray:
-        """Consume tokens; returns the mask of the one after them."""
-        assert place.matcher is not None and self._matchers is not None
-        began = time.thread_time()
-        place.matcher.consume(ids)
-        place.known += len(ids)
-        mask = np.zeros(self._words, np.int32)
-        place.matcher.fill(mask[: self._matchers.words])
-        place.slow = time.thread_time() - began > SLOW
-        return mask
 
     def _ready(self) -> "Matchers":
         with self._lock:
@@ -198,8 +181,7 @@ class MatchPool:
         with found.lock:  # others' are made meanwhile
             if found.matcher is None:
                 guidance = decode_guidance(grammar)
-                make = partial(matchers.new, guidance.grammar, guidance.thoughts)
-                found.matcher = self._courteous.do(make, _always)
+                found.matcher = matchers.new(guidance.grammar, guidance.thoughts)
             return found.matcher
 
     # ------------------------------------------------------------------ answers
@@ -231,8 +213,3 @@ class MatchPool:
             lengths = np.array([job.place.known for job, _ in jobs], dtype=np.int32)
             bitmask = np.stack([mask for _, mask in jobs])
             self._send(scheduler, Masks(*(memoryview(a.tobytes()) for a in (rids, lengths, bitmask))))
-
-
-def _always(_: object) -> bool:
-    """All of it counts: tables need none of this."""
-    return True

@@ -12,17 +12,17 @@ from actorserve.actors.courtesy import Courteous
 pytestmark = pytest.mark.timeout(60)
 
 
-def niceness() -> int:
+def policy() -> int:
     """Of this thread."""
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    return os.sched_getscheduler(threading.get_native_id())
 
 
-def work_until_nicer(than: int) -> int:
+def work_until_idle() -> int:
     """Keep a core busy until this thread gives way, 30 s at most."""
     end = time.monotonic() + 30
-    while niceness() == than and time.monotonic() < end:
+    while policy() != os.SCHED_IDLE and time.monotonic() < end:
         pass
-    return niceness()
+    return policy()
 
 
 def work_for(seconds: float) -> str:
@@ -43,11 +43,11 @@ def no(_: object) -> bool:
 
 def test_long_work_gives_way_and_short_work_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courtesy, "MOST", 0.05)
-    own, worker = niceness(), Courteous()
-    assert worker.do(niceness, no) == own
-    assert worker.do(lambda: work_until_nicer(own), no) == min(19, own + courtesy.STEP)
-    assert worker.do(niceness, no) == own, "the next begins as the first did"
-    assert niceness() == own, "who waits is no nicer"
+    own, worker = policy(), Courteous()
+    assert worker.do(policy, no) == own != os.SCHED_IDLE
+    assert worker.do(work_until_idle, no) == os.SCHED_IDLE
+    assert worker.do(policy, no) == own, "the next begins as the first did"
+    assert policy() == own, "who waits gives no way"
 
 
 def test_what_was_wasted_is_won_back_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,12 +66,12 @@ def test_what_was_wasted_is_won_back_slowly(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_after_much_was_wasted_work_gives_way_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courtesy, "REFILL", 0.0)
-    own, worker = niceness(), Courteous()
+    worker = Courteous()
     worker.do(lambda: work_for(0.6), yes)
 
     def took() -> float:
         before = time.thread_time()
-        work_until_nicer(own)
+        work_until_idle()
         return time.thread_time() - before
 
     assert worker.do(took, no) < courtesy.MOST
@@ -89,6 +89,6 @@ def test_where_priorities_may_not_change_work_goes_on(monkeypatch: pytest.Monkey
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
     monkeypatch.setattr(courtesy, "MOST", 0.01)
     assert Courteous().do(lambda: work_for(0.1) or "made", no) == "made"

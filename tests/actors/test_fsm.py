@@ -208,6 +208,29 @@ def test_what_takes_too_long_is_refused_and_others_go_on(folder: str, monkeypatc
     run(main)
 
 
+def test_a_compiler_that_gets_no_core_is_waited_for(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than one that computes, and not for ever."""
+
+    async def main() -> None:
+        async with bench(folder, seconds=1.0) as b:
+            b.send(Compile(1, regex("a")))
+            assert isinstance(await b.answer(), Compiled)
+            for handle, stopped in ((2, 2.0), (3, 60.0)):
+                b.send(Compile(handle, regex(SLOW)))
+                pid = await b.pid(0)
+                os.kill(pid, signal.SIGSTOP)
+                with trio.move_on_after(stopped):
+                    assert (await b.answer()).handle == handle == 3
+                    assert b.fsm.workers[0].pid != pid
+                if handle == 2:
+                    assert b.fsm.workers[0].pid == pid
+                    os.kill(pid, signal.SIGCONT)
+                    answer = await b.answer()
+                    assert answer.handle == 2 and answer.code == "grammar_too_large"
+
+    run(main)
+
+
 def test_compilers_are_forks_of_a_process_with_one_thread(folder: str) -> None:
     """It lives on when they are killed, and is started again when it is killed itself."""
 

@@ -23,10 +23,9 @@ from test_schedule import prompt_of
 from word_model import word_model
 
 from actorserve import Engine, SamplingParams
-from actorserve.actors import executor, match_pool
+from actorserve.actors import executor
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
-from actorserve.actors.courtesy import Courteous
 from actorserve.actors.desk import Desk
 from actorserve.actors.fsm_worker import Compiler, Failed, Guidance, Job, MadeText, Setup, framed, serve
 from actorserve.actors.guided import GuidedRequests
@@ -301,24 +300,6 @@ def test_compilers_do_not_look_for_cycles_while_they_work() -> None:
             gc.callbacks.remove(counted)
             gc.enable()
     assert seen == 2 * [False, False, True]
-
-
-def test_what_takes_long_gives_way(folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grammar's first matcher, and the masks of a request whose last one took long."""
-    done: list[object] = []
-    do = Courteous.do
-    monkeypatch.setattr(Courteous, "do", lambda self, work, wasted: (done.append(work), do(self, work, wasted))[1])
-    pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), lambda scheduler, m: None, Desk())
-    place = Place(text_of(compiler, "ebnf", NESTED))
-    (bracket,) = (i for i in range(400) if compiler.tokenizer.token_bytes(i) == b"[")
-    counts = []
-    for seconds, ids in ((1e9, []), (-1.0, [bracket]), (1e9, [bracket]), (1e9, [bracket])):
-        monkeypatch.setattr(match_pool, "SLOW", seconds)
-        job = PoolJob("sched", 1, place, ids)
-        pool._work(job)
-        assert job.error is None and job.mask is not None and job.mask[bracket // 32] >> bracket % 32 & 1
-        counts.append(len(done))
-    assert counts == [1, 1, 2, 2] and place.known == 3
 
 
 def test_a_matcher_that_takes_long_keeps_no_other_from_being_made(

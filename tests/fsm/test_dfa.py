@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actorserve.fsm import compiler, lengths, nfa, reference
-from actorserve.fsm.budget import Budget
+from actorserve.fsm.budget import Budget, charged
 from actorserve.fsm.compiler import compile_bytes, compile_pattern
 from actorserve.fsm.dfa import determinise
 from actorserve.fsm.errors import BudgetError, EmptyLanguage, GrammarError
@@ -297,6 +297,13 @@ def test_time_is_a_budget() -> None:
     with pytest.raises(BudgetError) as caught:
         compile_bytes(parse_pattern("([a-z]{1,10} ?){0,40}x"), Budget(seconds=0.01))
     assert caught.value.resource == "seconds"
+
+
+@pytest.mark.parametrize(
+    ("passed", "used", "seconds"), [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.25, 0.75), (1.0, 0.0, 0.2)]
+)
+def test_what_waits_for_a_core_is_not_slow(passed: float, used: float, seconds: float) -> None:
+    assert charged(passed, used) == seconds
 
 
 def test_a_large_answer_is_an_answer() -> None:
