@@ -26,6 +26,8 @@ from .kv_cache import saturation
 from .packed_gemm import Float8Rows, Packed
 from .primed_gemm import MOST_ROWS, Primed, can_prime
 from .primed_gemm import multiply as multiply_primed
+from .row_gemm import OneRow
+from .row_gemm import multiply as multiply_row
 from .stream_gemm import Stream, multiply
 from .tuned_gemm import TunedGemms, by_torch
 
@@ -69,7 +71,7 @@ class Tile:
     """Most registers of a thread; 0: as many as the compiler likes."""
 
 
-Choice = Tile | Stream | Primed
+Choice = Tile | Stream | Primed | OneRow
 Choices = tuple[tuple[int, Choice | None], ...]
 """(most rows, tile) in rising order, None for cuBLAS; cuBLAS above the last."""
 
@@ -194,7 +196,7 @@ class Heads:
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
-        if isinstance(tile, Primed):
+        if isinstance(tile, Primed | OneRow):
             return self.fits(tile.plain, weight)
         if isinstance(tile, Stream):
             return outputs % size == 0
@@ -209,6 +211,8 @@ def fits(tile: Choice, outputs: int, inputs: int, rows: int) -> bool:
         return tile.programs <= MAX_TILES
     if isinstance(tile, Primed):
         return tile.fits(outputs, inputs) and rows <= MOST_ROWS and fits(tile.plain, outputs, inputs, rows)
+    if isinstance(tile, OneRow):
+        return rows == 1 and fits(tile.plain, outputs, inputs, rows)
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
     return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
 
@@ -231,7 +235,9 @@ def linear(
     second half; with `add`, what an Unscaled holds; with `heads`, the queries. `pdl`: launch before the predecessor
     ends.
     """
-    if isinstance(tile, Primed) and not tile.takes(act, add, heads):
+    if (isinstance(tile, Primed) and not tile.takes(act, add, heads)) or (
+        isinstance(tile, OneRow) and not tile.takes(heads)
+    ):
         tile = tile.plain
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape
@@ -247,6 +253,10 @@ def linear(
     if isinstance(tile, Primed):
         assert isinstance(weight, Tensor) and isinstance(x, Tensor)
         multiply_primed(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
+        return out
+    if isinstance(tile, OneRow):
+        assert isinstance(weight, Packed) and isinstance(x, Tensor)
+        multiply_row(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
         return out
     tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None

@@ -39,22 +39,38 @@ def _where(condition: Any, yes: Any, no: Any) -> Tensor:
     return torch.where(*map(torch.as_tensor, (condition, yes, no)))
 
 
+class _Swizzles:
+    """Layouts of shared memory; a kernel's types are torch's here."""
+
+    def __call__(self, width: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout(width, bits, rank=rank)
+
+    def get_default_for(self, shape: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout.get_default_for(shape, TYPES[dtype])
+
+
 STATELESS: dict[str, Any] = {
     "arange": lambda start, end, layout: torch.arange(start, end, dtype=torch.int32),
     "zeros": lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     "full": lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     "convert_layout": lambda value, layout: value,
     "reshape": torch.reshape, "permute": torch.permute, "split": _split,
-    "sum": torch.sum, "max": torch.amax, "maximum": torch.maximum, "where": _where,
-    "exp2": torch.exp2, "rsqrt": torch.rsqrt, "cdiv": lambda a, b: (a + b - 1) // b, "static_range": range,
+    "sum": torch.sum, "max": torch.amax, "maximum": torch.maximum, "where": _where, "abs": torch.abs,
+    "minimum": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)), "floor": torch.floor,
+    "exp2": torch.exp2, "log2": torch.log2, "rsqrt": torch.rsqrt, "static_range": range,
+    "cdiv": lambda a, b: (a + b - 1) // b, "float8e4nv": torch.float8_e4m3fn,
     "float32": torch.float32, "int32": torch.int32, "int64": torch.int64,
-    "BlockedLayout": gl.BlockedLayout, "SliceLayout": gl.SliceLayout,
-    "NVMMADistributedLayout": gl.NVMMADistributedLayout,
-    "NVMMASharedLayout": SimpleNamespace(
-        get_default_for=lambda shape, dtype: gl.NVMMASharedLayout.get_default_for(shape, TYPES[dtype])
-    ),
+    "BlockedLayout": gl.BlockedLayout, "SliceLayout": gl.SliceLayout, "DotOperandLayout": gl.DotOperandLayout,
+    "NVMMADistributedLayout": gl.NVMMADistributedLayout, "NVMMASharedLayout": _Swizzles(),
 }  # fmt: skip
 """What `gl` has that concerns neither memory nor other programs."""
+OF_BITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "low_nibbles": lambda values: (values & 15).float() * 2**-9,
+    "high_nibbles": lambda values: (values >> 4 & 15).float() * 2**-9,
+    "scales_of": lambda meta: meta.to(torch.int16).view(torch.float16).float(),
+    "zeros_of": lambda meta: (meta >> 16).to(torch.int16).view(torch.bfloat16).float() - 128,
+}
+"""Functions of row_kernels.py that take numbers for what their bits say."""
 
 
 class Pending:
@@ -83,7 +99,7 @@ class Program:
         """Whether it sees what the predecessor writes."""
         self.shared_bytes = 0
         self.loads: list[tuple[Shared, Barrier, Tensor]] = []
-        self.products: list[tuple[Pending, Shared, Shared]] = []
+        self.products: list[tuple[Pending, Shared | Tensor, Shared]] = []
         self.unfenced: list[Shared | Barrier] = []
         """What its threads have written, not visible yet to what is asynchronous."""
         self.unpublished = False
@@ -91,7 +107,7 @@ class Program:
         own = {"load": self.load, "store": self.store, "atomic_add": self.atomic_add}
         own |= {"allocate_shared_memory": self.allocate, "program_id": lambda axis: torch.tensor(self.ids[axis])}
         cuda = SimpleNamespace(gdc_launch_dependents=lambda: None, gdc_wait=self.gdc_wait)
-        self.names = {
+        self.names = OF_BITS | {
             "gl": SimpleNamespace(**STATELESS, **own),
             "tl": SimpleNamespace(
                 extra=SimpleNamespace(cuda=cuda), sigmoid=torch.sigmoid, erf=torch.erf,
@@ -166,7 +182,8 @@ class Program:
     def allocate(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared | Barriers:
         if isinstance(layout, mbarrier.MBarrierLayout):
             return Barriers([Barrier() for _ in range(shape[0])])
-        memory = torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype)
+        nothing = float("nan") if dtype.is_floating_point else 85
+        memory = torch.full((torch.Size(shape).numel(),), nothing, dtype=dtype)
         self.shared_bytes += memory.nbytes
         check(self.shared_bytes <= SHARED_BYTES, f"{self.shared_bytes} bytes of shared memory")
         return Shared(self, memory, 0, tuple(shape), layout)
@@ -223,11 +240,15 @@ class Program:
 
     # ------------------------------------------------------------------ products
 
-    def multiply(self, a: Shared, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Pending:
+    def multiply(
+        self, a: Shared | Tensor, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False
+    ) -> Pending:
         check(is_async, "a product that is waited for at once")
         for operand in (a, b):
-            self.reads(operand, asynchronous=True)
-        product = a.values().float() @ b.values().float()
+            if isinstance(operand, Shared):
+                self.reads(operand, asynchronous=True)
+        left = a.values() if isinstance(a, Shared) else a
+        product = left.float() @ b.values().float()
         before = acc.value if isinstance(acc, Pending) else acc
         check(before.shape == product.shape, "an accumulator of another shape")
         pending = Pending(before + product if use_acc else product)

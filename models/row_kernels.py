@@ -1,0 +1,361 @@
+"""The kernel of row_gemm.py: one row of x times a quantized weight, by tensor cores that multiply float8.
+
+x is a sum of two float8 numbers: 4 bits and 4 bits are bfloat16's 8. They are two columns of the right operand, which
+has 8 anyway, and a weight of float8 is the left one as it lies in memory: nothing is widened. A byte with 4 bits of a
+value below is that value times 2 ** -9 in float8 (Micikevicius et al. 2022, E4M3: the numbers without an exponent are
+evenly spaced, and go on so up to 15), so masks are all that 4 bits need; zero points follow from the sums of x.
+As in primed_kernels.py the weight comes into buffers of our own, so that loads are under way before x is there, and a
+program that waits leaves room for those of its predecessor. In Gluon.
+Invariant: results are a function of the row, the weight and the configuration; `arrived` is all zeros between launches.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .layer_kernels import activate
+from .primed_kernels import all_threads, barriers, load_block, reinterpreted
+
+SPAN = gl.constexpr(512)
+"""Columns of x that are split into float8 numbers at once."""
+LOW = gl.constexpr("and.b32 $0, $1, 0x0F0F0F0F;")
+HIGH = gl.constexpr("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }")
+
+
+@gluon.jit
+def low_nibbles(values):
+    """float8 2 ** -9 times the lower four bits of each byte."""
+    return gl.inline_asm_elementwise(LOW, "=r,r", [values], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def high_nibbles(values):
+    """float8 2 ** -9 times the upper four bits of each byte."""
+    return gl.inline_asm_elementwise(HIGH, "=r,r", [values], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def scales_of(meta):
+    """float32 scales of what 4 bits have for a group, see packed_kernels.scale_and_zero."""
+    return meta.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def zeros_of(meta):
+    """float32 zero points of what 4 bits have for a group: bfloat16 of 128 more."""
+    return (meta >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True).to(gl.float32) - 128.0
+
+
+@gluon.jit
+def _rounded(values, like):
+    """float32 values as they would come back from memory behind the pointer `like`."""
+    return values.to(like.dtype.element_ty).to(gl.float32)
+
+
+@gluon.jit
+def _work(program, PROGRAMS: gl.constexpr, STEPS: gl.constexpr, WHOLE: gl.constexpr, REST: gl.constexpr,
+          SPLIT: gl.constexpr):  # fmt: skip
+    """(the split tile that a program has a part of, the part's first step, its number of steps: 0 if it has none)."""
+    part = program % SPLIT
+    begin = part * STEPS // SPLIT
+    count = (part + 1) * STEPS // SPLIT - begin
+    tile = gl.minimum(WHOLE * PROGRAMS + program // SPLIT, WHOLE * PROGRAMS + REST - 1)
+    return tile, begin, gl.where(program < REST * SPLIT, count, 0)
+
+
+@gluon.jit
+def _ask(
+    w_blocks, w, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr,
+    BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """Have the weight of a program's j-th step loaded into its buffer."""
+    whole = j < WHOLE * STEPS
+    tile = gl.where(whole, program + j // STEPS * PROGRAMS, rest)
+    step = gl.where(whole, j % STEPS, begin + j - WHOLE * STEPS)
+    at = j % BUFFERS
+    bar = bars.index(at)
+    mbarrier.expect(bar, HALVES * BN * BK // (2 if FOUR else 1))
+    BLOCKS: gl.constexpr = w_blocks.layout
+    for half in gl.static_range(HALVES):
+        target = w.index(at * HALVES + half)
+        if FOUR:
+            target = reinterpreted(target, [BK // 128, BN // 16, 16, 64], BLOCKS)
+            load_block(w_blocks, [step * (BK // 128), (half * n + tile * BN) // 16, 0, 0], bar, target)
+        else:
+            load_block(w_blocks, [half * n + tile * BN, step * BK], bar, target)
+
+
+@gluon.jit
+def _split_x(x, first, k, terms, CHUNKS: gl.constexpr, FOUR: gl.constexpr):
+    """Split x [k] from input `first` on into terms [CHUNKS, 8, SPAN]; returns what the products are to be divided by.
+
+    Columns are in the order of the weight's bytes. Row 0 of the terms has the larger numbers, the others 16 times what
+    is left.
+    """
+    L: gl.constexpr = gl.BlockedLayout([8, 4], [1, 32], [1, 4], [1, 0])
+    column = gl.arange(0, SPAN, gl.SliceLayout(0, L))
+    term = gl.arange(0, 8, gl.SliceLayout(1, L))[:, None]
+    if FOUR:  # the lower bits of 64 bytes, of inputs c and c + 64 in turn, then their upper bits, 32 inputs on
+        place = column // 128 * 128 + column % 64 // 2 + column % 2 * 64 + column // 64 % 2 * 32
+    else:
+        place = column // 64 * 64 + column % 64 // 2 + column % 2 * 32
+    largest = gl.zeros([SPAN], gl.float32, gl.SliceLayout(0, L))
+    values = ()
+    for i in gl.static_range(CHUNKS):
+        at = first + i * SPAN + place
+        value = gl.load(x + at, at < k, other=0.0).to(gl.float32)
+        values = values + (value,)  # noqa: RUF005
+        largest = gl.maximum(largest, gl.abs(value))
+    # A power of two, so that nothing but the split rounds; the largest numbers become 128 to 256 of float8's 448.
+    up = gl.exp2(7.0 - gl.floor(gl.log2(gl.max(largest, 0) + 1e-30)))
+    for i in gl.static_range(CHUNKS):
+        value = values[i] * up
+        large = value.to(gl.float8e4nv)
+        small = ((value - large.to(gl.float32)) * 16.0).to(gl.float8e4nv)
+        terms.index(i).store(gl.where(term == 0, large[None, :], small[None, :]))
+    return up
+
+
+@gluon.jit
+def _metas(meta, n, tile, group, groups, BN: gl.constexpr, COUNT: gl.constexpr, HALVES: gl.constexpr,
+           ACC: gl.constexpr):  # fmt: skip
+    """What the outputs of a tile have for each of COUNT groups: those of both halves, group by group."""
+    output = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+    found = ()
+    for i in gl.static_range(COUNT):
+        row = meta + gl.minimum(group + i, groups - 1) * (HALVES * n)
+        for half in gl.static_range(HALVES):
+            found = found + (gl.load(row + half * n + output),)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _multiply(
+    w, xs, metas, acc, up, at, place, BN: gl.constexpr, BK: gl.constexpr, FOUR: gl.constexpr, GATED: gl.constexpr,
+    ACC: gl.constexpr,
+):  # fmt: skip
+    """(acc, up) + the products of a step, whose x is at `place` of its blocks xs."""
+    none = gl.zeros([BN, 8], gl.float32, ACC)
+    HALVES: gl.constexpr = 2 if GATED else 1
+    if FOUR:
+        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
+        ONE: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
+        ones = gl.full([BN, 64], 1.0, gl.float32, A).to(gl.float8e4nv)
+        for i in gl.static_range(BK // 128):
+            x_low = xs.index((place * (BK // 128) + i) * 2).permute((1, 0))
+            x_high = xs.index((place * (BK // 128) + i) * 2 + 1).permute((1, 0))
+            sums = warpgroup_mma(ones, x_low, none, use_acc=False, is_async=True)
+            sums = warpgroup_mma(ones, x_high, sums, is_async=True)
+            words = reinterpreted(w.index(at * HALVES), [BK // 128, BN, 64], ONE).index(i).load(A)
+            low, high = low_nibbles(words), high_nibbles(words)
+            p = warpgroup_mma(low, x_low, none, use_acc=False, is_async=True)
+            p = warpgroup_mma(high, x_high, p, is_async=True)
+            if GATED:
+                words = reinterpreted(w.index(at * HALVES + 1), [BK // 128, BN, 64], ONE).index(i).load(A)
+                u_low, u_high = low_nibbles(words), high_nibbles(words)
+                u = warpgroup_mma(u_low, x_low, none, use_acc=False, is_async=True)
+                u = warpgroup_mma(u_high, x_high, u, is_async=True)
+                sums, p, u = warpgroup_mma_wait(0, deps=[sums, p, u])
+                of_up = metas[i * HALVES + 1]
+                up += scales_of(of_up)[:, None] * (512.0 * u - zeros_of(of_up)[:, None] * sums)
+            else:
+                sums, p = warpgroup_mma_wait(0, deps=[sums, p])
+            of_acc = metas[i * HALVES]
+            acc += scales_of(of_acc)[:, None] * (512.0 * p - zeros_of(of_acc)[:, None] * sums)
+    else:
+        x = xs.index(place).permute((1, 0))
+        p = warpgroup_mma(w.index(at * HALVES), x, none, use_acc=False, is_async=True)
+        if GATED:
+            u = warpgroup_mma(w.index(at * HALVES + 1), x, none, use_acc=False, is_async=True)
+            p, u = warpgroup_mma_wait(0, deps=[p, u])
+            up += u
+        else:
+            p = warpgroup_mma_wait(0, deps=[p])
+        acc += p  # in float32, which the tensor cores' own sums of float8 products are not
+    return acc, up
+
+
+@gluon.jit
+def _sums(acc, ACC: gl.constexpr):
+    """float32 [BN]: the products with both of x's numbers added up."""
+    column = gl.arange(0, 8, gl.SliceLayout(0, ACC))[None, :]
+    return gl.sum(gl.where(column == 0, acc, gl.where(column == 1, acc * 0.0625, 0.0)), 1)
+
+
+@gluon.jit
+def _halves(values):
+    """A head's numbers [128] as (firsts, seconds) [64] of pairs; both of a pair are in the same thread."""
+    return gl.split(gl.permute(gl.reshape(values, [2, 64]), (1, 0)))
+
+
+@gluon.jit
+def _finish(
+    y, up, tile, n, bias, out, factor, add, heads, BN: gl.constexpr, BIAS: gl.constexpr, ACT: gl.constexpr,
+    ADD: gl.constexpr, HEADS: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """From a tile's products [BN] to what is stored; see gemm_kernels.finish."""
+    output = gl.arange(0, BN, gl.SliceLayout(1, ACC))
+    rn = tile * BN + output
+    y = y * factor
+    if BIAS:
+        y = y + gl.load(bias + rn).to(gl.float32)
+    if ADD:
+        residual, scale, gain, new_residual, new_squares = add
+        r = _rounded(gl.load(residual + rn).to(gl.float32) + scale * _rounded(y, out), out)
+        gl.store(new_residual + rn, r.to(new_residual.dtype.element_ty))
+        gl.store(out + rn, (r * gl.load(gain + rn).to(gl.float32)).to(out.dtype.element_ty))
+        gl.store(new_squares + tile, gl.sum(r * r, 0))
+    elif HEADS:
+        table, slots, kv, kv_stride, count, kv_count = heads
+        first, second = _halves(_rounded(y, out))
+        pair, _other = _halves(output)
+        if tile < count + kv_count:
+            cos, sin = gl.load(table + pair), gl.load(table + 64 + pair)
+            turned = first * cos - second * sin
+            second = second * cos + first * sin
+            first = turned
+        if tile < count:
+            gl.store(out + tile * 128 + pair, first.to(out.dtype.element_ty))
+            gl.store(out + tile * 128 + 64 + pair, second.to(out.dtype.element_ty))
+        else:
+            at = kv + gl.load(slots).to(gl.int64) * kv_stride + (tile - count) * 128 + pair
+            gl.store(at, first.to(kv.dtype.element_ty))
+            gl.store(at + 64, second.to(kv.dtype.element_ty))
+    else:
+        if ACT != "":
+            y = activate(_rounded(y, out), ACT) * _rounded(up * factor, out)
+        gl.store(out + rn, y.to(out.dtype.element_ty))
+
+
+@gluon.jit(do_not_specialize=["square_parts"])
+def row_kernel(
+    x, w_blocks, meta, bias, out, parts, arrived, n, k, groups, squares, square_parts, eps, residual, scale, gain,
+    new_residual, new_squares, table, slots, kv, kv_stride, heads, kv_heads,
+    BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
+    WHOLE: gl.constexpr, REST: gl.constexpr, SPLIT: gl.constexpr, LAUNCH: gl.constexpr, FOUR: gl.constexpr,
+    BIAS: gl.constexpr, SQUARES: gl.constexpr, ACT: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """out [n] = x [k] @ weight [n, k].T; with ACT weight [2 n, k] and out = ACT(first half) * second half.
+
+    Grid (PROGRAMS). A program has WHOLE tiles of BN outputs (of each half), and then, if it is one of the first
+    REST * SPLIT, a part of the columns of another tile, which the last of its programs adds up from parts float32
+    [REST, SPLIT, BN (twice with ACT)]; arrived int32 [REST]. STEPS: k / BK. w_blocks, float8: blocks [BN, BK] of
+    bytes; FOUR: blocks [BK / 128, BN / 16, 16, 64] of int8 [chunks, n / 16, 16, 64]. meta: float32 [1, n (2 n)], FOUR:
+    int32 [groups, n (2 n)], groups of 128 inputs. What comes next may be launched from a program's step LAUNCH on.
+    The rest is as in gemm_kernels.linear_kernel, with heads of 128 numbers.
+    """
+    program = gl.program_id(0)
+    if PDL and LAUNCH == 0:
+        tl.extra.cuda.gdc_launch_dependents()
+    HALVES: gl.constexpr = 2 if ACT != "" else 1
+    rest, begin, count = _work(program, PROGRAMS, STEPS, WHOLE, REST, SPLIT)
+    total = WHOLE * STEPS + count
+    T: gl.constexpr = w_blocks.dtype
+    W: gl.constexpr = gl.NVMMASharedLayout(64 if FOUR else 128, 8, rank=2)
+    if FOUR:
+        w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN * (BK // 128), 64], W)
+    else:
+        w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN, BK], W)
+    bars = barriers(BUFFERS)
+    fence_async_shared()
+    for i in gl.static_range(BUFFERS):
+        if i < total:
+            _ask(w_blocks, w, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS, FOUR, HALVES)
+
+    SHARE: gl.constexpr = STEPS if WHOLE > 0 else (STEPS + SPLIT - 1) // SPLIT
+    CHUNKS: gl.constexpr = (SHARE * BK + SPAN - 1) // SPAN
+    WIDE: gl.constexpr = 64 if FOUR else BK
+    terms = gl.allocate_shared_memory(gl.float8e4nv, [CHUNKS, 8, SPAN], gl.NVMMASharedLayout(min(WIDE, 128), 8, rank=2))
+    xs = reinterpreted(terms, [CHUNKS * (SPAN // WIDE), 8, WIDE], gl.NVMMASharedLayout(min(WIDE, 128), 8, rank=2))
+    own = 0 if WHOLE > 0 else begin  # the step that x is split from
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    GROUPS: gl.constexpr = BK // 128
+    tile = program if WHOLE > 0 else rest
+    if FOUR:
+        metas = _metas(meta, n, tile, own * GROUPS, groups, BN, GROUPS, HALVES, ACC)
+    else:
+        metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    divisor = _split_x(x, own * BK, k, terms, CHUNKS, FOUR)
+    fence_async_shared()
+    factor = 1.0 / divisor
+    if SQUARES > 0:
+        part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [4], [0]))
+        of_parts = gl.load(squares + part, part < square_parts, other=0.0)
+        normed = gl.rsqrt(gl.sum(of_parts, 0) / k + eps)
+    else:
+        normed = 1.0
+
+    of_add = (residual, scale, gain, new_residual, new_squares)
+    of_heads = (table, slots, kv, kv_stride, heads, kv_heads)
+    for turn in gl.static_range(WHOLE + (1 if REST > 0 else 0)):
+        first = turn * STEPS
+        tile = program + turn * PROGRAMS
+        x_first = 0
+        end = STEPS
+        if turn == WHOLE:
+            tile = rest
+            x_first = begin - own
+            end = count
+        if not FOUR and turn > 0:
+            metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
+        acc = gl.zeros([BN, 8], gl.float32, ACC)
+        up = gl.zeros([BN, 8], gl.float32, ACC)
+        for s in range(end):
+            j = first + s
+            at = j % BUFFERS
+            if FOUR:
+                later = j + 1
+                whole = later < WHOLE * STEPS
+                next_tile = gl.where(whole, program + later // STEPS * PROGRAMS, rest)
+                next_step = gl.where(whole, later % STEPS, begin + later - WHOLE * STEPS)
+                following = _metas(meta, n, next_tile, next_step * GROUPS, groups, BN, GROUPS, HALVES, ACC)
+            mbarrier.wait(bars.index(at), j // BUFFERS & 1)
+            acc, up = _multiply(w, xs, metas, acc, up, at, x_first + s, BN, BK, FOUR, HALVES == 2, ACC)
+            if j + BUFFERS < total:
+                _ask(
+                    w_blocks, w, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS,
+                    FOUR, HALVES,
+                )  # fmt: skip
+            if PDL and LAUNCH > 0:  # noqa: SIM102 (constants, and a number on the device)
+                if j == LAUNCH:
+                    tl.extra.cuda.gdc_launch_dependents()
+            if FOUR:
+                metas = following
+        y, y_up = _sums(acc, ACC) * factor, _sums(up, ACC) * factor
+        if not FOUR:
+            y = y * metas[0]
+            if HALVES == 2:
+                y_up = y_up * metas[1]
+        if turn < WHOLE:
+            _finish(y, y_up, tile, n, bias, out, normed, of_add, of_heads, BN, BIAS, ACT, ADD, HEADS, ACC)
+        elif count > 0:
+            if SPLIT == 1:
+                _finish(y, y_up, tile, n, bias, out, normed, of_add, of_heads, BN, BIAS, ACT, ADD, HEADS, ACC)
+            else:
+                SIZE: gl.constexpr = HALVES * BN
+                number = program // SPLIT
+                lies = parts + number * (SPLIT * SIZE) + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+                gl.store(lies + program % SPLIT * SIZE, y)
+                if HALVES == 2:
+                    gl.store(lies + program % SPLIT * SIZE + BN, y_up)
+                all_threads()  # all threads' parts are written before the arrival says so
+                if gl.atomic_add(arrived + number, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+                    gl.store(arrived + number, 0)
+                    y = gl.load(lies, cache_modifier=".cg")
+                    for other in gl.static_range(1, SPLIT):
+                        y += gl.load(lies + other * SIZE, cache_modifier=".cg")
+                    y_up = y
+                    if HALVES == 2:
+                        y_up = gl.load(lies + BN, cache_modifier=".cg")
+                        for other in gl.static_range(1, SPLIT):
+                            y_up += gl.load(lies + other * SIZE + BN, cache_modifier=".cg")
+                    _finish(y, y_up, tile, n, bias, out, normed, of_add, of_heads, BN, BIAS, ACT, ADD, HEADS, ACC)
