@@ -195,38 +195,58 @@ def _halves(values):
 
 
 @gluon.jit
+def _operands(
+    tile, bias, residual, gain, table, slots, count, BN: gl.constexpr, BIAS: gl.constexpr, ADD: gl.constexpr,
+    HEADS: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """What a tile's epilogue reads, asked for before the products: (biases, residual, gains, cosines, sines, slot).
+
+    count: heads that are rotated; cosines of others are 1, sines 0.
+    """
+    output = gl.arange(0, BN, gl.SliceLayout(1, ACC))
+    rn = tile * BN + output
+    biases, old, gains, cos, sin, slot = 0.0, 0.0, 0.0, 1.0, 0.0, 0
+    if BIAS:
+        biases = gl.load(bias + rn).to(gl.float32)
+    if ADD:
+        old, gains = gl.load(residual + rn).to(gl.float32), gl.load(gain + rn).to(gl.float32)
+    if HEADS:
+        pair, _other = _halves(output)
+        turned = (tile < count) & (pair >= 0)
+        cos, sin = gl.load(table + pair, turned, other=1.0), gl.load(table + 64 + pair, turned, other=0.0)
+        slot = gl.load(slots).to(gl.int64)
+    return biases, old, gains, cos, sin, slot
+
+
+@gluon.jit
 def _finish(
-    y, up, tile, n, bias, out, factor, add, heads, BN: gl.constexpr, BIAS: gl.constexpr, ACT: gl.constexpr,
-    ADD: gl.constexpr, HEADS: gl.constexpr, ACC: gl.constexpr,
+    y, up, tile, out, factor, operands, add, heads, BN: gl.constexpr, ACT: gl.constexpr, ADD: gl.constexpr,
+    HEADS: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
     """From a tile's products [BN] to what is stored; see gemm_kernels.finish."""
     output = gl.arange(0, BN, gl.SliceLayout(1, ACC))
     rn = tile * BN + output
-    y = y * factor
-    if BIAS:
-        y = y + gl.load(bias + rn).to(gl.float32)
+    biases, old, gains, cos, sin, slot = operands
+    y = y * factor + biases
     if ADD:
-        residual, scale, gain, new_residual, new_squares = add
-        r = _rounded(gl.load(residual + rn).to(gl.float32) + scale * _rounded(y, out), out)
+        scale, new_residual, new_squares = add
+        r = _rounded(old + scale * _rounded(y, out), out)
         gl.store(new_residual + rn, r.to(new_residual.dtype.element_ty))
-        gl.store(out + rn, (r * gl.load(gain + rn).to(gl.float32)).to(out.dtype.element_ty))
+        gl.store(out + rn, (r * gains).to(out.dtype.element_ty))
         gl.store(new_squares + tile, gl.sum(r * r, 0))
     elif HEADS:
-        table, slots, kv, kv_stride, count, kv_count = heads
+        kv, kv_stride, count = heads
         first, second = _halves(_rounded(y, out))
         pair, _other = _halves(output)
-        if tile < count + kv_count:
-            cos, sin = gl.load(table + pair), gl.load(table + 64 + pair)
-            turned = first * cos - second * sin
-            second = second * cos + first * sin
-            first = turned
+        turned = (first * cos - second * sin).to(out.dtype.element_ty)
+        second = (second * cos + first * sin).to(out.dtype.element_ty)
         if tile < count:
-            gl.store(out + tile * 128 + pair, first.to(out.dtype.element_ty))
-            gl.store(out + tile * 128 + 64 + pair, second.to(out.dtype.element_ty))
+            gl.store(out + tile * 128 + pair, turned)
+            gl.store(out + tile * 128 + 64 + pair, second)
         else:
-            at = kv + gl.load(slots).to(gl.int64) * kv_stride + (tile - count) * 128 + pair
-            gl.store(at, first.to(kv.dtype.element_ty))
-            gl.store(at + 64, second.to(kv.dtype.element_ty))
+            at = kv + slot * kv_stride + (tile - count) * 128 + pair
+            gl.store(at, turned)
+            gl.store(at + 64, second)
     else:
         if ACT != "":
             y = activate(_rounded(y, out), ACT) * _rounded(up * factor, out)
@@ -284,18 +304,13 @@ def row_kernel(
         metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    divisor = _split_x(x, own * BK, k, terms, CHUNKS, FOUR)
-    fence_async_shared()
-    factor = 1.0 / divisor
     if SQUARES > 0:
         part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [4], [0]))
         of_parts = gl.load(squares + part, part < square_parts, other=0.0)
-        normed = gl.rsqrt(gl.sum(of_parts, 0) / k + eps)
-    else:
-        normed = 1.0
+    factor = 1.0 / _split_x(x, own * BK, k, terms, CHUNKS, FOUR)
+    fence_async_shared()
 
-    of_add = (residual, scale, gain, new_residual, new_squares)
-    of_heads = (table, slots, kv, kv_stride, heads, kv_heads)
+    of_add, of_heads = (scale, new_residual, new_squares), (kv, kv_stride, heads)
     for turn in gl.static_range(WHOLE + (1 if REST > 0 else 0)):
         first = turn * STEPS
         tile = program + turn * PROGRAMS
@@ -307,6 +322,9 @@ def row_kernel(
             end = count
         if not FOUR and turn > 0:
             metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
+        operands = _operands(
+            tile, bias, residual, gain, table, slots, heads + kv_heads, BN, BIAS, ADD, HEADS, ACC
+        )  # fmt: skip
         acc = gl.zeros([BN, 8], gl.float32, ACC)
         up = gl.zeros([BN, 8], gl.float32, ACC)
         for s in range(end):
@@ -331,15 +349,18 @@ def row_kernel(
             if FOUR:
                 metas = following
         y, y_up = _sums(acc, ACC) * factor, _sums(up, ACC) * factor
+        normed = 1.0
+        if SQUARES > 0:  # here, as adding up needs all threads
+            normed = gl.rsqrt(gl.sum(of_parts, 0) / k + eps)
         if not FOUR:
             y = y * metas[0]
             if HALVES == 2:
                 y_up = y_up * metas[1]
         if turn < WHOLE:
-            _finish(y, y_up, tile, n, bias, out, normed, of_add, of_heads, BN, BIAS, ACT, ADD, HEADS, ACC)
+            _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
         elif count > 0:
             if SPLIT == 1:
-                _finish(y, y_up, tile, n, bias, out, normed, of_add, of_heads, BN, BIAS, ACT, ADD, HEADS, ACC)
+                _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
             else:
                 SIZE: gl.constexpr = HALVES * BN
                 number = program // SPLIT
@@ -358,4 +379,4 @@ def row_kernel(
                         y_up = gl.load(lies + BN, cache_modifier=".cg")
                         for other in gl.static_range(1, SPLIT):
                             y_up += gl.load(lies + other * SIZE + BN, cache_modifier=".cg")
-                    _finish(y, y_up, tile, n, bias, out, normed, of_add, of_heads, BN, BIAS, ACT, ADD, HEADS, ACC)
+                    _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
