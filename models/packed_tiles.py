@@ -9,7 +9,7 @@ from typing import Final
 
 import triton
 
-from .gemm import MAX_TILES, Choice, Choices, Tile
+from .gemm import MAX_TILES, Choices, Tile
 from .packed_gemm import CHUNK, Kind, Packed
 from .row_gemm import OneRow, can_multiply
 
@@ -57,19 +57,13 @@ def choices_for(weight: Packed) -> Choices:
     """The tiles of a weight by the number of rows; above the last, `Packed.multiply`."""
     outputs, inputs = weight.shape
     measured = PACKED.get((weight.kind, outputs, inputs), ())
-    if not can_multiply(weight.words.device):
-        measured = tuple((rows, tile) for rows, tile in measured if not isinstance(tile, OneRow))
-    if not all(fits(weight, tile) for _, tile in measured if tile):
+    ahead = can_multiply(weight.words.device)
+    measured = tuple((rows, c) for rows, c in measured if not isinstance(c, OneRow) or (ahead and c.fits(weight)))
+    tiles = [c.plain if isinstance(c, OneRow) else c for _, c in measured]
+    if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for tile in tiles):
         measured = ()
     most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
     return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)
-
-
-def fits(weight: Packed, choice: Choice) -> bool:
-    """Whether a weight can be multiplied so."""
-    if isinstance(choice, OneRow):
-        return choice.fits(weight) and fits(weight, choice.plain)
-    return isinstance(choice, Tile) and weight.fits(choice.depth, choice.slices)
 
 
 def by_rule(weight: Packed, rows: int) -> Tile:

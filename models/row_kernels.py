@@ -147,27 +147,23 @@ def _multiply(
         A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
         ONE: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
         ones = gl.full([BN, 64], 1.0, gl.float32, A).to(gl.float8e4nv)
+        made = ()
         for i in gl.static_range(BK // 128):
             x_low = xs.index((place * (BK // 128) + i) * 2).permute((1, 0))
             x_high = xs.index((place * (BK // 128) + i) * 2 + 1).permute((1, 0))
             sums = warpgroup_mma(ones, x_low, none, use_acc=False, is_async=True)
-            sums = warpgroup_mma(ones, x_high, sums, is_async=True)
-            words = reinterpreted(w.index(at * HALVES), [BK // 128, BN, 64], ONE).index(i).load(A)
-            low, high = low_nibbles(words), high_nibbles(words)
-            p = warpgroup_mma(low, x_low, none, use_acc=False, is_async=True)
-            p = warpgroup_mma(high, x_high, p, is_async=True)
+            made = made + (warpgroup_mma(ones, x_high, sums, is_async=True),)  # noqa: RUF005
+            for half in gl.static_range(HALVES):
+                words = reinterpreted(w.index(at * HALVES + half), [BK // 128, BN, 64], ONE).index(i).load(A)
+                p = warpgroup_mma(low_nibbles(words), x_low, none, use_acc=False, is_async=True)
+                made = made + (warpgroup_mma(high_nibbles(words), x_high, p, is_async=True),)  # noqa: RUF005
+        made = warpgroup_mma_wait(0, deps=made)
+        for i in gl.static_range(BK // 128):
+            sums, p, meta = made[i * (HALVES + 1)], made[i * (HALVES + 1) + 1], metas[i * HALVES]
+            acc += scales_of(meta)[:, None] * (512.0 * p - zeros_of(meta)[:, None] * sums)
             if GATED:
-                words = reinterpreted(w.index(at * HALVES + 1), [BK // 128, BN, 64], ONE).index(i).load(A)
-                u_low, u_high = low_nibbles(words), high_nibbles(words)
-                u = warpgroup_mma(u_low, x_low, none, use_acc=False, is_async=True)
-                u = warpgroup_mma(u_high, x_high, u, is_async=True)
-                sums, p, u = warpgroup_mma_wait(0, deps=[sums, p, u])
-                of_up = metas[i * HALVES + 1]
+                u, of_up = made[i * 3 + 2], metas[i * 2 + 1]
                 up += scales_of(of_up)[:, None] * (512.0 * u - zeros_of(of_up)[:, None] * sums)
-            else:
-                sums, p = warpgroup_mma_wait(0, deps=[sums, p])
-            of_acc = metas[i * HALVES]
-            acc += scales_of(of_acc)[:, None] * (512.0 * p - zeros_of(of_acc)[:, None] * sums)
     else:
         x = xs.index(place).permute((1, 0))
         p = warpgroup_mma(w.index(at * HALVES), x, none, use_acc=False, is_async=True)

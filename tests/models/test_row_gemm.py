@@ -11,11 +11,13 @@ pytest.importorskip("triton")
 
 from gluon_emulator import Emulated
 from test_packed_gemm import part_of
+from test_primed_gemm import heads_of
 
-from actorserve.models import row_kernels
-from actorserve.models.gemm import Heads, Tile, TritonLinear, Unscaled, arrivals
+from actorserve.models import packed_tiles, row_kernels
+from actorserve.models.gemm import Heads, Tile, TritonLinear, Unscaled, arrivals, choose
 from actorserve.models.layers import Linear, TorchOps
 from actorserve.models.packed_gemm import Packed, Scratch, pack_part
+from actorserve.models.packed_tiles import choices_for
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.row_gemm import OneRow
 from actorserve.models.spec import Rope, Spec
@@ -30,6 +32,28 @@ EPS = 1e-5
 FRESH = dict.fromkeys(("x", "squares", "residual"))
 """Arguments that the predecessor writes."""
 KINDS = ["fp8-row", "int4-128"]
+
+
+def test_what_is_left_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other heads; other weights, dtypes and GPUs have no such choice."""
+    choice = OneRow(128, 128, 2, PLAIN_TILE)
+    assert choice.takes(None) and choice.takes(heads_of(head_dim=128))
+    half = torch.zeros(2, 2, 1, 128, dtype=torch.float8_e4m3fn)
+    for other in ({"interleaved": True}, {"qk_norm": half}, {"table": None}, {"head_dim": 64}, {"kv_rows": half}):
+        assert not choice.takes(heads_of(**{"head_dim": 128} | other))
+    assert not OneRow(64, 128, 2, PLAIN_TILE).takes(heads_of(head_dim=128))
+    monkeypatch.setattr(
+        packed_tiles, "PACKED", {(kind, 256, 512): ((1, choice), (8, PLAIN_TILE)) for kind in ("fp8", "int4")}
+    )
+    for there in (False, True):
+        monkeypatch.setattr(packed_tiles, "can_multiply", lambda device, there=there: there)
+        for kind, dtype, fits in (
+            ("fp8-row", DTYPE, True), ("int4-128", DTYPE, True), ("fp8-row", torch.float16, False),
+            ("int4-64", DTYPE, False), ("fp8-128", DTYPE, False),
+        ):  # fmt: skip
+            weight = pack_part(part_of(kind, 256, 512), dtype, Scratch(DEVICE), False)
+            assert weight is not None and choice.fits(weight) == fits
+            assert choose(choices_for(weight), 1) == (choice if there and fits else PLAIN_TILE)
 
 
 @pytest.fixture

@@ -27,11 +27,14 @@ from actorserve.models import (
     primed_attention,
     primed_attention_kernels,
     primed_kernels,
+    row_kernels,
     slot_kernels,
     stream_kernels,
 )
 from actorserve.models.gemm import GEMMS, Choice, Tile
+from actorserve.models.packed_tiles import PACKED as QUANTIZED
 from actorserve.models.primed_gemm import HEAD, MOST_ROWS, Primed
+from actorserve.models.row_gemm import OneRow
 from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_attention import DECODE, splits_for
 from actorserve.perf.gemm_tiles import Case, cases
@@ -304,6 +307,31 @@ def quantized() -> Iterator[None]:
     yield build(float8_kernels.blockwise_kernel, 8, False, types, 4, **own)
 
 
+def rows() -> Iterator[None]:
+    """Every OneRow of the table with what follows its product; without TESTS_THOROUGH one of each kind and epilogue."""
+    follows = {(case.outputs, case.inputs): case for case in cases("qwen2-7b")}
+    seen = set()
+    for (kind, outputs, inputs), choices in QUANTIZED.items():
+        case, choice = follows[outputs, inputs], choices[0][1]
+        if isinstance(choice, OneRow) and ("TESTS_THOROUGH" in os.environ or (kind, case.follows) not in seen):
+            seen.add((kind, case.follows))
+            yield one_row(case, kind, choice)
+
+
+def one_row(case: Case, kind: str, choice: OneRow) -> None:
+    """A configuration as row_gemm.multiply launches it, with PDL."""
+    constants = choice.constants(case.outputs, case.inputs, case.follows == "gated")
+    four, block = kind == "int4", [constants["BN"], choice.depth]
+    if four:
+        block = [choice.depth // 128, constants["BN"] // 16, 16, 64]
+    layout = gl.NVMMASharedLayout(64 if four else 128, 8, rank=len(block))
+    name = f"tensordesc<{'i8' if four else 'fp8e4nv'}[{','.join(map(str, block))}],{layout!r}>"
+    types = PACKED | {"w_blocks": name, "meta": "*i32" if four else "*fp32", "slots": "*i32"}
+    constants |= epilogue_of(case) | {"FOUR": four}
+    own = {n: value for n, value in constants.items() if n in row_kernels.row_kernel.arg_names}
+    build(row_kernels.row_kernel, 4, True, types, aligned=True, **own)
+
+
 def experts() -> Iterator[None]:
     """A router, who is whose, both products and their sum."""
     names = {**dict.fromkeys("x w out y shared gate".split(), "*bf16"), "cap": "fp32"}
@@ -318,7 +346,7 @@ def experts() -> Iterator[None]:
     yield build(moe_kernels.mix_kernel, 4, False, names, BLOCK=1024, SHARED=True, GATE=True)
 
 
-PARTS = {part.__name__: part for part in (sampler, attention, latents, layers, gemms, quantized, experts)}
+PARTS = {part.__name__: part for part in (sampler, attention, latents, layers, gemms, quantized, rows, experts)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
