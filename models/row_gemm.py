@@ -42,6 +42,8 @@ class OneRow:
     """Programs that have as many whole tiles each as there are for all of them; what is left is split. 0: all is."""
     launch: int = 0
     """The step of a program from which on what comes next may be launched."""
+    warps: int = 4
+    """4, or 8 with 128 outputs of a half or more, but not of heads."""
 
     rows = 1
 
@@ -68,7 +70,7 @@ class OneRow:
         return {
             "BN": self.outputs // 2 if gated else self.outputs, "BK": self.depth, "STEPS": inputs // self.depth,
             "BUFFERS": self.buffers, "PROGRAMS": self.programs if whole else rest * self.split, "WHOLE": whole,
-            "REST": rest, "SPLIT": self.split, "LAUNCH": self.launch,
+            "REST": rest, "SPLIT": self.split, "LAUNCH": self.launch, "WARPS": self.warps,
         }  # fmt: skip
 
 
@@ -103,5 +105,5 @@ def multiply(
         x, blocks_of(weight, constants["BN"], choice.depth), weight.meta, bias, out, parts, arrived,
         outputs // 2 if gated else outputs, inputs, len(weight.meta), *after[:8], *after[10:],
         FOUR=weight.kind == "int4", BIAS=bias is not None, SQUARES=squares, ACT=epilogue["ACT"], ADD=epilogue["ADD"],
-        HEADS=epilogue["HEADS"], PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}), **constants,
+        HEADS=epilogue["HEADS"], PDL=pdl, num_warps=choice.warps, **({"launch_pdl": True} if pdl else {}), **constants,
     )  # fmt: skip

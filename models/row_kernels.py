@@ -53,6 +53,12 @@ def zeros_of(meta):
 
 
 @gluon.jit
+def leading_bits(values):
+    """float32 values without what is behind their four leading bits."""
+    return (values.to(gl.int32, bitcast=True) & -1048576).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def _rounded(values, like):
     """float32 values as they would come back from memory behind the pointer `like`."""
     return values.to(like.dtype.element_ty).to(gl.float32)
@@ -92,13 +98,14 @@ def _ask(
 
 
 @gluon.jit
-def _split_x(x, first, k, terms, CHUNKS: gl.constexpr, FOUR: gl.constexpr):
+def _split_x(x, first, k, terms, CHUNKS: gl.constexpr, FOUR: gl.constexpr, WARPS: gl.constexpr):
     """Split x [k] from input `first` on into terms [CHUNKS, 8, SPAN]; returns what the products are to be divided by.
 
-    Columns are in the order of the weight's bytes. Row 0 of the terms has the larger numbers, the others 16 times what
-    is left.
+    Columns are in the order of the weight's bytes. Row 0 of the terms has four bits of each number, the others 8 times
+    what is left. That is what float8 will hold by arithmetic, not by converting it back: of such a pair of conversions
+    the ptxas of CUDA 12.8 makes one of the stack pointer.
     """
-    L: gl.constexpr = gl.BlockedLayout([8, 4], [1, 32], [1, 4], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([8, SPAN // (32 * WARPS)], [1, 32], [1, WARPS], [1, 0])
     column = gl.arange(0, SPAN, gl.SliceLayout(0, L))
     term = gl.arange(0, 8, gl.SliceLayout(1, L))[:, None]
     if FOUR:  # the lower bits of 64 bytes, of inputs c and c + 64 in turn, then their upper bits, 32 inputs on
@@ -116,9 +123,10 @@ def _split_x(x, first, k, terms, CHUNKS: gl.constexpr, FOUR: gl.constexpr):
     up = gl.exp2(7.0 - gl.floor(gl.log2(gl.max(largest, 0) + 1e-30)))
     for i in gl.static_range(CHUNKS):
         value = values[i] * up
-        large = value.to(gl.float8e4nv)
-        small = ((value - large.to(gl.float32)) * 16.0).to(gl.float8e4nv)
-        terms.index(i).store(gl.where(term == 0, large[None, :], small[None, :]))
+        even = (value + 24576.0) - 24576.0  # to multiples of 2 ** -9, as the smallest numbers are
+        large = gl.where(gl.abs(value) < 0.015625, even, leading_bits(value))
+        small = ((value - large) * 8.0).to(gl.float8e4nv)
+        terms.index(i).store(gl.where(term == 0, large.to(gl.float8e4nv)[None, :], small[None, :]))
     return up
 
 
@@ -181,7 +189,7 @@ def _multiply(
 def _sums(acc, ACC: gl.constexpr):
     """float32 [BN]: the products with both of x's numbers added up."""
     column = gl.arange(0, 8, gl.SliceLayout(0, ACC))[None, :]
-    return gl.sum(gl.where(column == 0, acc, gl.where(column == 1, acc * 0.0625, 0.0)), 1)
+    return gl.sum(gl.where(column == 0, acc, gl.where(column == 1, acc * 0.125, 0.0)), 1)
 
 
 @gluon.jit
@@ -256,7 +264,7 @@ def row_kernel(
     BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
     WHOLE: gl.constexpr, REST: gl.constexpr, SPLIT: gl.constexpr, LAUNCH: gl.constexpr, FOUR: gl.constexpr,
     BIAS: gl.constexpr, SQUARES: gl.constexpr, ACT: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr,
-    PDL: gl.constexpr,
+    PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """out [n] = x [k] @ weight [n, k].T; with ACT weight [2 n, k] and out = ACT(first half) * second half.
 
@@ -291,7 +299,7 @@ def row_kernel(
     terms = gl.allocate_shared_memory(gl.float8e4nv, [CHUNKS, 8, SPAN], gl.NVMMASharedLayout(min(WIDE, 128), 8, rank=2))
     xs = reinterpreted(terms, [CHUNKS * (SPAN // WIDE), 8, WIDE], gl.NVMMASharedLayout(min(WIDE, 128), 8, rank=2))
     own = 0 if WHOLE > 0 else begin  # the step that x is split from
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 32])
     GROUPS: gl.constexpr = BK // 128
     tile = program if WHOLE > 0 else rest
     if FOUR:
@@ -301,9 +309,9 @@ def row_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if SQUARES > 0:
-        part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [4], [0]))
+        part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [WARPS], [0]))
         of_parts = gl.load(squares + part, part < square_parts, other=0.0)
-    factor = 1.0 / _split_x(x, own * BK, k, terms, CHUNKS, FOUR)
+    factor = 1.0 / _split_x(x, own * BK, k, terms, CHUNKS, FOUR, WARPS)
     fence_async_shared()
 
     of_add, of_heads = (scale, new_residual, new_squares), (kv, kv_stride, heads)

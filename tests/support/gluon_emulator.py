@@ -65,6 +65,7 @@ STATELESS: dict[str, Any] = {
 }  # fmt: skip
 """What `gl` has that concerns neither memory nor other programs."""
 OF_BITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leading_bits": lambda values: (values.view(torch.int32) & -(1 << 20)).view(torch.float32),
     "low_nibbles": lambda values: (values & 15).float() * 2**-9,
     "high_nibbles": lambda values: (values >> 4 & 15).float() * 2**-9,
     "scales_of": lambda meta: meta.to(torch.int16).view(torch.float16).float(),
