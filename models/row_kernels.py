@@ -98,14 +98,15 @@ def _ask(
 
 
 @gluon.jit
-def _split_x(x, first, k, terms, CHUNKS: gl.constexpr, FOUR: gl.constexpr, WARPS: gl.constexpr):
+def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr, WARPS: gl.constexpr):
     """Split x [k] from input `first` on into terms [CHUNKS, 8, SPAN]; returns what the products are to be divided by.
 
+    FOUR: and its sums of groups, float32 [CHUNKS, SPAN / 128].
     Columns are in the order of the weight's bytes. Row 0 of the terms has four bits of each number, the others 8 times
     what is left. That is what float8 will hold by arithmetic, not by converting it back: of such a pair of conversions
     the ptxas of CUDA 12.8 makes one of the stack pointer.
     """
-    L: gl.constexpr = gl.BlockedLayout([8, SPAN // (32 * WARPS)], [1, 32], [1, WARPS], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([8, SPAN // 128], [1, 32], [WARPS // 4, 4], [1, 0])  # a warp has a group
     column = gl.arange(0, SPAN, gl.SliceLayout(0, L))
     term = gl.arange(0, 8, gl.SliceLayout(1, L))[:, None]
     if FOUR:  # the lower bits of 64 bytes, of inputs c and c + 64 in turn, then their upper bits, 32 inputs on
@@ -127,6 +128,8 @@ def _split_x(x, first, k, terms, CHUNKS: gl.constexpr, FOUR: gl.constexpr, WARPS
         large = gl.where(gl.abs(value) < 0.015625, even, leading_bits(value))
         small = ((value - large) * 8.0).to(gl.float8e4nv)
         terms.index(i).store(gl.where(term == 0, large.to(gl.float8e4nv)[None, :], small[None, :]))
+        if FOUR:
+            sums.index(i).store(gl.sum(gl.reshape(value, [SPAN // 128, 128]), 1))
     return up
 
 
@@ -145,33 +148,44 @@ def _metas(meta, n, tile, group, groups, BN: gl.constexpr, COUNT: gl.constexpr, 
 
 @gluon.jit
 def _multiply(
-    w, xs, metas, acc, up, at, place, BN: gl.constexpr, BK: gl.constexpr, FOUR: gl.constexpr, GATED: gl.constexpr,
-    ACC: gl.constexpr,
+    w, xs, sums, metas, acc, up, less, less_up, at, place, BN: gl.constexpr, BK: gl.constexpr, FOUR: gl.constexpr,
+    GATED: gl.constexpr, ACC: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """(acc, up) + the products of a step, whose x is at `place` of its blocks xs."""
+    """(acc, up, less, less_up) after a step, whose x is at `place` of its blocks xs.
+
+    Of float8 the products are added to acc and up [BN, 8]; of 4 bits those divided by 512, and to less, less_up [BN]
+    what zero points take of them.
+    """
     none = gl.zeros([BN, 8], gl.float32, ACC)
     HALVES: gl.constexpr = 2 if GATED else 1
     if FOUR:
         A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
         ONE: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
-        ones = gl.full([BN, 64], 1.0, gl.float32, A).to(gl.float8e4nv)
+        GROUPS: gl.constexpr = BK // 128
         made = ()
-        for i in gl.static_range(BK // 128):
-            x_low = xs.index((place * (BK // 128) + i) * 2).permute((1, 0))
-            x_high = xs.index((place * (BK // 128) + i) * 2 + 1).permute((1, 0))
-            sums = warpgroup_mma(ones, x_low, none, use_acc=False, is_async=True)
-            made = made + (warpgroup_mma(ones, x_high, sums, is_async=True),)  # noqa: RUF005
+        for i in gl.static_range(GROUPS):
+            x_low = xs.index((place * GROUPS + i) * 2).permute((1, 0))
+            x_high = xs.index((place * GROUPS + i) * 2 + 1).permute((1, 0))
             for half in gl.static_range(HALVES):
-                words = reinterpreted(w.index(at * HALVES + half), [BK // 128, BN, 64], ONE).index(i).load(A)
+                words = reinterpreted(w.index(at * HALVES + half), [GROUPS, BN, 64], ONE).index(i).load(A)
                 p = warpgroup_mma(low_nibbles(words), x_low, none, use_acc=False, is_async=True)
                 made = made + (warpgroup_mma(high_nibbles(words), x_high, p, is_async=True),)  # noqa: RUF005
-        made = warpgroup_mma_wait(0, deps=made)
-        for i in gl.static_range(BK // 128):
-            sums, p, meta = made[i * (HALVES + 1)], made[i * (HALVES + 1) + 1], metas[i * HALVES]
-            acc += scales_of(meta)[:, None] * (512.0 * p - zeros_of(meta)[:, None] * sums)
+        EACH: gl.constexpr = SPAN // 128
+        of_span = sums.index(place * GROUPS // EACH).load(gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+        group = gl.arange(0, EACH, gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+        if GROUPS * HALVES == 1:  # noqa: SIM108 (a constant)
+            made = (warpgroup_mma_wait(0, deps=made),)
+        else:
+            made = warpgroup_mma_wait(0, deps=made)
+        for i in gl.static_range(GROUPS):
+            of_group = gl.sum(gl.where(group == place * GROUPS % EACH + i, of_span, 0.0), 0)
+            scales = scales_of(metas[i * HALVES])
+            acc += scales[:, None] * made[i * HALVES]
+            less += scales * zeros_of(metas[i * HALVES]) * of_group
             if GATED:
-                u, of_up = made[i * 3 + 2], metas[i * 2 + 1]
-                up += scales_of(of_up)[:, None] * (512.0 * u - zeros_of(of_up)[:, None] * sums)
+                scales = scales_of(metas[i * 2 + 1])
+                up += scales[:, None] * made[i * 2 + 1]
+                less_up += scales * zeros_of(metas[i * 2 + 1]) * of_group
     else:
         x = xs.index(place).permute((1, 0))
         p = warpgroup_mma(w.index(at * HALVES), x, none, use_acc=False, is_async=True)
@@ -182,7 +196,7 @@ def _multiply(
         else:
             p = warpgroup_mma_wait(0, deps=[p])
         acc += p  # in float32, which the tensor cores' own sums of float8 products are not
-    return acc, up
+    return acc, up, less, less_up
 
 
 @gluon.jit
@@ -298,6 +312,10 @@ def row_kernel(
     WIDE: gl.constexpr = 64 if FOUR else BK
     terms = gl.allocate_shared_memory(gl.float8e4nv, [CHUNKS, 8, SPAN], gl.NVMMASharedLayout(min(WIDE, 128), 8, rank=2))
     xs = reinterpreted(terms, [CHUNKS * (SPAN // WIDE), 8, WIDE], gl.NVMMASharedLayout(min(WIDE, 128), 8, rank=2))
+    sums = bars
+    if FOUR:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, SPAN // 128], layout)
     own = 0 if WHOLE > 0 else begin  # the step that x is split from
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 32])
     GROUPS: gl.constexpr = BK // 128
@@ -311,7 +329,7 @@ def row_kernel(
     if SQUARES > 0:
         part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [WARPS], [0]))
         of_parts = gl.load(squares + part, part < square_parts, other=0.0)
-    factor = 1.0 / _split_x(x, own * BK, k, terms, CHUNKS, FOUR, WARPS)
+    factor = 1.0 / _split_x(x, own * BK, k, terms, sums, CHUNKS, FOUR, WARPS)
     fence_async_shared()
 
     of_add, of_heads = (scale, new_residual, new_squares), (kv, kv_stride, heads)
@@ -331,6 +349,8 @@ def row_kernel(
         )  # fmt: skip
         acc = gl.zeros([BN, 8], gl.float32, ACC)
         up = gl.zeros([BN, 8], gl.float32, ACC)
+        less = gl.zeros([BN], gl.float32, gl.SliceLayout(1, ACC))
+        less_up = gl.zeros([BN], gl.float32, gl.SliceLayout(1, ACC))
         for s in range(end):
             j = first + s
             at = j % BUFFERS
@@ -341,7 +361,9 @@ def row_kernel(
                 next_step = gl.where(whole, later % STEPS, begin + later - WHOLE * STEPS)
                 following = _metas(meta, n, next_tile, next_step * GROUPS, groups, BN, GROUPS, HALVES, ACC)
             mbarrier.wait(bars.index(at), j // BUFFERS & 1)
-            acc, up = _multiply(w, xs, metas, acc, up, at, x_first + s, BN, BK, FOUR, HALVES == 2, ACC)
+            acc, up, less, less_up = _multiply(
+                w, xs, sums, metas, acc, up, less, less_up, at, x_first + s, BN, BK, FOUR, HALVES == 2, ACC, WARPS
+            )  # fmt: skip
             if j + BUFFERS < total:
                 _ask(
                     w_blocks, w, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS,
@@ -352,14 +374,14 @@ def row_kernel(
                     tl.extra.cuda.gdc_launch_dependents()
             if FOUR:
                 metas = following
-        y, y_up = _sums(acc, ACC) * factor, _sums(up, ACC) * factor
+        y, y_up = _sums(acc, ACC), _sums(up, ACC)
         normed = 1.0
         if SQUARES > 0:  # here, as adding up needs all threads
             normed = gl.rsqrt(gl.sum(of_parts, 0) / k + eps)
-        if not FOUR:
-            y = y * metas[0]
-            if HALVES == 2:
-                y_up = y_up * metas[1]
+        if FOUR:
+            y, y_up = (512.0 * y - less) * factor, (512.0 * y_up - less_up) * factor
+        else:
+            y, y_up = y * factor * metas[0], y_up * factor * metas[HALVES - 1]
         if turn < WHOLE:
             _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
         elif count > 0:

@@ -61,6 +61,7 @@ STATELESS: dict[str, Any] = {
     "cdiv": lambda a, b: (a + b - 1) // b, "float8e4nv": torch.float8_e4m3fn,
     "float32": torch.float32, "int32": torch.int32, "int64": torch.int64,
     "BlockedLayout": gl.BlockedLayout, "SliceLayout": gl.SliceLayout, "DotOperandLayout": gl.DotOperandLayout,
+    "SwizzledSharedLayout": gl.SwizzledSharedLayout,
     "NVMMADistributedLayout": gl.NVMMADistributedLayout, "NVMMASharedLayout": _Swizzles(),
 }  # fmt: skip
 """What `gl` has that concerns neither memory nor other programs."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
@@ -138,6 +139,8 @@ class Shared:
 
     def _lines(self) -> Tensor:
         """[rows, groups of columns, columns of a group]: groups are as wide as the swizzle and one behind the other."""
+        if isinstance(self.layout, gl.SwizzledSharedLayout):
+            return self.memory[self.start : self.start + prod(self.shape)]
         check(len(self.shape) == self.layout.rank, f"{self.shape} is not one block of the layout's")
         wide = self.layout.swizzle_byte_width // self.dtype.itemsize
         check(self.start % (8 * wide) == 0 and self.shape[-1] % wide == 0, "a swizzle begins in between")
