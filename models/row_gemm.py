@@ -79,14 +79,16 @@ def can_multiply(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def blocks_of(weight: "Packed", outputs: int, depth: int) -> TensorDescriptor:
-    """Describe a weight that is loaded in blocks of `outputs` rows and `depth` inputs."""
+def blocks_of(weight: "Packed", outputs: int, depth: int) -> tuple[Any, Any, Tensor | None]:
+    """What the kernel has of a weight that is loaded in blocks of `outputs` rows and `depth` inputs: (descriptor of the
+    words, that of the metas or None, scales or None)."""
+    describe, layout = TensorDescriptor.from_tensor, gl.NVMMASharedLayout
     if weight.kind == "fp8":
-        block = [outputs, depth]
-        return TensorDescriptor.from_tensor(weight.words.view(FLOAT8), block, gl.NVMMASharedLayout(128, 8, rank=2))
-    block = [depth // GROUP, outputs // 16, 16, GROUP // 2]
+        return describe(weight.words.view(FLOAT8), [outputs, depth], layout(128, 8, rank=2)), None, weight.meta
+    groups = depth // GROUP
     words = weight.words.view(torch.int8).view(len(weight) // 16, -1, 16, GROUP // 2).transpose(0, 1)
-    return TensorDescriptor.from_tensor(words, block, gl.NVMMASharedLayout(64, 8, rank=4))
+    words_blocks = describe(words, [groups, outputs // 16, 16, GROUP // 2], layout(64, 8, rank=4))
+    return words_blocks, describe(weight.meta, [groups, outputs], layout(0, 32, rank=2)), None
 
 
 def multiply(
@@ -101,9 +103,9 @@ def multiply(
         count = constants["REST"] * choice.split * choice.outputs
         parts = torch.empty(count, dtype=torch.float32, device=x.device)
     squares = epilogue["SQUARES"] and max(32, epilogue["SQUARES"])
+    w_blocks, meta_blocks, scales = blocks_of(weight, constants["BN"], choice.depth)
     kernels.row_kernel[(constants["PROGRAMS"],)](
-        x, blocks_of(weight, constants["BN"], choice.depth), weight.meta, bias, out, parts, arrived,
-        outputs // 2 if gated else outputs, inputs, len(weight.meta), *after[:8], *after[10:],
-        FOUR=weight.kind == "int4", BIAS=bias is not None, SQUARES=squares, ACT=epilogue["ACT"], ADD=epilogue["ADD"],
+        x, w_blocks, meta_blocks, scales, bias, out, parts, arrived, outputs // 2 if gated else outputs, inputs,
+        *after[:8], *after[10:], FOUR=weight.kind == "int4", BIAS=bias is not None, SQUARES=squares, ACT=epilogue["ACT"], ADD=epilogue["ADD"],
         HEADS=epilogue["HEADS"], PDL=pdl, num_warps=choice.warps, **({"launch_pdl": True} if pdl else {}), **constants,
     )  # fmt: skip

@@ -77,22 +77,25 @@ def _work(program, PROGRAMS: gl.constexpr, STEPS: gl.constexpr, WHOLE: gl.conste
 
 @gluon.jit
 def _ask(
-    w_blocks, w, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr,
-    BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr, HALVES: gl.constexpr,
+    w_blocks, meta_blocks, w, metas, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr,
+    STEPS: gl.constexpr, BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Have the weight of a program's j-th step loaded into its buffer."""
+    """Have the weight of a program's j-th step loaded into its buffers."""
     whole = j < WHOLE * STEPS
     tile = gl.where(whole, program + j // STEPS * PROGRAMS, rest)
     step = gl.where(whole, j % STEPS, begin + j - WHOLE * STEPS)
     at = j % BUFFERS
     bar = bars.index(at)
-    mbarrier.expect(bar, HALVES * BN * BK // (2 if FOUR else 1))
+    GROUPS: gl.constexpr = BK // 128
+    mbarrier.expect(bar, HALVES * (BN * BK // 2 + GROUPS * BN * 4 if FOUR else BN * BK))
     BLOCKS: gl.constexpr = w_blocks.layout
     for half in gl.static_range(HALVES):
         target = w.index(at * HALVES + half)
         if FOUR:
-            target = reinterpreted(target, [BK // 128, BN // 16, 16, 64], BLOCKS)
-            load_block(w_blocks, [step * (BK // 128), (half * n + tile * BN) // 16, 0, 0], bar, target)
+            target = reinterpreted(target, [GROUPS, BN // 16, 16, 64], BLOCKS)
+            load_block(w_blocks, [step * GROUPS, (half * n + tile * BN) // 16, 0, 0], bar, target)
+            load_block(meta_blocks, [step * GROUPS, half * n + tile * BN], bar, metas.index(at * HALVES + half))
         else:
             load_block(w_blocks, [half * n + tile * BN, step * BK], bar, target)
 
@@ -134,19 +137,6 @@ def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr,
 
 
 @gluon.jit
-def _metas(meta, n, tile, group, groups, BN: gl.constexpr, COUNT: gl.constexpr, HALVES: gl.constexpr,
-           ACC: gl.constexpr):  # fmt: skip
-    """What the outputs of a tile have for each of COUNT groups: those of both halves, group by group."""
-    output = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-    found = ()
-    for i in gl.static_range(COUNT):
-        row = meta + gl.minimum(group + i, groups - 1) * (HALVES * n)
-        for half in gl.static_range(HALVES):
-            found = found + (gl.load(row + half * n + output),)  # noqa: RUF005
-    return found
-
-
-@gluon.jit
 def _multiply(
     w, xs, sums, metas, acc, up, less, less_up, at, place, BN: gl.constexpr, BK: gl.constexpr, FOUR: gl.constexpr,
     GATED: gl.constexpr, ACC: gl.constexpr, WARPS: gl.constexpr,
@@ -170,6 +160,7 @@ def _multiply(
                 words = reinterpreted(w.index(at * HALVES + half), [GROUPS, BN, 64], ONE).index(i).load(A)
                 p = warpgroup_mma(low_nibbles(words), x_low, none, use_acc=False, is_async=True)
                 made = made + (warpgroup_mma(high_nibbles(words), x_high, p, is_async=True),)  # noqa: RUF005
+        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         EACH: gl.constexpr = SPAN // 128
         of_span = sums.index(place * GROUPS // EACH).load(gl.BlockedLayout([EACH], [32], [WARPS], [0]))
         group = gl.arange(0, EACH, gl.BlockedLayout([EACH], [32], [WARPS], [0]))
@@ -179,13 +170,13 @@ def _multiply(
             made = warpgroup_mma_wait(0, deps=made)
         for i in gl.static_range(GROUPS):
             of_group = gl.sum(gl.where(group == place * GROUPS % EACH + i, of_span, 0.0), 0)
-            scales = scales_of(metas[i * HALVES])
-            acc += scales[:, None] * made[i * HALVES]
-            less += scales * zeros_of(metas[i * HALVES]) * of_group
+            meta = reinterpreted(metas.index(at * HALVES), [GROUPS, BN], PLAIN).index(i).load(gl.SliceLayout(1, ACC))
+            acc += scales_of(meta)[:, None] * made[i * HALVES]
+            less += scales_of(meta) * zeros_of(meta) * of_group
             if GATED:
-                scales = scales_of(metas[i * 2 + 1])
-                up += scales[:, None] * made[i * 2 + 1]
-                less_up += scales * zeros_of(metas[i * 2 + 1]) * of_group
+                meta = reinterpreted(metas.index(at * 2 + 1), [GROUPS, BN], PLAIN).index(i).load(gl.SliceLayout(1, ACC))
+                up += scales_of(meta)[:, None] * made[i * 2 + 1]
+                less_up += scales_of(meta) * zeros_of(meta) * of_group
     else:
         x = xs.index(place).permute((1, 0))
         p = warpgroup_mma(w.index(at * HALVES), x, none, use_acc=False, is_async=True)
@@ -214,16 +205,20 @@ def _halves(values):
 
 @gluon.jit
 def _operands(
-    tile, bias, residual, gain, table, slots, count, BN: gl.constexpr, BIAS: gl.constexpr, ADD: gl.constexpr,
-    HEADS: gl.constexpr, ACC: gl.constexpr,
+    tile, n, scales, bias, residual, gain, table, slots, count, BN: gl.constexpr, FOUR: gl.constexpr,
+    HALVES: gl.constexpr, BIAS: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """What a tile's epilogue reads, asked for before the products: (biases, residual, gains, cosines, sines, slot).
+    """What a tile's epilogue reads, asked for before the products: (scales of both halves, and (biases, residual,
+    gains, cosines, sines, slot)).
 
     count: heads that are rotated; cosines of others are 1, sines 0.
     """
     output = gl.arange(0, BN, gl.SliceLayout(1, ACC))
     rn = tile * BN + output
-    biases, old, gains, cos, sin, slot = 0.0, 0.0, 0.0, 1.0, 0.0, 0
+    own, own_up, biases, old, gains, cos, sin, slot = 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0
+    if not FOUR:
+        own = gl.load(scales + rn)
+        own_up = gl.load(scales + n + rn) if HALVES == 2 else own
     if BIAS:
         biases = gl.load(bias + rn).to(gl.float32)
     if ADD:
@@ -233,7 +228,7 @@ def _operands(
         turned = (tile < count) & (pair >= 0)
         cos, sin = gl.load(table + pair, turned, other=1.0), gl.load(table + 64 + pair, turned, other=0.0)
         slot = gl.load(slots).to(gl.int64)
-    return biases, old, gains, cos, sin, slot
+    return (own, own_up), (biases, old, gains, cos, sin, slot)
 
 
 @gluon.jit
@@ -273,8 +268,8 @@ def _finish(
 
 @gluon.jit(do_not_specialize=["square_parts"])
 def row_kernel(
-    x, w_blocks, meta, bias, out, parts, arrived, n, k, groups, squares, square_parts, eps, residual, scale, gain,
-    new_residual, new_squares, table, slots, kv, kv_stride, heads, kv_heads,
+    x, w_blocks, meta_blocks, scales, bias, out, parts, arrived, n, k, squares, square_parts, eps, residual, scale,
+    gain, new_residual, new_squares, table, slots, kv, kv_stride, heads, kv_heads,
     BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
     WHOLE: gl.constexpr, REST: gl.constexpr, SPLIT: gl.constexpr, LAUNCH: gl.constexpr, FOUR: gl.constexpr,
     BIAS: gl.constexpr, SQUARES: gl.constexpr, ACT: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr,
@@ -285,8 +280,9 @@ def row_kernel(
     Grid (PROGRAMS). A program has WHOLE tiles of BN outputs (of each half), and then, if it is one of the first
     REST * SPLIT, a part of the columns of another tile, which the last of its programs adds up from parts float32
     [REST, SPLIT, BN (twice with ACT)]; arrived int32 [REST]. STEPS: k / BK. w_blocks, float8: blocks [BN, BK] of
-    bytes; FOUR: blocks [BK / 128, BN / 16, 16, 64] of int8 [chunks, n / 16, 16, 64]. meta: float32 [1, n (2 n)], FOUR:
-    int32 [groups, n (2 n)], groups of 128 inputs. What comes next may be launched from a program's step LAUNCH on.
+    bytes, scales float32 [n (2 n)]; FOUR: blocks [BK / 128, BN / 16, 16, 64] of int8 [chunks, n / 16, 16, 64], and
+    meta_blocks [BK / 128, BN] of int32 [groups, n (2 n)]. What comes next may be launched from a program's step LAUNCH
+    on.
     The rest is as in gemm_kernels.linear_kernel, with heads of 128 numbers.
     """
     program = gl.program_id(0)
@@ -299,13 +295,19 @@ def row_kernel(
     W: gl.constexpr = gl.NVMMASharedLayout(64 if FOUR else 128, 8, rank=2)
     if FOUR:
         w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN * (BK // 128), 64], W)
+        M: gl.constexpr = meta_blocks.layout
+        metas = gl.allocate_shared_memory(gl.int32, [BUFFERS * HALVES, BK // 128, BN], M)
     else:
         w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN, BK], W)
+        metas = w
     bars = barriers(BUFFERS)
     fence_async_shared()
     for i in gl.static_range(BUFFERS):
         if i < total:
-            _ask(w_blocks, w, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS, FOUR, HALVES)
+            _ask(
+                w_blocks, meta_blocks, w, metas, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE,
+                PROGRAMS, FOUR, HALVES,
+            )  # fmt: skip
 
     SHARE: gl.constexpr = STEPS if WHOLE > 0 else (STEPS + SPLIT - 1) // SPLIT
     CHUNKS: gl.constexpr = (SHARE * BK + SPAN - 1) // SPAN
@@ -318,12 +320,6 @@ def row_kernel(
         sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, SPAN // 128], layout)
     own = 0 if WHOLE > 0 else begin  # the step that x is split from
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 32])
-    GROUPS: gl.constexpr = BK // 128
-    tile = program if WHOLE > 0 else rest
-    if FOUR:
-        metas = _metas(meta, n, tile, own * GROUPS, groups, BN, GROUPS, HALVES, ACC)
-    else:
-        metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if SQUARES > 0:
@@ -342,10 +338,9 @@ def row_kernel(
             tile = rest
             x_first = begin - own
             end = count
-        if not FOUR and turn > 0:
-            metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
-        operands = _operands(
-            tile, bias, residual, gain, table, slots, heads + kv_heads, BN, BIAS, ADD, HEADS, ACC
+        of_outputs, operands = _operands(
+            tile, n, scales, bias, residual, gain, table, slots, heads + kv_heads, BN, FOUR, HALVES, BIAS, ADD, HEADS,
+            ACC,
         )  # fmt: skip
         acc = gl.zeros([BN, 8], gl.float32, ACC)
         up = gl.zeros([BN, 8], gl.float32, ACC)
@@ -354,26 +349,18 @@ def row_kernel(
         for s in range(end):
             j = first + s
             at = j % BUFFERS
-            if FOUR:
-                later = j + 1
-                whole = later < WHOLE * STEPS
-                next_tile = gl.where(whole, program + later // STEPS * PROGRAMS, rest)
-                next_step = gl.where(whole, later % STEPS, begin + later - WHOLE * STEPS)
-                following = _metas(meta, n, next_tile, next_step * GROUPS, groups, BN, GROUPS, HALVES, ACC)
             mbarrier.wait(bars.index(at), j // BUFFERS & 1)
             acc, up, less, less_up = _multiply(
                 w, xs, sums, metas, acc, up, less, less_up, at, x_first + s, BN, BK, FOUR, HALVES == 2, ACC, WARPS
             )  # fmt: skip
             if j + BUFFERS < total:
                 _ask(
-                    w_blocks, w, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS,
-                    FOUR, HALVES,
+                    w_blocks, meta_blocks, w, metas, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS,
+                    WHOLE, PROGRAMS, FOUR, HALVES,
                 )  # fmt: skip
             if PDL and LAUNCH > 0:  # noqa: SIM102 (constants, and a number on the device)
                 if j == LAUNCH:
                     tl.extra.cuda.gdc_launch_dependents()
-            if FOUR:
-                metas = following
         y, y_up = _sums(acc, ACC), _sums(up, ACC)
         normed = 1.0
         if SQUARES > 0:  # here, as adding up needs all threads
@@ -381,7 +368,7 @@ def row_kernel(
         if FOUR:
             y, y_up = (512.0 * y - less) * factor, (512.0 * y_up - less_up) * factor
         else:
-            y, y_up = y * factor * metas[0], y_up * factor * metas[HALVES - 1]
+            y, y_up = y * factor * of_outputs[0], y_up * factor * of_outputs[1]
         if turn < WHOLE:
             _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
         elif count > 0:
