@@ -235,9 +235,9 @@ def linear(
     second half; with `add`, what an Unscaled holds; with `heads`, the queries. `pdl`: launch before the predecessor
     ends.
     """
-    if (isinstance(tile, Primed) and not tile.takes(act, add, heads)) or (
-        isinstance(tile, OneRow) and not tile.takes(heads)
-    ):
+    if isinstance(tile, Primed) and not tile.takes(act, add, heads):
+        tile = tile.plain
+    if isinstance(tile, OneRow) and not (isinstance(weight, Packed) and tile.takes(weight, act, heads)):
         tile = tile.plain
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape

@@ -42,8 +42,6 @@ class OneRow:
     """Programs that have as many whole tiles each as there are for all of them; what is left is split. 0: all is."""
     launch: int = 0
     """The step of a program from which on what comes next may be launched."""
-    warps: int = 4
-    """4, or 8 with 128 outputs of a half or more, but not of heads."""
 
     rows = 1
 
@@ -51,14 +49,15 @@ class OneRow:
         """Whether it can multiply a weight."""
         outputs, inputs = weight.shape
         four = weight.kind == "int4" and weight.group == GROUP == weight.unit and weight.together == 16
+        four = four and not self.programs
         known = four or (weight.kind == "fp8" and not weight.group)
         even = outputs % self.outputs == 0 and inputs % self.depth == 0 and inputs % kernels.SPAN.value == 0
         return known and even and weight.dtype == torch.bfloat16
 
-    def takes(self, heads: Any) -> bool:
-        """Whether there is an epilogue for heads; see gemm.linear."""
+    def takes(self, weight: "Packed", act: str, heads: Any) -> bool:
+        """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         if heads is None:
-            return True
+            return weight.kind == "fp8" or not act
         rotated = heads.table is not None and not heads.interleaved and heads.qk_norm is None
         return rotated and heads.head_dim == HEAD == self.outputs and heads.kv_rows.dtype == torch.bfloat16
 
@@ -70,7 +69,7 @@ class OneRow:
         return {
             "BN": self.outputs // 2 if gated else self.outputs, "BK": self.depth, "STEPS": inputs // self.depth,
             "BUFFERS": self.buffers, "PROGRAMS": self.programs if whole else rest * self.split, "WHOLE": whole,
-            "REST": rest, "SPLIT": self.split, "LAUNCH": self.launch, "WARPS": self.warps,
+            "REST": rest, "SPLIT": self.split, "LAUNCH": self.launch,
         }  # fmt: skip
 
 
@@ -79,16 +78,14 @@ def can_multiply(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def blocks_of(weight: "Packed", outputs: int, depth: int) -> tuple[Any, Any, Tensor | None]:
-    """What the kernel has of a weight that is loaded in blocks of `outputs` rows and `depth` inputs: (descriptor of the
-    words, that of the metas or None, scales or None)."""
-    describe, layout = TensorDescriptor.from_tensor, gl.NVMMASharedLayout
+def blocks_of(weight: "Packed", outputs: int, depth: int) -> TensorDescriptor:
+    """Describe a weight that is loaded in blocks of `outputs` rows and `depth` inputs."""
     if weight.kind == "fp8":
-        return describe(weight.words.view(FLOAT8), [outputs, depth], layout(128, 8, rank=2)), None, weight.meta
-    groups = depth // GROUP
+        block = [outputs, depth]
+        return TensorDescriptor.from_tensor(weight.words.view(FLOAT8), block, gl.NVMMASharedLayout(128, 8, rank=2))
+    block = [depth // GROUP, outputs // 16, 16, GROUP // 2]
     words = weight.words.view(torch.int8).view(len(weight) // 16, -1, 16, GROUP // 2).transpose(0, 1)
-    words_blocks = describe(words, [groups, outputs // 16, 16, GROUP // 2], layout(64, 8, rank=4))
-    return words_blocks, describe(weight.meta, [groups, outputs], layout(0, 32, rank=2)), None
+    return TensorDescriptor.from_tensor(words, block, gl.NVMMASharedLayout(64, 8, rank=4))
 
 
 def multiply(
@@ -103,9 +100,9 @@ def multiply(
         count = constants["REST"] * choice.split * choice.outputs
         parts = torch.empty(count, dtype=torch.float32, device=x.device)
     squares = epilogue["SQUARES"] and max(32, epilogue["SQUARES"])
-    w_blocks, meta_blocks, scales = blocks_of(weight, constants["BN"], choice.depth)
     kernels.row_kernel[(constants["PROGRAMS"],)](
-        x, w_blocks, meta_blocks, scales, bias, out, parts, arrived, outputs // 2 if gated else outputs, inputs,
-        *after[:8], *after[10:], FOUR=weight.kind == "int4", BIAS=bias is not None, SQUARES=squares, ACT=epilogue["ACT"], ADD=epilogue["ADD"],
-        HEADS=epilogue["HEADS"], PDL=pdl, num_warps=choice.warps, **({"launch_pdl": True} if pdl else {}), **constants,
+        x, blocks_of(weight, constants["BN"], choice.depth), weight.meta, bias, out, parts, arrived,
+        outputs // 2 if gated else outputs, inputs, len(weight.meta), *after[:8], *after[10:],
+        FOUR=weight.kind == "int4", BIAS=bias is not None, SQUARES=squares, ACT=epilogue["ACT"], ADD=epilogue["ADD"],
+        HEADS=epilogue["HEADS"], PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}), **constants,
     )  # fmt: skip

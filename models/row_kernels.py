@@ -77,31 +77,28 @@ def _work(program, PROGRAMS: gl.constexpr, STEPS: gl.constexpr, WHOLE: gl.conste
 
 @gluon.jit
 def _ask(
-    w_blocks, meta_blocks, w, metas, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr,
-    STEPS: gl.constexpr, BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr,
-    HALVES: gl.constexpr,
+    w_blocks, w, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr,
+    BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Have the weight of a program's j-th step loaded into its buffers."""
+    """Have the weight of a program's j-th step loaded into its buffer."""
     whole = j < WHOLE * STEPS
     tile = gl.where(whole, program + j // STEPS * PROGRAMS, rest)
     step = gl.where(whole, j % STEPS, begin + j - WHOLE * STEPS)
     at = j % BUFFERS
     bar = bars.index(at)
-    GROUPS: gl.constexpr = BK // 128
-    mbarrier.expect(bar, HALVES * (BN * BK // 2 + GROUPS * BN * 4 if FOUR else BN * BK))
+    mbarrier.expect(bar, HALVES * BN * BK // (2 if FOUR else 1))
     BLOCKS: gl.constexpr = w_blocks.layout
     for half in gl.static_range(HALVES):
         target = w.index(at * HALVES + half)
         if FOUR:
-            target = reinterpreted(target, [GROUPS, BN // 16, 16, 64], BLOCKS)
-            load_block(w_blocks, [step * GROUPS, (half * n + tile * BN) // 16, 0, 0], bar, target)
-            load_block(meta_blocks, [step * GROUPS, half * n + tile * BN], bar, metas.index(at * HALVES + half))
+            target = reinterpreted(target, [BK // 128, BN // 16, 16, 64], BLOCKS)
+            load_block(w_blocks, [step * (BK // 128), (half * n + tile * BN) // 16, 0, 0], bar, target)
         else:
             load_block(w_blocks, [half * n + tile * BN, step * BK], bar, target)
 
 
 @gluon.jit
-def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr, WARPS: gl.constexpr):
+def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr):
     """Split x [k] from input `first` on into terms [CHUNKS, 8, SPAN]; returns what the products are to be divided by.
 
     FOUR: and its sums of groups, float32 [CHUNKS, SPAN / 128].
@@ -109,7 +106,7 @@ def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr,
     what is left. That is what float8 will hold by arithmetic, not by converting it back: of such a pair of conversions
     the ptxas of CUDA 12.8 makes one of the stack pointer.
     """
-    L: gl.constexpr = gl.BlockedLayout([8, SPAN // 128], [1, 32], [WARPS // 4, 4], [1, 0])  # a warp has a group
+    L: gl.constexpr = gl.BlockedLayout([8, SPAN // 128], [1, 32], [1, 4], [1, 0])  # a warp has a group
     column = gl.arange(0, SPAN, gl.SliceLayout(0, L))
     term = gl.arange(0, 8, gl.SliceLayout(1, L))[:, None]
     if FOUR:  # the lower bits of 64 bytes, of inputs c and c + 64 in turn, then their upper bits, 32 inputs on
@@ -121,7 +118,7 @@ def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr,
     for i in gl.static_range(CHUNKS):
         at = first + i * SPAN + place
         value = gl.load(x + at, at < k, other=0.0).to(gl.float32)
-        values = values + (value,)  # noqa: RUF005
+        values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
         largest = gl.maximum(largest, gl.abs(value))
     # A power of two, so that nothing but the split rounds; the largest numbers become 128 to 256 of float8's 448.
     up = gl.exp2(7.0 - gl.floor(gl.log2(gl.max(largest, 0) + 1e-30)))
@@ -137,57 +134,62 @@ def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr,
 
 
 @gluon.jit
-def _multiply(
-    w, xs, sums, metas, acc, up, less, less_up, at, place, BN: gl.constexpr, BK: gl.constexpr, FOUR: gl.constexpr,
-    GATED: gl.constexpr, ACC: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """(acc, up, less, less_up) after a step, whose x is at `place` of its blocks xs.
+def _metas(meta, n, tile, group, groups, BN: gl.constexpr, COUNT: gl.constexpr, HALVES: gl.constexpr,
+           ACC: gl.constexpr):  # fmt: skip
+    """What the outputs of a tile have for each of COUNT groups: those of both halves, group by group."""
+    output = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+    found = ()
+    for i in gl.static_range(COUNT):
+        row = meta + gl.minimum(group + i, groups - 1) * (HALVES * n)
+        for half in gl.static_range(HALVES):
+            found = found + (gl.load(row + half * n + output),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
 
-    Of float8 the products are added to acc and up [BN, 8]; of 4 bits those divided by 512, and to less, less_up [BN]
-    what zero points take of them.
-    """
+
+@gluon.jit
+def _multiply_float8(w, xs, acc, up, at, place, BN: gl.constexpr, HALVES: gl.constexpr, ACC: gl.constexpr):
+    """(acc, up) [BN, 8] + the products of the step whose x is at `place` of its blocks xs."""
     none = gl.zeros([BN, 8], gl.float32, ACC)
-    HALVES: gl.constexpr = 2 if GATED else 1
-    if FOUR:
-        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
-        ONE: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
-        GROUPS: gl.constexpr = BK // 128
-        made = ()
-        for i in gl.static_range(GROUPS):
-            x_low = xs.index((place * GROUPS + i) * 2).permute((1, 0))
-            x_high = xs.index((place * GROUPS + i) * 2 + 1).permute((1, 0))
-            for half in gl.static_range(HALVES):
-                words = reinterpreted(w.index(at * HALVES + half), [GROUPS, BN, 64], ONE).index(i).load(A)
-                p = warpgroup_mma(low_nibbles(words), x_low, none, use_acc=False, is_async=True)
-                made = made + (warpgroup_mma(high_nibbles(words), x_high, p, is_async=True),)  # noqa: RUF005
-        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-        EACH: gl.constexpr = SPAN // 128
-        of_span = sums.index(place * GROUPS // EACH).load(gl.BlockedLayout([EACH], [32], [WARPS], [0]))
-        group = gl.arange(0, EACH, gl.BlockedLayout([EACH], [32], [WARPS], [0]))
-        if GROUPS * HALVES == 1:  # noqa: SIM108 (a constant)
-            made = (warpgroup_mma_wait(0, deps=made),)
-        else:
-            made = warpgroup_mma_wait(0, deps=made)
-        for i in gl.static_range(GROUPS):
-            of_group = gl.sum(gl.where(group == place * GROUPS % EACH + i, of_span, 0.0), 0)
-            meta = reinterpreted(metas.index(at * HALVES), [GROUPS, BN], PLAIN).index(i).load(gl.SliceLayout(1, ACC))
-            acc += scales_of(meta)[:, None] * made[i * HALVES]
-            less += scales_of(meta) * zeros_of(meta) * of_group
-            if GATED:
-                meta = reinterpreted(metas.index(at * 2 + 1), [GROUPS, BN], PLAIN).index(i).load(gl.SliceLayout(1, ACC))
-                up += scales_of(meta)[:, None] * made[i * 2 + 1]
-                less_up += scales_of(meta) * zeros_of(meta) * of_group
+    x = xs.index(place).permute((1, 0))
+    p = warpgroup_mma(w.index(at * HALVES), x, none, use_acc=False, is_async=True)
+    if HALVES == 2:
+        u = warpgroup_mma(w.index(at * HALVES + 1), x, none, use_acc=False, is_async=True)
+        p, u = warpgroup_mma_wait(0, deps=[p, u])
+        up += u
     else:
-        x = xs.index(place).permute((1, 0))
-        p = warpgroup_mma(w.index(at * HALVES), x, none, use_acc=False, is_async=True)
-        if GATED:
-            u = warpgroup_mma(w.index(at * HALVES + 1), x, none, use_acc=False, is_async=True)
-            p, u = warpgroup_mma_wait(0, deps=[p, u])
-            up += u
-        else:
-            p = warpgroup_mma_wait(0, deps=[p])
-        acc += p  # in float32, which the tensor cores' own sums of float8 products are not
-    return acc, up, less, less_up
+        p = warpgroup_mma_wait(0, deps=[p])
+    acc += p  # in float32, which the tensor cores' own sums of float8 products are not
+    return acc, up
+
+
+@gluon.jit
+def _multiply_four(
+    w, xs, sums, metas, acc, less, at, place, BN: gl.constexpr, GROUPS: gl.constexpr, ACC: gl.constexpr
+):  # fmt: skip
+    """As `_multiply_float8` of 4 bits: acc + the products / 512, less [BN] + what zero points take of them."""
+    none = gl.zeros([BN, 8], gl.float32, ACC)
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
+    ONE: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
+    made = ()
+    for i in gl.static_range(GROUPS):
+        words = reinterpreted(w.index(at), [GROUPS, BN, 64], ONE).index(i).load(A)
+        x_low = xs.index((place * GROUPS + i) * 2).permute((1, 0))
+        x_high = xs.index((place * GROUPS + i) * 2 + 1).permute((1, 0))
+        p = warpgroup_mma(low_nibbles(words), x_low, none, use_acc=False, is_async=True)
+        made = made + (warpgroup_mma(high_nibbles(words), x_high, p, is_async=True),)  # type: ignore[assignment]  # noqa: RUF005
+    EACH: gl.constexpr = SPAN // 128
+    ALL: gl.constexpr = gl.BlockedLayout([EACH], [32], [4], [0])
+    of_span, group = sums.index(place * GROUPS // EACH).load(ALL), gl.arange(0, EACH, ALL)
+    if GROUPS == 1:  # noqa: SIM108 (a constant)
+        made = (warpgroup_mma_wait(0, deps=made),)  # type: ignore[assignment]
+    else:
+        made = warpgroup_mma_wait(0, deps=made)
+    for i in gl.static_range(GROUPS):
+        of_group = gl.sum(gl.where(group == place * GROUPS % EACH + i, of_span, 0.0), 0)
+        scales = scales_of(metas[i])
+        acc += scales[:, None] * made[i]
+        less += scales * zeros_of(metas[i]) * of_group
+    return acc, less
 
 
 @gluon.jit
@@ -205,20 +207,16 @@ def _halves(values):
 
 @gluon.jit
 def _operands(
-    tile, n, scales, bias, residual, gain, table, slots, count, BN: gl.constexpr, FOUR: gl.constexpr,
-    HALVES: gl.constexpr, BIAS: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr, ACC: gl.constexpr,
+    tile, bias, residual, gain, table, slots, count, BN: gl.constexpr, BIAS: gl.constexpr, ADD: gl.constexpr,
+    HEADS: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """What a tile's epilogue reads, asked for before the products: (scales of both halves, and (biases, residual,
-    gains, cosines, sines, slot)).
+    """What a tile's epilogue reads, asked for before the products: (biases, residual, gains, cosines, sines, slot).
 
     count: heads that are rotated; cosines of others are 1, sines 0.
     """
     output = gl.arange(0, BN, gl.SliceLayout(1, ACC))
     rn = tile * BN + output
-    own, own_up, biases, old, gains, cos, sin, slot = 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0
-    if not FOUR:
-        own = gl.load(scales + rn)
-        own_up = gl.load(scales + n + rn) if HALVES == 2 else own
+    biases, old, gains, cos, sin, slot = 0.0, 0.0, 0.0, 1.0, 0.0, 0
     if BIAS:
         biases = gl.load(bias + rn).to(gl.float32)
     if ADD:
@@ -228,7 +226,7 @@ def _operands(
         turned = (tile < count) & (pair >= 0)
         cos, sin = gl.load(table + pair, turned, other=1.0), gl.load(table + 64 + pair, turned, other=0.0)
         slot = gl.load(slots).to(gl.int64)
-    return (own, own_up), (biases, old, gains, cos, sin, slot)
+    return biases, old, gains, cos, sin, slot
 
 
 @gluon.jit
@@ -266,24 +264,49 @@ def _finish(
         gl.store(out + rn, y.to(out.dtype.element_ty))
 
 
+@gluon.jit
+def _finish_last(
+    y, up, tile, parts, arrived, program, out, factor, operands, add, heads, BN: gl.constexpr, SPLIT: gl.constexpr,
+    ACT: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """Store a part of a tile; the program that arrives last adds all of them up, and does what `_finish` does."""
+    SIZE: gl.constexpr = 2 * BN if ACT != "" else BN
+    number = program // SPLIT
+    lies = parts + number * (SPLIT * SIZE) + gl.arange(0, BN, gl.SliceLayout(1, ACC))
+    gl.store(lies + program % SPLIT * SIZE, y)
+    if ACT != "":
+        gl.store(lies + program % SPLIT * SIZE + BN, up)
+    all_threads()  # all threads' parts are written before the arrival says so
+    if gl.atomic_add(arrived + number, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+        gl.store(arrived + number, 0)
+        y = gl.load(lies, cache_modifier=".cg")
+        for other in gl.static_range(1, SPLIT):
+            y += gl.load(lies + other * SIZE, cache_modifier=".cg")
+        up = y
+        if ACT != "":
+            up = gl.load(lies + BN, cache_modifier=".cg")
+            for other in gl.static_range(1, SPLIT):
+                up += gl.load(lies + other * SIZE + BN, cache_modifier=".cg")
+        _finish(y, up, tile, out, factor, operands, add, heads, BN, ACT, ADD, HEADS, ACC)
+
+
 @gluon.jit(do_not_specialize=["square_parts"])
 def row_kernel(
-    x, w_blocks, meta_blocks, scales, bias, out, parts, arrived, n, k, squares, square_parts, eps, residual, scale,
-    gain, new_residual, new_squares, table, slots, kv, kv_stride, heads, kv_heads,
+    x, w_blocks, meta, bias, out, parts, arrived, n, k, groups, squares, square_parts, eps, residual, scale, gain,
+    new_residual, new_squares, table, slots, kv, kv_stride, heads, kv_heads,
     BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
     WHOLE: gl.constexpr, REST: gl.constexpr, SPLIT: gl.constexpr, LAUNCH: gl.constexpr, FOUR: gl.constexpr,
     BIAS: gl.constexpr, SQUARES: gl.constexpr, ACT: gl.constexpr, ADD: gl.constexpr, HEADS: gl.constexpr,
-    PDL: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """out [n] = x [k] @ weight [n, k].T; with ACT weight [2 n, k] and out = ACT(first half) * second half.
 
     Grid (PROGRAMS). A program has WHOLE tiles of BN outputs (of each half), and then, if it is one of the first
     REST * SPLIT, a part of the columns of another tile, which the last of its programs adds up from parts float32
-    [REST, SPLIT, BN (twice with ACT)]; arrived int32 [REST]. STEPS: k / BK. w_blocks, float8: blocks [BN, BK] of
-    bytes, scales float32 [n (2 n)]; FOUR: blocks [BK / 128, BN / 16, 16, 64] of int8 [chunks, n / 16, 16, 64], and
-    meta_blocks [BK / 128, BN] of int32 [groups, n (2 n)]. What comes next may be launched from a program's step LAUNCH
-    on.
-    The rest is as in gemm_kernels.linear_kernel, with heads of 128 numbers.
+    [REST, SPLIT, BN (twice with ACT)]; arrived int32 [REST]. STEPS: k / BK.
+    Of float8 w_blocks are blocks [BN, BK] of bytes, and meta is float32 [1, n (2 n)]. FOUR, without ACT, WHOLE is 0:
+    blocks [BK / 128, BN / 16, 16, 64] of int8 [chunks, n / 16, 16, 64], and int32 [groups, n]. The successor may be
+    launched from a program's step LAUNCH on. The rest is as in gemm_kernels.linear_kernel, with heads of 128 numbers.
     """
     program = gl.program_id(0)
     if PDL and LAUNCH == 0:
@@ -295,19 +318,13 @@ def row_kernel(
     W: gl.constexpr = gl.NVMMASharedLayout(64 if FOUR else 128, 8, rank=2)
     if FOUR:
         w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN * (BK // 128), 64], W)
-        M: gl.constexpr = meta_blocks.layout
-        metas = gl.allocate_shared_memory(gl.int32, [BUFFERS * HALVES, BK // 128, BN], M)
     else:
         w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN, BK], W)
-        metas = w
     bars = barriers(BUFFERS)
     fence_async_shared()
     for i in gl.static_range(BUFFERS):
         if i < total:
-            _ask(
-                w_blocks, meta_blocks, w, metas, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE,
-                PROGRAMS, FOUR, HALVES,
-            )  # fmt: skip
+            _ask(w_blocks, w, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS, FOUR, HALVES)
 
     SHARE: gl.constexpr = STEPS if WHOLE > 0 else (STEPS + SPLIT - 1) // SPLIT
     CHUNKS: gl.constexpr = (SHARE * BK + SPAN - 1) // SPAN
@@ -319,13 +336,19 @@ def row_kernel(
         layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, SPAN // 128], layout)
     own = 0 if WHOLE > 0 else begin  # the step that x is split from
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 32])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    GROUPS: gl.constexpr = BK // 128
+    tile = program if WHOLE > 0 else rest
+    if FOUR:
+        metas = _metas(meta, n, tile, own * GROUPS, groups, BN, GROUPS, HALVES, ACC)
+    else:
+        metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if SQUARES > 0:
-        part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        part = gl.arange(0, SQUARES, gl.BlockedLayout([1], [32], [4], [0]))
         of_parts = gl.load(squares + part, part < square_parts, other=0.0)
-    factor = 1.0 / _split_x(x, own * BK, k, terms, sums, CHUNKS, FOUR, WARPS)
+    factor = 1.0 / _split_x(x, own * BK, k, terms, sums, CHUNKS, FOUR)
     fence_async_shared()
 
     of_add, of_heads = (scale, new_residual, new_squares), (kv, kv_stride, heads)
@@ -338,25 +361,29 @@ def row_kernel(
             tile = rest
             x_first = begin - own
             end = count
-        of_outputs, operands = _operands(
-            tile, n, scales, bias, residual, gain, table, slots, heads + kv_heads, BN, FOUR, HALVES, BIAS, ADD, HEADS,
-            ACC,
+        if not FOUR and turn > 0:
+            metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
+        operands = _operands(
+            tile, bias, residual, gain, table, slots, heads + kv_heads, BN, BIAS, ADD, HEADS, ACC
         )  # fmt: skip
         acc = gl.zeros([BN, 8], gl.float32, ACC)
         up = gl.zeros([BN, 8], gl.float32, ACC)
         less = gl.zeros([BN], gl.float32, gl.SliceLayout(1, ACC))
-        less_up = gl.zeros([BN], gl.float32, gl.SliceLayout(1, ACC))
         for s in range(end):
             j = first + s
             at = j % BUFFERS
+            if FOUR:
+                following = _metas(meta, n, tile, (begin + s + 1) * GROUPS, groups, BN, GROUPS, 1, ACC)
             mbarrier.wait(bars.index(at), j // BUFFERS & 1)
-            acc, up, less, less_up = _multiply(
-                w, xs, sums, metas, acc, up, less, less_up, at, x_first + s, BN, BK, FOUR, HALVES == 2, ACC, WARPS
-            )  # fmt: skip
+            if FOUR:
+                acc, less = _multiply_four(w, xs, sums, metas, acc, less, at, x_first + s, BN, GROUPS, ACC)
+                metas = following
+            else:
+                acc, up = _multiply_float8(w, xs, acc, up, at, x_first + s, BN, HALVES, ACC)
             if j + BUFFERS < total:
                 _ask(
-                    w_blocks, meta_blocks, w, metas, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS,
-                    WHOLE, PROGRAMS, FOUR, HALVES,
+                    w_blocks, w, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS,
+                    FOUR, HALVES,
                 )  # fmt: skip
             if PDL and LAUNCH > 0:  # noqa: SIM102 (constants, and a number on the device)
                 if j == LAUNCH:
@@ -366,30 +393,14 @@ def row_kernel(
         if SQUARES > 0:  # here, as adding up needs all threads
             normed = gl.rsqrt(gl.sum(of_parts, 0) / k + eps)
         if FOUR:
-            y, y_up = (512.0 * y - less) * factor, (512.0 * y_up - less_up) * factor
+            y = (512.0 * y - less) * factor
         else:
-            y, y_up = y * factor * of_outputs[0], y_up * factor * of_outputs[1]
-        if turn < WHOLE:
-            _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
-        elif count > 0:
-            if SPLIT == 1:
+            y, y_up = y * factor * metas[0], y_up * factor * metas[HALVES - 1]
+        if turn < WHOLE or SPLIT == 1:
+            if turn < WHOLE or count > 0:
                 _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
-            else:
-                SIZE: gl.constexpr = HALVES * BN
-                number = program // SPLIT
-                lies = parts + number * (SPLIT * SIZE) + gl.arange(0, BN, gl.SliceLayout(1, ACC))
-                gl.store(lies + program % SPLIT * SIZE, y)
-                if HALVES == 2:
-                    gl.store(lies + program % SPLIT * SIZE + BN, y_up)
-                all_threads()  # all threads' parts are written before the arrival says so
-                if gl.atomic_add(arrived + number, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-                    gl.store(arrived + number, 0)
-                    y = gl.load(lies, cache_modifier=".cg")
-                    for other in gl.static_range(1, SPLIT):
-                        y += gl.load(lies + other * SIZE, cache_modifier=".cg")
-                    y_up = y
-                    if HALVES == 2:
-                        y_up = gl.load(lies + BN, cache_modifier=".cg")
-                        for other in gl.static_range(1, SPLIT):
-                            y_up += gl.load(lies + other * SIZE + BN, cache_modifier=".cg")
-                    _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)
+        elif count > 0:
+            _finish_last(
+                y, y_up, tile, parts, arrived, program, out, normed, operands, of_add, of_heads, BN, SPLIT, ACT, ADD,
+                HEADS, ACC,
+            )  # fmt: skip

@@ -329,7 +329,7 @@ def one_row(case: Case, kind: str, choice: OneRow) -> None:
     types = PACKED | {"w_blocks": name, "meta": "*i32" if four else "*fp32", "slots": "*i32"}
     constants |= epilogue_of(case) | {"FOUR": four}
     own = {n: value for n, value in constants.items() if n in row_kernels.row_kernel.arg_names}
-    build(row_kernels.row_kernel, choice.warps, True, types, aligned=True, **own)
+    build(row_kernels.row_kernel, 4, True, types, aligned=True, **own)
 
 
 def experts() -> Iterator[None]:

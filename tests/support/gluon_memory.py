@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
@@ -95,11 +96,6 @@ class Blocks:
         return values
 
 
-def _swizzle(layout: Any) -> int:
-    """Bytes of a row within which its columns change places; 0: they do not."""
-    return getattr(layout, "swizzle_byte_width", 0)
-
-
 @dataclass(frozen=True)
 class Shared:
     """A part of a program's buffer in shared memory. `owner` is told who reads and writes it."""
@@ -131,7 +127,7 @@ class Shared:
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Shared":
         check(dtype == self.dtype and prod(shape) == prod(self.shape) and self.order is None, "another size")
-        check(_swizzle(layout) == _swizzle(self.layout), "another swizzle")
+        check(layout.swizzle_byte_width == self.layout.swizzle_byte_width, "another swizzle")
         return replace(self, shape=tuple(shape), layout=layout)
 
     _reinterpret = reinterpret  # its name in Triton 3.6
@@ -143,7 +139,7 @@ class Shared:
 
     def _lines(self) -> Tensor:
         """[rows, groups of columns, columns of a group]: groups are as wide as the swizzle and one behind the other."""
-        if not _swizzle(self.layout):
+        if isinstance(self.layout, gl.SwizzledSharedLayout):
             return self.memory[self.start : self.start + prod(self.shape)]
         check(len(self.shape) == self.layout.rank, f"{self.shape} is not one block of the layout's")
         wide = self.layout.swizzle_byte_width // self.dtype.itemsize
