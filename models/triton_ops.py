@@ -4,6 +4,7 @@ Used by the decoder through the protocol in layers.py, whose TorchOps is the ref
 layer of a decode step is five kernels: QKV with rotation and KV write, attention, output and down projection each with
 the residual and half of the norm, gate-up with the activation. Elsewhere cuBLAS and a kernel for what follows, but for
 rotation and KV write, which attention does where it can (`Unrotated`).
+From 65 to 128 rows gate-up and the activation are one kernel (panel_gemm.py), and the norm before it lets it start.
 In small decode steps a kernel is launched before its predecessor ends (PDL). Tried and not kept: while a small kernel
 runs, asking the L2 for the start of the weight that the next GEMM reads made every step slower: at few rows with PDL,
 line by line, and at 128 and 256 without, in bulk (docs/performance.md).
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .gemm import GEMMS, Choices, Heads, TritonLinear, arrivals, stream_rows
+from .gemm import GEMMS, PANELS, Choices, Heads, TritonLinear, arrivals, stream_rows
 from .kv_cache import saturation
 from .layer_kernels import act_mul_kernel, norm_kernel, rope_kernel, rotation_kernel
 from .layers import Hidden, LinearMap
@@ -131,9 +132,13 @@ class TritonOps:
         return self._norm(delta.contiguous(), residual.contiguous(), residual_scale, weight, eps)
 
     def _norm(
-        self, delta: Tensor | None, residual: Tensor, scale: float, weight: Tensor, eps: float, parts: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """`add_rms_norm`, or `rms_norm` without delta; with several parts that is float32 [parts, T, hidden]."""
+        self, delta: Tensor | None, residual: Tensor, scale: float, weight: Tensor, eps: float, parts: int = 1,
+        pdl: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`add_rms_norm`, or `rms_norm` without delta; with several parts that is float32 [parts, T, hidden].
+
+        `pdl`: however many rows there are.
+        """
         rows, width = residual.shape
         out = torch.empty_like(residual)
         new_residual = residual if delta is None else torch.empty_like(residual)
@@ -141,7 +146,7 @@ class TritonOps:
         if rows:
             norm_kernel[(rows,)](
                 delta, residual, weight, out, new_residual, rows * width, width, scale, eps, ADD=delta is not None,
-                PARTS=parts, BLOCK=max(32 * warps, triton.next_power_of_2(width)), **self._launch(rows, warps),
+                PARTS=parts, BLOCK=max(32 * warps, triton.next_power_of_2(width)), **self._launch(rows, warps, pdl),
             )  # fmt: skip
         return out, new_residual
 
@@ -190,9 +195,9 @@ class TritonOps:
         """See Ops."""
         return self.tuned is not None and self.tuned.tune_ahead()
 
-    def _launch(self, rows: int, warps: int) -> dict[str, Any]:
-        """Return a kernel's options in a forward over `rows` tokens."""
-        pdl = rows <= self.pdl_rows
+    def _launch(self, rows: int, warps: int, pdl: bool = False) -> dict[str, Any]:
+        """Return a kernel's options in a forward over `rows` tokens; `pdl`: see `_norm`."""
+        pdl = rows <= self.pdl_rows or (pdl and self.pdl_rows > 0)
         return {"PDL": pdl, "num_warps": warps, **({"launch_pdl": True} if pdl else {})}
 
     # ------------------------------------------------------------------ GEMMs, and what follows each
@@ -245,12 +250,15 @@ class TritonOps:
         parts = linear.parts(rows) if self.fuse and isinstance(linear, TritonLinear) else 1
         if parts > 1:
             assert isinstance(linear, TritonLinear)
-            return self._norm(linear.in_parts(x, parts), residual.contiguous(), residual_scale, weight, eps, parts)
-        return self.add_rms_norm(linear(x), residual, residual_scale, weight, eps)
+            delta = linear.in_parts(x, parts)
+        else:
+            delta = linear(x).contiguous()
+        pdl = self._by_panels(into, rows) is not None  # which then loads its weight meanwhile
+        return self._norm(delta, residual.contiguous(), residual_scale, weight, eps, parts, pdl)
 
     def gated(self, gate_up: LinearMap, x: Hidden, act: str, into: LinearMap | None = None) -> Hidden:
         """See Ops."""
-        ours = self._fusing(gate_up, len(x))
+        ours = self._fusing(gate_up, len(x)) or self._by_panels(gate_up, len(x))
         if ours is not None:
             return ours.gated(x, act)
         wanted = into.float8_rows(len(x)) if self.fuse and isinstance(into, TritonLinear) else None
@@ -264,6 +272,12 @@ class TritonOps:
     def _fusing(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
         """`linear`, if it is a GEMM of ours at this many rows."""
         if self.fuse and isinstance(linear, TritonLinear) and linear.tile(rows) is not None:
+            return linear
+        return None
+
+    def _by_panels(self, linear: LinearMap | None, rows: int) -> TritonLinear | None:
+        """`linear`, if its `gated` multiplies this many rows by panels."""
+        if self.fuse and isinstance(linear, TritonLinear) and linear.panel(rows) is not None:
             return linear
         return None
 
@@ -284,7 +298,10 @@ class TritonOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
-        return TritonLinear(weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms, tuned=self.tuned)
+        panels = PANELS if self.gemms else {}
+        return TritonLinear(
+            weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms, tuned=self.tuned, panels=panels
+        )
 
     def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
         """See Ops."""

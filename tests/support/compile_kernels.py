@@ -24,6 +24,8 @@ from actorserve.models import (
     moe_gemm,
     moe_kernels,
     packed_kernels,
+    panel_gemm,
+    panel_kernels,
     primed_attention,
     primed_attention_kernels,
     primed_kernels,
@@ -31,7 +33,7 @@ from actorserve.models import (
     slot_kernels,
     stream_kernels,
 )
-from actorserve.models.gemm import GEMMS, Choice, Tile
+from actorserve.models.gemm import GEMMS, PANELS, Choice, Tile
 from actorserve.models.packed_tiles import PACKED as QUANTIZED
 from actorserve.models.primed_gemm import HEAD, MOST_ROWS, Primed
 from actorserve.models.row_gemm import OneRow
@@ -225,6 +227,17 @@ def one_primed(case: Case, primed: Primed) -> None:
         build(primed_kernels.gated_kernel, 4, True, PACKED | types, SQUARES=32, ACT="silu", **constants)
 
 
+def panels() -> Iterator[None]:
+    """Every panel of PANELS."""
+    for panel in dict.fromkeys(panel for choices in PANELS.values() for _, panel in choices if panel is not None):
+        (main, rest), depth = panel.widths, panel_gemm.DEPTH
+        types = {"x_blocks": swizzled(panel_gemm.ROWS, depth), "w_blocks": swizzled(2, main, depth), "out": "*bf16"}
+        yield build(
+            panel_kernels.panel_kernel, panel_gemm.WARPS, True, types | {"rest_blocks": swizzled(2, rest, depth)},
+            BM=panel_gemm.ROWS, BN=main, RN=rest, BK=depth, STAGES=panel.stages, ACT="silu",
+        )  # fmt: skip
+
+
 def swizzled(*block: int) -> str:
     """The type of a descriptor of primed_gemm.blocks_of."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
@@ -346,7 +359,7 @@ def experts() -> Iterator[None]:
     yield build(moe_kernels.mix_kernel, 4, False, names, BLOCK=1024, SHARED=True, GATE=True)
 
 
-PARTS = {part.__name__: part for part in (sampler, attention, latents, layers, gemms, quantized, rows, experts)}
+PARTS = {part.__name__: part for part in (sampler, attention, latents, layers, gemms, panels, quantized, rows, experts)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:

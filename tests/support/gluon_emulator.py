@@ -120,6 +120,7 @@ class Program:
             ),
             "load_block": self.load_block, "all_threads": self.all_threads, "fence_async_shared": self.fence,
             "warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.wait_for_products,
+            "quick_silu": torch.nn.functional.silu,
         }  # fmt: skip
 
     def bound(self, function: FunctionType) -> FunctionType:
