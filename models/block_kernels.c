@@ -1,9 +1,11 @@
-/* Linear maps with quantized blocks, GGUF's and one more, as weights, in float32, for CPUs with AVX2 or AVX-512.
+/* Linear maps in float32 with quantized blocks, GGUF's and one more, or float32 numbers as weights, for CPUs with AVX2
+or AVX-512.
 
 Used by quantized.py, compiled by c_library.py for the machine it runs on. A weight [outputs, inputs] is packed into
 units: LANES outputs x 32 inputs, their scales first (float16, one a lane), minima or zero points, then their values, so
 that a vector is the same input of LANES outputs. Weights become float32 in registers, bit for bit those of GGUF's definition; for more than
-FEW rows they go through a panel that stays in the first-level cache.
+FEW rows they go through a panel that stays in the first-level cache. F32's units, the same without scales, are read in
+place of the panel.
 Invariant: an output is one chain of fused multiply-adds over the inputs in their order, whatever the number of rows:
 a row's result does not depend on the batch that it is in, nor on the threads.
 */
@@ -13,6 +15,7 @@ a row's result does not depend on the batch that it is in, nor on the threads.
 #define GROUP 32  /* inputs that share a scale */
 #define CHUNK 16  /* inputs of a row that lie together once x is packed */
 #define DEPTH 576 /* inputs of a panel, which stays in the second-level cache */
+#define APART ((DEPTH + 2) * LANES) /* numbers from a panel's unit to the next: not whole pages, which share cache sets */
 #define BLOCK 112 /* rows that a panel is made for */
 /* What the registers hold: units side by side, rows beside those whose weights go into a panel on their way, rows beside
 those from a panel, rows that need no panel, rows of any tile, and how many units these have side by side. */
@@ -23,6 +26,7 @@ those from a panel, rows that need no panel, rows of any tile, and how many unit
 #define FEW 8
 #define MOST 9
 #define WIDTH(rows) PANEL
+#define DENSE_WIDTH(count) PANEL
 #else
 #define PANEL 3
 #define FIRST 4
@@ -31,9 +35,10 @@ those from a panel, rows that need no panel, rows of any tile, and how many unit
 #define MOST 6
 /* One row waits for its sums, and three of them hide more of that. */
 #define WIDTH(rows) (rows == 1 ? 3 : rows > 4 && rows <= FEW ? 1 : 2)
+#define DENSE_WIDTH(count) (count <= 4 ? 3 : 2) /* by rows of a tile: twelve sums either way */
 #endif
 
-enum kind { Q4_0, Q4_1, Q8_0, Q4_Z }; /* as quantized.KINDS; kernels are compiled for 4 and 8 bits */
+enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, F32 }; /* as quantized.KINDS; kernels are compiled for 4, 8 and 32 bits */
 
 #if LANES == 16
 INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
@@ -93,8 +98,15 @@ struct product {
     long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
 };
 
+/* Rows of the next tile of `rows` that are left. */
+INLINE int next_rows(long rows) {
+    long tiles = (rows + NEXT - 1) / NEXT;
+    return (rows + tiles - 1) / tiles;
+}
+
 /* Rows of the first tile of `rows`. */
-INLINE int first_rows(long rows) {
+INLINE int first_rows(enum kind kind, long rows) {
+    if (kind == F32) return next_rows(rows);
     if (rows <= FEW) return rows;
     long tiles = 1 + (rows - FIRST + NEXT - 1) / NEXT;
 #if LANES == 16
@@ -105,13 +117,8 @@ INLINE int first_rows(long rows) {
 #endif
 }
 
-/* Rows of the next tile of `rows` that are left. */
-INLINE int next_rows(long rows) {
-    long tiles = (rows + NEXT - 1) / NEXT;
-    return (rows + tiles - 1) / tiles;
-}
-
 struct packing {
+    enum kind kind;
     const float *x;
     long rows, inputs;
     float *packed;
@@ -130,7 +137,7 @@ INLINE void pack_tile(const struct packing *a, long from, int count) {
 static void pack_task(void *data, long i) {
     const struct packing *a = data;
     long from = i * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK;
-    int count = first_rows(left);
+    int count = first_rows(a->kind, left);
     pack_tile(a, from, count);
     while (left -= count) {
         from += count;
@@ -152,7 +159,7 @@ INLINE void fetch(struct pieces *a, long times) {
 }
 
 /* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
-packed tile of `count` rows. With `keeps` the weights are left in the panel [depth, width, LANES]. `coming` bytes after
+packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `coming` bytes after
 these units are those that are wanted next. */
 INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
                        long coming, long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
@@ -178,12 +185,24 @@ INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind
                     for (int r = 0; r < width; r++) s[c][r] = s[c][r] + e[r] * x[c * CHUNK + 2 * j];
                 for (int c = 0; c < count; c++)
                     for (int r = 0; r < width; r++) s[c][r] = s[c][r] + o[r] * x[c * CHUNK + 2 * j + 1];
-                for (int r = 0; keeps && r < width; r++) store(panel + r * LANES, e[r]), store(panel + (width + r) * LANES, o[r]);
-                panel += 2 * width * LANES;
+                for (int r = 0; keeps && r < width; r++)
+                    store(panel + r * APART, e[r]), store(panel + r * APART + LANES, o[r]);
+                panel += 2 * LANES;
             }
     }
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
+}
+
+/* Memory that comes next, asked for `step` bytes at a time. */
+struct coming {
+    const char *next, *end;
+    long step;
+};
+
+INLINE void ask(struct coming *a) {
+    const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
+    for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
 }
 
 /* In a register: gcc would rather read it again for each row. */
@@ -192,25 +211,30 @@ INLINE vec kept(vec v) {
     return v;
 }
 
-/* The same with the weights of a panel. */
-INLINE void next_tile(int width, int count, const float *panel, long depth, const float *x, float *sums) {
+/* The same with float32 weights: those of a panel, or F32's units, `stride` numbers apart. Meanwhile `coming` comes. */
+INLINE void next_tile(int width, int count, const float *w, long stride, long depth, const float *x, float *sums,
+                      struct coming *coming) {
     vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
-    for (; depth > 0; depth -= CHUNK, x += count * CHUNK)
-        for (int i = 0; i < CHUNK; i++, panel += width * LANES) {
+    for (; depth > 0; depth -= CHUNK, x += count * CHUNK) {
+        ask(coming);
+        for (int i = 0; i < CHUNK; i++, w += LANES) {
             vec v[PANEL];
-            for (int r = 0; r < width; r++) v[r] = kept(load(panel + r * LANES));
-            for (int c = 0; c < count; c++)
+            for (int r = 0; r < width; r++) v[r] = kept(load(w + r * stride));
+            /* Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
+            if (count * width == 1) s[0][0] = fused(v[0], x[i], s[0][0]);
+            for (int c = 0; c < count && count * width > 1; c++)
                 for (int r = 0; r < width; r++) s[c][r] = s[c][r] + v[r] * x[c * CHUNK + i];
         }
+    }
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
 }
 
 /* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
 typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *, struct pieces *);
-typedef void next_function(const float *, long, const float *, float *);
+typedef void next_function(const float *, long, long, const float *, float *, struct coming *);
 #define FIRST_TILE(count, bits, width, keeps) \
     static void first_##bits##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, \
                                                            long coming, long depth, const float *x, float *sums, \
@@ -218,8 +242,9 @@ typedef void next_function(const float *, long, const float *, float *);
         first_tile(bits, width, count, keeps, kind, w, stride, coming, depth, x, sums, panel, ahead); \
     }
 #define NEXT_TILE(count, width) \
-    static void next_##width##_##count(const float *panel, long depth, const float *x, float *sums) { \
-        next_tile(width, count, panel, depth, x, sums); \
+    static void next_##width##_##count(const float *w, long stride, long depth, const float *x, float *sums, \
+                                       struct coming *coming) { \
+        next_tile(width, count, w, stride, depth, x, sums, coming); \
     }
 #define FIRST_NAME(count, bits, width, keeps) \
     [bits == 8][width][keeps][count] = first_##bits##_##width##_##keeps##_##count,
@@ -254,29 +279,62 @@ static struct pieces pieces_of(const struct product *a, long from, long to) {
 }
 
 /* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
-static void block(const struct product *a, int width, long unit, long coming, long row, long rows) {
-    float panel[DEPTH * PANEL * LANES] __attribute__((aligned(LINE)));
-    float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
-    long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size, step = rows > FEW ? DEPTH : a->inputs;
-    int first = first_rows(rows), wide = a->kind == Q8_0;
-    struct pieces ahead = pieces_of(a, unit, unit + width);
-    for (long i = 0; i < rows * width; i++) store(sums + i * LANES, (vec){0});
+struct block {
+    int width;
+    long unit, coming, row, rows;
+};
+
+/* sums [rows, width, LANES] of a block whose weights are quantized. */
+INLINE void quantized_sums(const struct product *a, struct block b, float *sums) {
+    float panel[PANEL * APART] __attribute__((aligned(LINE)));
+    long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size, step = b.rows > FEW ? DEPTH : a->inputs;
+    int first = first_rows(a->kind, b.rows), wide = a->kind == Q8_0;
+    struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
+    struct coming none = {NULL, NULL, 0};
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
-        const uint8_t *w = a->weight + unit * stride + at / GROUP * size;
-        const float *x = a->x + row * a->inputs;
-        first_tiles[wide][width][first < rows][first](a->kind, w, stride, coming * stride, depth, x + at * first, sums,
-                                                      panel, &ahead);
-        for (int count; done < rows; done += count) {
-            count = next_rows(rows - done);
-            next_tiles[width][count](panel, depth, x + done * a->inputs + at * count, sums + done * width * LANES);
+        const uint8_t *w = a->weight + b.unit * stride + at / GROUP * size;
+        const float *x = a->x + b.row * a->inputs;
+        first_tiles[wide][b.width][first < b.rows][first](a->kind, w, stride, b.coming * stride, depth,
+                                                            x + at * first, sums, panel, &ahead);
+        for (int count; done < b.rows; done += count) {
+            count = next_rows(b.rows - done);
+            next_tiles[b.width][count](panel, APART, depth, x + done * a->inputs + at * count,
+                                        sums + done * b.width * LANES, &none);
         }
     }
-    for (long c = 0; c < rows; c++)
-        for (int r = 0; r < width; r++) {
-            vec s = load(sums + (c * width + r) * LANES);
-            if (a->bias) s = s + load(a->bias + (unit + r) * LANES);
-            store(a->y + (row + c) * a->outputs + (unit + r) * LANES, s);
+}
+
+/* The same of F32. Weights are read once from memory, at an even pace: the next block's while this one multiplies. */
+INLINE void dense_sums(const struct product *a, struct block b, float *sums) {
+    const float *weight = (const float *)a->weight + b.unit * a->inputs * LANES;
+    long stride = a->inputs * LANES, tiles = (b.rows + NEXT - 1) / NEXT;
+    struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
+    struct coming coming = {(const char *)(weight + b.coming * stride), NULL, 0};
+    coming.end = coming.next + b.width * stride * sizeof(float);
+    coming.step = (b.width * CHUNK * LANES * sizeof(float) / LINE + tiles - 1) / tiles * LINE;
+    for (long at = 0; at < a->inputs; at += DEPTH) {
+        long depth = a->inputs - at < DEPTH ? a->inputs - at : DEPTH;
+        const float *x = a->x + b.row * a->inputs;
+        fetch(&ahead, (a->inputs - at + DEPTH - 1) / DEPTH);
+        for (int done = 0, count; done < b.rows; done += count) {
+            count = next_rows(b.rows - done);
+            next_tiles[b.width][count](weight + at * LANES, stride, depth, x + done * a->inputs + at * count,
+                                        sums + done * b.width * LANES, &coming);
+        }
+    }
+}
+
+static void block(const struct product *a, struct block b) {
+    float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
+    for (long i = 0; i < b.rows * b.width; i++) store(sums + i * LANES, (vec){0});
+    if (a->kind == F32) dense_sums(a, b, sums);
+    else quantized_sums(a, b, sums);
+    for (long c = 0; c < b.rows; c++)
+        for (int r = 0; r < b.width; r++) {
+            vec s = load(sums + (c * b.width + r) * LANES);
+            if (a->bias) s = s + load(a->bias + (b.unit + r) * LANES);
+            store(a->y + (b.row + c) * a->outputs + (b.unit + r) * LANES, s);
         }
 }
 
@@ -288,7 +346,7 @@ static void product_task(void *data, long i) {
         long rows = a->rows - row < BLOCK ? a->rows - row : BLOCK, unit = from;
         for (int width; unit < to; unit += width) {
             width = unit + a->width <= to ? a->width : 1;
-            block(a, width, unit, unit + width < to ? width : width + a->away, row, rows);
+            block(a, (struct block){width, unit, unit + width < to ? width : width + a->away, row, rows});
         }
     }
 }
@@ -297,8 +355,8 @@ static void product_task(void *data, long i) {
 int lanes(void) { return LANES; }
 
 /* x as the product reads it: itself for one row, else `packed`. */
-static const float *pack(const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing p = {x, rows, inputs, packed};
+static const float *pack(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
+    struct packing p = {kind, x, rows, inputs, packed};
     if (rows < 2) return x;
     if (rows <= FEW) pack_tile(&p, 0, rows);
     else parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK, threads);
@@ -310,11 +368,11 @@ void linear(const struct map *map, const float *x, long rows, float *packed, flo
     struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, .rows = rows, .y = y};
     a.ahead = ahead;
     long units = map->outputs / LANES;
-    a.width = WIDTH(rows);
+    a.width = map->kind == F32 ? DENSE_WIDTH(next_rows(rows)) : WIDTH(rows);
     a.share = units / (threads * 16L) / a.width * a.width;
     if (a.share < a.width) a.share = a.width;
     a.away = a.share * (threads - 1);
     a.tasks = (units + a.share - 1) / a.share;
-    a.x = pack(x, rows, map->inputs, packed, threads);
+    a.x = pack(map->kind, x, rows, map->inputs, packed, threads);
     parallel(product_task, &a, a.tasks, threads);
 }

@@ -1,4 +1,4 @@
-"""A decoder's layers in one call of our C kernels (cpu_decoder.c), for quantized weights on a CPU.
+"""A decoder's layers in one call of our C kernels (cpu_decoder.c), in float32 on a CPU.
 
 Used by the decoder in the place of its loop over layers. Invariant: the result is what CpuOps and CpuAttention compute
 part by part, bit for bit.
@@ -16,7 +16,7 @@ from .cpu_ops import rotates, rotation_of
 from .kv_cache import KVCache
 from .layers import DenseMlp
 from .norms import is_head_rms
-from .quantized import QuantizedLinear
+from .quantized import KernelLinear
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -100,4 +100,4 @@ def fits(spec: Spec, weights: "Weights") -> bool:
     whole = plain and heads and rotates(spec) and weights.norm is not None
     if not (whole and all(isinstance(layer.mlp, DenseMlp) for layer in layers)):
         return False
-    return all(isinstance(linear, QuantizedLinear) for layer in layers for linear in maps_of(layer))
+    return all(isinstance(linear, KernelLinear) for layer in layers for linear in maps_of(layer))

@@ -26,9 +26,11 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec all(float x) { return x - (vec){0}; }
 
+/* fused: a * b + c, rounded once. Operators are left to the compiler, which has more registers for them. */
 #if LANES == 16
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vec fused(vec a, float b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c); }
 INLINE vec floats(ivec q) { return (vec)_mm512_cvtepi32_ps((__m512i)q); }
 INLINE ivec integers(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
 INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
@@ -36,6 +38,7 @@ INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vec fused(vec a, float b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c); }
 INLINE vec floats(ivec q) { return (vec)_mm256_cvtepi32_ps((__m256i)q); }
 INLINE ivec integers(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
 INLINE float sum(vec x) {

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cpu_kernels import Rotation, kernels, threads
 from .layers import LinearMap, TorchOps
 from .part_maps import map_of
-from .quantized import linear_of
+from .quantized import DenseLinear, linear_of, takes_dense
 from .spec import Rope, Spec
 from .unpack import Part
 
@@ -82,6 +82,10 @@ class CpuOps(TorchOps):
         y = gate_up.new_empty(rows, inter)
         self.kernels.silu_mul(gate_up.data_ptr(), y.data_ptr(), rows, inter, threads())
         return y
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """See Ops."""
+        return DenseLinear(weight, bias) if takes_dense(weight) else super().linear(weight, bias)
 
     def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
         """See Ops; by our C kernels where they take the weights."""

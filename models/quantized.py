@@ -1,6 +1,7 @@
 """Linear maps on a CPU whose weights stay quantized: the blocks of a GGUF file, or those made of other checkpoints.
 
-Used by weights.py and cpu_ops.py. Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16
+Used by weights.py and cpu_ops.py; dense float32 weights run on the same kernel (DenseLinear).
+Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16
 or 32. The kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, nor
 is an activation. Rows up to any number go through it, so no second copy of a weight is kept.
 Invariant: a QuantizedLinear is `dequantise(blocks) @ x` up to the rounding of float32 sums, and a row's result is the
@@ -28,6 +29,8 @@ KINDS: Final = {18: 0, 20: 1, 34: 2, 19: 3}
 """Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0, and Q4_Z: as Q4_0, with a zero point of a byte after
 the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded."""
 Q4_0, Q4_1, Q8_0, Q4_Z = KINDS.values()
+F32: Final = 4
+"""The kernel's number for weights that are not quantized."""
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
 PAGE: Final = 1 << 21
@@ -122,25 +125,54 @@ class QuantizedLinear:
         self.map = Map(kind, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), self.outputs, inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or x.shape[1] != self.inputs:
-            raise ValueError(f"a map of {self.inputs} float32 inputs got {x.dtype} [..., {x.shape[1]}]")
-        rows = len(x)
-        y = x.new_empty(rows, self.outputs)
-        if rows:
-            x = x.contiguous()
-            packed = torch.empty_like(x)
-            self.linear(self.map, x.data_ptr(), rows, packed.data_ptr(), y.data_ptr(), None, threads())
-        return y
+        return product(self, x)
+
+
+class DenseLinear:
+    """The same with a weight float32 [outputs, inputs] of a size that the kernel takes (`takes_dense`)."""
+
+    __slots__ = ("bias", "inputs", "linear", "map", "outputs", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.linear, self.bias, lanes = kernels().linear, bias, kernels().lanes
+        self.outputs, self.inputs = weight.shape
+        self.weight = weight.view(-1, lanes, self.inputs).transpose(1, 2).contiguous()
+        self.map = Map(F32, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), *weight.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return product(self, x)
+
+
+KernelLinear = QuantizedLinear | DenseLinear
+
+
+def takes_dense(weight: Tensor) -> bool:
+    """Whether the kernel multiplies with this weight."""
+    whole = weight.shape[0] % kernels().lanes == 0 and weight.shape[1] % GROUP == 0
+    return whole and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def product(linear: KernelLinear, x: Tensor) -> Tensor:
+    """What a map makes of x float32 [T, inputs]. Raises ValueError for another x."""
+    if x.dtype != torch.float32 or x.shape[1] != linear.inputs:
+        raise ValueError(f"a map of {linear.inputs} float32 inputs got {x.dtype} [..., {x.shape[1]}]")
+    rows = len(x)
+    y = x.new_empty(rows, linear.outputs)
+    if rows:
+        x = x.contiguous()
+        packed = torch.empty_like(x)
+        linear.linear(linear.map, x.data_ptr(), rows, packed.data_ptr(), y.data_ptr(), None, threads())
+    return y
 
 
 def lay_together(linears: Iterable[Any]) -> None:
-    """Move the weights of the QuantizedLinears among `linears`, given in the order of their use, into huge pages.
+    """Move the weights of the kernel's maps among `linears`, given in the order of their use, into huge pages.
 
     A step reads all of them: across pages of 4 KiB a CPU neither loads ahead nor finds all addresses in its TLB. Where
     the kernel has no huge pages it is memory like any other.
     """
-    maps = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
-    sizes = [-(-linear.weight.numel() // LINE) * LINE for linear in maps]
+    maps = [linear for linear in linears if isinstance(linear, KernelLinear)]
+    sizes = [-(-linear.weight.nbytes // LINE) * LINE for linear in maps]
     if not maps:
         return
     memory = mmap.mmap(-1, sum(sizes) + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -149,7 +181,7 @@ def lay_together(linears: Iterable[Any]) -> None:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     at = -whole.data_ptr() % PAGE
     for linear, size in zip(maps, sizes, strict=True):
-        place = whole[at : at + linear.weight.numel()].view(linear.weight.shape)
+        place = whole[at : at + linear.weight.nbytes].view(linear.weight.dtype).view(linear.weight.shape)
         linear.weight = place.copy_(linear.weight)
         linear.map.weight = place.data_ptr()
         at += size

@@ -25,7 +25,7 @@ from .assembly import Assembly, Collector, Keeper, part_pieces
 from .attention import make_backend
 from .cpu_attention import CpuAttention
 from .cpu_decoder import CpuLayers, fits
-from .cpu_kernels import kernels
+from .cpu_kernels import cpu_kernels_or_none, kernels
 from .cpu_ops import CpuOps
 from .decoder import Decoder, Weights, check_supported
 from .families import names_of, pooled_spec, spec_of
@@ -83,8 +83,9 @@ def load_decoder(
     blocks = kept_blocks(config, folder, device)
     quantization = quantization_of(facts)
     stays = stays_quantized(config, device, quantization)
-    on_cpu_kernels = bool(blocks) or (stays and device.type == "cpu")
-    dtype = torch.float32 if on_cpu_kernels else pick_dtype(config.dtype, facts, device)
+    kept = bool(blocks) or (stays and device.type == "cpu")
+    dtype = torch.float32 if kept else pick_dtype(config.dtype, facts, device)
+    on_cpu_kernels = device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
     check_dtype(spec, device, dtype)
     progress(0.0)
     ops = make_ops(config, device, spec, stays, on_cpu_kernels)
@@ -114,7 +115,7 @@ def load_decoder(
 def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool, on_cpu_kernels: bool) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
 
-    For weights that stay quantized, our C kernels on a CPU.
+    On a CPU our C kernels, in float32.
     """
     if on_cpu_kernels:
         return CpuOps()

@@ -1,6 +1,7 @@
-"""Where a step's time goes on a CPU with quantized weights, and how near the linear maps are to what a core can do.
+"""Where a step's time goes on a CPU with our C kernels, and how near the linear maps are to what a core can do.
 
     python -m actorserve.perf.cpu_parts [--rows 1 8 22 64] [--threads 1] [--steps 30] [--temperature 0]
+        [--quantization none]
 
 First each kind of linear map alone, its weights in the cache: GFLOP/s, best of many, beside fused multiply-adds in
 registers and nothing else (fma.c). Then steps of so many decoding rows as the executor makes them (runner, stepper and
@@ -27,7 +28,7 @@ from actorserve.models.cpu_kernels import kernels
 from actorserve.models.decoder import Decoder
 from actorserve.models.embedded import embedded_model
 from actorserve.models.kv_cache import KVCache
-from actorserve.models.quantized import QuantizedLinear
+from actorserve.models.quantized import KernelLinear
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
@@ -57,7 +58,7 @@ def most_flops() -> float:
     return best
 
 
-def map_speed(linear: QuantizedLinear, rows: int, clock: Clock) -> float:
+def map_speed(linear: KernelLinear, rows: int, clock: Clock) -> float:
     """GFLOP/s, best of some tenths of a second."""
     x, best = torch.randn(rows, linear.inputs), float("inf")
     until = clock() + 0.2
@@ -123,7 +124,7 @@ def by_parts(decoder: Decoder, rows: int, args: argparse.Namespace, clock: Clock
     maps = [linear for layer in decoder.weights.layers for linear in maps_of(layer)]
     for linear in maps:
         linear.linear = compiled.linear
-    assert decoder.weights.head is not None and isinstance(decoder.weights.head.product, QuantizedLinear)
+    assert decoder.weights.head is not None and isinstance(decoder.weights.head.product, KernelLinear)
     head = decoder.weights.head.product
     kept_head = watched(head, "linear", "head", spent, clock)
     watched(steps.drawer, "draw", "draw", spent, clock)
@@ -147,10 +148,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--quantization", default="auto", help="the engine's; none: weights in float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    decoder = load_decoder(embedded_model(), EngineConfig(device="cpu"), lambda fraction: None)
+    config = EngineConfig(device="cpu", quantization=args.quantization)
+    decoder = load_decoder(embedded_model(), config, lambda fraction: None)
     limit = most_flops()
     print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s; share of it by rows {args.rows}")
     for name, linear in zip(("qkv", "o", "gate and up", "down"), maps_of(decoder.weights.layers[0]), strict=True):

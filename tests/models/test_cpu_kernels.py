@@ -20,11 +20,11 @@ from actorserve.errors import StartupError
 from actorserve.models import c_library, cpu_kernels
 from actorserve.models.batch import Batch, Chunk
 from actorserve.models.cpu_attention import CpuAttention, CpuPlan
-from actorserve.models.cpu_decoder import CpuLayers
+from actorserve.models.cpu_decoder import CpuLayers, maps_of
 from actorserve.models.cpu_ops import CpuOps
 from actorserve.models.gguf import KEPT_FILE
 from actorserve.models.layers import TorchOps
-from actorserve.models.quantized import QuantizedLinear, dequantise
+from actorserve.models.quantized import DenseLinear, QuantizedLinear, dequantise
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.spec import Norm, Rope, Spec
 
@@ -213,10 +213,13 @@ def quantized_model(family: str, folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("family", ["llama-biases", "qwen2-windows", "qwen3", "granite", "smollm3"])
-def test_layers(family: str, tmp_path: Path) -> None:
+def test_layers(family: str, dense: bool, tmp_path: Path) -> None:
     """One call is what the parts are, bit for bit, and plain torch up to rounding; chunks are single steps' bits."""
-    decoder = tiny.load(quantized_model(family, tmp_path), dtype="auto")
+    folder = quantized_model(family, tmp_path)
+    decoder = tiny.load(folder, dtype="float32" if dense else "auto")
+    assert isinstance(maps_of(decoder.weights.layers[0])[0], DenseLinear if dense else QuantizedLinear)
     assert isinstance(decoder.layers, CpuLayers)
     ids = tiny.prompt(70)
     got = Driver.of(decoder).logits(ids, [70])

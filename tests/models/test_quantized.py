@@ -22,7 +22,7 @@ from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
 from actorserve.models.layers import DenseMlp, Linear, TorchOps
 from actorserve.models.parallel import Summed
-from actorserve.models.quantized import QuantizedLinear, dequantise, pack, takes
+from actorserve.models.quantized import DenseLinear, QuantizedLinear, dequantise, pack, takes, takes_dense
 from actorserve.models.weights import load_decoder
 
 TYPES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -94,12 +94,34 @@ def test_product(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_what_is_no_product() -> None:
-    linear = QuantizedLinear(random_blocks("Q4_1", 16, 32), 32, None)
+@pytest.mark.parametrize(("outputs", "inputs"), [*SHAPES, (48, 640)])
+def test_dense_product(outputs: int, inputs: int) -> None:
+    """The same of weights that are not quantized; also of more inputs, and more rows, than are multiplied at a time."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    assert torch.equal(DenseLinear(weight, None)(torch.eye(inputs)), weight.t())
+    linear, x = DenseLinear(weight, bias), torch.randn(130, inputs, generator=generator)
+    alone = torch.cat([linear(row[None]) for row in x])
+    exact = x.double() @ weight.double().t() + bias
+    assert (alone - exact).abs().max() < 2e-6 * exact.abs().max()
+    for rows in (0, 2, 3, 7, 8, 13, 31, 130):
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(linear(x[:rows]), alone[:rows]), (rows, count)
+    assert torch.equal(linear(x.t().contiguous().t()), alone), "strided rows"
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_is_no_product(dense: bool) -> None:
+    blocks = random_blocks("Q4_1", 16, 32)
+    linear = DenseLinear(dequantise(blocks, 32), None) if dense else QuantizedLinear(blocks, 32, None)
     for x in (torch.zeros(2, 64), torch.zeros(2, 32, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="32 float32 inputs"):
             linear(x)
     assert not takes(random_blocks("Q4_1", 17, 32), 32)
+    for shape, dtype in (((17, 32), torch.float32), ((16, 40), torch.float32), ((16, 32), torch.bfloat16)):
+        assert not takes_dense(torch.zeros(shape, dtype=dtype))
     assert quantized.kind_of(torch.zeros(16, 40, dtype=torch.uint8), 36) is None
 
 
