@@ -122,6 +122,7 @@ struct packing {
     const float *x;
     long rows, inputs;
     float *packed;
+    long tiles; /* of BLOCK rows, at most */
 };
 
 /* packed [inputs / CHUNK, count, CHUNK] = x [count, inputs]: what a step of the product reads lies together. */
@@ -133,16 +134,16 @@ INLINE void pack_tile(const struct packing *a, long from, int count) {
             for (int k = 0; k < CHUNK; k += LANES) store(to + k, load(x + c * a->inputs + i + k));
 }
 
-/* BLOCK rows, in their tiles. */
+/* A tile: a->tiles tasks are those of BLOCK rows. */
 static void pack_task(void *data, long i) {
     const struct packing *a = data;
-    long from = i * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK;
+    long from = i / a->tiles * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK;
     int count = first_rows(a->kind, left);
-    pack_tile(a, from, count);
-    while (left -= count) {
+    for (i %= a->tiles; i && (left -= count); i--) {
         from += count;
-        pack_tile(a, from, count = next_rows(left));
+        count = next_rows(left);
     }
+    if (left) pack_tile(a, from, count);
 }
 
 /* What is left of a part of `ahead`. */
@@ -356,10 +357,10 @@ int lanes(void) { return LANES; }
 
 /* x as the product reads it: itself for one row, else `packed`. */
 static const float *pack(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing p = {kind, x, rows, inputs, packed};
+    struct packing p = {kind, x, rows, inputs, packed, (rows < BLOCK ? rows : BLOCK) / NEXT + 2};
     if (rows < 2) return x;
     if (rows <= FEW) pack_tile(&p, 0, rows);
-    else parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK, threads);
+    else parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK * p.tiles, threads);
     return packed;
 }
 

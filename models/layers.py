@@ -1,8 +1,8 @@
 """The pieces of a layer: the Ops that a decoder runs on, here in plain torch, and the linear map as an object.
 
-Used by the decoder, which holds no arithmetic of its own. `TorchOps` is what CPUs run and the reference of the GPU's
-`TritonOps` (triton_ops.py), whose fused kernels have the same boundaries (add+RMSNorm, RoPE+KV write, act*up), or do
-that work at the end of the GEMM before it. Every operation is free of host synchronisation.
+Used by the decoder, which holds no arithmetic of its own. `TorchOps` is what CPUs run in 16 bits and the reference of
+the GPU's `TritonOps` (triton_ops.py), whose fused kernels have the same boundaries (add+RMSNorm, RoPE+KV write,
+act*up), or do that work at the end of the GEMM before it. Every operation is free of host synchronisation.
 Legend: T tokens, H query heads, K KV heads, D head_dim.
 """
 

@@ -14,6 +14,7 @@ import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,33 @@ PARTS = {
 }  # fmt: skip
 
 
+def limits_library() -> ctypes.CDLL:
+    """fma.c."""
+    return load_library(Path(__file__).parent / "fma.c", Path(__file__).parent.parent / "models" / "cpu_kernels.h")
+
+
 def most_flops() -> float:
     """GFLOP/s of one core, at best."""
-    models = Path(__file__).parent.parent / "models"
-    function = load_library(Path(__file__).parent / "fma.c", models / "cpu_kernels.h").fused_multiply_adds
+    function = limits_library().fused_multiply_adds
     function.argtypes, function.restype = [ctypes.c_long, ctypes.c_void_p], ctypes.c_long
     numbers, best = torch.tensor([0.5, 1.0]), 0.0
     for _ in range(50):
         start = time.perf_counter()
         done = function(20000, numbers.data_ptr())
         best = max(best, done / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def most_bytes(threads: int) -> float:
+    """GB/s of memory that so many threads read, at best."""
+    function, count, best = limits_library().load_all, (1 << 26) // threads // 64 * 64, 0.0
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_float
+    memory = [torch.ones(count) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(10):
+            start = time.perf_counter()
+            list(pool.map(lambda part: function(part.data_ptr(), count), memory))
+            best = max(best, 4 * count * threads / (time.perf_counter() - start) / 1e9)
     return best
 
 
@@ -154,8 +172,9 @@ def main() -> None:
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     config = EngineConfig(device="cpu", quantization=args.quantization)
     decoder = load_decoder(embedded_model(), config, lambda fraction: None)
-    limit = most_flops()
-    print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s; share of it by rows {args.rows}")
+    limit, memory = most_flops(), most_bytes(args.threads)
+    print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s, the memory's {memory:.1f} GB/s")
+    print(f"share of the core's limit by rows {args.rows}")
     for name, linear in zip(("qkv", "o", "gate and up", "down"), maps_of(decoder.weights.layers[0]), strict=True):
         shares = [map_speed(linear, rows, clock) / limit / args.threads for rows in args.rows]
         print(f"{name:12} {linear.outputs:6} x {linear.inputs:5}: " + " ".join(f"{share:6.2f}" for share in shares))
