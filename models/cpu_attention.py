@@ -37,7 +37,7 @@ class CpuAttention:
         self.kernels = kernels()
 
     def plan(self, batch: Batch, kv: KVCache, spec: Spec) -> AttentionPlan:
-        if not self.takes(kv, spec):
+        if batch.tiles is not None or not self.takes(kv, spec):
             return self.other.plan(batch, kv, spec)
         return CpuPlan(batch, kv, spec)
 
