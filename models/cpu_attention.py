@@ -1,8 +1,8 @@
 """Attention on a CPU by our C kernel (cpu_attention.c), which reads the pages in place, for decode rows and chunks.
 
-Used by weights.py for models in float32, quantized or not. Nothing is gathered or masked: a plan is three numbers a token.
-Layers or caches that the kernel does not take go to TorchAttention, a batch at a time. Invariant: a token's result is
-the same bit for bit in every batch, and however its prompt is cut into chunks.
+Used by weights.py for models in float32, quantized or not. Nothing is gathered or masked: a plan is three numbers a
+token. Layers or caches that the kernel does not take go to TorchAttention, a batch at a time. Invariant: a token's
+result is the same bit for bit in every batch, and however its prompt is cut into chunks.
 """
 
 from dataclasses import dataclass
