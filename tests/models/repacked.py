@@ -37,7 +37,7 @@ def make(name: str, folder: Path, **changed: Any) -> tuple[Reference, str]:
     if name in REPACKED:
         return REPACKED[name](folder, SIZES | changed)
     model = tiny.build(name, **changed)
-    return lambda ids: tiny.reference_logits(model, ids), tiny.save(model, folder)
+    return lambda ids: tiny.exact_logits(model, ids), tiny.save(model, folder)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> str:
@@ -94,7 +94,7 @@ def exaone(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
         "rope_theta": tiny.LLAMA3["rope_theta"], "rope_scaling": scaling, "tie_word_embeddings": False,
     }  # fmt: skip
     del config["num_hidden_layers"]
-    return lambda ids: tiny.reference_logits(model, ids), write(folder, config, tensors)
+    return lambda ids: tiny.exact_logits(model, ids), write(folder, config, tensors)
 
 
 def internlm2(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
@@ -115,7 +115,7 @@ def internlm2(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
     config = tiny.COMMON | dense(sizes) | {
         "model_type": "internlm2", "bias": False, "rope_theta": 100000.0, "rope_scaling": scaling
     }  # fmt: skip
-    return lambda ids: tiny.reference_logits(model, ids), write(folder, config, tensors)
+    return lambda ids: tiny.exact_logits(model, ids), write(folder, config, tensors)
 
 
 def qwen(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
@@ -134,7 +134,7 @@ def qwen(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
         "rotary_emb_base": 10000, "seq_length": 256, "use_dynamic_ntk": True, "use_logn_attn": True,
         "tie_word_embeddings": False,
     }  # fmt: skip
-    return lambda ids: tiny.reference_logits(model, ids), write(folder, config, tensors)
+    return lambda ids: tiny.exact_logits(model, ids), write(folder, config, tensors)
 
 
 def chatglm(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
@@ -157,7 +157,7 @@ def chatglm(folder: Path, sizes: Sizes) -> tuple[Reference, str]:
         "layernorm_epsilon": 1e-4, "add_qkv_bias": True, "rope_ratio": 50, "seq_length": 512,
         "rmsnorm": True, "post_layer_norm": True,
     }  # fmt: skip
-    return lambda ids: tiny.reference_logits(model, ids), write(folder, config, tensors)
+    return lambda ids: tiny.exact_logits(model, ids), write(folder, config, tensors)
 
 
 def random_layers(norms: list[str], expert_names: list[str], sizes: Sizes) -> Tensors:

@@ -90,7 +90,7 @@ def test_ranks_may_share_kv_heads(name: str, tmp_path: Path) -> None:
 def test_ranks_of_quantized_weights(name: str, tmp_path: Path) -> None:
     """Dequantised, and where our C kernels take them as they are; blocks of 128 inputs are cut in two."""
     quantised(tmp_path, CASES[name])
-    assert_equal_to_one_rank(str(tmp_path), 2, KERNEL)
+    assert_equal_to_one_rank(str(tmp_path), 2, 2 * TOLERANCE)  # both round sums of more numbers than families have
     if has_kernels() and not name.startswith("fp8"):  # which CPUs dequantise, some to bfloat16
         assert_equal_to_one_rank(str(tmp_path), 2, KERNEL, dtype="auto")
 
