@@ -54,6 +54,37 @@ def _store_gated(acc, out, first_m, first_n, rows, n, BM: gl.constexpr, WIDTH: g
     gl.store(out + row * n + column, gl.convert_layout(y, L), (row < rows) & (column < n))
 
 
+@gluon.jit
+def _load_steps(
+    x_blocks, w_blocks, rest_blocks, x, w, w_rest, full, empty, first_m, first_n, steps,
+    BM: gl.constexpr, BN: gl.constexpr, RN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: steps from STAGES on, each when what was in its buffers has been read."""
+    for s in range(STAGES, steps):
+        stage, column = s % STAGES, s * BK
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), (s // STAGES + 1) & 1)
+        mbarrier.expect(bar, (BM + 2 * (BN + RN)) * BK * 2)
+        _load_panel(w_blocks, first_n, column, bar, w.index(stage), BN, BK)
+        _load_panel(rest_blocks, first_n + BN, column, bar, w_rest.index(stage), RN, BK)
+        load_block(x_blocks, [first_m, column], bar, x.index(stage))
+
+
+@gluon.jit
+def _multiply_steps(x, w, w_rest, full, empty, acc, rest, steps, STAGES: gl.constexpr):
+    """The warps that multiply: a step's product is begun before that of the step before is waited for."""
+    for s in range(steps):
+        stage = s % STAGES
+        mbarrier.wait(full.index(stage), (s // STAGES) & 1)
+        acc = warpgroup_mma(x.index(stage), w.index(stage).permute((1, 0)), acc, is_async=True)
+        rest = warpgroup_mma(x.index(stage), w_rest.index(stage).permute((1, 0)), rest, is_async=True)
+        acc, rest = warpgroup_mma_wait(2, deps=[acc, rest])
+        if s > 0:
+            all_threads()  # of both groups of warps have read that step's buffers
+            mbarrier.arrive(empty.index((s - 1) % STAGES), count=1)
+    return warpgroup_mma_wait(0, deps=[acc, rest])
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def panel_kernel(
     x_blocks, w_blocks, rest_blocks, out, rows, n, steps,
@@ -62,8 +93,7 @@ def panel_kernel(
     """out [rows, n] = ACT(first half) * second half of x [rows, k] @ w [2 n, k].T.
 
     Program: BN + RN outputs, BM rows. w_blocks, rest_blocks: blocks [2, BN or RN, BK] of w [2, n, k]. Buffers are for
-    STAGES steps, 2 or more; one is loaded again when the product of the next step has been begun. steps: k / BK, STAGES
-    or more.
+    STAGES steps, 2 or more. steps: k / BK, STAGES or more.
     """
     tl.extra.cuda.gdc_launch_dependents()
     row_tiles = gl.cdiv(rows, BM)
@@ -73,40 +103,34 @@ def panel_kernel(
     x = gl.allocate_shared_memory(T, [STAGES, BM, BK], x_blocks.layout)
     w = gl.allocate_shared_memory(T, [STAGES, 2 * BN, BK], x_blocks.layout)
     w_rest = gl.allocate_shared_memory(T, [STAGES, 2 * RN, BK], x_blocks.layout)
-    w_bars = barriers(STAGES)
-    x_bars = barriers(STAGES)
+    full = barriers(STAGES)
+    empty = barriers(STAGES)
     fence_async_shared()
     for i in gl.static_range(STAGES):
-        mbarrier.expect(w_bars.index(i), 2 * (BN + RN) * BK * 2)
-        _load_panel(w_blocks, first_n, i * BK, w_bars.index(i), w.index(i), BN, BK)
-        _load_panel(rest_blocks, first_n + BN, i * BK, w_bars.index(i), w_rest.index(i), RN, BK)
-    for i in gl.static_range(STAGES):
-        mbarrier.expect(x_bars.index(i), BM * BK * 2)
+        mbarrier.expect(full.index(i), (BM + 2 * (BN + RN)) * BK * 2)
+        _load_panel(w_blocks, first_n, i * BK, full.index(i), w.index(i), BN, BK)
+        _load_panel(rest_blocks, first_n + BN, i * BK, full.index(i), w_rest.index(i), RN, BK)
     tl.extra.cuda.gdc_wait()
     for i in gl.static_range(STAGES):
-        load_block(x_blocks, [first_m, i * BK], x_bars.index(i), x.index(i))
+        load_block(x_blocks, [first_m, i * BK], full.index(i), x.index(i))
 
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 2 * BN, 16])
     REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 2 * RN, 16])
     acc = gl.zeros([BM, 2 * BN], gl.float32, ACC)
     rest = gl.zeros([BM, 2 * RN], gl.float32, REST)
-    for s in range(steps):
-        stage = s % STAGES
-        mbarrier.wait(w_bars.index(stage), (s // STAGES) & 1)
-        mbarrier.wait(x_bars.index(stage), (s // STAGES) & 1)
-        acc = warpgroup_mma(x.index(stage), w.index(stage).permute((1, 0)), acc, is_async=True)
-        rest = warpgroup_mma(x.index(stage), w_rest.index(stage).permute((1, 0)), rest, is_async=True)
-        acc, rest = warpgroup_mma_wait(2, deps=[acc, rest])
-        read = s - 1
-        if read >= 0:
-            all_threads()  # of both groups of warps have read that step's buffers
-            if read + STAGES < steps:
-                free, column = read % STAGES, (read + STAGES) * BK
-                mbarrier.expect(x_bars.index(free), BM * BK * 2)
-                load_block(x_blocks, [first_m, column], x_bars.index(free), x.index(free))
-                mbarrier.expect(w_bars.index(free), 2 * (BN + RN) * BK * 2)
-                _load_panel(w_blocks, first_n, column, w_bars.index(free), w.index(free), BN, BK)
-                _load_panel(rest_blocks, first_n + BN, column, w_bars.index(free), w_rest.index(free), RN, BK)
-    acc, rest = warpgroup_mma_wait(0, deps=[acc, rest])
+    acc, rest = gl.warp_specialize(
+        [
+            (_multiply_steps, (x, w, w_rest, full, empty, acc, rest, steps, STAGES)),
+            (
+                _load_steps,
+                (
+                    x_blocks, w_blocks, rest_blocks, x, w, w_rest, full, empty, first_m, first_n, steps,
+                    BM, BN, RN, BK, STAGES,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
     _store_gated(acc, out, first_m, first_n, rows, n, BM, BN, ACT)
     _store_gated(rest, out, first_m, first_n + BN, rows, n, BM, RN, ACT)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from actorserve.models.primed_gemm import blocks_of
-from actorserve.models.primed_kernels import all_threads, load_block, reinterpreted
+from actorserve.models.primed_kernels import all_threads, barriers, load_block, reinterpreted
 
 
 @gluon.jit
@@ -178,3 +178,74 @@ def test_the_order_of_columns_in_shared_memory() -> None:
         Emulated(pages, {})[(1,)](blocks_of(values, [16, width]), out, D=width, num_warps=4)
         padded = torch.cat([values, torch.zeros(12, width).bfloat16()])
         assert torch.equal(out, padded) == same
+
+
+@gluon.jit
+def load_rest(w_blocks, w, full, empty, WRONG: gl.constexpr):
+    """The steps after the first two, each into the buffer of the one two before it."""
+    for s in range(2, 5):
+        if WRONG != "no wait":
+            mbarrier.wait(empty.index(s % 2), (s // 2 + 1) & 1)
+        mbarrier.expect(full.index(s % 2), 8192)
+        load_block(w_blocks, [0, s * 64], full.index(s % 2), w.index(s % 2))
+
+
+@gluon.jit
+def multiply_all(x, w, full, empty, acc, WRONG: gl.constexpr):
+    for s in range(5):
+        mbarrier.wait(full.index(s % 2), (s // 2) & 1)
+        acc = warpgroup_mma(x.index(s), w.index(s % 2).permute((1, 0)), acc, is_async=True)
+        if WRONG == "early":
+            mbarrier.arrive(empty.index(s % 2), count=1)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        if WRONG not in ("early", "never"):
+            mbarrier.arrive(empty.index(s % 2), count=1)
+        if WRONG == "twice":
+            mbarrier.arrive(empty.index(s % 2), count=1)
+    return acc, acc
+
+
+@gluon.jit
+def divided(x_blocks, w_blocks, out, WRONG: gl.constexpr):
+    """out [64, 64] = x [64, 320] @ w [64, 320].T: one partition of the warps loads, another multiplies."""
+    x = gl.allocate_shared_memory(x_blocks.dtype, [5, 64, 64], x_blocks.layout)
+    w = gl.allocate_shared_memory(w_blocks.dtype, [2, 64, 64], w_blocks.layout)
+    full = barriers(2)
+    empty = barriers(2)
+    fence_async_shared()
+    for s in gl.static_range(2):
+        mbarrier.expect(full.index(s), 8192 + (3 - s) * 8192)
+        load_block(w_blocks, [0, s * 64], full.index(s), w.index(s))
+    for s in gl.static_range(5):  # all of x with the first two steps of w
+        load_block(x_blocks, [0, s * 64], full.index(s % 2), x.index(s))
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    acc = gl.zeros([64, 64], gl.float32, ACC)
+    acc, _same = gl.warp_specialize(
+        [(multiply_all, (x, w, full, empty, acc, WRONG)), (load_rest, (w_blocks, w, full, empty, WRONG))], [1], [24]
+    )
+    row = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
+    gl.store(out + row * 64 + gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :], acc)
+
+
+def divide(wrong: str) -> None:
+    x, w, out = randn(64, 320), randn(64, 320), torch.full((64, 64), float("nan"))
+    Emulated(divided, {})[(1,)](blocks_of(x, [64, 64]), blocks_of(w, [64, 64]), out, WRONG=wrong)
+    torch.testing.assert_close(out, x.float() @ w.float().T, rtol=1e-5, atol=1e-4)
+
+
+def test_partitions() -> None:
+    divide("")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ("early", "written while a product reads it"),
+        ("never", "each waits for others"),
+        ("twice", "armed again before its phase has been waited for"),
+        ("no wait", "armed again before its phase has been waited for"),
+    ],
+)
+def test_partitions_that_are_out_of_step(wrong: str, fault: str) -> None:
+    with pytest.raises(Fault, match=fault):
+        divide(wrong)

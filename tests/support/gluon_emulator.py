@@ -3,7 +3,7 @@
 Triton's interpreter does not know Gluon. Here a kernel's Python function runs once for each program, with names of its
 module (gl, mbarrier, ...) replaced by what is below; values are torch tensors. Layouts are not looked at (the compiler
 does that: compile_kernels.py), but for the order of a shared buffer's columns. What is asynchronous counts as under
-way until it is waited for; a program runs alone until it waits for another one.
+way until it is waited for; a program runs alone until it waits for another one, and so does a partition of its warps.
 Not as on a GPU: integers do not overflow, // and % round down, and `a += b` changes whatever else is named `a`'s value.
 """
 
@@ -92,9 +92,11 @@ class Program:
 
     def __init__(self, ids: tuple[int, ...], pdl: bool) -> None:
         self.ids = ids
-        self.give_way: Callable[[], None]  # set by the strand that runs it
+        self.give_way: Callable[[], None]  # set by the strand that runs it, or a partition
         self.changes = 0
-        """Of memory that others see, by now."""
+        """Of what others may wait for, by now."""
+        self.divided = False
+        """Whether it is partitions of its warps that run."""
         self.polled: int | None = None
         """What it has read last of a counter, if it has changed nothing since."""
         self.waited = not pdl
@@ -108,6 +110,7 @@ class Program:
         """Whether not all of its threads know of what they have stored."""
         own = {"load": self.load, "store": self.store, "atomic_add": self.atomic_add}
         own |= {"allocate_shared_memory": self.allocate, "program_id": lambda axis: torch.tensor(self.ids[axis])}
+        own["warp_specialize"] = self.divide
         cuda = SimpleNamespace(gdc_launch_dependents=lambda: None, gdc_wait=self.gdc_wait)
         self.names = OF_BITS | {
             "gl": SimpleNamespace(**STATELESS, **own),
@@ -116,7 +119,8 @@ class Program:
                 static_assert=partial(check, message="static_assert"),
             ),
             "mbarrier": SimpleNamespace(
-                init=self.init, expect=self.expect, wait=self.wait, MBarrierLayout=mbarrier.MBarrierLayout
+                init=self.init, expect=self.expect, arrive=self.arrive, wait=self.wait,
+                MBarrierLayout=mbarrier.MBarrierLayout,
             ),
             "load_block": self.load_block, "all_threads": self.all_threads, "fence_async_shared": self.fence,
             "warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.wait_for_products,
@@ -135,7 +139,8 @@ class Program:
             names[name] = value
         return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
 
-    def end(self) -> None:
+    def run(self, kernel: Callable[..., None], arguments: dict[str, Any]) -> None:
+        kernel(**arguments)
         check(not self.loads and not self.products, "a program ends while something of it is under way")
 
     # ------------------------------------------------------------------ global memory
@@ -220,26 +225,53 @@ class Program:
         barrier.missing -= 1
         barrier.nbytes += nbytes
 
+    def arrive(self, barrier: Barrier, count: int) -> None:
+        """Whoever waits for it goes on before the one who arrives."""
+        check(barrier.missing >= count, "a barrier has an arrival too much before its phase has been waited for")
+        barrier.missing -= count
+        self.changes += 1
+        if self.divided:
+            self.give_way()
+
     def load_block(self, blocks: Blocks, first: list[Any], barrier: Barrier, target: Shared) -> None:
         check(barrier.count and barrier not in self.unfenced, "no fence after a barrier's initialisation")
         check(not any(map(target.overlaps, self.unfenced)), "no fence between a store and a load into its buffer")
         check(target.layout == blocks.layout, f"a block of {blocks.layout} in a buffer of {target.layout}")
         self.writes(target)
         self.loads.append((target, barrier, blocks.block(first, self.waited)))
+        self.changes += 1
 
     def wait(self, barrier: Barrier, phase: int) -> None:
         """Wait until a phase of this parity is complete: the current one, or the one before it, which is."""
         check(barrier.count, "a barrier is not initialised")
         if barrier.completed % 2 != phase:
             return
+        while not self._complete(barrier):
+            missing = f"{barrier.missing} arrivals and {barrier.nbytes} bytes are missing"
+            check(self.divided, f"a barrier's phase never completes: {missing}")
+            self.give_way()
+        barrier.completed += 1
+        barrier.missing = barrier.count
+        self.changes += 1
+
+    def _complete(self, barrier: Barrier) -> bool:
+        """Let its loads arrive; whether that was all."""
         for target, _, values in [load for load in self.loads if load[1] is barrier]:
             target.fill(values)
             barrier.nbytes -= target.nbytes
         self.loads = [load for load in self.loads if load[1] is not barrier]
-        missing = f"{barrier.missing} arrivals and {barrier.nbytes} bytes are missing"
-        check(barrier.missing == barrier.nbytes == 0, f"a barrier's phase never completes: {missing}")
-        barrier.completed += 1
-        barrier.missing = barrier.count
+        return barrier.missing == barrier.nbytes == 0
+
+    # ------------------------------------------------------------------ partitions
+
+    def divide(self, partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> Any:
+        """Run functions side by side until each waits; returns the first one's results."""
+        check(not self.divided and len(warps) == len(registers) == len(partitions) - 1, "partitions")
+        whole, self.divided = self.give_way, True
+        strands = [_Strand(self, partial(function, *arguments)) for function, arguments in partitions]
+        _side_by_side(strands)
+        self.give_way, self.divided = whole, False
+        return strands[0].result
 
     # ------------------------------------------------------------------ products
 
@@ -270,21 +302,20 @@ class _Stopped(BaseException):
 
 
 class _Strand(threading.Thread):
-    """Runs a program, when it is told to and until it gives way."""
+    """Runs a program or a partition of it, when it is told to and until it gives way."""
 
-    def __init__(self, program: Program, body: Callable[[], None]) -> None:
+    def __init__(self, program: Program, body: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
         self.program, self.body = program, body
         self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
         self.ended = self.stopped = False
-        program.give_way = self._give_way
+        self.result: Any = None
 
     def run(self) -> None:
         self.go.acquire()
         try:
-            self.body()
-            self.program.end()
+            self.result = self.body()
         except _Stopped:
             pass
         except BaseException as error:
@@ -300,6 +331,7 @@ class _Strand(threading.Thread):
 
     def resume(self) -> None:
         """Let it run until it gives way, or to its end; raise what it raises."""
+        self.program.give_way = self._give_way
         if self.ident is None:
             self.start()
         self.go.release()
@@ -319,7 +351,7 @@ def _side_by_side(strands: list[_Strand]) -> None:
             idle = idle + 1 if strand.program.changes == before and not strand.ended else 0
             if not strand.ended:
                 waiting.append(strand)
-            check(idle <= len(waiting), "each program waits for others")
+            check(idle <= len(waiting), "each waits for others")
     finally:
         for strand in waiting:
             if strand.ident is not None and not strand.ended:
@@ -345,7 +377,7 @@ class Emulated:
         strands = []
         for ids in product(*map(range, grid)):
             program = Program(ids, launch_pdl)
-            strands.append(_Strand(program, partial(program.bound(self.kernel.fn), **arguments)))
+            strands.append(_Strand(program, partial(program.run, program.bound(self.kernel.fn), arguments)))
         _side_by_side(strands)
 
     def _argument(self, name: str, value: Any, given: dict[str, Any]) -> Any:
