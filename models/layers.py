@@ -226,14 +226,33 @@ class DenseMlp:
         return ACTIVATIONS[spec.act](self.gate_up(x))
 
 
+def for_any_rows(function: Callable[..., Any], *places: int) -> Callable[..., Any]:
+    """torch.compile it, once for all numbers of tokens (and once for one).
+
+    `places`: of arguments, tensors or pairs of them, whose first dimension that number is. A model's own dimensions are
+    constants: with symbols for them, too, compiling takes minutes and makes slower kernels.
+    """
+    compiled = torch.compile(function)
+
+    def call(*arguments: Any) -> Any:
+        for place in places:
+            given = arguments[place]
+            for tensor in given if isinstance(given, tuple) else (given,):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*arguments)
+
+    return call
+
+
 class TorchOps:
     """Ops in plain torch. With `compiled`, functions are fused by torch.compile (--enable-torch-compile)."""
 
     def __init__(self, compiled: bool = False) -> None:
-        # not dynamic=True: then a model's own dimensions are symbols too, which takes minutes and makes slower kernels
-        wrap: Callable[[Any], Any] = torch.compile() if compiled else lambda f: f
-        self._rotation, self._rms_norm, self._add_rms_norm = wrap(rotation_table), wrap(rms_norm), wrap(add_rms_norm)
-        self._qk_norm, self._rope_and_write, self._act_mul = wrap(qk_norm_), wrap(rope_and_write), wrap(act_mul)
+        wrap = for_any_rows if compiled else lambda function, *_: function
+        self._rotation, self._act_mul = wrap(rotation_table, 0), wrap(act_mul, 0)
+        self._rms_norm, self._add_rms_norm = wrap(rms_norm, 0), wrap(add_rms_norm, 0, 1)
+        self._qk_norm, self._rope_and_write = wrap(qk_norm_, 0), wrap(rope_and_write, 0, 1, 3)
 
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See Ops."""

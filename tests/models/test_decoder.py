@@ -1,5 +1,6 @@
 """The decoder against transformers (eager, float64) or a plain reference, in every way to cut prompts into batches."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from actorserve.models.attention import TorchAttention
 from actorserve.models.batch import Batch, plain_batch
 from actorserve.models.decoder import Decoder, check_supported
 from actorserve.models.kv_cache import KVCache
+from actorserve.models.layers import TorchOps
 from actorserve.models.places import allocate
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.spec import Mla, Rope, Spec
@@ -206,6 +208,17 @@ def test_bfloat16_is_close(tmp_path: Path) -> None:
         logits = Driver.of(decoder).logits(ids, sizes)
         assert logits.dtype == torch.float32
         assert (logits.float() - reference).norm() < 0.05 * reference.norm()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compiled_operations(llama: Decoder) -> None:
+    """--enable-torch-compile: the same logits, by at most two programs an operation for all numbers of tokens."""
+    ops, made = TorchOps(compiled=True), torch._dynamo.utils.counters["stats"]
+    compiled = Decoder(llama.spec, llama.weights, llama.attention, llama.device, llama.dtype, ops)
+    before, ids, sizes = made["unique_graphs"], tiny.prompt(LENGTH), [40, 20, 7, 2, 1]
+    assert_close(Driver.of(compiled).logits(ids, sizes), Driver.of(llama).logits(ids, sizes))
+    assert 5 <= made["unique_graphs"] - before <= 2 * 5
 
 
 @pytest.mark.parametrize(
