@@ -1,9 +1,10 @@
-"""Raw decode speed on the CPU: our decoder loop beside transformers' generate, same weights, same run.
+"""Raw decode speed on the CPU: our decoder loop beside transformers' generate and llama.cpp's server, in one run.
 
 `python -m actorserve.perf.cpu [--model FOLDER] [--batch 1 8 32] [--json]`. No engine, no sampling but argmax: the
 ceiling that the executor is measured against. Without --model: the embedded model if it is in the cache, else random
 weights of its shape (speed does not depend on the values, but they are never quantized). --dtype and --quantization
-are the engine's; transformers computes in --reference-dtype.
+are the engine's; transformers computes in --reference-dtype. llama.cpp serves as many clients, with two threads and the
+embedded model's Q4_1 weights, if xllamacpp is installed (perf.engines has our whole engine beside it).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from actorserve.models.embedded import NAME
 from actorserve.models.gguf import FORMAT
 from actorserve.models.kv_cache import KVCache
 from actorserve.models.weights import load_decoder
+from actorserve.perf.engines import llama_cpp
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--quantization", default="auto", choices=["auto", "none", "gguf", "int8"])
     parser.add_argument("--reference-dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--no-reference", action="store_true", help="skip transformers")
+    parser.add_argument("--no-reference", action="store_true", help="skip transformers and llama.cpp")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
@@ -175,12 +177,18 @@ def main() -> None:
     decoder = load_decoder(folder, config, lambda fraction: None)
     model = None if args.no_reference else reference_model(folder, dummy, getattr(torch, args.reference_dtype))
     rows = []
+    theirs: dict[int, float] = {}
+    if not (dummy or args.model or args.no_reference or args.cpu_time):
+        with tempfile.TemporaryDirectory() as scratch:
+            theirs = llama_cpp(args.batch, args.tokens, PROMPT, Path(scratch, "load.json"))
     for batch in args.batch:
         decode, prefill = decode_speed(decoder, batch, args.tokens, args.repeats, clock)
         row = {"batch": batch, "decode_tok_s": round(decode, 1), "prefill_tok_s": round(prefill, 1)}
         if model is not None:
             reference = reference_speed(model, batch, args.tokens, args.repeats, clock)
             row |= {"transformers_tok_s": round(reference, 1), "ratio": round(decode / reference, 2)}
+        if batch in theirs:
+            row |= {"llama_cpp_tok_s": round(theirs[batch], 1), "to_llama_cpp": round(decode / theirs[batch], 2)}
         rows.append(row)
         if not args.json:
             print("  ".join(f"{name} {value:>8}" for name, value in row.items()), flush=True)

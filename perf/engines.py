@@ -83,19 +83,20 @@ def ours(model: str, a: argparse.Namespace, scratch: Path) -> dict[int, float]:
         return {n: load(url, n, a.tokens, a.prompt, scratch)["output_throughput"] for n in a.clients}
 
 
-def llama_cpp(a: argparse.Namespace, scratch: Path) -> dict[int, float]:
-    """llama.cpp's own server binary code, driven from a child process; {} if xllamacpp is not installed."""
+def llama_cpp(clients: list[int], tokens: int, prompt: int, scratch: Path) -> dict[int, float]:
+    """Output tokens/s by number of clients of llama.cpp's own server, with two threads, in a child process; {} if
+    xllamacpp is not installed."""
     try:
         import xllamacpp  # noqa: F401
     except ImportError:
         return {}
     rates = {}
-    for n in a.clients:
+    for n in clients:
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         with process([sys.executable, "-c", LLAMA, str(embedded_gguf()), str(port), str(n)], url, "/health"):
-            load(url, 2, 8, a.prompt, scratch)
-            rates[n] = load(url, n, a.tokens, a.prompt, scratch)["output_throughput"]
+            load(url, 2, 8, prompt, scratch)
+            rates[n] = load(url, n, tokens, prompt, scratch)["output_throughput"]
     return rates
 
 
@@ -138,7 +139,7 @@ def main() -> None:
     model = a.model or embedded_model()
     scratch = Path(f"/tmp/actorserve-perf-{os.getpid()}.json")
     try:
-        mine, llama = ours(model, a, scratch), {} if a.model else llama_cpp(a, scratch)
+        mine, llama = ours(model, a, scratch), {} if a.model else llama_cpp(a.clients, a.tokens, a.prompt, scratch)
     finally:
         scratch.unlink(missing_ok=True)
     base = transformers(model, a)
