@@ -1,6 +1,8 @@
 """The decoder against transformers (eager, float64) or a plain reference, in every way to cut prompts into batches."""
 
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,15 @@ def test_bfloat16_is_close(tmp_path: Path) -> None:
         assert (logits.float() - reference).norm() < 0.05 * reference.norm()
 
 
+@pytest.fixture
+def recursion_limit() -> Iterator[None]:
+    """torch.compile raises it for the whole process, which other tests' deep nestings must not pass by."""
+    before = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("recursion_limit")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_operations(llama: Decoder) -> None:
