@@ -11,7 +11,8 @@ import triton
 
 from .gemm import MAX_TILES, Choices, Tile
 from .packed_gemm import CHUNK, Kind, Packed
-from .row_gemm import OneRow, can_multiply
+from .primed_gemm import on_sm90
+from .row_gemm import OneRow
 
 PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {
     ("int4", 37888, 3584): (
@@ -63,7 +64,7 @@ def choices_for(weight: Packed) -> Choices:
     """The tiles of a weight by the number of rows; above the last, `Packed.multiply`."""
     outputs, inputs = weight.shape
     measured = PACKED.get((weight.kind, outputs, inputs), ())
-    ahead = can_multiply(weight.words.device)
+    ahead = on_sm90(weight.words.device)
     measured = tuple((rows, c) for rows, c in measured if not isinstance(c, OneRow) or (ahead and c.fits(weight)))
     tiles = [c.plain if isinstance(c, OneRow) else c for _, c in measured]
     if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for tile in tiles):

@@ -50,21 +50,24 @@ class Primed:
     def takes(self, act: str, add: Any, heads: Any) -> bool:
         """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         if self.weights == 0:
-            return add is not None or (heads is not None and _plain_heads(heads))
+            return add is not None or (heads is not None and plain_heads(heads, HEAD))
         return add is not None if self.split > 1 else bool(act)
 
 
-def _plain_heads(heads: Any) -> bool:
-    """Whether heads are of 64 numbers and all rotated, and kept as they are."""
+def on_sm90(device: torch.device) -> bool:
+    """Whether Gluon's kernels run there: sm_90 alone has the instructions and the shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def plain_heads(heads: Any, size: int) -> bool:
+    """Whether heads are of `size` numbers and all rotated, and kept as they are."""
     rotated = heads.table is not None and not heads.interleaved and heads.qk_norm is None
-    return rotated and heads.head_dim == HEAD and heads.kv_rows.dtype == torch.bfloat16
+    return rotated and heads.head_dim == size and heads.kv_rows.dtype == torch.bfloat16
 
 
 def can_prime(weight: Tensor) -> bool:
-    """Whether there are kernels for this weight: sm_90 alone has the instructions and the shared memory."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(weight.device) == (9, 0)
+    """Whether there are kernels for this weight."""
+    return weight.dtype == torch.bfloat16 and on_sm90(weight.device)
 
 
 def blocks_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import row_kernels as kernels
+from .primed_gemm import plain_heads
 from .unpack import FLOAT8
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class OneRow:
         """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         if heads is None:
             return weight.kind == "fp8" or not act
-        rotated = heads.table is not None and not heads.interleaved and heads.qk_norm is None
-        return rotated and heads.head_dim == HEAD == self.outputs and heads.kv_rows.dtype == torch.bfloat16
+        return self.outputs == HEAD and plain_heads(heads, HEAD)
 
     def constants(self, outputs: int, inputs: int, gated: bool) -> dict[str, Any]:
         """Those of `row_kernel` that follow from the product."""
@@ -71,11 +71,6 @@ class OneRow:
             "BUFFERS": self.buffers, "PROGRAMS": self.programs if whole else rest * self.split, "WHOLE": whole,
             "REST": rest, "SPLIT": self.split, "LAUNCH": self.launch,
         }  # fmt: skip
-
-
-def can_multiply(device: torch.device) -> bool:
-    """Whether the kernel runs there: sm_90 alone has the instructions and the shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def blocks_of(weight: "Packed", outputs: int, depth: int) -> TensorDescriptor:

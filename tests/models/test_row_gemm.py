@@ -49,7 +49,7 @@ def test_what_is_left_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
         packed_tiles, "PACKED", {(kind, 256, 512): ((1, choice), (8, PLAIN_TILE)) for kind in ("fp8", "int4")}
     )
     for there in (False, True):
-        monkeypatch.setattr(packed_tiles, "can_multiply", lambda device, there=there: there)
+        monkeypatch.setattr(packed_tiles, "on_sm90", lambda device, there=there: there)
         for kind, dtype, fits in (
             ("fp8-row", DTYPE, True), ("int4-128", DTYPE, True), ("fp8-row", torch.float16, False),
             ("int4-64", DTYPE, False), ("fp8-128", DTYPE, False),

@@ -57,6 +57,11 @@ class Judge:
         at = int(wrong[0])
         return at, float(logits[at].max() - logits[at, given[at]])
 
+    def misses(self, rows: list[list[int]]) -> list[tuple[int, float]]:
+        """`first_miss` of all prompts that have one."""
+        found = (self.first_miss(number, ids) for number, ids in enumerate(rows))
+        return [miss for miss in found if miss is not None]
+
 
 @pytest.fixture(scope="module")
 def judge(smollm: str) -> Judge:
@@ -77,7 +82,7 @@ def test_equal_to_transformers(smollm: str, judge: Judge, dtype: str) -> None:
         if dtype == "float32" and way["attention_backend"] == "auto":
             continue  # FlashInfer has no float32 kernels
         ids = generate(smollm, dtype=dtype, **way)
-        misses = [miss for n, row in enumerate(ids) if (miss := judge.first_miss(n, row)) is not None]
+        misses = judge.misses(ids)
         name = f"k={way['num_continuous_decode_steps']} eager={way['disable_cuda_graph']} {way['attention_backend']}"
         found[name] = (len(misses), max((gap for _, gap in misses), default=0.0))
         print(dtype, name, "prompts that part:", len(misses), "largest gap:", found[name][1])
@@ -111,5 +116,5 @@ def test_windows_and_graphs_change_nothing(smollm: str) -> None:
 def test_compiled_operations_change_nothing(smollm: str, judge: Judge) -> None:
     """--enable-torch-compile: in float32 the ids are transformers', up to ties."""
     ids = generate(smollm, dtype="float32", enable_torch_compile=True, window_ms=0.0)
-    misses = [miss for n, row in enumerate(ids) if (miss := judge.first_miss(n, row)) is not None]
+    misses = judge.misses(ids)
     assert len(misses) <= 0.01 * len(PROMPTS) and all(gap < GAP["float32"] for _, gap in misses), misses
