@@ -13,22 +13,25 @@ import pytest
 from live_server import LiveServer, alive, live_server, wait_until
 from stub_model import stub_folder
 
-MANY, FEW = 1000, 200
+MANY, FEW, LATE = 1000, 200, 11
+LATE_OF_STUB = 600
+"""Many of the slow steps that the first server makes, so that the half is not the whole before the kill."""
 ROUTE = 'actorserve_http_requests_total{route="/v1/completions",status="200"}'
 
 
-def tokens(i: int) -> int:
-    """Of line i: some end early, some late, so that there is a half."""
-    return 2 + i % 40 // 4
+def tokens(i: int, late: int) -> int:
+    """Of line i: some end early, some late; of every second one, `late`."""
+    return late if i % 2 else 2 + i % 40 // 4
 
 
-def line(i: int) -> dict[str, Any]:
-    body = {"prompt": f"Count from {i}:", "max_tokens": tokens(i), "ignore_eos": True}
+def line(i: int, late: int) -> dict[str, Any]:
+    """Those with `late` tokens have their turn after the others: lines are taken in the order of their bodies."""
+    body = {"prompt": f"{'Later' if i % 2 else 'Count'} from {i}:", "max_tokens": tokens(i, late), "ignore_eos": True}
     return {"custom_id": f"n{i}", "method": "POST", "url": "/v1/completions", "body": body}
 
 
-def start(client: openai.OpenAI, lines: int) -> str:
-    content = "".join(json.dumps(line(i)) + "\n" for i in range(lines)).encode()
+def start(client: openai.OpenAI, lines: int, late: int) -> str:
+    content = "".join(json.dumps(line(i, late)) + "\n" for i in range(lines)).encode()
     file = client.files.create(file=("in.jsonl", content), purpose="batch")
     return client.batches.create(
         input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
@@ -53,7 +56,7 @@ def answered_by(server: LiveServer) -> int:
     return int(float(found[0])) if found else 0
 
 
-def check_output(server: LiveServer, name: str, lines: int) -> None:
+def check_output(server: LiveServer, name: str, lines: int, late: int) -> None:
     with server.client() as client:
         wait_until(lambda: client.batches.retrieve(name).status == "completed", 60, "the batch is complete")
         batch = client.batches.retrieve(name)
@@ -62,38 +65,40 @@ def check_output(server: LiveServer, name: str, lines: int) -> None:
     assert [x["custom_id"] for x in output] == [f"n{i}" for i in range(lines)]
     assert len({x["id"] for x in output}) == lines
     counts = [x["response"]["body"]["usage"]["completion_tokens"] for x in output]
-    assert counts == [tokens(i) for i in range(lines)]
+    assert counts == [tokens(i, late) for i in range(lines)]
 
 
 def test_a_batch_survives_the_death_of_the_front(server: LiveServer) -> None:
     with server.client() as client:
-        name = start(client, 40)
+        name = start(client, 40, LATE)
         before = wait_for(client, name, 20, 240).request_counts
         os.kill(server.children()["front.0"], signal.SIGKILL)
         wait_until(server.is_ready, 120, "the front is back")
     with server.client() as client:
         wait_for(client, name, 40, 240)
-    check_output(server, name, 40)
+    check_output(server, name, 40, LATE)
     assert before is not None and answered_by(server) <= 40 - before.completed
 
 
 def test_a_thousand_lines_are_answered_once_over_kill_9(smollm: str, tmp_path: Path, thorough: bool) -> None:
     if not thorough:
         pytest.skip("two servers of the real model; --thorough")
-    killed_at_half(tmp_path, MANY, "--model", smollm, "--max-total-tokens", "32768")
+    flags = ["--model", smollm, "--max-total-tokens", "32768"]
+    killed_at_half(tmp_path, MANY, LATE, flags, flags)
 
 
 def test_lines_are_answered_once_over_kill_9(tmp_path: Path, thorough: bool) -> None:
     """The same without a model, and of two fronts, one of which does the lines."""
     flags = ["--model", stub_folder(tmp_path / "model"), "--load-format", "stub", "--http-workers", "2"]
-    killed_at_half(tmp_path, MANY if thorough else FEW, *flags, "--stub-step-ms", "2")
+    slow, quick = [*flags, "--stub-step-ms", "50"], [*flags, "--stub-step-ms", "1"]
+    killed_at_half(tmp_path, MANY if thorough else FEW, LATE_OF_STUB, slow, quick)
 
 
-def killed_at_half(tmp_path: Path, lines: int, *engine: str) -> None:
+def killed_at_half(tmp_path: Path, lines: int, late: int, flags: list[str], next_flags: list[str]) -> None:
     """Kill the whole server when half of the lines have their answers; another one does the rest, and no more."""
-    flags = [*engine, "--data-dir", str(tmp_path / "data")]
-    with live_server(tmp_path, *flags) as first, first.client() as client:
-        name = start(client, lines)
+    data = ["--data-dir", str(tmp_path / "data")]
+    with live_server(tmp_path, *flags, *data) as first, first.client() as client:
+        name = start(client, lines, late)
         wait_for(client, name, lines // 2, 600)
         children = first.children().values()
         first.process.kill()
@@ -103,8 +108,8 @@ def killed_at_half(tmp_path: Path, lines: int, *engine: str) -> None:
         (before,) = db.execute("SELECT count(*) FROM lines WHERE answer IS NOT NULL").fetchone()
     db.close()
     assert lines // 2 <= before < lines
-    with live_server(tmp_path, *flags) as second:
+    with live_server(tmp_path, *next_flags, *data) as second:
         with second.client() as client:
             wait_for(client, name, lines, 600)
-        check_output(second, name, lines)
+        check_output(second, name, lines, late)
         assert answered_by(second) == lines - before
