@@ -108,10 +108,12 @@ class Executor(Actor):
         """Weights beside those in use, and their folder."""
         self.waiting = False
         """For other ranks, while starting."""
+        self.threads = cpu_threads(context.config)
         self._last_done_ns = 0
 
     async def start(self) -> None:
         """Load the weights, size the KV pool, and prepare the device."""
+        torch.set_num_threads(self.threads)  # of this thread, which runs the steps; _load's has a number of its own
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell_of_compilers)
             await trio.to_thread.run_sync(self._prepare)
@@ -202,7 +204,7 @@ class Executor(Actor):
 
     def _load(self) -> Decoder:
         config, model = self.context.config, self.context.model
-        set_threads(config)
+        torch.set_num_threads(self.threads)
         keep_freed_memory()
         device = pick_device(config.device, self.place, config.executors)
         enter(device)
@@ -458,12 +460,9 @@ def has_children() -> bool:
     return False
 
 
-def set_threads(config: EngineConfig) -> None:
-    """Give torch the cores it may use; more threads than cores make each other wait, so executors share them."""
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
-    elif config.executors > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.executors))
+def cpu_threads(config: EngineConfig) -> int:
+    """Threads for an executor's work; more than cores make each other wait, so executors share them."""
+    return config.cpu_threads or max(1, torch.get_num_threads() // config.executors)
 
 
 def enter(device: torch.device) -> None:

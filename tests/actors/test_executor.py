@@ -100,6 +100,29 @@ def test_running_ahead_changes_nothing(folder: str, plain: list, ahead: None, k:
         assert answers(e) == plain  # with slots and pages used before, and prefixes cached
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_have_the_threads_asked_for(folder: str, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """The number is each thread's own in torch, and weights are loaded in another thread."""
+    seen = set()
+
+    class Watched(Stepper):
+        def launch(self, *args: object) -> Step:
+            seen.add(torch.get_num_threads())
+            return super().launch(*args)  # type: ignore[arg-type]
+
+    start = executor.Executor.start
+
+    async def late_start(self: executor.Executor) -> None:
+        torch.get_num_threads()  # what begins to use torch in a thread gives it its number
+        await start(self)
+
+    monkeypatch.setattr(executor, "Stepper", Watched)
+    monkeypatch.setattr(executor.Executor, "start", late_start)
+    with engine(folder, cpu_threads=threads) as running:
+        running.generate(PROMPTS[0], PARAMS[0])
+    assert seen == {threads}
+
+
 def test_rows_may_stay_until_they_are_released(
     folder: str, plain: list, ahead: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
