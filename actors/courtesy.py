@@ -1,12 +1,13 @@
-"""Work that begins at once, and gives way to everybody when it takes long: for compilers on the cores of a model.
+"""Work that lets others go first, and gives way to everybody when it takes long: for compilers on the cores of a model.
 
-Used by fsm_worker.py. Each piece of work runs in a thread of its own: priorities are a thread's on Linux, and without
-privileges no thread gets a better one back. Giving way is SCHED_IDLE: a core that has anything else to do leaves such a
-thread at once, where a merely nicer one first takes what its turn is worth; so it must hold nothing that others wait
-for, and who waits for it must know that from being slow (fsm/budget.py). Where cores are free, or none of it is wasted,
-nothing is slower for it.
-Invariant: work begins with the priority of the process, whatever the work before it was; over a long time at most
-REFILL of a core is wasted at that priority, and LEAST a piece.
+Used by fsm_worker.py and match_crew.py. Each piece of work runs in a thread of its own: priorities are a thread's on
+Linux, and without privileges no thread gets a better one back. It begins nicer than its process: where all cores are
+busy it has a tenth of one, and the steps of others' tokens are hardly longer. Giving way is SCHED_IDLE: a core that has
+anything else to do leaves such a thread at once, where a merely nicer one first takes what its turn is worth; so it
+must hold nothing that others wait for, and who waits for it must know that from being slow (fsm/budget.py). Where cores
+are free, or none of it is wasted, nothing is slower for it.
+Invariant: work begins with the same priority, whatever the work before it was; over a long time at most REFILL of a
+core is wasted at that priority, and LEAST a piece.
 """
 
 import contextlib
@@ -17,12 +18,22 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
+NICE: Final = 10
+"""A weight of 110 for 1,024, by Linux's table; nicer still, work on full cores would hardly go on."""
 MOST: Final = 0.5
 """Seconds of a core that one piece of work takes before it gives way: what grammars take that mean no harm."""
 LEAST: Final = 0.005
 """The same right after much was wasted."""
 REFILL: Final = 0.01
 """Seconds that are won back in a second."""
+
+
+def politely(work: Callable[[], T]) -> T:
+    """Return what the work returns, which lets others go first; raises what it raises."""
+    thread = _Thread(work)
+    thread.start()
+    thread.join()
+    return thread.result()
 
 
 class Courteous:
@@ -67,6 +78,8 @@ class _Thread(threading.Thread, Generic[T]):
         """Of a core, once it has ended."""
 
     def run(self) -> None:
+        with contextlib.suppress(OSError):
+            os.nice(NICE)  # this thread's alone, on Linux
         try:
             self._made.append(self._work())
         except BaseException as error:

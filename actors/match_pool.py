@@ -2,12 +2,14 @@
 
 Part of the fsm actor, which hands in what schedulers send. The library releases the GIL, so the actor goes on
 meanwhile. Masks that are asked for together are sent together; one that takes longer than DEADLINE is sent later by
-itself, so that a slow grammar makes its own request slow and no other. Invariant: a matcher has consumed the first
+itself, and the next ones of its request are filled by threads that let others go first, as is each request's first
+one: so a slow grammar makes its own request slow and no other. Invariant: a matcher has consumed the first
 `known` generated tokens of its request; a request that is not known any more is not answered.
 """
 
 import threading
-from collections import OrderedDict, deque
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -19,14 +21,14 @@ import trio
 from ..errors import ActorserveError
 from .desk import Desk
 from .fsm_worker import Guidance, Setup, make_matchers
+from .match_crew import DEADLINE, Crew
 from .messages import Masks, Match, MatchFailed
 
 if TYPE_CHECKING:
     from ..fsm.matcher import AnyMatcher, Matchers
 
-DEADLINE: Final = 0.005
-"""Seconds that a mask may make others wait that were asked for with it."""
 THREADS: Final = 4
+"""Of each crew."""
 decode_guidance: Final = msgspec.json.Decoder(Guidance).decode
 PROTOTYPES: Final = 64
 """Grammars whose first matcher is kept: a copy of it takes microseconds, and shares what it has learnt."""
@@ -40,6 +42,8 @@ class Place:
     matcher: "AnyMatcher | None" = None
     known: int = 0
     """Generated tokens that it has consumed."""
+    slow: bool = True
+    """Whether its last job took longer than DEADLINE; its first one may, which makes the matcher."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,23 +76,16 @@ class MatchPool:
         self._words = -(-setup.vocab_size // 32)
         self._places: dict[tuple[str, int], Place] = {}
         """By scheduler and request: what one has given up, another may ask for before we hear of that."""
-        self._jobs: deque[Job] = deque()
-        self._done: deque[Job] = deque()
-        self._open = 0
-        """Jobs that are queued or under way."""
-        self._busy = [False] * THREADS
-        self._asked = trio.Event()
-        self._progress = trio.Event()
+        self._quick = Crew(THREADS, self._do, self._post, polite=False)
+        self._slow = Crew(THREADS, self._do, self._post, polite=True)
         self._matchers: Matchers | None = None
         self._prototypes: OrderedDict[str, Prototype] = OrderedDict()
         self._lock = threading.Lock()
 
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to answer, until the nursery is cancelled."""
-        limiter = trio.CapacityLimiter(THREADS)
-        for number in range(THREADS):
-            nursery.start_soon(self._fill, number, limiter)
-        nursery.start_soon(self._answer)
+        self._quick.start(nursery)
+        self._slow.start(nursery)
 
     async def warm_up(self) -> None:
         """Have what makes matchers, before somebody waits for it: half a second."""
@@ -102,9 +99,8 @@ class MatchPool:
         if place is None:
             return  # forgotten meanwhile
         ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
-        self._jobs.append(Job(scheduler, m.rid, place, ids))
-        self._open += 1
-        self._ring()
+        crew = self._slow if place.slow else self._quick
+        crew.add(Job(scheduler, m.rid, place, ids))
 
     def forget(self, scheduler: str, rid: int) -> None:
         """Drop a request's matcher."""
@@ -116,35 +112,12 @@ class MatchPool:
 
     # ------------------------------------------------------------------ in threads
 
-    def _ring(self) -> None:
-        """Wake who waits for jobs."""
-        self._asked.set()
-        self._asked = trio.Event()
-
-    async def _fill(self, number: int, limiter: trio.CapacityLimiter) -> None:
-        """Have a thread do jobs whenever there are some that the threads before this one are too busy for."""
-        while True:
-            while not self._jobs or not all(self._busy[:number]):
-                await self._asked.wait()
-            self._busy[number] = True
-            if len(self._jobs) > 1:
-                self._ring()
-            await trio.to_thread.run_sync(self._drain, limiter=limiter, abandon_on_cancel=True)
-            self._busy[number] = False
-            self._progress.set()
-            self._progress = trio.Event()
-
-    def _drain(self) -> None:
-        """Do jobs until none is left; runs in several threads at once."""
-        while True:
-            try:
-                job = self._jobs.popleft()
-            except IndexError:
-                return
-            note = self._desk.begin(job.rid)
-            self._work(job)
-            self._desk.end(note)
-            self._done.append(job)
+    def _do(self, job: Job) -> None:
+        note = self._desk.begin(job.rid)
+        began = time.perf_counter()
+        self._work(job)
+        job.place.slow = time.perf_counter() - began > DEADLINE
+        self._desk.end(note)
 
     def _work(self, job: Job) -> None:
         place = job.place
@@ -186,19 +159,9 @@ class MatchPool:
 
     # ------------------------------------------------------------------ answers
 
-    async def _answer(self) -> None:
-        """Send what is done: all that was asked for, or what is there at the deadline."""
-        while True:
-            while not self._open:
-                await self._asked.wait()
-            with trio.move_on_after(DEADLINE):
-                while len(self._done) < self._open:
-                    await self._progress.wait()
-            done = [self._done.popleft() for _ in range(len(self._done))]
-            self._open -= len(done)
-            self._post([job for job in done if self._places.get((job.scheduler, job.rid)) is job.place])
-
     def _post(self, done: list[Job]) -> None:
+        """Answer what is still asked for."""
+        done = [job for job in done if self._places.get((job.scheduler, job.rid)) is job.place]
         filled: dict[str, list[tuple[Job, np.ndarray]]] = {}
         for job in done:
             if job.error is not None:

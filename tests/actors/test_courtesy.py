@@ -1,4 +1,4 @@
-"""Work gives way when it takes long, and the next begins with the priority of the process again."""
+"""Work lets others go first and gives way when it takes long; the next begins with the same priority again."""
 
 import os
 import threading
@@ -7,7 +7,7 @@ import time
 import pytest
 
 from actorserve.actors import courtesy
-from actorserve.actors.courtesy import Courteous
+from actorserve.actors.courtesy import Courteous, politely
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -15,6 +15,11 @@ pytestmark = pytest.mark.timeout(60)
 def policy() -> int:
     """Of this thread."""
     return os.sched_getscheduler(threading.get_native_id())
+
+
+def niceness() -> int:
+    """Of this thread."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def work_until_idle() -> int:
@@ -47,6 +52,7 @@ def test_long_work_gives_way_and_short_work_does_not(monkeypatch: pytest.MonkeyP
     assert worker.do(policy, no) == own != os.SCHED_IDLE
     assert worker.do(work_until_idle, no) == os.SCHED_IDLE
     assert worker.do(policy, no) == own, "the next begins as the first did"
+    assert worker.do(niceness, no) == min(19, niceness() + courtesy.NICE)
     assert policy() == own, "who waits gives no way"
 
 
@@ -77,10 +83,18 @@ def test_after_much_was_wasted_work_gives_way_soon(monkeypatch: pytest.MonkeyPat
     assert worker.do(took, no) < courtesy.MOST
 
 
+def test_who_has_work_done_politely_is_no_nicer() -> None:
+    own = niceness()
+    assert politely(niceness) == min(19, own + courtesy.NICE)
+    assert niceness() == own
+
+
 def test_what_work_raises_comes_back() -> None:
     def fail() -> None:
         raise ValueError("wrong")
 
+    with pytest.raises(ValueError, match="wrong"):
+        politely(fail)
     with pytest.raises(ValueError, match="wrong"):
         Courteous().do(fail, no)
 
@@ -90,5 +104,6 @@ def test_where_priorities_may_not_change_work_goes_on(monkeypatch: pytest.Monkey
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    monkeypatch.setattr(os, "nice", refuse)
     monkeypatch.setattr(courtesy, "MOST", 0.01)
     assert Courteous().do(lambda: work_for(0.1) or "made", no) == "made"

@@ -2,10 +2,12 @@
 
 import gc
 import json
+import os
 import random
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,9 +28,11 @@ from actorserve import Engine, SamplingParams
 from actorserve.actors import executor
 from actorserve.actors.actor import Context, connect
 from actorserve.actors.constraint import Grammar, Guided
+from actorserve.actors.courtesy import NICE
 from actorserve.actors.desk import Desk
 from actorserve.actors.fsm_worker import Compiler, Failed, Guidance, Job, MadeText, Setup, framed, serve
 from actorserve.actors.guided import GuidedRequests
+from actorserve.actors.match_crew import DEADLINE
 from actorserve.actors.match_pool import Job as PoolJob
 from actorserve.actors.match_pool import MatchPool, Place
 from actorserve.actors.messages import (
@@ -390,6 +394,41 @@ def test_masks_of_the_pool(folder: str, compiler: Compiler, monkeypatch: pytest.
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_what_may_take_long_lets_others_go_first(
+    folder: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request's first mask, and what follows one that took long."""
+    nested = text_of(compiler, "ebnf", NESTED)
+    opened = [i for i in range(400) if compiler.tokenizer.token_bytes(i) == b"["][:1]
+    ids = memoryview(np.array(opened, np.int32).tobytes())
+    own, nice, sent = os.getpriority(os.PRIO_PROCESS, 0), [], []
+    fill = Matcher.fill
+
+    def noted(self: Matcher, mask: np.ndarray) -> None:
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) - own)
+        if len(nice) == 2:
+            time.sleep(2 * DEADLINE)
+        fill(self, mask)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            pool = MatchPool(Setup(folder, (2,), 416, 20.0, "auto"), lambda scheduler, m: sent.append(m), Desk())
+            pool.start(nursery)
+            for start in range(3):
+                pool.follow(Match(1, start, ids, "" if start else nested), "sched")
+                with trio.fail_after(60):
+                    while len(sent) <= start:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+                if not start:
+                    pool._places["sched", 1].slow = False  # the library's first fill may have taken long
+            nursery.cancel_scope.cancel()
+
+    monkeypatch.setattr(Matcher, "fill", noted)
+    trio.run(main)
+    polite = min(NICE, 19 - own)
+    assert nice == [polite, 0, polite]
 
 
 def test_the_pool_keeps_schedulers_apart(folder: str, compiler: Compiler) -> None:
