@@ -1,33 +1,37 @@
 """What grammars of bad will do: how each is answered, and what the streams of others notice.
 
-    python -m actorserve.perf.blowup [--model DIR] [--load-format dummy] [--attention-backend triton]
+    python -m actorserve.perf.blowup [--flags "--model DIR --load-format dummy --attention-backend triton"]
         [--streams 2] [--seconds 10] [--rounds 3] [--json FILE]
 
-A whole engine, each actor in its process. Streams decode steadily; quiet stretches and stretches in which one such
-grammar follows another take turns in one run, so that the machine's own noise falls on both. In a quiet stretch the
-requests whose grammars can be had come too, at the same pace but without a grammar: another request in a step is not
-what is measured. Figures: status and time of each grammar (targets: ANSWER_MS for what may be large, REFUSAL_MS for
+A server, streams that decode steadily, and a client in a process of its own that sends one such grammar after another.
+Quiet stretches and hostile ones take turns in one run, so that the machine's own noise falls on both; in a quiet one
+the requests whose grammars can be had come too, at the same pace but without a grammar: another request in a step is
+not what is measured. Figures: status and time of each grammar (targets: ANSWER_MS for what may be large, REFUSAL_MS for
 what is plainly wrong), the most that one took beside streams, the gaps between tokens in both kinds of stretches, and
 the most memory that a compiler took.
-On a CPU the engine is left with one thread; where no core is free, compilers and streams share what there is, and the
-figures say little. A GPU's engine captures graphs when it first idles, also those that masks need: that is waited for.
+On a CPU the model leaves one core to the others (--cpu-threads). The client with the grammars, who stands for one on
+another machine, is as nice as can be. A GPU's engine captures graphs when it first idles, also those that masks need:
+that is waited for.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
-import trio
 
-from actorserve import Engine, SamplingParams
-from actorserve.errors import RequestError
-from actorserve.models.embedded import embedded_model
 from actorserve.perf.figures import statistics
+from actorserve.perf.processes import launched
 
 ANSWER_MS = 1500.0
 REFUSAL_MS = 100.0
@@ -86,52 +90,73 @@ WRONG: dict[str, dict[str, Any]] = {
 """What can be refused at a glance: 400 within REFUSAL_MS, naming the field and the place."""
 
 
-async def answer(engine: Any, fields: dict[str, Any]) -> tuple[str, float]:
+def answer(client: httpx.Client, fields: dict[str, Any]) -> tuple[str, float]:
     """(what came of it, milliseconds)"""
+    body = json.dumps({"text": "The", "sampling_params": {"max_new_tokens": 1} | fields})
     started = time.perf_counter()
-    try:
-        output = await engine.generate("The", SamplingParams(max_new_tokens=1), **fields)
-        came = f"answered: {output.text!r}"
-    except RequestError as error:
-        came = f"{error.status} {error.code}, {error.param}: {error.message}"
-    return came, 1e3 * (time.perf_counter() - started)
+    reply = client.post("/generate", content=body, headers={"content-type": "application/json"})
+    took = 1e3 * (time.perf_counter() - started)
+    if reply.status_code == 200:
+        return f"answered: {reply.json()['text']!r}", took
+    error = reply.json()["error"]
+    return f"{reply.status_code} {error['code']}, {error['param']}: {error['message']}", took
 
 
-async def settle(engine: Any) -> None:
+def settle(client: httpx.Client) -> None:
     """Wait until requests of all three kinds are answered as soon as they will be; a minute at most."""
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "none": {},
         "tables": {"regex": "ready"},
         "masks": {"json_schema": {"type": "array", "items": {"$ref": "#"}}},
     }
     best = dict.fromkeys(kinds, float("inf"))
-    row = 0
-    with trio.move_on_after(60):
-        while row < SETTLED:
-            for kind, fields in kinds.items():
-                _, ms = await answer(engine, fields)
-                row = row + 1 if ms < 2 * best[kind] + 5 else 0
-                best[kind] = min(best[kind], ms)
-                await trio.sleep(PAUSE)
+    row, end = 0, time.monotonic() + 60
+    while row < SETTLED and time.monotonic() < end:
+        for kind, fields in kinds.items():
+            _, ms = answer(client, fields)
+            row = row + 1 if ms < 2 * best[kind] + 5 else 0
+            best[kind] = min(best[kind], ms)
+            time.sleep(PAUSE)
 
 
 class Streams:
-    """Requests that decode all the time; `gaps` are the seconds between two tokens of one, newest last."""
+    """Requests that decode all the time, in threads; `gaps` are the seconds between two tokens of one, newest last."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, url: str, count: int) -> None:
         self.gaps: list[float] = []
+        self._url = url
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
 
-    async def run(self, number: int) -> None:
-        """Decode until cancelled; the pause between two requests is no gap."""
-        params = SamplingParams(max_new_tokens=400, temperature=1.0, ignore_eos=True, seed=number)
-        while True:
-            last = None
-            async for delta in self.engine.stream(f"Story {number}. Once upon a time", params):
-                now = time.perf_counter()
-                if last is not None:
-                    self.gaps += [(now - last) / len(delta.ids)] * len(delta.ids)
-                last = now
+    def __enter__(self) -> "Streams":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        params = {"max_new_tokens": 400, "temperature": 1.0, "ignore_eos": True, "seed": number}
+        body = {"text": f"Story {number}. Once upon a time", "stream": True, "sampling_params": params}
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self._over.is_set():
+                with client.stream("POST", "/generate", json=body) as reply:
+                    self._read(reply.iter_lines())
+
+    def _read(self, lines: Iterator[str]) -> None:
+        """Note the gaps of a reply; the pause between two requests is none."""
+        last = seen = 0.0
+        for line in lines:
+            if self._over.is_set():
+                return
+            if line.startswith("data: {"):
+                now, count = time.perf_counter(), json.loads(line[6:])["meta_info"]["completion_tokens"]
+                if seen and count > seen:
+                    self.gaps += [(now - last) / (count - seen)] * (count - seen)
+                last, seen = now, count
 
 
 def compiler_memory() -> int:
@@ -170,49 +195,75 @@ def other(kind: str, value: Any, turn: int) -> Any:
             return f'{value}\nr{turn + 26} ::= "b"'
 
 
-async def plain_ones(engine: Any, figures: dict[str, dict[str, Any]]) -> None:
+def hostile(client: httpx.Client, _: dict[str, Any]) -> Iterator[tuple[float, str]]:
+    """Send grammars until killed: (milliseconds, name) of each."""
+    for name, fields in all_of_them():
+        yield answer(client, fields)[1], name
+
+
+def quiet(client: httpx.Client, grammars: dict[str, Any]) -> Iterator[tuple[float, str]]:
     """The same requests at the same pace, without the grammars; those that are refused are not sent."""
     for name in itertools.cycle(LARGE):
-        seconds = figures[name]["ms"] / 1e3
-        began = time.perf_counter()
-        if figures[name]["came"].startswith("answered"):
-            await answer(engine, {})
-        await trio.sleep(max(0.0, seconds - (time.perf_counter() - began)))
+        began, ms = time.perf_counter(), 0.0
+        if grammars[name]["came"].startswith("answered"):
+            ms = answer(client, {})[1]
+        time.sleep(max(0.0, grammars[name]["ms"] / 1e3 - (time.perf_counter() - began)))
+        yield ms, name
 
 
-async def run(args: argparse.Namespace) -> dict[str, Any]:
+KINDS = {"quiet": quiet, "hostile": hostile}
+
+
+def call(kind: str, url: str) -> None:
+    """The client of a stretch: what the grammars came to is read from stdin, and what it did is said on stdout."""
+    os.nice(19)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for ms, name in KINDS[kind](client, json.loads(sys.stdin.readline())):
+            print(json.dumps([ms, name]), flush=True)
+
+
+@contextlib.contextmanager
+def caller(kind: str, url: str, grammars: dict[str, Any]) -> Iterator[list[tuple[float, str]]]:
+    """Have such a client for the block, from its first request on; what it did is in the list afterwards."""
+    command = [sys.executable, "-m", "actorserve.perf.blowup", "--call", kind, url]
+    did: list[tuple[float, str]] = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(grammars) + "\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        try:
+            yield did
+        finally:
+            process.kill()
+            did += [tuple(json.loads(line)) for line in process.stdout.read().split("\n")[:-1]]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return all figures."""
+    threads = max(1, len(os.sched_getaffinity(0)) - 1)
     figures: dict[str, Any] = {"grammars": {}}
-    options = {"load_format": args.load_format, "attention_backend": args.attention_backend}
-    options |= {"placement": "process", "max_total_tokens": 8192, "cpu_threads": 1}
-    async with Engine(args.model or embedded_model(), **options) as engine:
-        await settle(engine)
-        for name, fields in (LARGE | WRONG).items():
-            came, ms = await answer(engine, fields)
-            figures["grammars"][name] = {"came": came[:100], "ms": ms, "target_ms": limit(name)}
+    grammars, gaps, beside = figures["grammars"], {kind: [] for kind in KINDS}, [(0.0, "")]
+    with launched(f"--max-total-tokens 8192 --cpu-threads {threads} {args.flags}") as (url, _, _):
+        with httpx.Client(base_url=url, timeout=60) as client:
+            settle(client)
+            for name, fields in (LARGE | WRONG).items():
+                came, ms = answer(client, fields)
+                grammars[name] = {"came": came[:100], "ms": ms, "target_ms": limit(name)}
         figures["compiler_bytes"] = compiler_memory()
-        found = Streams(engine)
-        kinds: dict[str, list[float]] = {"quiet": [], "hostile": []}
-        async with trio.open_nursery() as nursery:
-            for number in range(args.streams):
-                nursery.start_soon(found.run, number)
-            await trio.sleep(args.seconds / 4)
-            hostile, beside = all_of_them(), [(0.0, "")]
-            for _ in range(args.rounds):
-                for kind, values in kinds.items():
-                    found.gaps = []
-                    with trio.move_on_after(args.seconds):
-                        while kind == "hostile":
-                            name, fields = next(hostile)
-                            beside.append(((await answer(engine, fields))[1], name))
-                        await plain_ones(engine, figures["grammars"])
-                    values += found.gaps
-            nursery.cancel_scope.cancel()
+        with Streams(url, args.streams) as streams:
+            time.sleep(args.seconds / 4)
+            for kind in list(KINDS) * args.rounds:
+                with caller(kind, url, grammars) as did:
+                    streams.gaps = []
+                    time.sleep(args.seconds)
+                    gaps[kind] += streams.gaps
+                beside += did if kind == "hostile" else []
     figures["slowest_beside_ms"], figures["slowest_beside"] = max(beside)
-    for kind, values in kinds.items():
+    for kind, values in gaps.items():
         figures |= statistics(kind, values)
     figures["p99_ratio"] = figures["p99_hostile_ms"] / figures["p99_quiet_ms"]
-    figures["median_ratio"] = float(np.median(kinds["hostile"]) / np.median(kinds["quiet"]))
+    figures["median_ratio"] = float(np.median(gaps["hostile"]) / np.median(gaps["quiet"]))
     return figures
 
 
@@ -224,15 +275,16 @@ def limit(name: str) -> float:
 def main() -> None:
     """Entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--attention-backend", default="auto", help="FlashInfer may compile its kernels for minutes")
+    parser.add_argument("--flags", default="", help="of the server; default: the embedded model")
+    parser.add_argument("--call", nargs=2, metavar=("KIND", "URL"), help=argparse.SUPPRESS)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a stretch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    figures = trio.run(run, args)
+    if args.call:
+        return call(*args.call)
+    figures = run(args)
     for name, found in figures["grammars"].items():
         late = "" if found["ms"] <= found["target_ms"] else "  LATE"
         print(f"{name:28}{found['ms']:8.0f} ms{late}  {found['came']}")
