@@ -174,11 +174,24 @@ INLINE void fetch(struct pieces *a, long times) {
         for (long at = 0; at < a->bytes; at += LINE) __builtin_prefetch(a->base + *a->next * a->bytes + at, 0, 2);
 }
 
+/* Memory that comes next, asked for `step` bytes at a time. */
+struct coming {
+    const char *next, *end;
+    long step;
+};
+
+INLINE void ask(struct coming *a) {
+    const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
+    for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
+}
+
 /* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
-packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `coming` bytes after
-these units are those that are wanted next. */
+packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `away` bytes after these units
+are those that are wanted next; of 16 bits they are many, and come at their own pace. */
 INLINE void first_tile(enum form form, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
-                       long coming, long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
+                       long away, long depth, const float *x, float *sums, float *panel, struct pieces *ahead,
+                       struct coming *coming) {
+    int wide = form == HALVES || form == BFLOATS;
     vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
@@ -187,10 +200,11 @@ INLINE void first_tile(enum form form, int width, int count, int keeps, enum kin
         fetch(ahead, depth / GROUP);
         for (int r = 0; r < width; r++) {
             g[r] = open_group(form, kind, w + r * stride);
-            for (int at = 0; at < unit_bytes(form, kind); at += LINE) /* into the second level */
-                __builtin_prefetch(w + coming + r * stride + at, 0, 2);
+            for (int at = 0; !wide && at < unit_bytes(form, kind); at += LINE) /* into the second level */
+                __builtin_prefetch(w + away + r * stride + at, 0, 2);
         }
-        for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK)
+        for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK) {
+            if (wide) ask(coming);
             for (int j = 0; j < CHUNK / 2; j++) {
                 vec e[PANEL], o[PANEL];
                 for (int r = 0; r < width; r++) {
@@ -205,20 +219,10 @@ INLINE void first_tile(enum form form, int width, int count, int keeps, enum kin
                     store(panel + r * APART, e[r]), store(panel + r * APART + LANES, o[r]);
                 panel += 2 * LANES;
             }
+        }
     }
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
-}
-
-/* Memory that comes next, asked for `step` bytes at a time. */
-struct coming {
-    const char *next, *end;
-    long step;
-};
-
-INLINE void ask(struct coming *a) {
-    const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
-    for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
 }
 
 /* In a register: gcc would rather read it again for each row. */
@@ -249,13 +253,14 @@ INLINE void next_tile(int width, int count, const float *w, long stride, long de
 }
 
 /* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
-typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *, struct pieces *);
+typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *,
+                            struct pieces *, struct coming *);
 typedef void next_function(const float *, long, long, const float *, float *, struct coming *);
 #define FIRST_TILE(count, form, width, keeps) \
-    static void first_##form##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, \
-                                                           long coming, long depth, const float *x, float *sums, \
-                                                           float *panel, struct pieces *ahead) { \
-        first_tile(form, width, count, keeps, kind, w, stride, coming, depth, x, sums, panel, ahead); \
+    static void first_##form##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, long away, \
+                                                           long depth, const float *x, float *sums, float *panel, \
+                                                           struct pieces *ahead, struct coming *coming) { \
+        first_tile(form, width, count, keeps, kind, w, stride, away, depth, x, sums, panel, ahead, coming); \
     }
 #define NEXT_TILE(count, width) \
     static void next_##width##_##count(const float *w, long stride, long depth, const float *x, float *sums, \
@@ -301,6 +306,13 @@ struct block {
     long unit, coming, row, rows;
 };
 
+/* What comes while a block is multiplied, in so many tiles: the units after it, of `bytes` bytes for each CHUNK. */
+INLINE struct coming coming_after(const struct product *a, struct block b, long bytes, long tiles) {
+    long unit = a->inputs / CHUNK * bytes;
+    const char *next = (const char *)a->weight + (b.unit + b.coming) * unit;
+    return (struct coming){next, next + b.width * unit, (b.width * bytes / LINE + tiles - 1) / tiles * LINE};
+}
+
 /* sums [rows, width, LANES] of a block whose weights become float32 on their way. */
 INLINE void decoded_sums(const struct product *a, struct block b, float *sums) {
     float panel[PANEL * APART] __attribute__((aligned(LINE)));
@@ -308,17 +320,19 @@ INLINE void decoded_sums(const struct product *a, struct block b, float *sums) {
     long size = unit_bytes(form, a->kind), stride = a->inputs / GROUP * size, step = b.rows > FEW ? DEPTH : a->inputs;
     int first = first_rows(a->kind, b.rows);
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming none = {NULL, NULL, 0};
+    struct coming coming = {NULL, NULL, 0};
+    if (form == HALVES || form == BFLOATS)
+        coming = coming_after(a, b, size * CHUNK / GROUP, 1 + (b.rows - first + NEXT - 1) / NEXT);
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
         const uint8_t *w = a->weight + b.unit * stride + at / GROUP * size;
         const float *x = a->x + b.row * a->inputs;
-        first_tiles[form][b.width][first < b.rows][first](a->kind, w, stride, b.coming * stride, depth,
-                                                            x + at * first, sums, panel, &ahead);
+        first_tiles[form][b.width][first < b.rows][first](a->kind, w, stride, b.coming * stride, depth, x + at * first,
+                                                          sums, panel, &ahead, &coming);
         for (int count; done < b.rows; done += count) {
             count = next_rows(b.rows - done);
             next_tiles[b.width][count](panel, APART, depth, x + done * a->inputs + at * count,
-                                        sums + done * b.width * LANES, &none);
+                                        sums + done * b.width * LANES, &coming);
         }
     }
 }
@@ -328,9 +342,7 @@ INLINE void dense_sums(const struct product *a, struct block b, float *sums) {
     const float *weight = (const float *)a->weight + b.unit * a->inputs * LANES;
     long stride = a->inputs * LANES, tiles = (b.rows + NEXT - 1) / NEXT;
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming coming = {(const char *)(weight + b.coming * stride), NULL, 0};
-    coming.end = coming.next + b.width * stride * sizeof(float);
-    coming.step = (b.width * CHUNK * LANES * sizeof(float) / LINE + tiles - 1) / tiles * LINE;
+    struct coming coming = coming_after(a, b, CHUNK * LANES * sizeof(float), tiles);
     for (long at = 0; at < a->inputs; at += DEPTH) {
         long depth = a->inputs - at < DEPTH ? a->inputs - at : DEPTH;
         const float *x = a->x + b.row * a->inputs;

@@ -1,8 +1,8 @@
 """Ops on a CPU by our C kernels (cpu_layers.c): one pass where plain torch makes several, and no waiting for threads.
 
-Used by weights.py for models in float32, whatever their weights; a step at batch 1 would else be half such small operations.
-All but weights is float32 on the CPU; shapes that the kernels do not take go to TorchOps. Invariant: results are those of
-TorchOps up to float32's rounding, and a row's do not depend on the batch that it is in.
+Used by weights.py for models in float32, whatever their weights; a step at batch 1 would else be half such small
+operations. All but weights is float32 on the CPU; shapes that the kernels do not take go to TorchOps. Invariant:
+results are those of TorchOps up to float32's rounding, and a row's do not depend on the batch that it is in.
 """
 
 from typing import Any
