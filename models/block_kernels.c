@@ -185,13 +185,19 @@ INLINE void ask(struct coming *a) {
     for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
 }
 
+/* s + v * x, rounded once. Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
+INLINE vec plus(int alone, vec s, vec v, float x) {
+    if (alone) return fused(v, x, s);
+    return s + v * x;
+}
+
 /* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
 packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `away` bytes after these units
 are those that are wanted next; of 16 bits they are many, and come at their own pace. */
 INLINE void first_tile(enum form form, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
                        long away, long depth, const float *x, float *sums, float *panel, struct pieces *ahead,
                        struct coming *coming) {
-    int wide = form == HALVES || form == BFLOATS;
+    int wide = form == HALVES || form == BFLOATS, alone = count * width == 1;
     vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
@@ -212,9 +218,9 @@ INLINE void first_tile(enum form form, int width, int count, int keeps, enum kin
                     e[r] = even(form, g[r], both), o[r] = odd(form, g[r], half + j, both);
                 }
                 for (int c = 0; c < count; c++)
-                    for (int r = 0; r < width; r++) s[c][r] = s[c][r] + e[r] * x[c * CHUNK + 2 * j];
+                    for (int r = 0; r < width; r++) s[c][r] = plus(alone, s[c][r], e[r], x[c * CHUNK + 2 * j]);
                 for (int c = 0; c < count; c++)
-                    for (int r = 0; r < width; r++) s[c][r] = s[c][r] + o[r] * x[c * CHUNK + 2 * j + 1];
+                    for (int r = 0; r < width; r++) s[c][r] = plus(alone, s[c][r], o[r], x[c * CHUNK + 2 * j + 1]);
                 for (int r = 0; keeps && r < width; r++)
                     store(panel + r * APART, e[r]), store(panel + r * APART + LANES, o[r]);
                 panel += 2 * LANES;
@@ -242,10 +248,8 @@ INLINE void next_tile(int width, int count, const float *w, long stride, long de
         for (int i = 0; i < CHUNK; i++, w += LANES) {
             vec v[PANEL];
             for (int r = 0; r < width; r++) v[r] = kept(load(w + r * stride));
-            /* Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
-            if (count * width == 1) s[0][0] = fused(v[0], x[i], s[0][0]);
-            for (int c = 0; c < count && count * width > 1; c++)
-                for (int r = 0; r < width; r++) s[c][r] = s[c][r] + v[r] * x[c * CHUNK + i];
+            for (int c = 0; c < count; c++)
+                for (int r = 0; r < width; r++) s[c][r] = plus(count * width == 1, s[c][r], v[r], x[c * CHUNK + i]);
         }
     }
     for (int c = 0; c < count; c++)
