@@ -45,8 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(
-            description="weights and activations; auto: the checkpoint's; on a CPU float32 for quantized weights, "
-            "others bfloat16 if it has instructions for it, else float32"
+            description="weights and activations; auto: the checkpoint's; on a CPU float32, beside which weights that "
+            "are quantized or of 16 bits stay so, but bfloat16 with AMX, and for experts if it has instructions for it"
         ),
     ] = "auto"
     quantization: Annotated[

@@ -272,6 +272,7 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
 
 def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterator[Finding]:
     """In what the model is computed; without a model, in what the embedded one's shape would be."""
+    from .models.families import spec_of
     from .models.quantization import quantization_of
     from .models.weights import kept_blocks, pick_dtype, stays_quantized
 
@@ -284,8 +285,9 @@ def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterat
             text = "our C kernels, as the weights are quantized" if config.attention_backend == "auto" else "torch's"
             yield Finding("ok", "attention", text)
             return
-    dtype = pick_dtype(config.dtype, facts, device)
-    yield Finding("ok", "dtype", f"{str(dtype).removeprefix('torch.')}: {_why_dtype(config, device.type)}")
+    dtype = pick_dtype(config.dtype, facts, device, spec_of(facts).moe is not None)
+    name = str(dtype).removeprefix("torch.")
+    yield Finding("ok", "dtype", f"{name}: {_why_dtype(config, device.type, name)}")
     yield from _guarded("attention", lambda: _attention(config, device, facts, dtype))
 
 
@@ -327,15 +329,17 @@ def _cpu(config: EngineConfig, torch: Any) -> Finding:
     return Finding("ok", "device", f"CPU, {threads} threads: {'as asked' if config.device == 'cpu' else 'no GPU here'}")
 
 
-def _why_dtype(config: EngineConfig, device: str) -> str:
-    from .models.weights import cpu_multiplies_bfloat16
+def _why_dtype(config: EngineConfig, device: str, dtype: str) -> str:
+    from .models.cpu_kernels import cpu_kernels_or_none
 
     if config.dtype != "auto":
         return "as asked"
     if device == "cuda":
         return "the checkpoint's"
-    if cpu_multiplies_bfloat16():
+    if dtype == "bfloat16":
         return "this CPU has instructions for it; quantized GGUF weights compute in float32"
+    if cpu_kernels_or_none() is not None:
+        return "our C kernels' way, with weights of 16 bits as they are"
     return "this CPU has no instructions for bfloat16"
 
 
@@ -377,7 +381,7 @@ def _kernels(config: EngineConfig, device: str) -> Iterator[Finding]:
     try:
         kernels()
     except StartupError as error:
-        text = f"{error.message}: GGUF's quantized weights will be dequantised, which is slower"
+        text = f"{error.message}: quantized weights will be dequantised, which is slower"
         yield Finding("fail" if config.quantization == "gguf" else "warn", "kernels", text)
     else:
-        yield Finding("ok", "kernels", f"C kernels for GGUF's quantized weights, compiled by {find_compiler()}")
+        yield Finding("ok", "kernels", f"C kernels for weights of 4 to 32 bits, compiled by {find_compiler()}")

@@ -1,11 +1,11 @@
-/* Linear maps in float32 with quantized blocks, GGUF's and one more, or float32 numbers as weights, for CPUs with AVX2
-or AVX-512.
+/* Linear maps in float32 with quantized blocks, GGUF's and one more, or with numbers of 16 or 32 bits as weights, for
+CPUs with AVX2 or AVX-512.
 
 Used by quantized.py, compiled by c_library.py for the machine it runs on. A weight [outputs, inputs] is packed into
 units: LANES outputs x 32 inputs, their scales first (float16, one a lane), minima or zero points, then their values, so
-that a vector is the same input of LANES outputs. Weights become float32 in registers, bit for bit those of GGUF's definition; for more than
-FEW rows they go through a panel that stays in the first-level cache. F32's units, the same without scales, are read in
-place of the panel.
+that a vector is the same input of LANES outputs. Weights become float32 in registers, bit for bit those of GGUF's
+definition; for more than FEW rows they go through a panel that stays in the first-level cache. Units of F16, BF16 and
+F32 have no scales; F32's are read in place of the panel.
 Invariant: an output is one chain of fused multiply-adds over the inputs in their order, whatever the number of rows:
 a row's result does not depend on the batch that it is in, nor on the threads.
 */
@@ -38,7 +38,8 @@ those from a panel, rows that need no panel, rows of any tile, and how many unit
 #define DENSE_WIDTH(count) (count <= 4 ? 3 : 2) /* by rows of a tile: twelve sums either way */
 #endif
 
-enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, F32 }; /* as quantized.KINDS; kernels are compiled for 4, 8 and 32 bits */
+enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, F32, F16, BF16 }; /* as quantized.KINDS and DENSE */
+enum form { NIBBLES, BYTES, HALVES, BFLOATS };          /* what a unit's values are, for each of which kernels are compiled */
 
 #if LANES == 16
 INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
@@ -50,7 +51,12 @@ INLINE ivec nibbles(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_lo
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
 #endif
 
-INLINE long unit_bytes(enum kind kind) {
+INLINE enum form form_of(enum kind kind) {
+    return kind == Q8_0 ? BYTES : kind == F16 ? HALVES : kind == BF16 ? BFLOATS : NIBBLES;
+}
+
+INLINE long unit_bytes(enum form form, enum kind kind) {
+    if (form == HALVES || form == BFLOATS) return LANES * 2 * GROUP;
     return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : kind == Q4_Z ? 19 : 34);
 }
 
@@ -59,29 +65,38 @@ struct group {
     const uint8_t *values;
 };
 
-INLINE struct group open_group(int bits, enum kind kind, const uint8_t *unit) {
+INLINE struct group open_group(enum form form, enum kind kind, const uint8_t *unit) {
+    if (form == HALVES || form == BFLOATS) return (struct group){{0}, {0}, unit};
     struct group g = {halves(unit), {0}, unit + 2 * LANES};
-    if (bits == 4 && kind == Q4_0) g.offset = g.scale * -8.0f;
-    if (bits == 4 && kind == Q4_1) {
+    if (form == NIBBLES && kind == Q4_0) g.offset = g.scale * -8.0f;
+    if (form == NIBBLES && kind == Q4_1) {
         g.offset = halves(unit + 2 * LANES);
         g.values += 2 * LANES;
     }
-    if (bits == 4 && kind == Q4_Z) { /* exact: 11 bits times 8 */
+    if (form == NIBBLES && kind == Q4_Z) { /* exact: 11 bits times 8 */
         g.offset = g.scale * -floats(nibbles(unit + 2 * LANES));
         g.values += LANES;
     }
     return g;
 }
 
-/* The weights of inputs 2 * j and 2 * j + 1 of a group, and what both are made of. */
-INLINE ivec pair(int bits, struct group g, int j) {
-    return bits == 8 ? bytes(g.values + 2 * j * LANES) : nibbles(g.values + j * LANES);
+/* The weights of inputs 2 * j and 2 * j + 1 of a group, and what both are made of, or the first alone. */
+INLINE ivec pair(enum form form, struct group g, int j) {
+    if (form == BYTES) return bytes(g.values + 2 * j * LANES);
+    if (form == HALVES) return (ivec)halves(g.values + 4 * j * LANES);
+    if (form == BFLOATS) return (ivec)load((const float *)(g.values + 4 * j * LANES));
+    return nibbles(g.values + j * LANES);
 }
-INLINE vec even(int bits, struct group g, ivec pair) {
-    return bits == 8 ? g.scale * floats(pair) : g.scale * floats(pair & 15) + g.offset;
+INLINE vec even(enum form form, struct group g, ivec pair) {
+    if (form == BYTES) return g.scale * floats(pair);
+    if (form == HALVES) return (vec)pair;
+    if (form == BFLOATS) return (vec)(pair << 16);
+    return g.scale * floats(pair & 15) + g.offset;
 }
-INLINE vec odd(int bits, struct group g, int j, ivec pair) {
-    if (bits == 8) return g.scale * floats(bytes(g.values + (2 * j + 1) * LANES));
+INLINE vec odd(enum form form, struct group g, int j, ivec pair) {
+    if (form == BYTES) return g.scale * floats(bytes(g.values + (2 * j + 1) * LANES));
+    if (form == HALVES) return halves(g.values + (4 * j + 2) * LANES);
+    if (form == BFLOATS) return (vec)(pair & -65536);
     return g.scale * floats(pair >> 4) + g.offset;
 }
 
@@ -159,42 +174,6 @@ INLINE void fetch(struct pieces *a, long times) {
         for (long at = 0; at < a->bytes; at += LINE) __builtin_prefetch(a->base + *a->next * a->bytes + at, 0, 2);
 }
 
-/* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
-packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `coming` bytes after
-these units are those that are wanted next. */
-INLINE void first_tile(int bits, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
-                       long coming, long depth, const float *x, float *sums, float *panel, struct pieces *ahead) {
-    vec s[MOST][PANEL];
-    for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
-    for (; depth > 0; depth -= GROUP, w += unit_bytes(kind)) {
-        struct group g[PANEL];
-        fetch(ahead, depth / GROUP);
-        for (int r = 0; r < width; r++) {
-            g[r] = open_group(bits, kind, w + r * stride);
-            for (int at = 0; at < unit_bytes(kind); at += LINE) /* into the second level */
-                __builtin_prefetch(w + coming + r * stride + at, 0, 2);
-        }
-        for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK)
-            for (int j = 0; j < CHUNK / 2; j++) {
-                vec e[PANEL], o[PANEL];
-                for (int r = 0; r < width; r++) {
-                    ivec both = pair(bits, g[r], half + j);
-                    e[r] = even(bits, g[r], both), o[r] = odd(bits, g[r], half + j, both);
-                }
-                for (int c = 0; c < count; c++)
-                    for (int r = 0; r < width; r++) s[c][r] = s[c][r] + e[r] * x[c * CHUNK + 2 * j];
-                for (int c = 0; c < count; c++)
-                    for (int r = 0; r < width; r++) s[c][r] = s[c][r] + o[r] * x[c * CHUNK + 2 * j + 1];
-                for (int r = 0; keeps && r < width; r++)
-                    store(panel + r * APART, e[r]), store(panel + r * APART + LANES, o[r]);
-                panel += 2 * LANES;
-            }
-    }
-    for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
-}
-
 /* Memory that comes next, asked for `step` bytes at a time. */
 struct coming {
     const char *next, *end;
@@ -204,6 +183,52 @@ struct coming {
 INLINE void ask(struct coming *a) {
     const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
     for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
+}
+
+/* s + v * x, rounded once. Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
+INLINE vec plus(int alone, vec s, vec v, float x) {
+    if (alone) return fused(v, x, s);
+    return s + v * x;
+}
+
+/* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
+packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `away` bytes after these units
+are those that are wanted next; of 16 bits they are many, and come at their own pace. */
+INLINE void first_tile(enum form form, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
+                       long away, long depth, const float *x, float *sums, float *panel, struct pieces *ahead,
+                       struct coming *coming) {
+    int wide = form == HALVES || form == BFLOATS, alone = count * width == 1;
+    vec s[MOST][PANEL];
+    for (int c = 0; c < count; c++)
+        for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
+    for (; depth > 0; depth -= GROUP, w += unit_bytes(form, kind)) {
+        struct group g[PANEL];
+        fetch(ahead, depth / GROUP);
+        for (int r = 0; r < width; r++) {
+            g[r] = open_group(form, kind, w + r * stride);
+            for (int at = 0; !wide && at < unit_bytes(form, kind); at += LINE) /* into the second level */
+                __builtin_prefetch(w + away + r * stride + at, 0, 2);
+        }
+        for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK) {
+            if (wide) ask(coming);
+            for (int j = 0; j < CHUNK / 2; j++) {
+                vec e[PANEL], o[PANEL];
+                for (int r = 0; r < width; r++) {
+                    ivec both = pair(form, g[r], half + j);
+                    e[r] = even(form, g[r], both), o[r] = odd(form, g[r], half + j, both);
+                }
+                for (int c = 0; c < count; c++)
+                    for (int r = 0; r < width; r++) s[c][r] = plus(alone, s[c][r], e[r], x[c * CHUNK + 2 * j]);
+                for (int c = 0; c < count; c++)
+                    for (int r = 0; r < width; r++) s[c][r] = plus(alone, s[c][r], o[r], x[c * CHUNK + 2 * j + 1]);
+                for (int r = 0; keeps && r < width; r++)
+                    store(panel + r * APART, e[r]), store(panel + r * APART + LANES, o[r]);
+                panel += 2 * LANES;
+            }
+        }
+    }
+    for (int c = 0; c < count; c++)
+        for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
 }
 
 /* In a register: gcc would rather read it again for each row. */
@@ -223,10 +248,8 @@ INLINE void next_tile(int width, int count, const float *w, long stride, long de
         for (int i = 0; i < CHUNK; i++, w += LANES) {
             vec v[PANEL];
             for (int r = 0; r < width; r++) v[r] = kept(load(w + r * stride));
-            /* Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
-            if (count * width == 1) s[0][0] = fused(v[0], x[i], s[0][0]);
-            for (int c = 0; c < count && count * width > 1; c++)
-                for (int r = 0; r < width; r++) s[c][r] = s[c][r] + v[r] * x[c * CHUNK + i];
+            for (int c = 0; c < count; c++)
+                for (int r = 0; r < width; r++) s[c][r] = plus(count * width == 1, s[c][r], v[r], x[c * CHUNK + i]);
         }
     }
     for (int c = 0; c < count; c++)
@@ -234,21 +257,22 @@ INLINE void next_tile(int width, int count, const float *w, long stride, long de
 }
 
 /* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
-typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *, struct pieces *);
+typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *,
+                            struct pieces *, struct coming *);
 typedef void next_function(const float *, long, long, const float *, float *, struct coming *);
-#define FIRST_TILE(count, bits, width, keeps) \
-    static void first_##bits##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, \
-                                                           long coming, long depth, const float *x, float *sums, \
-                                                           float *panel, struct pieces *ahead) { \
-        first_tile(bits, width, count, keeps, kind, w, stride, coming, depth, x, sums, panel, ahead); \
+#define FIRST_TILE(count, form, width, keeps) \
+    static void first_##form##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, long away, \
+                                                           long depth, const float *x, float *sums, float *panel, \
+                                                           struct pieces *ahead, struct coming *coming) { \
+        first_tile(form, width, count, keeps, kind, w, stride, away, depth, x, sums, panel, ahead, coming); \
     }
 #define NEXT_TILE(count, width) \
     static void next_##width##_##count(const float *w, long stride, long depth, const float *x, float *sums, \
                                        struct coming *coming) { \
         next_tile(width, count, w, stride, depth, x, sums, coming); \
     }
-#define FIRST_NAME(count, bits, width, keeps) \
-    [bits == 8][width][keeps][count] = first_##bits##_##width##_##keeps##_##count,
+#define FIRST_NAME(count, form, width, keeps) \
+    [form][width][keeps][count] = first_##form##_##width##_##keeps##_##count,
 #define NEXT_NAME(count, width) [width][count] = next_##width##_##count,
 #define UP_TO_6(DO, ...) \
     DO(1, __VA_ARGS__) DO(2, __VA_ARGS__) DO(3, __VA_ARGS__) DO(4, __VA_ARGS__) DO(5, __VA_ARGS__) DO(6, __VA_ARGS__)
@@ -258,8 +282,9 @@ typedef void next_function(const float *, long, long, const float *, float *, st
 #else
 #define COUNTS UP_TO_6
 #endif
+#define FORM(DO, form, width) COUNTS(DO, form, width, 0) COUNTS(DO, form, width, 1)
 #define FIRSTS(DO, width) \
-    COUNTS(DO, 4, width, 0) COUNTS(DO, 4, width, 1) COUNTS(DO, 8, width, 0) COUNTS(DO, 8, width, 1)
+    FORM(DO, NIBBLES, width) FORM(DO, BYTES, width) FORM(DO, HALVES, width) FORM(DO, BFLOATS, width)
 #if LANES == 16
 #define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 3)
 #else
@@ -268,7 +293,7 @@ typedef void next_function(const float *, long, long, const float *, float *, st
 
 WIDTHS(FIRSTS, FIRST_TILE)
 WIDTHS(COUNTS, NEXT_TILE)
-static first_function *const first_tiles[2][PANEL + 1][2][MOST + 1] = {WIDTHS(FIRSTS, FIRST_NAME)};
+static first_function *const first_tiles[4][PANEL + 1][2][MOST + 1] = {WIDTHS(FIRSTS, FIRST_NAME)};
 static next_function *const next_tiles[PANEL + 1][MOST + 1] = {WIDTHS(COUNTS, NEXT_NAME)};
 
 /* The part of `ahead` that goes with units [from, to). */
@@ -285,23 +310,33 @@ struct block {
     long unit, coming, row, rows;
 };
 
-/* sums [rows, width, LANES] of a block whose weights are quantized. */
-INLINE void quantized_sums(const struct product *a, struct block b, float *sums) {
+/* What comes while a block is multiplied, in so many tiles: the units after it, of `bytes` bytes for each CHUNK. */
+INLINE struct coming coming_after(const struct product *a, struct block b, long bytes, long tiles) {
+    long unit = a->inputs / CHUNK * bytes;
+    const char *next = (const char *)a->weight + (b.unit + b.coming) * unit;
+    return (struct coming){next, next + b.width * unit, (b.width * bytes / LINE + tiles - 1) / tiles * LINE};
+}
+
+/* sums [rows, width, LANES] of a block whose weights become float32 on their way. */
+INLINE void decoded_sums(const struct product *a, struct block b, float *sums) {
     float panel[PANEL * APART] __attribute__((aligned(LINE)));
-    long size = unit_bytes(a->kind), stride = a->inputs / GROUP * size, step = b.rows > FEW ? DEPTH : a->inputs;
-    int first = first_rows(a->kind, b.rows), wide = a->kind == Q8_0;
+    enum form form = form_of(a->kind);
+    long size = unit_bytes(form, a->kind), stride = a->inputs / GROUP * size, step = b.rows > FEW ? DEPTH : a->inputs;
+    int first = first_rows(a->kind, b.rows);
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming none = {NULL, NULL, 0};
+    struct coming coming = {NULL, NULL, 0};
+    if (form == HALVES || form == BFLOATS)
+        coming = coming_after(a, b, size * CHUNK / GROUP, 1 + (b.rows - first + NEXT - 1) / NEXT);
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
         const uint8_t *w = a->weight + b.unit * stride + at / GROUP * size;
         const float *x = a->x + b.row * a->inputs;
-        first_tiles[wide][b.width][first < b.rows][first](a->kind, w, stride, b.coming * stride, depth,
-                                                            x + at * first, sums, panel, &ahead);
+        first_tiles[form][b.width][first < b.rows][first](a->kind, w, stride, b.coming * stride, depth, x + at * first,
+                                                          sums, panel, &ahead, &coming);
         for (int count; done < b.rows; done += count) {
             count = next_rows(b.rows - done);
             next_tiles[b.width][count](panel, APART, depth, x + done * a->inputs + at * count,
-                                        sums + done * b.width * LANES, &none);
+                                        sums + done * b.width * LANES, &coming);
         }
     }
 }
@@ -311,9 +346,7 @@ INLINE void dense_sums(const struct product *a, struct block b, float *sums) {
     const float *weight = (const float *)a->weight + b.unit * a->inputs * LANES;
     long stride = a->inputs * LANES, tiles = (b.rows + NEXT - 1) / NEXT;
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming coming = {(const char *)(weight + b.coming * stride), NULL, 0};
-    coming.end = coming.next + b.width * stride * sizeof(float);
-    coming.step = (b.width * CHUNK * LANES * sizeof(float) / LINE + tiles - 1) / tiles * LINE;
+    struct coming coming = coming_after(a, b, CHUNK * LANES * sizeof(float), tiles);
     for (long at = 0; at < a->inputs; at += DEPTH) {
         long depth = a->inputs - at < DEPTH ? a->inputs - at : DEPTH;
         const float *x = a->x + b.row * a->inputs;
@@ -330,7 +363,7 @@ static void block(const struct product *a, struct block b) {
     float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
     for (long i = 0; i < b.rows * b.width; i++) store(sums + i * LANES, (vec){0});
     if (a->kind == F32) dense_sums(a, b, sums);
-    else quantized_sums(a, b, sums);
+    else decoded_sums(a, b, sums);
     for (long c = 0; c < b.rows; c++)
         for (int r = 0; r < b.width; r++) {
             vec s = load(sums + (c * b.width + r) * LANES);

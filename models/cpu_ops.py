@@ -1,8 +1,8 @@
 """Ops on a CPU by our C kernels (cpu_layers.c): one pass where plain torch makes several, and no waiting for threads.
 
-Used by weights.py for models in float32, quantized or not; a step at batch 1 would else be half such small operations.
-Everything is float32 on the CPU; shapes that the kernels do not take go to TorchOps. Invariant: results are those of
-TorchOps up to float32's rounding, and a row's do not depend on the batch that it is in.
+Used by weights.py for models in float32, whatever their weights; a step at batch 1 would else be half such small
+operations. All but weights is float32 on the CPU; shapes that the kernels do not take go to TorchOps. Invariant:
+results are those of TorchOps up to float32's rounding, and a row's do not depend on the batch that it is in.
 """
 
 from typing import Any
@@ -85,7 +85,7 @@ class CpuOps(TorchOps):
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
-        return DenseLinear(weight, bias) if takes_dense(weight) else super().linear(weight, bias)
+        return DenseLinear(weight, bias) if takes_dense(weight) else super().linear(weight.float(), bias)
 
     def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
         """See Ops; by our C kernels where they take the weights."""

@@ -58,7 +58,7 @@ class Weights:
     """A whole model."""
 
     embed: Tensor
-    """[vocab, hidden]; with ranks this one's rows."""
+    """[vocab, hidden]; with ranks this one's rows. Tables may have 16 bits where hidden states are float32."""
     positions: Tensor | None
     """[learned_positions, hidden]"""
     token_types: Tensor | None
@@ -205,6 +205,7 @@ class Decoder:
     def _embed(self, batch: Batch) -> Tensor:
         table = self.weights.embed
         x = F.embedding(batch.ids, table) if self.group is None else embed(batch.ids, table, self.group)
+        x = x.to(self.dtype)
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if batch.features is not None:

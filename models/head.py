@@ -21,8 +21,8 @@ MOST: Final = 256
 
 
 class Head:
-    """weight [vocab, hidden] as loaded, None if it is quantized (and hidden states float32); `product` the GEMM to use:
-    packed on a CPU, with float32 results on a GPU."""
+    """weight [vocab, hidden] as loaded, None if it is a CPU kernel's (and hidden states float32); `product` the GEMM to
+    use: packed on a CPU, with float32 results on a GPU."""
 
     def __init__(self, linear: LinearMap, product: LinearMap | None = None) -> None:
         self.weight = linear.weight if isinstance(linear, Linear) else None

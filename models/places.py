@@ -67,12 +67,14 @@ def allocate(
     blocks: Blocks | None = None,
     share: Share | None = None,
     keeper: Keeper | None = None,
+    matrices: torch.dtype | None = None,
 ) -> tuple[Weights, dict[str, Place]]:
     """Return weights, all that is not `blocks` uninitialised, and the places in them by our names.
 
     `share`: which part of the model `spec` is. What `keeper` keeps quantized has no places: its assemblies take it.
+    `matrices`: of tables and of linear maps' weights, if that is not `dtype`; experts are not among them.
     """
-    made = Allocation(spec, device, dtype, blocks or {}, share or Share(spec), keeper)
+    made = Allocation(spec, device, dtype, blocks or {}, share or Share(spec), keeper, matrices or dtype)
     return made.weights(), made.places
 
 
@@ -87,9 +89,10 @@ class Allocation:
         blocks: Blocks,
         share: Share,
         keeper: Keeper | None,
+        matrices: torch.dtype,
     ) -> None:
         self.spec, self.device, self.dtype, self.blocks = spec, device, dtype, blocks
-        self.share, self.keeper = share, keeper
+        self.share, self.keeper, self.matrices = share, keeper, matrices
         self.places: dict[str, Place] = {}
 
     def weights(self) -> Weights:
@@ -225,6 +228,10 @@ class Allocation:
         """An uninitialised tensor; `wide`: in float32, whatever the model's dtype."""
         return torch.empty(shape, dtype=torch.float32 if wide else self.dtype, device=self.device)
 
+    def _matrix(self, rows: int, columns: int) -> Tensor:
+        """An uninitialised table or weight of a linear map."""
+        return torch.empty(rows, columns, dtype=self.matrices, device=self.device)
+
     def _place(self, name: str, view: Tensor, is_norm: bool = False, offset: float = 0.0) -> Tensor:
         """Enter the place of the tensor of our name, of which `view` is this rank's part; zeros where that ends."""
         cut = self.share.cut(name, tuple(view.shape))
@@ -238,7 +245,7 @@ class Allocation:
         return view
 
     def _table(self, name: str, rows: int) -> Tensor:
-        return self._place(name, self._new(rows, self.spec.hidden))
+        return self._place(name, self._matrix(rows, self.spec.hidden))
 
     def _norm(self, name: str) -> NormWeights:
         norm = self.spec.norm
@@ -258,7 +265,7 @@ class Allocation:
             kept = self.keeper.map(shapes, bias, {name: self.share.cut(name, shape) for name, shape in shapes.items()})
         if kept is not None:
             return kept
-        weight = self._new(sum(sizes), inputs)
+        weight = self._matrix(sum(sizes), inputs)
         for name, view in zip(shapes, torch.split(weight, sizes), strict=True):
             self._place(name, view)
         return Linear(weight, bias)

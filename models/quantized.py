@@ -1,6 +1,6 @@
 """Linear maps on a CPU whose weights stay quantized: the blocks of a GGUF file, or those made of other checkpoints.
 
-Used by weights.py and cpu_ops.py; dense float32 weights run on the same kernel (DenseLinear).
+Used by weights.py and cpu_ops.py; dense weights, of 16 or 32 bits, run on the same kernel (DenseLinear).
 Decoding one stream is bound by reading the weights: 4 or 8 bits each instead of 16
 or 32. The kernel (block_kernels.c) computes in float32 with the blocks' exact values: nothing is quantized again, nor
 is an activation. Rows up to any number go through it, so no second copy of a weight is kept.
@@ -29,8 +29,8 @@ KINDS: Final = {18: 0, 20: 1, 34: 2, 19: 3}
 """Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0, and Q4_Z: as Q4_0, with a zero point of a byte after
 the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded."""
 Q4_0, Q4_1, Q8_0, Q4_Z = KINDS.values()
-F32: Final = 4
-"""The kernel's number for weights that are not quantized."""
+DENSE: Final = {torch.float32: 4, torch.float16: 5, torch.bfloat16: 6}
+"""The kernel's numbers for weights that are not quantized: F32, F16, BF16."""
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
 PAGE: Final = 1 << 21
@@ -129,15 +129,19 @@ class QuantizedLinear:
 
 
 class DenseLinear:
-    """The same with a weight float32 [outputs, inputs] of a size that the kernel takes (`takes_dense`)."""
+    """The same with a weight [outputs, inputs] that the kernel takes (`takes_dense`). One of 16 bits stays so, and the
+    result is that of the same numbers in float32, bit for bit."""
 
     __slots__ = ("bias", "inputs", "linear", "map", "outputs", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.linear, self.bias, lanes = kernels().linear, bias, kernels().lanes
         self.outputs, self.inputs = weight.shape
-        self.weight = weight.view(-1, lanes, self.inputs).transpose(1, 2).contiguous()
-        self.map = Map(F32, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), *weight.shape)
+        self.map = Map(DENSE[weight.dtype], None, None if bias is None else bias.data_ptr(), *weight.shape)
+        if weight.dtype == torch.bfloat16:  # neighbours 2j and 2j + 1 share 32 bits
+            weight = weight.view(torch.int32)
+        self.weight = weight.view(-1, lanes, weight.shape[1]).transpose(1, 2).contiguous()
+        self.map.weight = self.weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         return product(self, x)
@@ -149,7 +153,7 @@ KernelLinear = QuantizedLinear | DenseLinear
 def takes_dense(weight: Tensor) -> bool:
     """Whether the kernel multiplies with this weight."""
     whole = weight.shape[0] % kernels().lanes == 0 and weight.shape[1] % GROUP == 0
-    return whole and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return whole and weight.dtype in DENSE and weight.device.type == "cpu"
 
 
 def product(linear: KernelLinear, x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from ..errors import StartupError
 from .families import BESIDE
 from .images import image_processor
 from .resolve import read_facts
+from .tensor_files import checkpoint_tensors
 from .vision_config import ONEVISION, YI, vision_facts
-from .weights import checkpoint_tensors
 
 MOST_TILES: Final = 16
 """Tiles that go through the tower at once."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import EngineConfig, Pooling
@@ -39,9 +38,10 @@ from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
 from .quantization import ONLINE, Quantization, quantization_of
-from .quantized import dequantise, lay_together
+from .quantized import KernelLinear, dequantise, lay_together
 from .shard import Share
 from .spec import Spec
+from .tensor_files import headers_of, tensor_files, tensors_of
 from .transfer import BulkCopy, can_copy
 from .unpack import Part
 
@@ -55,6 +55,8 @@ IGNORED = re.compile(
 )
 """Buffers that old exporters wrote beside the weights; scales of an 8-bit KV cache, which ours does without."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""By safetensors' names."""
 DUMMY_STD = 0.02
 
 
@@ -84,7 +86,7 @@ def load_decoder(
     quantization = quantization_of(facts)
     stays = stays_quantized(config, device, quantization)
     kept = bool(blocks) or (stays and device.type == "cpu")
-    dtype = torch.float32 if kept else pick_dtype(config.dtype, facts, device)
+    dtype = torch.float32 if kept else pick_dtype(config.dtype, facts, device, spec.moe is not None)
     on_cpu_kernels = device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
     check_dtype(spec, device, dtype)
     progress(0.0)
@@ -92,7 +94,9 @@ def load_decoder(
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
-    weights, places = allocate(spec, device, dtype, blocks, share, keeper)
+    keeps_halves = on_cpu_kernels and not blocks and quantization is None and spec.moe is None
+    matrices = source.matrix_dtype(facts) if keeps_halves else dtype
+    weights, places = allocate(spec, device, dtype, blocks, share, keeper, matrices)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:
         fill_dummy(places.values(), config.random_seed, device, assemblies.values(), quantization)
@@ -158,13 +162,25 @@ def pick_device(name: str, rank: int = 0, ranks: int = 1) -> torch.device:
     return torch.device(name, rank)
 
 
-def pick_dtype(name: str, facts: dict[str, Any], device: torch.device) -> torch.dtype:
-    """Resolve `EngineConfig.dtype`. auto: the checkpoint's on a GPU; on a CPU what it multiplies fastest."""
+def pick_dtype(name: str, facts: dict[str, Any], device: torch.device, sparse: bool = False) -> torch.dtype:
+    """Resolve `EngineConfig.dtype`. auto: the checkpoint's on a GPU; on a CPU what it multiplies fastest.
+
+    That is float32 by our kernels, which take weights of 16 bits as they are. bfloat16 is faster with matrix
+    instructions (AMX), and with any for it where our kernels do not multiply: experts (`sparse`), no compiler.
+    """
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cpu":
-        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
-    return DTYPES.get(str(facts.get("dtype") or facts.get("torch_dtype")), torch.bfloat16)
+    if device.type != "cpu":
+        return own_dtype(facts) or torch.bfloat16
+    features = cpu_features()
+    ours = not sparse and cpu_kernels_or_none() is not None
+    fast = "amx_bf16" in features or ("avx512_bf16" in features and not ours)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that config.json names."""
+    return DTYPES.get(str(facts.get("dtype") or facts.get("torch_dtype")))
 
 
 def check_dtype(spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
@@ -173,13 +189,12 @@ def check_dtype(spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
         raise StartupError("a model with experts runs on a GPU in bfloat16 only; take --dtype bfloat16")
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX); without, bfloat16 is emulated slowly."""
+def cpu_features() -> set[str]:
+    """What the CPU can do, in Linux' words; nothing where that is not known."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+        return set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
     except (OSError, IndexError):
-        return False
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+        return set()
 
 
 def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blocks:
@@ -207,7 +222,7 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
             raise StartupError(f"--quantization gguf: {error}") from None
         log.warning("quantized weights are dequantised, which is slower: %s", error)
         return {}
-    return dict(_tensors([path]))
+    return dict(tensors_of([path]))
 
 
 def stays_quantized(config: EngineConfig, device: torch.device, quantization: Quantization | None) -> bool:
@@ -249,11 +264,12 @@ class Source:
         dummy: bool,
     ) -> None:  # fmt: skip
         self.spec, self.names, self.device, self.dummy = spec, names, device, dummy
-        self.files = [] if dummy else _files(folder)
+        self.files = [] if dummy else tensor_files(folder)
         self.collector: Collector | None = None
         self.quantized: set[str] | None = None
         if quantization is not None and not dummy:
-            self.collector = Collector(quantization, _dtypes(self.files), device)
+            dtypes = {name: header.dtype for name, header in headers_of(self.files).items()}
+            self.collector = Collector(quantization, dtypes, device)
             self.quantized = self.collector.weights(names)
 
     def keeper(self, config: EngineConfig, make: Callable[[list[Part], Tensor | None], LinearMap]) -> Keeper:
@@ -265,8 +281,8 @@ class Source:
 
         Raises StartupError for one that cannot be cut as its family's are.
         """
-        for name, tensor in _tensors(self.files):
-            if IGNORED.search(name) or (self.names.beside and re.match(self.names.beside, name)):
+        for name, tensor in tensors_of(self.files):
+            if self.ignores(name):
                 continue
             made = None
             if self.collector is not None and self.collector.takes(name):
@@ -280,6 +296,18 @@ class Source:
                     yield from part_pieces(self.names, self.spec, *made)
             except (ValueError, RuntimeError) as error:
                 raise StartupError(f"tensor {name} {list(tensor.shape)} does not fit config.json: {error}") from None
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of the files is no weight of ours."""
+        return bool(IGNORED.search(name) or (self.names.beside and re.match(self.names.beside, name)))
+
+    def matrix_dtype(self, facts: dict[str, Any]) -> torch.dtype:
+        """The dtype of all matrices of the files, float32 if they differ; config.json's of dummy weights."""
+        if self.dummy:
+            return own_dtype(facts) or torch.float32
+        headers = headers_of(self.files).items()
+        found = {header.dtype for name, header in headers if len(header.shape) > 1 and not self.ignores(name)}
+        return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
     def needless(self, name: str, weight: Tensor | Part) -> bool:
         """Whether a model does without a tensor: a head that is tied or not asked, layers for predicting several
@@ -331,7 +359,8 @@ def linear_maps(weights: Weights) -> Iterator[LinearMap]:
 def pack(weights: Weights, ops: Ops) -> None:
     """Bring the linear maps into the form in which this device multiplies fastest, one after another.
 
-    The head is packed beside its plain weight, which look-ups (tied) and its refinement need: one more table on a CPU.
+    A tied head's table stays for look-ups: one more on a CPU. So does the plain weight that a head in 16 bits refines
+    its logits with.
     """
     for layer in weights.layers:
         layer.qkv, layer.o = _packed(layer.qkv, ops), _packed(layer.o, ops)
@@ -342,7 +371,8 @@ def pack(weights: Weights, ops: Ops) -> None:
             _pack_mlp(mlp, ops)
     head = weights.head
     if head is not None and isinstance(head.product, Linear):
-        weights.head = Head(head.product, ops.head(head.product.weight))
+        product = ops.head(head.product.weight)
+        weights.head = Head(product if isinstance(product, KernelLinear) else head.product, product)
 
 
 def _pack_mlp(mlp: DenseMlp, ops: Ops) -> None:
@@ -445,51 +475,3 @@ def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
     return ", ".join(ordered[:4]) + more
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of its index, or the one file."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            files = [folder / Path(name).name for name in names]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise StartupError("model.safetensors.index.json cannot be read") from None
-        for file in files:
-            if not file.exists():
-                raise StartupError(f"the checkpoint's file {file.name} is missing")
-        return files
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise StartupError("the model's folder holds no .safetensors files (other formats are not loaded)")
-    return files
-
-
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a model folder's safetensors under the checkpoint's names. Raises StartupError."""
-    return _tensors(_files(folder))
-
-
-def _dtypes(files: list[Path]) -> dict[str, str]:
-    """The dtypes of all tensors of the files, as safetensors calls them."""
-    found: dict[str, str] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise StartupError(f"{file.name} is not a readable safetensors file: {error}") from None
-    return found
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the files, each a view of the mapped file, in file order."""
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    yield name, opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise StartupError(f"{file.name} is not a readable safetensors file: {error}") from None

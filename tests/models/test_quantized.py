@@ -22,7 +22,7 @@ from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
 from actorserve.models.layers import DenseMlp, Linear, TorchOps
 from actorserve.models.parallel import Summed
-from actorserve.models.quantized import DenseLinear, QuantizedLinear, dequantise, pack, takes, takes_dense
+from actorserve.models.quantized import DENSE, DenseLinear, QuantizedLinear, dequantise, pack, takes, takes_dense
 from actorserve.models.weights import load_decoder
 
 TYPES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -112,6 +112,24 @@ def test_dense_product(outputs: int, inputs: int) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), [*SHAPES, (48, 640)])
+def test_product_of_16_bits(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """Weights of 16 bits, subnormal ones too, are what they are in float32, bit for bit, in any batch."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(-30, 5, (outputs, inputs), generator=generator)
+    weight = (torch.randn(outputs, inputs, generator=generator) * torch.exp2(sizes)).to(dtype)
+    bias, x = torch.randn(outputs, generator=generator), torch.randn(130, inputs, generator=generator)
+    linear = DenseLinear(weight, bias)
+    assert linear.weight.nbytes == weight.nbytes
+    expected = DenseLinear(weight.float(), bias)(x)
+    for rows in range(1, 131):
+        torch.set_num_threads(1 + rows % 3)
+        assert torch.equal(linear(x[:rows]), expected[:rows]), rows
+    assert torch.equal(torch.cat([linear(row[None]) for row in x]), expected)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_is_no_product(dense: bool) -> None:
     blocks = random_blocks("Q4_1", 16, 32)
@@ -120,7 +138,7 @@ def test_what_is_no_product(dense: bool) -> None:
         with pytest.raises(ValueError, match="32 float32 inputs"):
             linear(x)
     assert not takes(random_blocks("Q4_1", 17, 32), 32)
-    for shape, dtype in (((17, 32), torch.float32), ((16, 40), torch.float32), ((16, 32), torch.bfloat16)):
+    for shape, dtype in (((17, 32), torch.float32), ((16, 40), torch.bfloat16), ((16, 32), torch.float64)):
         assert not takes_dense(torch.zeros(shape, dtype=dtype))
     assert quantized.kind_of(torch.zeros(16, 40, dtype=torch.uint8), 36) is None
 
@@ -158,6 +176,37 @@ def folder(tmp_path: Path) -> str:
             kept[name] = torch.from_numpy(gguf.quantize(weight.numpy(), kind))
     save_file(kept, path / KEPT_FILE)
     return str(path)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gpt2", "qwen2-moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoint_of_16_bits(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """It stays so, and logits are those of the same numbers in float32, bit for bit; maps of sizes that the kernel does
+    not take, and experts, become float32."""
+    sizes = {} if family in ("gpt2", "qwen2-moe") else SIZES
+    model = tiny.build(family, **sizes).to(dtype)
+    narrow = tiny.load(tiny.save(model, tmp_path / "narrow"))
+    wide = tiny.load(tiny.save(model.float(), tmp_path / "wide"))
+    ids, steps = tiny.prompt(40), [30] + [1] * 10
+    assert torch.equal(Driver.of(narrow).logits(ids, steps), Driver.of(wide).logits(ids, steps))
+    assert narrow.dtype == wide.dtype == wide.weights.embed.dtype == torch.float32
+    assert narrow.weights.embed.dtype == (torch.float32 if family == "qwen2-moe" else dtype)
+    if sizes:
+        for layer, other in zip(narrow.weights.layers, wide.weights.layers, strict=True):
+            for linear, double in zip(maps_of(layer), maps_of(other), strict=True):
+                assert linear.map.kind == DENSE[dtype] and 2 * linear.weight.nbytes == double.weight.nbytes
+
+
+@pytest.mark.usefixtures("compiled")
+def test_checkpoint_of_several_dtypes(tmp_path: Path) -> None:
+    path = Path(tiny.save(tiny.build("llama", **SIZES).bfloat16(), tmp_path))
+    held = load_file(path / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.mlp.down_proj.weight"):
+        held[name] = held[name].float()
+        save_file(held, path / "model.safetensors", {"format": "pt"})
+        embed = tiny.load(str(path)).weights.embed
+        assert embed.dtype == (torch.bfloat16 if "norm" in name else torch.float32)
 
 
 def make_dense(folder: str) -> None:

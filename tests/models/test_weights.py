@@ -185,9 +185,17 @@ def test_truncated_file(folder: str) -> None:
 
 def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(weights, "cpu_multiplies_bfloat16", lambda fast=fast: fast)
-        assert pick_dtype("auto", {"dtype": "float16"}, cpu) == expected
+    for features, ours, sparse, expected in (
+        (set(), True, False, torch.float32),
+        (set(), False, True, torch.float32),
+        ({"avx512_bf16"}, True, False, torch.float32),
+        ({"avx512_bf16"}, True, True, torch.bfloat16),
+        ({"avx512_bf16"}, False, False, torch.bfloat16),
+        ({"avx512_bf16", "amx_bf16"}, True, False, torch.bfloat16),
+    ):
+        monkeypatch.setattr(weights, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(weights, "cpu_kernels_or_none", lambda ours=ours: object() if ours else None)
+        assert pick_dtype("auto", {"dtype": "float16"}, cpu, sparse) == expected
         assert pick_dtype("float32", {}, cpu) == torch.float32
     assert pick_dtype("auto", {"torch_dtype": "float16"}, cuda) == torch.float16
     assert pick_dtype("auto", {"dtype": "float32"}, cuda) == torch.float32
