@@ -318,6 +318,11 @@ def test_narrow_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thoroug
         got = Driver.of(narrow).logits(ids, [40])
         for sizes in ([3, 4, 5, 28], [30] + [1] * 10):
             assert torch.equal(Driver.of(narrow).logits(ids, sizes), got)
+        for dtype in (torch.bfloat16, torch.float16):
+            weight, x = torch.randn(80, 96).to(dtype), torch.randn(40, 96)
+            exact = DenseLinear(weight.float(), None)(x)
+            for rows in (1, 2, 6, 7, 13, 40):
+                assert torch.equal(DenseLinear(weight, None)(x[:rows]), exact[:rows])
     finally:
         cpu_kernels.kernels.cache_clear()
     assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
