@@ -222,7 +222,9 @@ def die_one_by_one(cluster: Cluster, owner: LiveServer | Machine, victims: list[
     """Kill these actors of a machine under load, each when all serve again."""
     with LiveLoad(cluster.head.url, BODIES) as load:
         for victim in victims:
-            time.sleep(0.3)
+            time.sleep(0.3)  # the death before may not have been known yet when all seemed to serve
+            cluster.ranks()
+            wait_until(lambda: victim in owner.children(), 20, "it is there")  # noqa: B023
             pid = owner.children()[victim]
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: owner.children().get(victim, pid) != pid, 20, "it is replaced")  # noqa: B023
