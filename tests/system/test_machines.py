@@ -115,9 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    tmp = tmp_path_factory.mktemp("head")
-    stub_folder(tmp / "weights/a")
-    with head(tmp, *STUB, "--model", folder, "--weights-root", str(tmp / "weights")) as c:
+    with head(tmp_path_factory.mktemp("head"), *STUB, "--model", folder) as c:
         yield c
 
 
@@ -312,25 +310,29 @@ def test_machines_that_are_refused(cluster: Cluster, other: Machine, folder: str
         cluster.ranks()
 
 
-def test_weights_of_a_machine_that_comes_back(cluster: Cluster, other: Machine) -> None:
+def test_weights_of_a_machine_that_comes_back(folder: str, tmp_path: Path) -> None:
     """It gets those that the others have before it has requests."""
-    old = generate(cluster.head, routed_dp_rank=0)["output_ids"]
-    body = {"model_path": "a"}
-    reply = httpx.post(cluster.head.url + "/update_weights_from_disk", json=body, timeout=60, verify=False)
-    assert reply.status_code == 200, reply.text
-    assert generate(cluster.head, routed_dp_rank=1)["output_ids"] != old
-    other.kill(signal.SIGKILL)
-    cluster.lost()
-    with machine(cluster):
-        new = generate(cluster.head, routed_dp_rank=0)["output_ids"]
-        assert new != old
+    stub_folder(tmp_path / "weights/a")
+    with head(tmp_path, *STUB, "--model", folder, "--weights-root", str(tmp_path / "weights")) as cluster:
+        with machine(cluster) as other:
+            cluster.ranks(60)
+            old = generate(cluster.head, routed_dp_rank=0)["output_ids"]
+            body = {"model_path": "a"}
+            reply = httpx.post(cluster.head.url + "/update_weights_from_disk", json=body, timeout=60, verify=False)
+            assert reply.status_code == 200, reply.text
+            assert generate(cluster.head, routed_dp_rank=1)["output_ids"] != old
+            other.kill(signal.SIGKILL)
+            cluster.lost()
+        with machine(cluster):
+            new = generate(cluster.head, routed_dp_rank=0)["output_ids"]
+            assert new != old
 
-        def is_served_there() -> bool:
-            found = generate(cluster.head, routed_dp_rank=1)
-            assert found["output_ids"] == new
-            return bool(found["meta_info"]["dp_rank"] == 1)
+            def is_served_there() -> bool:
+                found = generate(cluster.head, routed_dp_rank=1)
+                assert found["output_ids"] == new
+                return bool(found["meta_info"]["dp_rank"] == 1)
 
-        wait_until(is_served_there, 30, "it has the weights")
+            wait_until(is_served_there, 30, "it has the weights")
 
 
 def test_two_replicas_on_each_machine(folder: str, tmp_path: Path, wanted: list[Any]) -> None:

@@ -31,10 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    tmp = tmp_path_factory.mktemp("server")
-    stub_folder(tmp / "weights/a")
     flags = [*FLAGS, "--model", folder, "--dp-size", str(REPLICAS), "--http-workers", "2"]
-    with live_server(tmp, *flags, "--weights-root", str(tmp / "weights")) as s:
+    with live_server(tmp_path_factory.mktemp("server"), *flags) as s:
         wait_until(lambda: all_serve(s), 60, "all replicas serve")
         yield s
 
@@ -156,9 +154,16 @@ def test_orders_and_reports_are_of_all_replicas(server: LiveServer, tmp_path: Pa
         wait_until(lambda: by_rank(server, "waiting_requests") == [2, 2], 20, "all wait")
         post(server, "/continue_generation", {})
         assert [len(one["output_ids"]) for one in waiting.result().json()] == [2] * 4
-    said = [generate(server, "a", routed_dp_rank=rank)["output_ids"] for rank in range(REPLICAS)]
-    assert post(server, "/update_weights_from_disk", {"model_path": "a"}).status_code == 200
-    new = [generate(server, "a", routed_dp_rank=rank)["output_ids"] for rank in range(REPLICAS)]
+
+
+def test_all_replicas_get_new_weights(folder: str, tmp_path: Path) -> None:
+    stub_folder(tmp_path / "weights/a")
+    flags = [*FLAGS, "--model", folder, "--dp-size", str(REPLICAS), "--weights-root", str(tmp_path / "weights")]
+    with live_server(tmp_path, *flags) as server:
+        wait_until(lambda: all_serve(server), 60, "all replicas serve")
+        said = [generate(server, "a", routed_dp_rank=rank)["output_ids"] for rank in range(REPLICAS)]
+        assert post(server, "/update_weights_from_disk", {"model_path": "a"}).status_code == 200
+        new = [generate(server, "a", routed_dp_rank=rank)["output_ids"] for rank in range(REPLICAS)]
     assert said[0] == said[1] != new[0] == new[1]
 
 
