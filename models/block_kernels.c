@@ -55,8 +55,11 @@ INLINE enum form form_of(enum kind kind) {
     return kind == Q8_0 ? BYTES : kind == F16 ? HALVES : kind == BF16 ? BFLOATS : NIBBLES;
 }
 
+/* Whether values have 16 bits, and no scales. */
+INLINE int sixteen(enum form form) { return form == HALVES || form == BFLOATS; }
+
 INLINE long unit_bytes(enum form form, enum kind kind) {
-    if (form == HALVES || form == BFLOATS) return LANES * 2 * GROUP;
+    if (sixteen(form)) return LANES * 2 * GROUP;
     return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : kind == Q4_Z ? 19 : 34);
 }
 
@@ -66,7 +69,7 @@ struct group {
 };
 
 INLINE struct group open_group(enum form form, enum kind kind, const uint8_t *unit) {
-    if (form == HALVES || form == BFLOATS) return (struct group){{0}, {0}, unit};
+    if (sixteen(form)) return (struct group){{0}, {0}, unit};
     struct group g = {halves(unit), {0}, unit + 2 * LANES};
     if (form == NIBBLES && kind == Q4_0) g.offset = g.scale * -8.0f;
     if (form == NIBBLES && kind == Q4_1) {
@@ -197,7 +200,7 @@ are those that are wanted next; of 16 bits they are many, and come at their own 
 INLINE void first_tile(enum form form, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
                        long away, long depth, const float *x, float *sums, float *panel, struct pieces *ahead,
                        struct coming *coming) {
-    int wide = form == HALVES || form == BFLOATS, alone = count * width == 1;
+    int wide = sixteen(form), alone = count * width == 1;
     vec s[MOST][PANEL];
     for (int c = 0; c < count; c++)
         for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
@@ -325,7 +328,7 @@ INLINE void decoded_sums(const struct product *a, struct block b, float *sums) {
     int first = first_rows(a->kind, b.rows);
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
     struct coming coming = {NULL, NULL, 0};
-    if (form == HALVES || form == BFLOATS)
+    if (sixteen(form))
         coming = coming_after(a, b, size * CHUNK / GROUP, 1 + (b.rows - first + NEXT - 1) / NEXT);
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
