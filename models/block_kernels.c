@@ -1,415 +1,210 @@
-/* Linear maps in float32 with quantized blocks, GGUF's and one more, or with numbers of 16 or 32 bits as weights, for
-CPUs with AVX2 or AVX-512.
+/* Sums of linear maps whose weights are quantized blocks, GGUF's and one more, in integers.
 
-Used by quantized.py, compiled by c_library.py for the machine it runs on. A weight [outputs, inputs] is packed into
-units: LANES outputs x 32 inputs, their scales first (float16, one a lane), minima or zero points, then their values, so
-that a vector is the same input of LANES outputs. Weights become float32 in registers, bit for bit those of GGUF's
-definition; for more than FEW rows they go through a panel that stays in the first-level cache. Units of F16, BF16 and
-F32 have no scales; F32's are read in place of the panel.
-Invariant: an output is one chain of fused multiply-adds over the inputs in their order, whatever the number of rows:
-a row's result does not depend on the batch that it is in, nor on the threads.
+Used by linear.c. A unit is LANES outputs x 32 inputs: their scales (float16, one a lane), minima or zero points, then
+their values, so that 32 bits of a vector are four inputs of one of LANES outputs; of 4-bit values a vector holds two
+such steps. The 32 numbers of a row that meet a unit share a scale, too, and become integers of 15 bits and a sign: a
+high and a low byte, for what multiplies eight bits is four times as fast as float32. An integer is off by 2^-16 of the
+largest of the 32, which is a hundred times nearer than bfloat16 is; products of integers, and their sums in a unit, are
+exact.
+Invariant: an output is one chain of fused multiply-adds over the units in their order, and so are its bits, whatever
+the number of rows, the threads, and the width of vectors. Where x has a number that is none, outputs are NaN.
 */
-#include "cpu_kernels.h"
+#include "linear.h"
 
-#define LINE 64    /* bytes of a cache */
-#define GROUP 32  /* inputs that share a scale */
-#define CHUNK 16  /* inputs of a row that lie together once x is packed */
-#define DEPTH 576 /* inputs of a panel, which stays in the second-level cache */
-#define APART ((DEPTH + 2) * LANES) /* numbers from a panel's unit to the next: not whole pages, which share cache sets */
-#define BLOCK 112 /* rows that a panel is made for */
-/* What the registers hold: units side by side, rows beside those whose weights go into a panel on their way, rows beside
-those from a panel, rows that need no panel, rows of any tile, and how many units these have side by side. */
-#if LANES == 16
-#define PANEL 3
-#define FIRST 7
-#define NEXT 9
-#define FEW 8
-#define MOST 9
-#define WIDTH(rows) PANEL
-#define DENSE_WIDTH(count) PANEL
+#define STEPS (GROUP / 4) /* vectors of four inputs in a unit */
+#define DEPTH 18          /* groups whose rows stay in the second-level cache */
+#define ALONE 2048        /* numbers that one thread has packed before another one has come */
+#define LARGEST 32512     /* 127 * 256: its high byte is one */
+#define LEAST 1e-30f      /* what is smaller counts as zero */
+
+#if LANES == 16 && defined(__AVX512VNNI__)
+#define DOT 1
+INLINE ivec dot(ivec s, ivec w, ivec x) { return (ivec)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x); }
+#elif LANES == 8 && defined(__AVXVNNI__)
+#define DOT 1
+INLINE ivec dot(ivec s, ivec w, ivec x) { return (ivec)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x); }
 #else
-#define PANEL 3
-#define FIRST 4
-#define NEXT 6
-#define FEW 6
-#define MOST 6
-/* One row waits for its sums, and three of them hide more of that. */
-#define WIDTH(rows) (rows == 1 ? 3 : rows > 4 && rows <= FEW ? 1 : 2)
-#define DENSE_WIDTH(count) (count <= 4 ? 3 : 2) /* by rows of a tile: twelve sums either way */
+#define DOT 0
 #endif
-
-enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, F32, F16, BF16 }; /* as quantized.KINDS and DENSE */
-enum form { NIBBLES, BYTES, HALVES, BFLOATS };          /* what a unit's values are, for each of which kernels are compiled */
-
 #if LANES == 16
 INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-INLINE ivec nibbles(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
-INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
+INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+INLINE vec chained(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+/* Neighbours' products and their sum: of u8 and i8 in 16 bits, of i16 in 32. */
+INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
+INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #else
 INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
-INLINE ivec nibbles(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
-INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
+INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+INLINE vec chained(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
+INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #endif
 
-INLINE enum form form_of(enum kind kind) {
-    return kind == Q8_0 ? BYTES : kind == F16 ? HALVES : kind == BF16 ? BFLOATS : NIBBLES;
-}
-
-/* Whether values have 16 bits, and no scales. */
-INLINE int sixteen(enum form form) { return form == HALVES || form == BFLOATS; }
-
-INLINE long unit_bytes(enum form form, enum kind kind) {
-    if (sixteen(form)) return LANES * 2 * GROUP;
-    return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : kind == Q4_Z ? 19 : 34);
-}
-
-struct group {
-    vec scale, offset;
-    const uint8_t *values;
+/* 32 numbers of a row: x = scale * (256 * high + low), or scale * wide where 16 bits are multiplied. */
+struct numbers {
+    union {
+        struct {
+            int8_t high[GROUP], low[GROUP];
+        };
+        int16_t wide[GROUP]; /* of each four the even ones first */
+    };
+    float scale;
+    union {
+        float sum;      /* of the 32 */
+        int32_t middle; /* or what a weight of zero's byte makes of them, times -1 */
+    };
 };
 
-INLINE struct group open_group(enum form form, enum kind kind, const uint8_t *unit) {
-    if (sixteen(form)) return (struct group){{0}, {0}, unit};
-    struct group g = {halves(unit), {0}, unit + 2 * LANES};
-    if (form == NIBBLES && kind == Q4_0) g.offset = g.scale * -8.0f;
-    if (form == NIBBLES && kind == Q4_1) {
-        g.offset = halves(unit + 2 * LANES);
-        g.values += 2 * LANES;
+typedef int8_t narrow __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+/* Whether 16 bits of a number are multiplied; the byte of a weight of zero, where it is the same for all, else 0. */
+INLINE int wide(enum kind kind) { return kind == Q8_0 && !DOT; }
+INLINE int middle(enum kind kind) { return kind == Q4_0 ? 8 : kind == Q8_0 ? 128 : 0; }
+
+INLINE void pack_group(enum kind kind, const float *x, struct numbers *to) {
+    vec most = {0}, poison = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        vec v = load(x + i);
+        most = larger(most, larger(v, -v));
+        poison += v * 0.0f; /* NaN where there is no number */
     }
-    if (form == NIBBLES && kind == Q4_Z) { /* exact: 11 bits times 8 */
-        g.offset = g.scale * -floats(nibbles(unit + 2 * LANES));
-        g.values += LANES;
+    float top = largest(most), inverse = top > LEAST ? LARGEST / top : 0.0f;
+    ivec totals = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        ivec q = integers(load(x + i) * inverse), high = (q + 128) >> 8;
+        totals += q;
+        if (wide(kind))
+            for (int k = 0; k < LANES; k++) to->wide[i + (k & ~3) + (k & 1) * 2 + (k >> 1 & 1)] = q[k];
+        else {
+            *(narrow *)(to->high + i) = __builtin_convertvector(high, narrow);
+            *(narrow *)(to->low + i) = __builtin_convertvector(q - (high << 8), narrow);
+        }
     }
-    return g;
-}
-
-/* The weights of inputs 2 * j and 2 * j + 1 of a group, and what both are made of, or the first alone. */
-INLINE ivec pair(enum form form, struct group g, int j) {
-    if (form == BYTES) return bytes(g.values + 2 * j * LANES);
-    if (form == HALVES) return (ivec)halves(g.values + 4 * j * LANES);
-    if (form == BFLOATS) return (ivec)load((const float *)(g.values + 4 * j * LANES));
-    return nibbles(g.values + j * LANES);
-}
-INLINE vec even(enum form form, struct group g, ivec pair) {
-    if (form == BYTES) return g.scale * floats(pair);
-    if (form == HALVES) return (vec)pair;
-    if (form == BFLOATS) return (vec)(pair << 16);
-    return g.scale * floats(pair & 15) + g.offset;
-}
-INLINE vec odd(enum form form, struct group g, int j, ivec pair) {
-    if (form == BYTES) return g.scale * floats(bytes(g.values + (2 * j + 1) * LANES));
-    if (form == HALVES) return halves(g.values + (4 * j + 2) * LANES);
-    if (form == BFLOATS) return (vec)(pair & -65536);
-    return g.scale * floats(pair >> 4) + g.offset;
-}
-
-struct product {
-    enum kind kind;
-    const uint8_t *weight;
-    const float *bias;
-    long outputs, inputs;
-    const float *x; /* packed */
-    long rows;
-    float *y;
-    const struct ahead *ahead;
-    int width;               /* units side by side */
-    long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
-};
-
-/* Rows of the next tile of `rows` that are left. */
-INLINE int next_rows(long rows) {
-    long tiles = (rows + NEXT - 1) / NEXT;
-    return (rows + tiles - 1) / tiles;
-}
-
-/* Rows of the first tile of `rows`. */
-INLINE int first_rows(enum kind kind, long rows) {
-    if (kind == F32) return next_rows(rows);
-    if (rows <= FEW) return rows;
-    long tiles = 1 + (rows - FIRST + NEXT - 1) / NEXT;
-#if LANES == 16
-    return rows / tiles < FIRST ? rows / tiles : FIRST;
-#else /* what the others cannot take, for a row costs more here; but fewer than three would wait for their sums */
-    long rest = rows - (tiles - 1) * NEXT;
-    return rest < 3 ? 3 : rest;
-#endif
+    int total = 0;
+    for (int k = 0; k < LANES; k++) total += totals[k];
+    to->scale = top / LARGEST + sum(poison);
+    if (middle(kind)) to->middle = -middle(kind) * total;
+    else to->sum = to->scale * total;
 }
 
 struct packing {
     enum kind kind;
     const float *x;
-    long rows, inputs;
-    float *packed;
-    long tiles; /* of BLOCK rows, at most */
+    long rows, groups;
+    struct numbers *packed; /* for each BLOCK rows [groups, rows] */
 };
 
-/* packed [inputs / CHUNK, count, CHUNK] = x [count, inputs]: what a step of the product reads lies together. */
-INLINE void pack_tile(const struct packing *a, long from, int count) {
-    const float *x = a->x + from * a->inputs;
-    float *to = a->packed + from * a->inputs;
-    for (long i = 0; i < a->inputs; i += CHUNK)
-        for (int c = 0; c < count; c++, to += CHUNK)
-            for (int k = 0; k < CHUNK; k += LANES) store(to + k, load(x + c * a->inputs + i + k));
-}
-
-/* A tile: a->tiles tasks are those of BLOCK rows. */
-static void pack_task(void *data, long i) {
+static void pack_task(void *data, long row) {
     const struct packing *a = data;
-    long from = i / a->tiles * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK;
-    int count = first_rows(a->kind, left);
-    for (i %= a->tiles; i && (left -= count); i--) {
-        from += count;
-        count = next_rows(left);
-    }
-    if (left) pack_tile(a, from, count);
+    long first = row / BLOCK * BLOCK, rows = a->rows - first < BLOCK ? a->rows - first : BLOCK;
+    struct numbers *to = a->packed + first * a->groups + row - first;
+    const float *x = a->x + row * a->groups * GROUP;
+    for (long g = 0; g < a->groups; g++) pack_group(a->kind, x + g * GROUP, to + g * rows);
 }
 
-/* What is left of a part of `ahead`. */
-struct pieces {
-    const char *base;
-    const int64_t *next, *end;
-    long bytes;
-};
-
-/* Ask for an equal part of it, `times` of which are left. */
-INLINE void fetch(struct pieces *a, long times) {
-    for (long due = (a->end - a->next + times - 1) / times; due > 0; due--, a->next++)
-        for (long at = 0; at < a->bytes; at += LINE) __builtin_prefetch(a->base + *a->next * a->bytes + at, 0, 2);
-}
-
-/* Memory that comes next, asked for `step` bytes at a time. */
-struct coming {
-    const char *next, *end;
-    long step;
-};
-
-INLINE void ask(struct coming *a) {
-    const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
-    for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
-}
-
-/* s + v * x, rounded once. Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
-INLINE vec plus(int alone, vec s, vec v, float x) {
-    if (alone) return fused(v, x, s);
-    return s + v * x;
-}
-
-/* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, from `w` on, of `depth` inputs of a
-packed tile of `count` rows. With `keeps` the weights are left in the panel [width, APART]. `away` bytes after these units
-are those that are wanted next; of 16 bits they are many, and come at their own pace. */
-INLINE void first_tile(enum form form, int width, int count, int keeps, enum kind kind, const uint8_t *w, long stride,
-                       long away, long depth, const float *x, float *sums, float *panel, struct pieces *ahead,
-                       struct coming *coming) {
-    int wide = sixteen(form), alone = count * width == 1;
-    vec s[MOST][PANEL];
-    for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
-    for (; depth > 0; depth -= GROUP, w += unit_bytes(form, kind)) {
-        struct group g[PANEL];
-        fetch(ahead, depth / GROUP);
-        for (int r = 0; r < width; r++) {
-            g[r] = open_group(form, kind, w + r * stride);
-            for (int at = 0; !wide && at < unit_bytes(form, kind); at += LINE) /* into the second level */
-                __builtin_prefetch(w + away + r * stride + at, 0, 2);
-        }
-        for (int half = 0; half < GROUP / 2; half += CHUNK / 2, x += count * CHUNK) {
-            if (wide) ask(coming);
-            for (int j = 0; j < CHUNK / 2; j++) {
-                vec e[PANEL], o[PANEL];
-                for (int r = 0; r < width; r++) {
-                    ivec both = pair(form, g[r], half + j);
-                    e[r] = even(form, g[r], both), o[r] = odd(form, g[r], half + j, both);
-                }
-                for (int c = 0; c < count; c++)
-                    for (int r = 0; r < width; r++) s[c][r] = plus(alone, s[c][r], e[r], x[c * CHUNK + 2 * j]);
-                for (int c = 0; c < count; c++)
-                    for (int r = 0; r < width; r++) s[c][r] = plus(alone, s[c][r], o[r], x[c * CHUNK + 2 * j + 1]);
-                for (int r = 0; keeps && r < width; r++)
-                    store(panel + r * APART, e[r]), store(panel + r * APART + LANES, o[r]);
-                panel += 2 * LANES;
-            }
-        }
-    }
-    for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
-}
-
-/* In a register: gcc would rather read it again for each row. */
-INLINE vec kept(vec v) {
-    asm("" : "+v"(v));
-    return v;
-}
-
-/* The same with float32 weights: those of a panel, or F32's units, `stride` numbers apart. Meanwhile `coming` comes. */
-INLINE void next_tile(int width, int count, const float *w, long stride, long depth, const float *x, float *sums,
-                      struct coming *coming) {
-    vec s[MOST][PANEL];
-    for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) s[c][r] = load(sums + (c * width + r) * LANES);
-    for (; depth > 0; depth -= CHUNK, x += count * CHUNK) {
-        ask(coming);
-        for (int i = 0; i < CHUNK; i++, w += LANES) {
-            vec v[PANEL];
-            for (int r = 0; r < width; r++) v[r] = kept(load(w + r * stride));
-            for (int c = 0; c < count; c++)
-                for (int r = 0; r < width; r++) s[c][r] = plus(count * width == 1, s[c][r], v[r], x[c * CHUNK + i]);
-        }
-    }
-    for (int c = 0; c < count; c++)
-        for (int r = 0; r < width; r++) store(sums + (c * width + r) * LANES, s[c][r]);
-}
-
-/* Both for each number of rows, as functions of their own: together gcc runs out of registers for them. */
-typedef void first_function(enum kind, const uint8_t *, long, long, long, const float *, float *, float *,
-                            struct pieces *, struct coming *);
-typedef void next_function(const float *, long, long, const float *, float *, struct coming *);
-#define FIRST_TILE(count, form, width, keeps) \
-    static void first_##form##_##width##_##keeps##_##count(enum kind kind, const uint8_t *w, long stride, long away, \
-                                                           long depth, const float *x, float *sums, float *panel, \
-                                                           struct pieces *ahead, struct coming *coming) { \
-        first_tile(form, width, count, keeps, kind, w, stride, away, depth, x, sums, panel, ahead, coming); \
-    }
-#define NEXT_TILE(count, width) \
-    static void next_##width##_##count(const float *w, long stride, long depth, const float *x, float *sums, \
-                                       struct coming *coming) { \
-        next_tile(width, count, w, stride, depth, x, sums, coming); \
-    }
-#define FIRST_NAME(count, form, width, keeps) \
-    [form][width][keeps][count] = first_##form##_##width##_##keeps##_##count,
-#define NEXT_NAME(count, width) [width][count] = next_##width##_##count,
-#define UP_TO_6(DO, ...) \
-    DO(1, __VA_ARGS__) DO(2, __VA_ARGS__) DO(3, __VA_ARGS__) DO(4, __VA_ARGS__) DO(5, __VA_ARGS__) DO(6, __VA_ARGS__)
-#if MOST == 9
-#define COUNTS(DO, ...) \
-    UP_TO_6(DO, __VA_ARGS__) DO(7, __VA_ARGS__) DO(8, __VA_ARGS__) DO(9, __VA_ARGS__)
-#else
-#define COUNTS UP_TO_6
-#endif
-#define FORM(DO, form, width) COUNTS(DO, form, width, 0) COUNTS(DO, form, width, 1)
-#define FIRSTS(DO, width) \
-    FORM(DO, NIBBLES, width) FORM(DO, BYTES, width) FORM(DO, HALVES, width) FORM(DO, BFLOATS, width)
-#if LANES == 16
-#define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 3)
-#else
-#define WIDTHS(ALL, DO) ALL(DO, 1) ALL(DO, 2) ALL(DO, 3)
-#endif
-
-WIDTHS(FIRSTS, FIRST_TILE)
-WIDTHS(COUNTS, NEXT_TILE)
-static first_function *const first_tiles[4][PANEL + 1][2][MOST + 1] = {WIDTHS(FIRSTS, FIRST_NAME)};
-static next_function *const next_tiles[PANEL + 1][MOST + 1] = {WIDTHS(COUNTS, NEXT_NAME)};
-
-/* The part of `ahead` that goes with units [from, to). */
-static struct pieces pieces_of(const struct product *a, long from, long to) {
-    const struct ahead *all = a->ahead;
-    if (!all) return (struct pieces){NULL, NULL, NULL, 0};
-    long units = a->outputs / LANES, first = all->count * from / units, last = all->count * to / units;
-    return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
-}
-
-/* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
-struct block {
-    int width;
-    long unit, coming, row, rows;
-};
-
-/* What comes while a block is multiplied, in so many tiles: the units after it, of `bytes` bytes for each CHUNK. */
-INLINE struct coming coming_after(const struct product *a, struct block b, long bytes, long tiles) {
-    long unit = a->inputs / CHUNK * bytes;
-    const char *next = (const char *)a->weight + (b.unit + b.coming) * unit;
-    return (struct coming){next, next + b.width * unit, (b.width * bytes / LINE + tiles - 1) / tiles * LINE};
-}
-
-/* sums [rows, width, LANES] of a block whose weights become float32 on their way. */
-INLINE void decoded_sums(const struct product *a, struct block b, float *sums) {
-    float panel[PANEL * APART] __attribute__((aligned(LINE)));
-    enum form form = form_of(a->kind);
-    long size = unit_bytes(form, a->kind), stride = a->inputs / GROUP * size, step = b.rows > FEW ? DEPTH : a->inputs;
-    int first = first_rows(a->kind, b.rows);
-    struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming coming = {NULL, NULL, 0};
-    if (sixteen(form))
-        coming = coming_after(a, b, size * CHUNK / GROUP, 1 + (b.rows - first + NEXT - 1) / NEXT);
-    for (long at = 0; at < a->inputs; at += step) {
-        long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
-        const uint8_t *w = a->weight + b.unit * stride + at / GROUP * size;
-        const float *x = a->x + b.row * a->inputs;
-        first_tiles[form][b.width][first < b.rows][first](a->kind, w, stride, b.coming * stride, depth, x + at * first,
-                                                          sums, panel, &ahead, &coming);
-        for (int count; done < b.rows; done += count) {
-            count = next_rows(b.rows - done);
-            next_tiles[b.width][count](panel, APART, depth, x + done * a->inputs + at * count,
-                                        sums + done * b.width * LANES, &coming);
-        }
-    }
-}
-
-/* The same of F32. Weights are read once from memory, at an even pace: the next block's while this one multiplies. */
-INLINE void dense_sums(const struct product *a, struct block b, float *sums) {
-    const float *weight = (const float *)a->weight + b.unit * a->inputs * LANES;
-    long stride = a->inputs * LANES, tiles = (b.rows + NEXT - 1) / NEXT;
-    struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming coming = coming_after(a, b, CHUNK * LANES * sizeof(float), tiles);
-    for (long at = 0; at < a->inputs; at += DEPTH) {
-        long depth = a->inputs - at < DEPTH ? a->inputs - at : DEPTH;
-        const float *x = a->x + b.row * a->inputs;
-        fetch(&ahead, (a->inputs - at + DEPTH - 1) / DEPTH);
-        for (int done = 0, count; done < b.rows; done += count) {
-            count = next_rows(b.rows - done);
-            next_tiles[b.width][count](weight + at * LANES, stride, depth, x + done * a->inputs + at * count,
-                                        sums + done * b.width * LANES, &coming);
-        }
-    }
-}
-
-static void block(const struct product *a, struct block b) {
-    float sums[BLOCK * PANEL * LANES] __attribute__((aligned(LINE)));
-    for (long i = 0; i < b.rows * b.width; i++) store(sums + i * LANES, (vec){0});
-    if (a->kind == F32) dense_sums(a, b, sums);
-    else decoded_sums(a, b, sums);
-    for (long c = 0; c < b.rows; c++)
-        for (int r = 0; r < b.width; r++) {
-            vec s = load(sums + (c * b.width + r) * LANES);
-            if (a->bias) s = s + load(a->bias + (b.unit + r) * LANES);
-            store(a->y + (b.row + c) * a->outputs + (b.unit + r) * LANES, s);
-        }
-}
-
-static void product_task(void *data, long i) {
-    const struct product *a = data;
-    long units = a->outputs / LANES, from = (a->tasks - 1 - i) * a->share; /* the last task is taken first */
-    long to = from + a->share < units ? from + a->share : units;
-    for (long row = 0; row < a->rows; row += BLOCK) {
-        long rows = a->rows - row < BLOCK ? a->rows - row : BLOCK, unit = from;
-        for (int width; unit < to; unit += width) {
-            width = unit + a->width <= to ? a->width : 1;
-            block(a, (struct block){width, unit, unit + width < to ? width : width + a->away, row, rows});
-        }
-    }
-}
-
-/* How many outputs a unit holds: what the packing must know. */
-int lanes(void) { return LANES; }
-
-/* x as the product reads it: itself for one row, else `packed`. */
-static const float *pack(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing p = {kind, x, rows, inputs, packed, (rows < BLOCK ? rows : BLOCK) / NEXT + 2};
-    if (rows < 2) return x;
-    if (rows <= FEW) pack_tile(&p, 0, rows);
-    else parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK * p.tiles, threads);
+const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
+    struct packing a = {kind, x, rows, inputs / GROUP, (struct numbers *)packed};
+    parallel(pack_task, &a, rows, rows * inputs < ALONE ? 1 : threads);
     return packed;
 }
 
-void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
-            int threads) {
-    struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, .rows = rows, .y = y};
-    a.ahead = ahead;
-    long units = map->outputs / LANES;
-    a.width = map->kind == F32 ? DENSE_WIDTH(next_rows(rows)) : WIDTH(rows);
-    a.share = units / (threads * 16L) / a.width * a.width;
-    if (a.share < a.width) a.share = a.width;
-    a.away = a.share * (threads - 1);
-    a.tasks = (units + a.share - 1) / a.share;
-    a.x = pack(map->kind, x, rows, map->inputs, packed, threads);
-    parallel(product_task, &a, a.tasks, threads);
+INLINE long unit_bytes(enum kind kind) {
+    return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : kind == Q4_Z ? 19 : 34);
+}
+
+/* What a unit is made of: values are `scale` times a byte of `w`, and `offset` more, or without a middle. */
+struct unit {
+    vec scale, offset;
+    ivec w[STEPS];
+};
+
+INLINE struct unit open_unit(enum kind kind, const uint8_t *p) {
+    struct unit u = {.scale = halves(p)};
+    p += 2 * LANES;
+    if (kind == Q4_1) u.offset = halves(p), p += 2 * LANES;
+    if (kind == Q4_Z) u.offset = u.scale * -floats(bytes(p)), p += LANES; /* exact: 11 bits times 8 */
+    for (int i = 0; i < STEPS; i++)
+        if (kind == Q8_0) u.w[i] = (ivec)load((const float *)p + i * LANES);
+        else u.w[i] = (ivec)load((const float *)p + i / 2 * LANES) >> i % 2 * 4 & 0x0f0f0f0f;
+    return u;
+}
+
+/* The same four bytes in all lanes. */
+INLINE ivec spread(const void *p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return four - (ivec){0};
+}
+
+/* The sum of a unit's bytes times the integers of a row. */
+INLINE ivec integer_sum(enum kind kind, const ivec *w, const struct numbers *x) {
+    if (wide(kind)) {
+        ivec sum = {0};
+        for (int i = 0; i < STEPS; i++) {
+            sum += pairs16((svec)(w[i] & 0x00ff00ff), (svec)spread(x->wide + 4 * i));
+            sum += pairs16((svec)((uvec)w[i] >> 8 & 0x00ff00ff), (svec)spread(x->wide + 4 * i + 2));
+        }
+        return sum;
+    }
+#if DOT
+    ivec high = {0}, low = {0};
+    for (int i = 0; i < STEPS; i++) {
+        high = dot(high, w[i], spread(x->high + 4 * i));
+        low = dot(low, w[i], spread(x->low + 4 * i));
+    }
+    return (high << 8) + low;
+#else
+    svec high = {0}, low = {0}, one = (svec){0} + 1; /* 16 bits hold them: 16 times 15 times 128 */
+    for (int i = 0; i < STEPS; i++) {
+        high += pairs8(w[i], spread(x->high + 4 * i));
+        low += pairs8(w[i], spread(x->low + 4 * i));
+    }
+    return (pairs16(high, one) << 8) + pairs16(low, one);
+#endif
+}
+
+/* sums [rows, apart] += x [groups, of `rows`] times the unit of each group, from `w` on. */
+INLINE void add_units(enum kind kind, const uint8_t *w, long away, long groups, const struct numbers *x, long rows,
+                      float *sums, long apart, struct pieces *ahead) {
+    for (long g = 0; g < groups; g++, w += unit_bytes(kind)) {
+        struct unit u = open_unit(kind, w);
+        fetch(ahead, groups - g);
+        for (long at = 0; at < unit_bytes(kind); at += LINE) __builtin_prefetch(w + away + at, 0, 2);
+        for (long r = 0; r < rows; r++, x++) {
+            ivec q = integer_sum(kind, u.w, x);
+            vec s = load(sums + r * apart);
+            if (middle(kind)) q += x->middle;
+            s = chained(u.scale * x->scale, floats(q), s);
+            if (!middle(kind)) s = fused(u.offset, x->sum, s);
+            store(sums + r * apart, s);
+        }
+    }
+}
+
+/* As functions of their own, for one row and for more: sums of one stay in registers. */
+#define ADD_UNITS(kind) \
+    static void add_##kind(const uint8_t *w, long away, long groups, const struct numbers *x, long rows, float *sums, \
+                           long apart, struct pieces *ahead) { \
+        if (rows == 1) add_units(kind, w, away, groups, x, 1, sums, apart, ahead); \
+        else add_units(kind, w, away, groups, x, rows, sums, apart, ahead); \
+    }
+typedef void add_function(const uint8_t *, long, long, const struct numbers *, long, float *, long, struct pieces *);
+ADD_UNITS(Q4_0)
+ADD_UNITS(Q4_1)
+ADD_UNITS(Q8_0)
+ADD_UNITS(Q4_Z)
+static add_function *const add[] = {add_Q4_0, add_Q4_1, add_Q8_0, add_Q4_Z}; /* by kind */
+
+int blocks_width(long rows) { return rows > 8 ? 4 : 1; }
+
+void blocks_sums(const struct product *a, struct block b, float *sums) {
+    long size = unit_bytes(a->kind), groups = a->inputs / GROUP, step = b.rows > 1 ? DEPTH : groups;
+    const struct numbers *x = (const struct numbers *)a->x + b.row * groups;
+    const uint8_t *w = a->weight + b.unit * groups * size;
+    struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
+    for (long g = 0; g < groups; g += step)
+        for (int r = 0; r < b.width; r++)
+            add[a->kind](w + (r * groups + g) * size, b.coming * groups * size, groups - g < step ? groups - g : step,
+                         x + g * b.rows, b.rows, sums + r * LANES, b.width * LANES, &ahead);
 }

@@ -15,6 +15,8 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef int16_t svec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
 #if LANES == 16
 #define COUNTED ((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
@@ -69,7 +71,7 @@ INLINE vec exponential(vec x) {
 /* Run task(data, 0), ..., task(data, tasks - 1) on up to `threads` threads and return when all are done. */
 void parallel(void (*task)(void *, long), void *data, long tasks, int threads);
 
-/* A linear map with weights as block_kernels.c has them; outputs % LANES == 0, inputs % 32 == 0. */
+/* A linear map with weights as dense_kernels.c or block_kernels.c have them; outputs % LANES == 0, inputs % 32 == 0. */
 struct map {
     int kind; /* as quantized.KINDS */
     const uint8_t *weight;

@@ -18,8 +18,8 @@ from ..errors import StartupError
 from .c_library import load_library
 
 FILES: Final = (
-    "block_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "cpu_draw.c",
-    "thread_pool.c", "cpu_kernels.h",
+    "linear.c", "block_kernels.c", "dense_kernels.c", "cpu_layers.c", "cpu_attention.c", "cpu_decoder.c", "cpu_draw.c",
+    "thread_pool.c", "cpu_kernels.h", "linear.h",
 )  # fmt: skip
 
 

@@ -229,7 +229,7 @@ def test_layers(family: str, dense: bool, tmp_path: Path) -> None:
     assert torch.equal(Driver.of(decoder).logits(ids, [70]), got)
     decoder.ops, decoder.attention = TorchOps(), test_attention.TorchAttention()
     expected = Driver.of(decoder).logits(ids, [70])
-    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert (got - expected).abs().max() < (2e-5 if dense else 3e-4) * expected.abs().max()
 
 
 def test_wanted_rows(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_other_backend(tmp_path: Path) -> None:
     assert not isinstance(asked.attention, CpuAttention)
     got = Driver.of(asked).logits(ids, [20])
     expected = Driver.of(tiny.load(folder, dtype="auto")).logits(ids, [20])
-    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert (got - expected).abs().max() < 3e-4 * expected.abs().max()
 
 
 # ------------------------------------------------------------------ threads
@@ -276,7 +276,7 @@ def test_callers_at_once() -> None:
 
     def call(rows: int) -> None:
         for _ in range(400):
-            if (linear(x[:rows]).double() - exact[:rows]).abs().max() > 1e-4:
+            if (linear(x[:rows]).double() - exact[:rows]).abs().max() > 3e-3:
                 wrong.append(rows)
 
     callers = [threading.Thread(target=call, args=(rows,)) for rows in (1, 4, 20, 20)]
@@ -295,7 +295,7 @@ def test_forked_child() -> None:
     child = os.fork()
     if child == 0:
         x.add_(0)  # nothing of torch's own threads is needed
-        good = all((linear(x).double() - exact).abs().max() < 1e-4 for _ in range(20))
+        good = all((linear(x).double() - exact).abs().max() < 3e-3 for _ in range(20))
         os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -325,4 +325,4 @@ def test_narrow_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thoroug
                 assert torch.equal(DenseLinear(weight, None)(x[:rows]), exact[:rows])
     finally:
         cpu_kernels.kernels.cache_clear()
-    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert (got - expected).abs().max() < 3e-4 * expected.abs().max()

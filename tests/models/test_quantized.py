@@ -63,34 +63,59 @@ def test_values_are_gguf_s(kind: str) -> None:
         assert torch.equal(dequantise(blocks, inputs), torch.from_numpy(expected))
 
 
+def as_integers(x: Tensor) -> Tensor:
+    """What the kernel makes of x float32 [rows, inputs]: of 32 numbers the largest is 32512 steps."""
+    groups = x.view(len(x), -1, 32)
+    top = groups.abs().amax(-1, keepdim=True)
+    steps = torch.where(top > 0, (groups * (torch.tensor(32512.0) / top)).round(), torch.zeros(()))
+    return (steps.double() * (top / 32512).double()).view(x.shape)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.usefixtures("compiled")
 def test_the_kernel_s_weights_are_exact(kind: str) -> None:
-    """A row with a single one takes a column out of the weight, unrounded."""
+    """A row with a single one takes a column out of the weight, up to float32's rounding."""
     for outputs, inputs in SHAPES:
         blocks = random_blocks(kind, outputs, inputs)
         linear, dense = QuantizedLinear(blocks, inputs, None), dequantise(blocks, inputs)
-        assert torch.equal(linear(torch.eye(inputs)), dense.t())
-        assert torch.equal(torch.cat([linear(row[None]) for row in torch.eye(inputs)]), dense.t())
+        assert (linear(torch.eye(inputs)) - dense.t()).abs().max() < 4e-7 * dense.abs().max()
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.usefixtures("compiled")
 def test_product(kind: str) -> None:
-    """Right to float32's rounding, and each row the same bits alone and in any batch, by any number of threads."""
+    """Right to float32's rounding for numbers as integers, which are next to the numbers; and each row the same bits
+    alone and in any batch, by any number of threads, also of more inputs and rows than are multiplied at a time."""
     generator = torch.Generator().manual_seed(0)
-    for outputs, inputs in SHAPES:
+    for outputs, inputs in [*SHAPES, (48, 1280)]:
         blocks, bias = random_blocks(kind, outputs, inputs), torch.randn(outputs, generator=generator)
         linear = QuantizedLinear(blocks, inputs, bias)
-        x = torch.randn(31, inputs, generator=generator)
+        x = torch.randn(130, inputs, generator=generator) * torch.logspace(-6, 3, 130)[:, None]
+        x[3] = 0
         alone = torch.cat([linear(row[None]) for row in x])
-        exact = x.double() @ dequantise(blocks, inputs).double().t() + bias
-        assert (alone - exact).abs().max() < 2e-6 * exact.abs().max()
-        for rows in (0, 2, 3, 7, 8, 13, 31):
+        dense = dequantise(blocks, inputs).double().t()
+        for exact, bound in ((as_integers(x) @ dense, 2e-6), (x.double() @ dense, 3e-4)):
+            largest = exact.abs().amax(-1, keepdim=True)
+            assert ((alone - bias - exact).abs() <= bound * largest + 3e-7 * bias.abs()).all()
+        assert torch.equal(alone[3], bias)
+        for rows in (0, 2, 3, 7, 8, 13, 31, 112, 113, 130):
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 assert torch.equal(linear(x[:rows]), alone[:rows]), (rows, count)
         assert torch.equal(linear(x.t().contiguous().t()), alone), "strided rows"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.usefixtures("compiled")
+def test_numbers_that_are_none(kind: str) -> None:
+    """They make their row NaN, and no other; the largest and the smallest numbers are still some."""
+    linear = QuantizedLinear(random_blocks(kind, 48, 96), 96, None)
+    x = torch.randn(6, 96)
+    x[0, 40], x[1, 95], x[2, 0] = float("nan"), float("inf"), float("-inf")
+    x[3], x[4, 50] = 1e-42, 1e33
+    got = linear(x)
+    assert got[:3].isnan().all() and got[3:].isfinite().all()
+    assert torch.equal(got[5], linear(x[5:])[0]) and not got[3].any()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -151,8 +176,9 @@ def test_packing_for_either_width() -> None:
     scales = wide[0, 0, :32].view(torch.float16)
     assert torch.equal(scales, blocks.view(32, 2, 20)[:16, 0, :2].contiguous().view(torch.float16)[:, 0])
     assert torch.equal(scales[8:], narrow[1, 0, :16].view(torch.float16))
-    first = blocks.view(32, 2, 20)[:16, 0, 4:6]  # the first byte of values: inputs 0 and 16
-    assert torch.equal(wide[0, 0, 64:80], (first[:, 0] & 15) | ((first[:, 1] & 15) << 4))
+    bytes_of = blocks.view(32, 2, 20)[:16, 0, 4:12]  # inputs 0 to 7 are their low halves
+    fours = (bytes_of[:, :4] & 15) | ((bytes_of[:, 4:] & 15) << 4)
+    assert torch.equal(wide[0, 0, 64:128].view(16, 4), fours)
 
 
 # ------------------------------------------------------------------ a whole model
@@ -220,7 +246,8 @@ def make_dense(folder: str) -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_model_equals_its_dense_form(folder: str) -> None:
-    """Whatever is in model.safetensors of the tensors that are blocks; and the same bits in chunks and step by step."""
+    """Whatever is in model.safetensors of the tensors that are blocks; in chunks and step by step, too (one map is
+    torch's, whose rounding depends on the batch)."""
     ids = tiny.prompt(40)
     decoder = tiny.load(folder, dtype="auto")
     kinds = [isinstance(linear, QuantizedLinear) for layer in decoder.weights.layers for linear in maps_of(layer)]
@@ -231,9 +258,9 @@ def test_model_equals_its_dense_form(folder: str) -> None:
     dense = tiny.load(folder, quantization="none")
     assert not isinstance(dense.weights.head.product, QuantizedLinear)
     expected = Driver.of(dense).logits(ids, [40])
-    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (got - expected).abs().max() < 3e-4 * expected.abs().max()
     for sizes in ([7, 13, 20], [30] + [1] * 10):
-        assert (Driver.of(decoder).logits(ids, sizes) - got).abs().max() < 1e-5 * expected.abs().max()
+        assert (Driver.of(decoder).logits(ids, sizes) - got).abs().max() < 3e-4 * expected.abs().max()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -256,7 +283,7 @@ def test_ranks_have_parts_of_the_blocks(folder: str) -> None:
         return Driver.of(decoder).logits(ids, [30, 10])
 
     got = on_ranks(2, run)[0]
-    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (got - expected).abs().max() < 3e-4 * expected.abs().max()
 
 
 def test_when_blocks_are_used(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +341,7 @@ def test_real_model_equals_its_dense_form(smollm: str) -> None:
     decoder.weights.head.product = Linear(decoder.weights.embed, None)
     decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), TorchAttention()
     expected = Driver.of(decoder).logits(ids, [24])
-    assert (got - expected).abs().max() < 1e-4 * expected.std()
+    assert (got - expected).abs().max() < 2e-3 * expected.std()
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 

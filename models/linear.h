@@ -1,0 +1,58 @@
+/* What linear.c and its two kinds of kernels share. */
+#include "cpu_kernels.h"
+
+#define LINE 64   /* bytes of a cache */
+#define GROUP 32  /* inputs that share a scale */
+#define BLOCK 112 /* rows that are multiplied at a time */
+
+enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, F32, F16, BF16 }; /* as quantized.KINDS and DENSE */
+
+struct product {
+    enum kind kind;
+    const uint8_t *weight;
+    const float *bias;
+    long outputs, inputs;
+    const float *x; /* packed */
+    long rows;
+    float *y;
+    const struct ahead *ahead;
+    int width;               /* units side by side */
+    long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
+};
+
+/* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
+struct block {
+    int width;
+    long unit, coming, row, rows;
+};
+
+/* What is left of a part of `ahead`. */
+struct pieces {
+    const char *base;
+    const int64_t *next, *end;
+    long bytes;
+};
+
+/* Ask for an equal part of it, `times` of which are left. */
+INLINE void fetch(struct pieces *a, long times) {
+    for (long due = (a->end - a->next + times - 1) / times; due > 0; due--, a->next++)
+        for (long at = 0; at < a->bytes; at += LINE) __builtin_prefetch(a->base + *a->next * a->bytes + at, 0, 2);
+}
+
+/* The part of `ahead` that goes with units [from, to). */
+INLINE struct pieces pieces_of(const struct product *a, long from, long to) {
+    const struct ahead *all = a->ahead;
+    if (!all) return (struct pieces){NULL, NULL, NULL, 0};
+    long units = a->outputs / LANES, first = all->count * from / units, last = all->count * to / units;
+    return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
+}
+
+/* The two kinds: dense_kernels.c's and block_kernels.c's. x as the product reads it: itself, or `packed`, as large. */
+const float *pack_dense(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
+const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
+/* Units that are multiplied side by side. */
+int dense_width(enum kind kind, long rows);
+int blocks_width(long rows);
+/* sums [rows, width, LANES] of a block, zeros before. */
+void dense_sums(const struct product *a, struct block b, float *sums);
+void blocks_sums(const struct product *a, struct block b, float *sums);
