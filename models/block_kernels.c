@@ -29,14 +29,12 @@ INLINE ivec dot(ivec s, ivec w, ivec x) { return (ivec)_mm256_dpbusd_avx_epi32((
 #if LANES == 16
 INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
-INLINE vec chained(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 /* Neighbours' products and their sum: of u8 and i8 in 16 bits, of i16 in 32. */
 INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
 INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #else
 INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
-INLINE vec chained(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
 INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #endif

@@ -2,32 +2,44 @@
 cpu_attention.py.
 
 A token's keys are read BLOCK by BLOCK from the first it sees on, with a running softmax (Milakov and Gimelshein 2018).
+Tokens of a sequence side by side share the keys of a block, turned so that a vector is the same number of LANES keys.
 Invariant: a token's result depends on its query and what it sees alone: not on the batch, nor on how a prompt is cut.
+So a product of a query and a key is added up in one order, over lanes or without.
 */
 #include "cpu_kernels.h"
 
 #define BLOCK 64      /* keys; a multiple of LANES */
 #define LINE 16       /* numbers of a line of a cache */
 #define GROUP 8       /* query heads of a KV head computed at a time */
+#define TILE 32       /* tokens */
+#define TURNED 9      /* query heads for which keys are turned */
+#define AT_ONCE (LANES / 4) /* of them at a time */
 #define ALONE 32768   /* products that one thread has done before another one has come */
+
+/* low and high change: of lanes `step` apart low takes the lower ones of both, high the higher ones. */
+INLINE void exchange(vec *low, vec *high, int step) {
+#if LANES == 16
+    vec a = *low, b = *high;
+    ivec from = (COUNTED & ~step) + (COUNTED & step) * (LANES / step);
+    *low = (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)from, (__m512)b);
+    *high = (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)(from + step), (__m512)b);
+#else
+    __m256 a = (__m256)*low, b = (__m256)*high;
+    if (step == 4) *low = (vec)_mm256_permute2f128_ps(a, b, 0x20), *high = (vec)_mm256_permute2f128_ps(a, b, 0x31);
+    if (step == 2) *low = (vec)_mm256_shuffle_ps(a, b, 0x44), *high = (vec)_mm256_shuffle_ps(a, b, 0xee);
+    if (step == 1) {
+        *low = (vec)_mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa);
+        *high = (vec)_mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
+    }
+#endif
+}
 
 /* parts[i] and parts[i + step], added so that their sums over lanes `step` apart are neighbours: halves as many. */
 INLINE void halve(vec *parts, int step) {
 #pragma GCC unroll 8
     for (int i = 0; i < step; i++) {
-#if LANES == 16
-        vec a = parts[i], b = parts[i + step];
-        ivec low = (COUNTED & ~step) + (COUNTED & step) * (LANES / step), high = low + step;
-        parts[i] = (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b) +
-                   (vec)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
-#else
-        __m256 a = (__m256)parts[i], b = (__m256)parts[i + step];
-        if (step == 4) parts[i] = (vec)_mm256_permute2f128_ps(a, b, 0x20) + (vec)_mm256_permute2f128_ps(a, b, 0x31);
-        if (step == 2) parts[i] = (vec)_mm256_shuffle_ps(a, b, 0x44) + (vec)_mm256_shuffle_ps(a, b, 0xee);
-        if (step == 1)
-            parts[i] = (vec)_mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa) +
-                       (vec)_mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
-#endif
+        exchange(parts + i, parts + i + step, step);
+        parts[i] += parts[i + step];
     }
 }
 
@@ -38,6 +50,12 @@ INLINE vec sums(vec *parts) {
     halve(parts, 2);
     halve(parts, 1);
     return parts[0];
+}
+
+/* The first `count` of them; -inf in the other lanes. */
+INLINE vec shown(vec scores, int count) {
+    ivec seen = COUNTED < (ivec){0} + count;
+    return (vec)(((ivec)scores & seen) | ((ivec)all(-INFINITY) & ~seen));
 }
 
 /* scores [group, BLOCK] of `count` keys; what is beyond them is -inf. Meanwhile their values come, if `asks`. */
@@ -53,31 +71,85 @@ INLINE void score(const float *const *keys, long to_value, int asks, int count, 
             for (long d = 0; d < dim; d += LANES) {
                 vec query = load(q + h * dim + d);
 #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) parts[j] += query * load(keys[first + j] + d);
+                for (int j = 0; j < LANES; j++) parts[j] = chained(query, load(keys[first + j] + d), parts[j]);
             }
-            vec s = sums(parts) * scale;
-            ivec seen = COUNTED < (ivec){0} + (count - first);
-            s = (vec)(((ivec)s & seen) | ((ivec)all(-INFINITY) & ~seen));
-            store(scores[h] + first, s);
+            store(scores[h] + first, shown(sums(parts) * scale, count - first));
         }
     }
 }
 
-/* sums [group, dim] += weights [group, BLOCK] times the values of `count` keys. */
+/* turned [dim, BLOCK] = the keys, of which there are a multiple of LANES. Meanwhile their values come. */
+INLINE void turn(const float *const *keys, long to_value, int count, long dim, float *turned) {
+    for (int first = 0; first < count; first += LANES)
+        for (long d = 0; d < dim; d += LANES) {
+            vec parts[LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) parts[j] = load(keys[first + j] + d);
+            for (int j = 0; j < LANES; j++) __builtin_prefetch(keys[first + j] + to_value + d);
+#pragma GCC unroll 4
+            for (int step = LANES / 2; step; step /= 2)
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++)
+                    if (!(j & step)) exchange(parts + j, parts + j + step, step);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) store(turned + (d + j) * BLOCK + first, parts[j]);
+        }
+}
+
+/* s [rows]: of LANES keys what lane `l` of a sum over lanes has, for each query. */
+INLINE void of_lane(const float *turned, const float *const *q, long dim, int l, int rows, vec *s) {
+    vec key = load(turned + l * BLOCK);
+    for (int r = 0; r < rows; r++) s[r] = fused(key, q[r][l], (vec){0});
+    for (long d = l + LANES; d < dim; d += LANES) {
+        key = load(turned + d * BLOCK);
+        for (int r = 0; r < rows; r++) s[r] = fused(key, q[r][d], s[r]);
+    }
+}
+
+/* The same of lanes l, l + step, l + 2 * step, ..., added up as `sums` does. */
+#define OF_LANES(name, half, step) \
+    INLINE void name(const float *turned, const float *const *q, long dim, int l, int rows, vec *s) { \
+        vec other[AT_ONCE]; \
+        half(turned, q, dim, l, rows, s); \
+        half(turned, q, dim, l + step, rows, other); \
+        for (int r = 0; r < rows; r++) s[r] += other[r]; \
+    }
+#if LANES == 16
+OF_LANES(of_lanes_8, of_lane, 8)
+OF_LANES(of_lanes_4, of_lanes_8, 4)
+#else
+OF_LANES(of_lanes_4, of_lane, 4)
+#endif
+OF_LANES(of_lanes_2, of_lanes_4, 2)
+OF_LANES(of_lanes_1, of_lanes_2, 1)
+
+/* scores [rows, BLOCK] of `count` keys, of which each query sees its first `seen`; -inf elsewhere. */
+INLINE void score_turned(const float *turned, int count, const float *const *q, const int *seen, long dim, int rows,
+                         float scale, float (*scores)[BLOCK]) {
+    for (int first = 0; first < count; first += LANES)
+        for (int r = 0; r < rows; r += AT_ONCE) {
+            int most = rows - r < AT_ONCE ? rows - r : AT_ONCE;
+            vec s[AT_ONCE];
+            of_lanes_1(turned + first, q + r, dim, 0, most, s);
+            for (int i = 0; i < most; i++) store(scores[r + i] + first, shown(s[i] * scale, seen[r + i] - first));
+        }
+}
+
+/* out [group] of dim += weights [group, BLOCK] times the values of `count` keys. */
 INLINE void add_values(const float *const *keys, long to_value, int count, long dim, int group,
-                       const float (*weights)[BLOCK], float *out) {
+                       const float (*weights)[BLOCK], float *const *out) {
     for (long d = 0; d < dim; d += 2 * LANES) {
         vec sum[GROUP][2];
         for (int h = 0; h < group; h++)
-            for (int r = 0; r < 2; r++) sum[h][r] = load(out + h * dim + d + r * LANES);
+            for (int r = 0; r < 2; r++) sum[h][r] = load(out[h] + d + r * LANES);
         for (int i = 0; i < count; i++) {
             const float *value = keys[i] + to_value + d;
             vec v[2] = {load(value), load(value + LANES)};
             for (int h = 0; h < group; h++)
-                for (int r = 0; r < 2; r++) sum[h][r] = sum[h][r] + weights[h][i] * v[r];
+                for (int r = 0; r < 2; r++) sum[h][r] = fused(v[r], weights[h][i], sum[h][r]);
         }
         for (int h = 0; h < group; h++)
-            for (int r = 0; r < 2; r++) store(out + h * dim + d + r * LANES, sum[h][r]);
+            for (int r = 0; r < 2; r++) store(out[h] + d + r * LANES, sum[h][r]);
     }
 }
 
@@ -93,7 +165,7 @@ INLINE float soften(float *scores, int count, float *best, float *total) {
         store(scores + i, e);
         added += e;
     }
-    *best = top, *total = *total * before + sum(added);
+    *best = top, *total = fmaf(*total, before, sum(added));
     return before;
 }
 
@@ -107,32 +179,48 @@ INLINE void find_keys(const struct attention *a, const int32_t *pages, long from
     }
 }
 
+/* Query heads that share a KV head, on their way over its keys. */
+struct heads {
+    const float *q[GROUP];
+    float *out[GROUP], best[GROUP], total[GROUP];
+};
+
+INLINE void begin(struct heads *h, int i, const float *q, float *out, long dim) {
+    h->q[i] = q, h->out[i] = out, h->best[i] = -INFINITY, h->total[i] = 0;
+    for (long d = 0; d < dim; d += LANES) store(out + d, (vec){0});
+}
+
+/* Scores of `seen` keys become weights, and what was summed before fits to them. */
+INLINE void weigh(struct heads *h, int i, float *scores, int seen, long dim) {
+    float before = soften(scores, seen, h->best + i, h->total + i), *to = h->out[i];
+    for (long d = 0; d < dim && before != 1.0f; d += LANES) store(to + d, load(to + d) * before);
+}
+
+INLINE void end(struct heads *h, int i, long dim) {
+    for (long d = 0; d < dim; d += LANES) store(h->out[i] + d, load(h->out[i] + d) / h->total[i]);
+}
+
 /* `group` heads of a token that share the KV head `head`. */
 INLINE void attend_group(const struct attention *a, long token, long head, const float *q, int group, float *out) {
     const int32_t *pages = (const int32_t *)a->pages[token];
     int asks = token + 1 == a->tokens || a->pages[token] != a->pages[token + 1]; /* else the one before has read them */
     const float *keys[BLOCK];
-    float scores[GROUP][BLOCK], best[GROUP], total[GROUP];
-    for (int h = 0; h < group; h++) best[h] = -INFINITY, total[h] = 0;
-    for (long i = 0; i < group * a->dim; i += LANES) store(out + i, (vec){0});
+    float scores[GROUP][BLOCK];
+    struct heads heads;
+    for (int h = 0; h < group; h++) begin(&heads, h, q + h * a->dim, out + h * a->dim, a->dim);
     for (long at = a->first[token]; at < a->end[token]; at += BLOCK) {
         int count = a->end[token] - at < BLOCK ? a->end[token] - at : BLOCK;
         find_keys(a, pages, at, count, head, keys);
         for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
         score(keys, a->kv_heads * a->dim, asks, count, q, a->dim, group, a->scale, scores);
-        for (int h = 0; h < group; h++) {
-            float before = soften(scores[h], count, best + h, total + h), *to = out + h * a->dim;
-            for (long d = 0; d < a->dim && before != 1.0f; d += LANES) store(to + d, load(to + d) * before);
-        }
-        add_values(keys, a->kv_heads * a->dim, count, a->dim, group, scores, out);
+        for (int h = 0; h < group; h++) weigh(&heads, h, scores[h], count, a->dim);
+        add_values(keys, a->kv_heads * a->dim, count, a->dim, group, scores, heads.out);
     }
-    for (int h = 0; h < group; h++)
-        for (long d = 0; d < a->dim; d += LANES) store(out + h * a->dim + d, load(out + h * a->dim + d) / total[h]);
+    for (int h = 0; h < group; h++) end(&heads, h, a->dim);
 }
 
-static void attend_task(void *data, long i) {
-    const struct attention *a = data;
-    long token = i / a->kv_heads, head = i % a->kv_heads, group = a->heads / a->kv_heads;
+static void attend_token(const struct attention *a, long token, long head) {
+    long group = a->heads / a->kv_heads;
     for (long done = 0; done < group;) {
         long left = group - done, at = (head * group + done) * a->dim;
         int count = left >= 8 ? 8 : left >= 4 ? 4 : left;
@@ -147,7 +235,70 @@ static void attend_task(void *data, long i) {
     }
 }
 
+/* `rows` heads of a tile over a block of `count` keys from `at` on, of tokens that see keys up to ends[row]. */
+INLINE void attend_block(const struct attention *a, struct heads *heads, int rows, const long *ends, long at, int count,
+                         const float *const *keys, const float *turned) {
+    float scores[GROUP][BLOCK];
+    int seen[GROUP], widest = (count + LANES - 1) / LANES * LANES;
+    for (int i = 0; i < rows; i++) {
+        long left = ends[i] - at;
+        seen[i] = left < 0 ? 0 : left < count ? left : count;
+    }
+    score_turned(turned, count, heads->q, seen, a->dim, rows, a->scale, scores);
+    for (int i = 0; i < rows; i++) {
+        if (seen[i]) weigh(heads, i, scores[i], seen[i], a->dim);
+        for (int k = (seen[i] + LANES - 1) / LANES * LANES; k < widest; k += LANES) store(scores[i] + k, (vec){0});
+    }
+    add_values(keys, a->kv_heads * a->dim, count, a->dim, rows, scores, heads->out);
+}
+
+/* Tokens [from, to) of a sequence that see its keys from the same one on: all heads of the KV head `head`. */
+static void attend_tile(const struct attention *a, long from, long to, long head) {
+    const int32_t *pages = (const int32_t *)a->pages[from];
+    long group = a->heads / a->kv_heads, rows = (to - from) * group, last = 0;
+    const float *keys[BLOCK];
+    float turned[a->dim * BLOCK] __attribute__((aligned(64)));
+    struct heads heads[(rows + GROUP - 1) / GROUP];
+    long ends[rows];
+    for (long i = 0; i < rows; i++) {
+        long token = from + i / group, at = (head * group + i % group) * a->dim;
+        begin(heads + i / GROUP, i % GROUP, a->q + token * a->stride + at, a->out + token * a->heads * a->dim + at, a->dim);
+        ends[i] = a->end[token];
+        last = ends[i] > last ? ends[i] : last;
+    }
+    for (long at = a->first[from]; at < last; at += BLOCK) {
+        int count = last - at < BLOCK ? last - at : BLOCK;
+        find_keys(a, pages, at, count, head, keys);
+        for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
+        turn(keys, a->kv_heads * a->dim, count, a->dim, turned);
+        for (long i = 0; i < rows; i += GROUP) {
+            if (rows - i >= GROUP) attend_block(a, heads + i / GROUP, GROUP, ends + i, at, count, keys, turned);
+            else attend_block(a, heads + i / GROUP, rows - i, ends + i, at, count, keys, turned);
+        }
+    }
+    for (long i = 0; i < rows; i++) end(heads + i / GROUP, i % GROUP, a->dim);
+}
+
+/* What is computed: a token by itself, or a tile of some. */
+struct tiles {
+    const struct attention *a;
+    const long *from; /* [tiles + 1] */
+};
+
+static void attend_task(void *data, long i) {
+    const struct tiles *t = data;
+    const struct attention *a = t->a;
+    long head = i % a->kv_heads, from = t->from[i / a->kv_heads], to = t->from[i / a->kv_heads + 1];
+    if ((to - from) * a->heads >= TURNED * a->kv_heads) attend_tile(a, from, to, head);
+    else for (; from < to; from++) attend_token(a, from, head);
+}
+
 void attend(const struct attention *a, int threads) {
-    long tokens = a->tokens, work = a->keys * a->heads * a->dim;
-    parallel(attend_task, (void *)a, tokens * a->kv_heads, work < ALONE ? 1 : threads);
+    long from[a->tokens + 1], tiles = 0, work = a->keys * a->heads * a->dim;
+    for (long t = 0; t < a->tokens; t++)
+        if (!t || a->pages[t] != a->pages[t - 1] || a->first[t] != a->first[t - 1] || t - from[tiles - 1] == TILE)
+            from[tiles++] = t;
+    from[tiles] = a->tokens;
+    struct tiles t = {a, from};
+    parallel(attend_task, &t, tiles * a->kv_heads, work < ALONE ? 1 : threads);
 }

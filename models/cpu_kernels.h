@@ -28,11 +28,13 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec all(float x) { return x - (vec){0}; }
 
-/* fused: a * b + c, rounded once. Operators are left to the compiler, which has more registers for them. */
+/* fused, chained: a * b + c, rounded once, which of operators the compiler makes one or two, as it is faster
+where they stand. */
 #if LANES == 16
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE vec fused(vec a, float b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c); }
+INLINE vec chained(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE vec floats(ivec q) { return (vec)_mm512_cvtepi32_ps((__m512i)q); }
 INLINE ivec integers(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
 INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
@@ -41,6 +43,7 @@ INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE vec fused(vec a, float b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c); }
+INLINE vec chained(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE vec floats(ivec q) { return (vec)_mm256_cvtepi32_ps((__m256i)q); }
 INLINE ivec integers(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
 INLINE float sum(vec x) {
@@ -59,13 +62,14 @@ INLINE float largest(vec x) {
 INLINE vec exponential(vec x) {
     x = smaller(all(88.0f), larger(all(-87.0f), x)); /* in this order NaN stays */
     ivec n = integers(x * 1.44269504f);
-    vec r = x - floats(n) * 0.693359375f - floats(n) * -2.12194440e-4f;
-    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * (vec)((n + 127) << 23);
+    vec r = fused(floats(n), -0.693359375f, x);
+    r = fused(floats(n), 2.12194440e-4f, r);
+    vec p = fused(r, 1.9875691500e-4f, all(1.3981999507e-3f));
+    p = chained(p, r, all(8.3334519073e-3f));
+    p = chained(p, r, all(4.1665795894e-2f));
+    p = chained(p, r, all(1.6666665459e-1f));
+    p = chained(p, r, all(5.0000001201e-1f));
+    return (chained(p * r, r, r) + 1.0f) * (vec)((n + 127) << 23);
 }
 
 /* Run task(data, 0), ..., task(data, tasks - 1) on up to `threads` threads and return when all are done. */

@@ -114,6 +114,19 @@ def test_a_token_s_bits_are_its_own() -> None:
         assert torch.equal(attend(spec, last, kv, q[-1:], layer)[0], whole[layer][-1])
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 128), (7, 1, 32), (20, 1, 32)])
+def test_tokens_that_share_keys(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Each token of a chunk, of tiles and blocks that are full or not, has the bits of the same token decoded."""
+    spec = make_spec(heads, kv_heads, head_dim)
+    batch, kv, q = case(spec, [], [(40, 101)])
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        whole = attend(spec, batch, kv, q)
+        for row in range(101):
+            alone = decode_batch(batch.chunks[0].pages[None], [41 + row])
+            assert torch.equal(attend(spec, alone, kv, q[row : row + 1])[0], whole[row]), row
+
+
 def decode_batch(tables: Tensor, lengths: list[int]) -> Batch:
     nothing = torch.empty(0, dtype=torch.int64)
     longest = max(lengths, default=0)
