@@ -127,7 +127,7 @@ class Schedule(RequestLives):
         row = 0
         for chunk in window.chunks:
             request = chunk.request
-            if chunk.scored and chunk.admission == request.admissions and request.rid in self.requests:
+            if chunk.scored and chunk.admission == request.admissions and self.requests.get(request.rid) is request:
                 assert request.scores is not None and scores is not None
                 place = chunk.score_from + 1
                 request.scores.learn(place, scores[row : row + chunk.scored])
