@@ -40,6 +40,20 @@ def test_an_update_goes_in_two_parts(errands: Errands, said: list[object]) -> No
     assert said[2:] == [Done(1)] and not errands.holds and errands.weights == "/a"
 
 
+def test_an_order_that_comes_again_is_answered_once(errands: Errands, said: list[object]) -> None:
+    """As a text actor's successor sends it."""
+    for _ in range(2):
+        errands.order(Order(1, "update_weights", "/a"))
+        errands.order(Order(2, "start_profile", "{}"))
+    assert said == [Instruct(1, "load_weights", "/a"), Instruct(2, "start_profile", "{}")]
+    errands.carried(Carried(1, "load_weights"))
+    errands.order(Order(1, "update_weights", "/a"))
+    errands.swap()
+    errands.carried(Carried(1, "swap_weights"))
+    errands.carried(Carried(2, "start_profile"))
+    assert said[2:] == [Instruct(1, "swap_weights"), Done(1), Done(2)]
+
+
 def test_weights_that_cannot_be_loaded_change_nothing(errands: Errands, said: list[object]) -> None:
     errands.order(Order(1, "update_weights", "/a"))
     assert errands.carried(Carried(1, "load_weights", "broken", 400, "startup_failed", "model_path")) is None
