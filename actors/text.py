@@ -11,6 +11,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar, assert_never
@@ -76,6 +77,16 @@ FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
 }
 
 
+@dataclass(slots=True, eq=False)
+class Tokenizing:
+    """A request whose prompt a thread tokenizes, or whose images are on their way."""
+
+    front: str
+    request: Generate
+    aborted: set[int] = field(default_factory=set)
+    """Of its ids, those that its front wants to end as soon as they begin."""
+
+
 class Text(Running):
     """State: the requests being tokenized, what fronts pinned, and what Running has."""
 
@@ -83,8 +94,8 @@ class Text(Running):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.tokenizing: dict[int, str] = {}
-        """First id of each request that a thread tokenizes: its front."""
+        self.tokenizing: dict[int, Tokenizing] = {}
+        """Requests that are not known to a scheduler yet, by their first id."""
         self.prompts = Prompts(context.config, context.model, None, None)
         self.fetcher: Fetcher | None = None
         """Of images that clients name by an address."""
@@ -145,10 +156,8 @@ class Text(Running):
                 self._peer_up(message.name)
             case Abort():
                 self._abort(message)
-            case AbortNamed(name=name, tenant=tenant):
-                for output in list(self.outputs.values()):
-                    if output.is_called(name, tenant):
-                        self._abort(Abort(output.rid))
+            case AbortNamed():
+                self._abort_named(message)
             case Tokenize():
                 self._tokenize(message, source)
             case Detokenize():
@@ -168,16 +177,19 @@ class Text(Running):
         if not self.prompts.is_long(m.prompt):
             self._submit(m, front)
             return
-        self.tokenizing[m.rid] = front
         if isinstance(m.prompt, TokenPrompt):
             m = replace(m, prompt=replace(m.prompt, ids=memoryview(bytes(m.prompt.ids))))
+        self.tokenizing[m.rid] = Tokenizing(front, m)
         self.context.nursery.start_soon(self._submit_from_thread, m, front)
 
     async def _submit_from_thread(self, m: Generate, front: str) -> None:
         """A long prompt, or one with images: nothing of `m` aliases the ring."""
         prompt = await self._in_thread(self._encode, m)
-        if self.tokenizing.pop(m.rid, None) is not None:
+        early = self.tokenizing.pop(m.rid, None)
+        if early is not None:
             self._admit(m, front, prompt)
+            for rid in sorted(early.aborted):
+                self._abort(Abort(rid))
 
     def _submit(self, m: Generate, front: str) -> None:
         self._admit(m, front, self._encode(m))
@@ -266,14 +278,27 @@ class Text(Running):
         self._to_schedulers(Unpin(pins))
 
     def _abort(self, m: Abort) -> None:
-        """A front's wish; an output that has ended or is not tokenized yet is not known."""
+        """A front's wish; an output that has ended is not known. One that is not tokenized yet ends when it is."""
         output = self.outputs.get(m.rid)
-        if output is not None:
+        if output is None:
+            for early in self.tokenizing.values():
+                if m.rid - early.request.rid in range(early.request.n):
+                    early.aborted.add(m.rid)
+        else:
             output.aborted = True
             if output.replica.up and not output.replica.stale:
                 self._to_scheduler(output.replica, m)
             else:
                 self._end_aborted(output)
+
+    def _abort_named(self, m: AbortNamed) -> None:
+        for output in list(self.outputs.values()):
+            if output.is_called(m.name, m.tenant):
+                self._abort(Abort(output.rid))
+        for early in self.tokenizing.values():
+            request = early.request
+            if m.name in ("", request.name) and m.tenant in (None, request.tenant):
+                early.aborted.update(range(request.rid, request.rid + request.n))
 
     def _tokenize(self, m: Tokenize, front: str) -> None:
         if self.prompts.is_long(m.prompt):
@@ -430,7 +455,7 @@ class Text(Running):
             return
         name = m.name
         self._changed.pop(name, None)
-        self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
+        self.tokenizing = {rid: early for rid, early in self.tokenizing.items() if early.front != name}
         self.orders.drop(name)
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)

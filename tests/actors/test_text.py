@@ -19,6 +19,7 @@ from actorserve.actors.actor import Context, connect, disconnect
 from actorserve.actors.messages import (
     NO_STATS,
     Abort,
+    AbortNamed,
     Cancel,
     ChatPrompt,
     Chunk,
@@ -309,6 +310,29 @@ def test_long_prompts_are_tokenized_in_a_thread(world: World, tokenizer: Tokeniz
     (refused,) = world.front()  # far over the tiny context; the cancelled ones are not heard of
     assert (refused.rid, refused.code, refused.param) == (1, "context_length_exceeded", "prompt")
     assert world.front("front.1") == [] and world.scheduler() == [] and not world.text.tokenizing
+
+
+def test_an_abort_while_the_prompt_is_tokenized(world: World, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    """Or its images are fetched: it ends then, with nothing. By its id, or by its name from another front."""
+    monkeypatch.setattr(prompts, "INLINE_CHARS", 1)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            for rid, name in ((1, "a"), (4, "b"), (5, "c")):
+                asked = Generate(rid, 3 if rid == 1 else 1, TextPrompt("Hello"), SamplingParams(), name=name)
+                world.fronts["front.0"].ref("text").post(asked)
+            for message in (Abort(2), Abort(4), Abort(9)):
+                world.fronts["front.0"].ref("text").post(message)
+            world.fronts["front.1"].ref("text").post(AbortNamed("c", None))
+            world.settle()
+            assert world.scheduler() == [] and list(world.text.tokenizing) == [1, 4, 5]
+
+    trio.run(main)
+    told = world.scheduler()
+    assert {m.rid for m in told if isinstance(m, Submit)} == {1, 2, 3, 4, 5}
+    assert sorted(m.rid for m in told if isinstance(m, Abort)) == [2, 4, 5]
+    assert not world.text.tokenizing
 
 
 # ------------------------------------------------------------------ output
