@@ -76,11 +76,14 @@ class RequestLives:
     # ------------------------------------------------------------------ requests come and go
 
     def add(self, request: Request) -> None:
-        """Queue a new request.
+        """Queue a new request. One that is here already is not queued again: its text actor may ask for it, and then
+        hear that there was another scheduler before, and ask again.
 
         Raises:
             RequestError: its prompt can never fit.
         """
+        if request.rid in self.requests:
+            return
         capacity = self.pool.num_pages * self.page
         if request.prompt_length >= capacity:
             raise RequestError(

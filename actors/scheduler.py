@@ -236,7 +236,7 @@ class Scheduler(Actor):
         except RequestError as e:
             self._to_text(Ended(request.rid, e.status, e.code, e.message, e.param))
             return
-        if request.guided is not None:
+        if request.guided is not None and self.schedule.requests.get(request.rid) is request:
             self.guided.add(request)
 
     def _abort(self, rid: int) -> None:

@@ -174,6 +174,8 @@ class Text(Running):
     # ------------------------------------------------------------------ from the fronts
 
     def _generate(self, m: Generate, front: str) -> None:
+        if m.rid in self.tokenizing or any(rid in self.outputs for rid in range(m.rid, m.rid + m.n)):
+            return  # its front asked us before it heard that our predecessor had died, and asks for all again
         if not self.prompts.is_long(m.prompt):
             self._submit(m, front)
             return

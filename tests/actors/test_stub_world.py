@@ -156,6 +156,21 @@ def test_deaths_of_others_making_are_nobodys_fault() -> None:
     world.close()
 
 
+@pytest.mark.parametrize("grammar", [-1, 2])
+def test_a_request_that_comes_twice_runs_once(grammar: int) -> None:
+    """A text actor that hears of a death late has asked the next scheduler before it knows that it is another one."""
+    world = StubWorld(pages=40)
+    one = world.ask(prompt_of(1, 40), params_of(1, 20), grammar=grammar)
+    for _ in range(4):
+        world.post(one.submit)
+        world.turn()
+    assert one.said
+    world.post(one.submit)
+    world.settle()
+    assert one.end.startswith("finish")
+    world.close()
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_poison_before_a_jump_that_is_planned_already(k: int) -> None:
     """The jump is run all the same, for nobody; its pages are free."""

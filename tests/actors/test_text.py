@@ -312,6 +312,28 @@ def test_long_prompts_are_tokenized_in_a_thread(world: World, tokenizer: Tokeniz
     assert world.front("front.1") == [] and world.scheduler() == [] and not world.text.tokenizing
 
 
+def test_a_request_that_comes_twice(world: World, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    """A front that hears of a death late has asked the next text actor before it knows that it is another one."""
+    world.ask(1, n=2)
+    world.row((1, tokenizer.encode("a")[0]))
+    world.ask(1, n=2)
+    assert [type(m) for m in world.scheduler()] == [Submit, Submit]
+    world.row((1, tokenizer.encode("b")[0], Finish.LENGTH), (2, tokenizer.encode("c")[0], Finish.LENGTH))
+    chunks = world.chunks()
+    assert [whole([c for c in chunks if c.rid == rid]) for rid in (1, 2)] == ["ab", "c"]
+    assert not world.text.prompt_tokens and not world.text.replicas[0].requests
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            world.ask(5)
+            world.ask(5)
+
+    monkeypatch.setattr(prompts, "INLINE_CHARS", 1)
+    trio.run(main)
+    assert [m.rid for m in world.scheduler()] == [5]
+
+
 def test_an_abort_while_the_prompt_is_tokenized(world: World, tokenizer: Tokenizer, monkeypatch: Any) -> None:
     """Or its images are fetched: it ends then, with nothing. By its id, or by its name from another front."""
     monkeypatch.setattr(prompts, "INLINE_CHARS", 1)
