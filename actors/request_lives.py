@@ -169,6 +169,22 @@ class RequestLives:
         self.kv.clear()
         return guilty
 
+    def resize(self, num_pages: int) -> list[Request]:
+        """Another executor has come, with so many pages: what is free at its start is not the same each time.
+
+        Returns the requests that have more tokens than it has room for: they are ended.
+        """
+        if num_pages == self.pool.num_pages:
+            return []
+        self.pool.resize(num_pages)
+        capacity = num_pages * self.page
+        for request in self.requests.values():
+            request.limit = min(request.limit, capacity)
+        too_long = [request for request in self.requests.values() if len(request.tokens) >= capacity]
+        for request in too_long:
+            self._end(request, keep=False)
+        return too_long
+
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""
         self.kv.keep(request)
