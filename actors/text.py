@@ -69,6 +69,7 @@ from .running import Running
 
 R = TypeVar("R")
 G = TypeVar("G", Generate, Tokenize)
+UNTOKENIZED: Final = "the prompt could not be tokenized"
 POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
 DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
 FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
@@ -204,7 +205,7 @@ class Text(Running):
             return error
         except Exception:
             self.context.log.exception("tokenizing failed")
-            return ActorserveError("the prompt could not be tokenized")
+            return ActorserveError(UNTOKENIZED)
 
     def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
         """Hand the choices to a scheduler, or refuse them all. If it is down they wait for the next one."""
@@ -340,10 +341,15 @@ class Text(Running):
         return await trio.to_thread.run_sync(noted, abandon_on_cancel=True, limiter=self._threads)
 
     def _tokenized(self, m: Tokenize) -> Tokenized | Refused:
+        """The answer. A text that breaks the tokenizer breaks only its request, here too."""
         try:
             return Tokenized(m.rid, memoryview(self.prompts.tokenize(m.prompt, m.add_special_tokens).tobytes()))
         except RequestError as error:
             return Refused(m.rid, 1, error.status, error.code, error.message, error.param)
+        except Exception:
+            self.context.log.exception("tokenizing failed")
+            fault = ActorserveError(UNTOKENIZED)
+            return Refused(m.rid, 1, fault.status, fault.code, fault.message)
 
     def _detokenize(self, m: Detokenize, front: str) -> None:
         if self._detokenizers is None:

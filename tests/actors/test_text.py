@@ -278,14 +278,16 @@ def test_prompt_tokens_in_the_engine_are_bounded(folder: str) -> None:
 
 
 def test_a_tokenizer_that_raises_breaks_one_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(prompt: Any) -> None:
+    def broken(*prompt: Any) -> None:
         raise ValueError("/secret/path")
 
     with monkeypatch.context() as patch:
         patch.setattr(world.text.prompts, "encode", broken)
+        patch.setattr(world.text.prompts, "tokenize", broken)
         world.ask(1)
-    (refused,) = world.front()
-    assert refused.status == 500 and "secret" not in refused.message
+        refusals = [*world.front(), *question(world, Tokenize(7, TextPrompt("Hello")))]
+    assert [m.rid for m in refusals] == [1, 7]
+    assert all(m.status == 500 and "secret" not in m.message for m in refusals)
     world.ask(2)
     assert len(world.scheduler()) == 1
 
@@ -693,7 +695,7 @@ def test_images_that_do_not_fit_their_prompt(
     assert world.scheduler() == []
 
 
-def named_images(world: World, *urls: str) -> None:
+def named_images(world: World, *urls: str, rid: int = 1) -> None:
     """A prompt whose images are at these addresses, and a short one behind it."""
 
     async def main() -> None:
@@ -701,11 +703,11 @@ def named_images(world: World, *urls: str) -> None:
             world.context.host({}, nursery)
             files = tuple(ImageFile(b"", f"image{i}", url) for i, url in enumerate(urls))
             prompt = TextPrompt("<think>" * len(files), images=files)
-            world.fronts["front.0"].ref("text").post(Generate(1, 1, prompt, SamplingParams(max_new_tokens=5)))
+            world.fronts["front.0"].ref("text").post(Generate(rid, 1, prompt, SamplingParams(max_new_tokens=5)))
             world.fronts["front.0"].ref("text").post(Tokenize(9, prompt, True))
             world.settle()
-            world.ask(2, "short")
-            assert [s.rid for s in world.scheduler()] == [2]
+            world.ask(rid + 1, "short")
+            assert [s.rid for s in world.scheduler()] == [rid + 1]
 
     trio.run(main)
 
@@ -745,9 +747,9 @@ def test_images_are_fetched_while_others_go_on(world: World, tokenizer: Tokenize
     assert len(tokenized.ids) // 4 == 40
     assert [type(message) for message in world.scheduler()] == [ImagePixels, Submit]
     assert sorted(asked) == [f"https://a.example/{i}" for i in (1, 1, 2, 2)]
-    named_images(world, "https://a.example/1", "https://a.example/wrong")
+    named_images(world, "https://a.example/1", "https://a.example/wrong", rid=3)
     refusals = world.front()
-    assert {(m.rid, m.code, m.param) for m in refusals} == {(n, "image_not_fetched", "image1") for n in (1, 9)}
+    assert {(m.rid, m.code, m.param) for m in refusals} == {(n, "image_not_fetched", "image1") for n in (3, 9)}
     assert not world.text.tokenizing
 
 
