@@ -46,7 +46,9 @@ class Errands:
         return self.update is not None and (self.update.loaded or self.update.rid == OURS)
 
     def order(self, m: Order) -> None:
-        """Take an order; its answer comes later."""
+        """Take an order; its answer comes later, and once, also if a text actor's successor sends it again."""
+        if m.rid in self._open or (self.update is not None and self.update.rid == m.rid):
+            return
         if m.action in PROFILES:
             self._open.add(m.rid)
             self._instruct(Instruct(m.rid, PROFILES[m.action], m.detail))

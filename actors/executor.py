@@ -108,6 +108,8 @@ class Executor(Actor):
         """Weights beside those in use, and their folder."""
         self.waiting = False
         """For other ranks, while starting."""
+        self.schedulers_lost = 0
+        """How many died: weights that were loaded for one of them are of no use to the next."""
         self.threads = cpu_threads(context.config)
         self._last_done_ns = 0
 
@@ -245,6 +247,8 @@ class Executor(Actor):
             case PeerDown(name=name):
                 self.up.discard(name)
                 if name == self.scheduler:
+                    self.schedulers_lost += 1
+                    self.loaded = None
                     self._forget()
                     self._hand_on(Forget())
             case Forget():
@@ -296,14 +300,17 @@ class Executor(Actor):
 
     async def _instructed(self, m: Instruct) -> None:
         """Do what the scheduler asks beside windows, and say what came of it."""
-        text = ""
+        text, lost = "", self.schedulers_lost
         try:
             if m.task == "start_profile":
                 self.profiler.start(msgspec.json.decode(m.detail or "{}", type=ProfileOptions))
             elif m.task == "stop_profile":
                 text = await self.profiler.stop()
             else:
-                await trio.to_thread.run_sync(self._load_beside, m.detail)
+                loaded = await trio.to_thread.run_sync(self._load_beside, m.detail)
+                if lost != self.schedulers_lost:
+                    return  # the next one asks again
+                self.loaded = loaded
         except ActorserveError as error:
             status = 400 if isinstance(error, StartupError) else error.status
             param = "model_path" if isinstance(error, StartupError) else error.param
@@ -311,7 +318,7 @@ class Executor(Actor):
         else:
             self._publish(Carried(m.rid, m.task, text))
 
-    def _load_beside(self, folder: str) -> None:
+    def _load_beside(self, folder: str) -> tuple[str, Decoder]:
         """Load weights of the model's shapes; both are in memory until they are swapped. Raises StartupError."""
         assert self.runner is not None
         if self.group is not None:
@@ -331,7 +338,7 @@ class Executor(Actor):
             raise StartupError("there is no memory for a second set of weights") from None
         if decoder.spec != now.spec or decoder.dtype != now.dtype:
             raise StartupError("these weights are of another model: config.json has other shapes or settings")
-        self.loaded = (folder, decoder)
+        return folder, decoder
 
     def _swap_weights(self) -> None:
         """Run the loaded weights over the same pages, from an empty batch."""

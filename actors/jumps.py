@@ -59,13 +59,13 @@ def landed(chunks: list[PrefillChunk], jumping: list[JumpChunk], row: int = 0) -
     """
     found = []
     for request in (c.request for c in chunks if c.draws and c.request.unsent):
-        found.append(Landed(request, request.tokens[-request.unsent :].tolist()))
+        found.append(Landed(request, request.tokens[-request.unsent :].tolist(), request.matches))
         request.unsent = 0
     for jump in jumping:
-        found.append(Landed(jump.request, list(jump.tokens[1:]), row if jump.scored else None))
-        row += jump.scored
         for token in jump.tokens[1:]:
             jump.request.append(token)
+        found.append(Landed(jump.request, list(jump.tokens[1:]), jump.request.matches, row if jump.scored else None))
+        row += jump.scored
     return found
 
 

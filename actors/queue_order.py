@@ -66,7 +66,7 @@ def make_order(
     """Return the order of a `schedule_policy`; `matched` and `match_node` look a request up in the tree."""
     if policy == "random":
         rng = Random(seed)
-        return lambda requests: rng.sample(requests, len(requests))
+        return lambda requests: fcfs(rng.sample(requests, len(requests)))
     if policy == "dfs-weight":
         return depth_first_weight(match_node)
     return longest_prefix_match(matched) if policy == "lpm" else fcfs

@@ -122,6 +122,11 @@ class Request:
         return self.guided is not None and stopped and token not in self.params.stop_token_ids
 
     @property
+    def matches(self) -> bool:
+        """Whether its tokens are known to match its grammar."""
+        return self.constraint is not None and self.constraint.complete
+
+    @property
     def jumps(self) -> bool:
         """Whether forced tokens may come as chunks; see jumps.py."""
         return self.constraint is not None

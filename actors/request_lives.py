@@ -76,11 +76,14 @@ class RequestLives:
     # ------------------------------------------------------------------ requests come and go
 
     def add(self, request: Request) -> None:
-        """Queue a new request.
+        """Queue a new request. One that is here already is not queued again: its text actor may ask for it, and then
+        hear that there was another scheduler before, and ask again.
 
         Raises:
             RequestError: its prompt can never fit.
         """
+        if request.rid in self.requests:
+            return
         capacity = self.pool.num_pages * self.page
         if request.prompt_length >= capacity:
             raise RequestError(
@@ -165,6 +168,22 @@ class RequestLives:
         self._release.clear()
         self.kv.clear()
         return guilty
+
+    def resize(self, num_pages: int) -> list[Request]:
+        """Another executor has come, with so many pages: what is free at its start is not the same each time.
+
+        Returns the requests that have more tokens than it has room for: they are ended.
+        """
+        if num_pages == self.pool.num_pages:
+            return []
+        self.pool.resize(num_pages)
+        capacity = num_pages * self.page
+        for request in self.requests.values():
+            request.limit = min(request.limit, capacity)
+        too_long = [request for request in self.requests.values() if len(request.tokens) >= capacity]
+        for request in too_long:
+            self._end(request, keep=False)
+        return too_long
 
     def retract(self, request: Request) -> None:
         """Take a running request's slot and pages back and queue it again, ahead of the others."""

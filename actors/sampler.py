@@ -7,7 +7,7 @@ is sent for, since the slot may still run for another request in the windows bef
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, ClassVar, assert_never
+from typing import Any, ClassVar, Final, assert_never
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from .messages import (
     SlotParams,
 )
 
+BEFORE_ALL: Final = -1
+"""A window before a scheduler's first one, which is 0."""
+
 
 class Sampler(Actor):
     """See the module's text. `state` is set by the executor, which knows the device."""
@@ -53,9 +56,7 @@ class Sampler(Actor):
                 self.changes.add(message.window, self._change(message))
             case PeerDown():
                 self.changes.clear()
-                for handle in list(self.grammars):
-                    assert self.state is not None
-                    self._drop(handle, self.state)
+                self.changes.add(BEFORE_ALL, self._drop_all)  # a window of its may be under way
             case PeerUp() | Drain():
                 pass  # nothing of the sampler's depends on it
 
@@ -89,6 +90,10 @@ class Sampler(Actor):
     def _drop(self, handle: int, state: SamplerState) -> None:
         state.drop_grammar(handle)
         self.grammars.discard(handle)
+
+    def _drop_all(self, state: SamplerState) -> None:
+        for handle in list(self.grammars):
+            self._drop(handle, state)
 
     def sync(self, window: int, changes: int) -> None:
         """Apply what was sent for `window`, so many messages. Raises as WindowChanges.apply."""

@@ -13,15 +13,19 @@ from typing import Final
 
 import numpy as np
 
+from ..config import EngineConfig, Pooling
 from ..kvstore.radix import Match
+from ..models.ledger import CHUNK, MIXED_CHUNK
 from . import jumps
-from .messages import Finish
+from .desk import Desk
+from .messages import ExecutorReady, Finish
 from .request import Request, Stage
 from .request_lives import RequestLives
 from .window import Closed, JumpChunk, Landed, PrefillChunk, Scored, Seat, Window
 
 HELD_BACK_AT_MOST: Final = 128  # requests waiting for a sharer's prefix that one plan looks at
 EXPECTED_NEW_TOKENS: Final = 4096  # admission does not expect more from one request (SGLang's clip)
+AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
 CROWD: Final = 4096  # waiting prompt tokens from which on throughput counts more than the pace of running streams
 
 
@@ -127,7 +131,7 @@ class Schedule(RequestLives):
         row = 0
         for chunk in window.chunks:
             request = chunk.request
-            if chunk.scored and chunk.admission == request.admissions and request.rid in self.requests:
+            if chunk.scored and chunk.admission == request.admissions and self.requests.get(request.rid) is request:
                 assert request.scores is not None and scores is not None
                 place = chunk.score_from + 1
                 request.scores.learn(place, scores[row : row + chunk.scored])
@@ -385,3 +389,15 @@ class Schedule(RequestLives):
 
     def _pages_needed(self, rows: np.ndarray, steps: int) -> int:
         return int(self.slots.pages_short(rows, steps, self.page).sum()) if len(rows) else 0
+
+
+def schedule_for(m: ExecutorReady, config: EngineConfig, pooling: Pooling | None, desk: Desk) -> Schedule:
+    """Return a Schedule for an executor of this size; `pooling`: ModelInfo's."""
+    chunk, mixed = config.chunked_prefill_size, None
+    if chunk is None:
+        chunk, mixed = CHUNK[m.device], MIXED_CHUNK[m.device]
+    if pooling is not None and pooling.whole:
+        chunk, mixed = 0, None
+    window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms
+    reuses = pooling is None or pooling.reuses
+    return Schedule(config, m.num_pages, m.max_slots, chunk, window_ms, mixed, reuses, desk)

@@ -16,7 +16,6 @@ import trio
 from msgspec.structs import replace
 
 from ..errors import ActorserveError, RequestError
-from ..models.ledger import CHUNK, MIXED_CHUNK
 from .actor import Actor, Context
 from .desk import MAX_DEATHS, Suspects
 from .errands import Errands
@@ -66,7 +65,7 @@ from .messages import (
 )
 from .ref import Gone
 from .request import Request, request_of
-from .schedule import Schedule
+from .schedule import Schedule, schedule_for
 from .score_rows import columns_of, computed_logprobs, known_logprobs
 from .stats import stats_of
 from .timeline import TimelineStore
@@ -79,8 +78,8 @@ from .window_messages import jumps_of, plan_of, slot_masks, slot_params
 STATS_SECONDS: Final = 0.25
 FSM: Final = "fsm"
 EXECUTOR_DIED: Final = "the executor died twice of this request, as far as can be told; it is not tried again"
+NO_ROOM: Final = "the executor died, and the next one has room for fewer tokens than this request has"
 FSM_DIED: Final = f"the fsm actor died {MAX_DEATHS} times while it followed this request; it is not tried again"
-AUTO_WINDOW_MS: Final = {"cpu": 30.0, "cuda": 10.0}
 
 
 class Scheduler(Actor):
@@ -236,7 +235,7 @@ class Scheduler(Actor):
         except RequestError as e:
             self._to_text(Ended(request.rid, e.status, e.code, e.message, e.param))
             return
-        if request.guided is not None:
+        if request.guided is not None and self.schedule.requests.get(request.rid) is request:
             self.guided.add(request)
 
     def _abort(self, rid: int) -> None:
@@ -334,21 +333,13 @@ class Scheduler(Actor):
 
     def _executor_ready(self, m: ExecutorReady) -> None:
         if self.schedule is None:
-            config = self.context.config
-            chunk, mixed = config.chunked_prefill_size, None
-            if chunk is None:
-                chunk, mixed = CHUNK[m.device], MIXED_CHUNK[m.device]
-            pooling = self.context.model.pooling
-            if pooling is not None and pooling.whole:
-                chunk, mixed = 0, None
-            window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms
-            reuses = pooling is None or pooling.reuses
-            self.schedule = Schedule(
-                config, m.num_pages, m.max_slots, chunk, window_ms, mixed, reuses, self.context.desk
-            )
+            self.schedule = schedule_for(m, self.context.config, self.context.model.pooling, self.context.desk)
             early, self.early = self.early, []
             for request in early:
                 self._add(request)
+        else:
+            for request in self.schedule.resize(m.num_pages):
+                self._to_text(Ended(request.rid, 503, "executor_crashed", NO_ROOM))
         self.executor_up = not self.errands.restore(m.weights)
         self.images.token_bytes = m.image_token_bytes
         self._send_stats()

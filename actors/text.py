@@ -11,6 +11,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar, assert_never
@@ -68,12 +69,23 @@ from .running import Running
 
 R = TypeVar("R")
 G = TypeVar("G", Generate, Tokenize)
+UNTOKENIZED: Final = "the prompt could not be tokenized"
 POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
 DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
 FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
     Finish.POISON: partial(ActorserveError, POISONED),
     Finish.GRAMMAR: partial(RequestError, DEAD_END, code="grammar_dead_end"),
 }
+
+
+@dataclass(slots=True, eq=False)
+class Tokenizing:
+    """A request whose prompt a thread tokenizes, or whose images are on their way."""
+
+    front: str
+    request: Generate
+    aborted: set[int] = field(default_factory=set)
+    """Of its ids, those that its front wants to end as soon as they begin."""
 
 
 class Text(Running):
@@ -83,8 +95,8 @@ class Text(Running):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.tokenizing: dict[int, str] = {}
-        """First id of each request that a thread tokenizes: its front."""
+        self.tokenizing: dict[int, Tokenizing] = {}
+        """Requests that are not known to a scheduler yet, by their first id."""
         self.prompts = Prompts(context.config, context.model, None, None)
         self.fetcher: Fetcher | None = None
         """Of images that clients name by an address."""
@@ -145,10 +157,8 @@ class Text(Running):
                 self._peer_up(message.name)
             case Abort():
                 self._abort(message)
-            case AbortNamed(name=name, tenant=tenant):
-                for output in list(self.outputs.values()):
-                    if output.is_called(name, tenant):
-                        self._abort(Abort(output.rid))
+            case AbortNamed():
+                self._abort_named(message)
             case Tokenize():
                 self._tokenize(message, source)
             case Detokenize():
@@ -165,19 +175,24 @@ class Text(Running):
     # ------------------------------------------------------------------ from the fronts
 
     def _generate(self, m: Generate, front: str) -> None:
+        if m.rid in self.tokenizing or any(rid in self.outputs for rid in range(m.rid, m.rid + m.n)):
+            return  # its front asked us before it heard that our predecessor had died, and asks for all again
         if not self.prompts.is_long(m.prompt):
             self._submit(m, front)
             return
-        self.tokenizing[m.rid] = front
         if isinstance(m.prompt, TokenPrompt):
             m = replace(m, prompt=replace(m.prompt, ids=memoryview(bytes(m.prompt.ids))))
+        self.tokenizing[m.rid] = Tokenizing(front, m)
         self.context.nursery.start_soon(self._submit_from_thread, m, front)
 
     async def _submit_from_thread(self, m: Generate, front: str) -> None:
         """A long prompt, or one with images: nothing of `m` aliases the ring."""
         prompt = await self._in_thread(self._encode, m)
-        if self.tokenizing.pop(m.rid, None) is not None:
+        early = self.tokenizing.pop(m.rid, None)
+        if early is not None:
             self._admit(m, front, prompt)
+            for rid in sorted(early.aborted):
+                self._abort(Abort(rid))
 
     def _submit(self, m: Generate, front: str) -> None:
         self._admit(m, front, self._encode(m))
@@ -190,7 +205,7 @@ class Text(Running):
             return error
         except Exception:
             self.context.log.exception("tokenizing failed")
-            return ActorserveError("the prompt could not be tokenized")
+            return ActorserveError(UNTOKENIZED)
 
     def _admit(self, m: Generate, front: str, prompt: Encoded | ActorserveError) -> None:
         """Hand the choices to a scheduler, or refuse them all. If it is down they wait for the next one."""
@@ -266,14 +281,27 @@ class Text(Running):
         self._to_schedulers(Unpin(pins))
 
     def _abort(self, m: Abort) -> None:
-        """A front's wish; an output that has ended or is not tokenized yet is not known."""
+        """A front's wish; an output that has ended is not known. One that is not tokenized yet ends when it is."""
         output = self.outputs.get(m.rid)
-        if output is not None:
+        if output is None:
+            for early in self.tokenizing.values():
+                if m.rid - early.request.rid in range(early.request.n):
+                    early.aborted.add(m.rid)
+        else:
             output.aborted = True
             if output.replica.up and not output.replica.stale:
                 self._to_scheduler(output.replica, m)
             else:
                 self._end_aborted(output)
+
+    def _abort_named(self, m: AbortNamed) -> None:
+        for output in list(self.outputs.values()):
+            if output.is_called(m.name, m.tenant):
+                self._abort(Abort(output.rid))
+        for early in self.tokenizing.values():
+            request = early.request
+            if m.name in ("", request.name) and m.tenant in (None, request.tenant):
+                early.aborted.update(range(request.rid, request.rid + request.n))
 
     def _tokenize(self, m: Tokenize, front: str) -> None:
         if self.prompts.is_long(m.prompt):
@@ -313,10 +341,15 @@ class Text(Running):
         return await trio.to_thread.run_sync(noted, abandon_on_cancel=True, limiter=self._threads)
 
     def _tokenized(self, m: Tokenize) -> Tokenized | Refused:
+        """The answer. A text that breaks the tokenizer breaks only its request, here too."""
         try:
             return Tokenized(m.rid, memoryview(self.prompts.tokenize(m.prompt, m.add_special_tokens).tobytes()))
         except RequestError as error:
             return Refused(m.rid, 1, error.status, error.code, error.message, error.param)
+        except Exception:
+            self.context.log.exception("tokenizing failed")
+            fault = ActorserveError(UNTOKENIZED)
+            return Refused(m.rid, 1, fault.status, fault.code, fault.message)
 
     def _detokenize(self, m: Detokenize, front: str) -> None:
         if self._detokenizers is None:
@@ -430,7 +463,7 @@ class Text(Running):
             return
         name = m.name
         self._changed.pop(name, None)
-        self.tokenizing = {rid: front for rid, front in self.tokenizing.items() if front != name}
+        self.tokenizing = {rid: early for rid, early in self.tokenizing.items() if early.front != name}
         self.orders.drop(name)
         for output in [o for o in self.outputs.values() if o.front == name]:
             self._forget(output.rid)

@@ -64,7 +64,9 @@ def closed_tokens(closed: Closed) -> list[Tokens]:
     rid = memoryview(array("q", [closed.request.rid]).tobytes())
     finish = memoryview(bytes([Finish.STOP]))
     end = Tokens(rid, int32([closed.end]), finish, NOTHING, 0, NOTHING, NOTHING, complete=int32([0]))
-    return [forced_tokens_of([Landed(closed.request, closed.forced)], None), end] if closed.forced else [end]
+    if not closed.forced:
+        return [end]
+    return [forced_tokens_of([Landed(closed.request, closed.forced, closed.request.matches)], None), end]
 
 
 def final_without_token(request: Request) -> Tokens:

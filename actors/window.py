@@ -50,13 +50,10 @@ class Landed:
 
     request: Request
     tokens: list[int]
+    complete: bool
+    """Whether the output matches its grammar with the last of them; never before, for there its end is no way."""
     scored: int | None = None
     """The row of its first token in the step's Scores."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether the output matches its grammar with the last of them; never before, for there its end is no way."""
-        return self.request.constraint is not None and self.request.constraint.complete
 
 
 @dataclass(slots=True)

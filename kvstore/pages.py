@@ -29,8 +29,15 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         """Raises ValueError for a negative number of pages."""
+        self.num_pages = self.num_free = 0
+        self.resize(num_pages)
+
+    def resize(self, num_pages: int) -> None:
+        """Becomes a new pool of so many pages. Raises ValueError while a page is in use, or for a negative number."""
         if num_pages < 0:
             raise ValueError(f"a pool cannot have {num_pages} pages")
+        if self.num_free != self.num_pages:
+            raise ValueError(f"{self.num_pages - self.num_free} pages are in use")
         self.num_pages = num_pages
         self.num_free = num_pages
         self._stack: Int32Array = np.arange(num_pages - 1, -1, -1, dtype=np.int32)

@@ -8,17 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, product
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import tiny
+import torch
 import trio
+from simulated_executor import EOS, VOCAB
+from simulated_grammars import grammar_of
 from test_executor import AheadStepper
 from word_model import word_model
 
 from actorserve import Engine, SamplingParams
 from actorserve.actors import executor
+from actorserve.actors.actor import Context
 from actorserve.actors.compile_pool import Worker
 from actorserve.actors.fsm import Fsm
-from actorserve.actors.messages import GrammarSpec
+from actorserve.actors.messages import NOTHING, GrammarSpec, LoadGrammar, PeerDown, SamplerInbox, SlotParams
+from actorserve.actors.sampler import Sampler
+from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import RequestError
 
 PATTERN = r'\{"Hello there": "[a-z ]{1,12}", "The quick brown fox": (true|false), "today": [0-9]{1,3}\}'
@@ -246,3 +253,36 @@ def test_a_request_that_leaves_while_its_grammar_compiles(folder: str, monkeypat
                 await trio.sleep(0.01)
 
     trio.run(main)
+
+
+def test_the_steps_of_a_dead_schedulers_window_keep_its_grammars() -> None:
+    """The sampler hears of the death between two steps, and the executor only when the window is over: until the next
+    scheduler's first window rows are drawn by what they had."""
+    model = ModelInfo(name="m", path="", model_type="llama", vocab_size=VOCAB, context_length=64, eos_ids=(EOS,))
+    sampler = Sampler(Context("sampler.0", EngineConfig(), model, SamplerInbox))
+    sampler.prepare(2, VOCAB, model.eos_ids, torch.device("cpu"))
+    grammar = grammar_of(0)
+
+    def begin(window: int) -> None:
+        arrays = (memoryview(a.tobytes()) for a in (grammar.token_class, grammar.transitions, grammar.canonical))
+        sampler.receive(LoadGrammar(window, 7, *arrays), "sched")
+        sampler.receive(SlotParams(window, 0, SamplingParams(seed=1), NOTHING, NOTHING, 4, 0, 7, 0), "sched")
+        sampler.sync(window, 2)
+
+    def draw(position: int) -> int:
+        slots, at = torch.tensor([0]), torch.tensor([position])
+        drawn = sampler.draw(torch.zeros(1, VOCAB), slots, at, sampler.mode(np.array([0])), np.array([0]))
+        assert drawn.finish.item() == 0
+        return int(drawn.ids.item())
+
+    begin(0)
+    first = draw(4)
+    state = grammar.step(0, first)
+    sampler.receive(PeerDown("sched", 1, "killed"), "supervisor")
+    for position in (5, 6):
+        state = grammar.step(state, draw(position))
+        assert state >= 0
+    sampler.receive(PeerDown("sched", 2, "killed"), "supervisor")
+    begin(0)
+    assert draw(4) == first and sampler.grammars == {7}
+    sampler.context.close()

@@ -8,10 +8,23 @@ from pathlib import Path
 
 import pytest
 import tiny
+import trio
 
 from actorserve import Engine, SamplingParams
+from actorserve.actors.actor import Context, connect
 from actorserve.actors.errands import OURS, Errands
-from actorserve.actors.messages import Carried, Done, Instruct, Order, Refused
+from actorserve.actors.executor import Executor
+from actorserve.actors.messages import (
+    Carried,
+    Done,
+    ExecutorInbox,
+    Instruct,
+    Order,
+    PeerDown,
+    Refused,
+    SchedulerInbox,
+)
+from actorserve.config import EngineConfig, ModelInfo
 from actorserve.errors import ActorserveError, RequestError
 
 # ------------------------------------------------------------------ the protocol
@@ -38,6 +51,20 @@ def test_an_update_goes_in_two_parts(errands: Errands, said: list[object]) -> No
     assert said[1:] == [Instruct(1, "swap_weights")]
     errands.carried(Carried(1, "swap_weights"))
     assert said[2:] == [Done(1)] and not errands.holds and errands.weights == "/a"
+
+
+def test_an_order_that_comes_again_is_answered_once(errands: Errands, said: list[object]) -> None:
+    """As a text actor's successor sends it."""
+    for _ in range(2):
+        errands.order(Order(1, "update_weights", "/a"))
+        errands.order(Order(2, "start_profile", "{}"))
+    assert said == [Instruct(1, "load_weights", "/a"), Instruct(2, "start_profile", "{}")]
+    errands.carried(Carried(1, "load_weights"))
+    errands.order(Order(1, "update_weights", "/a"))
+    errands.swap()
+    errands.carried(Carried(1, "swap_weights"))
+    errands.carried(Carried(2, "start_profile"))
+    assert said[2:] == [Instruct(1, "swap_weights"), Done(1), Done(2)]
 
 
 def test_weights_that_cannot_be_loaded_change_nothing(errands: Errands, said: list[object]) -> None:
@@ -80,6 +107,46 @@ def test_a_scheduler_learns_from_the_executor_what_is_in_use(errands: Errands) -
 
 PROMPT = tiny.prompt(40, seed=1)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
+
+
+def test_weights_for_a_scheduler_that_died_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are there, or still loaded: the next one asks again, maybe for others."""
+    config = EngineConfig()
+    model = ModelInfo(name="m", path="", model_type="llama", vocab_size=9, context_length=64, eos_ids=(0,))
+    context = Context("exec.0", config, model, ExecutorInbox, sends_to=["sched"])
+    sched = Context("sched", config, model, SchedulerInbox)
+    connect(context, sched)
+    executor, go = Executor(context), threading.Event()
+
+    def load(self: Executor, folder: str) -> tuple[str, object]:
+        assert folder != "/slow" or go.wait(30)
+        return folder, None
+
+    async def carried() -> int:
+        while True:
+            item = sched.inbox.poll()
+            if item is None:
+                await sched.inbox.wait()
+            elif isinstance(item[0], Carried):
+                return item[0].rid
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            context.host({}, nursery)
+            for rid, folder in enumerate(("/slow", "/quick")):
+                executor.receive(Instruct(rid, "load_weights", folder), "sched")
+            assert await carried() == 1 and executor.loaded == ("/quick", None)
+            executor.receive(PeerDown("sched", 1, "killed"), "supervisor")
+            assert executor.loaded is None
+            executor.receive(Instruct(2, "load_weights", "/other"), "sched")
+            assert await carried() == 2
+            go.set()
+        assert executor.loaded == ("/other", None) and sched.inbox.poll() is None
+
+    monkeypatch.setattr(Executor, "_load_beside", load)
+    trio.run(main)
+    for one in (context, sched):
+        one.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from simulated_executor import SimulatedExecutor
+from simulated_executor import EOS, SimulatedExecutor
 from simulated_grammars import grammar_of
 from test_schedule import Engine, prompt_of
 
 from actorserve.actors.constraint import Constraint, Grammar
 from actorserve.actors.request import Stage
+from actorserve.actors.token_messages import forced_tokens_of
 from actorserve.sampler.params import SamplingParams
 
 
@@ -87,6 +88,21 @@ def test_what_is_forced_at_the_start_is_computed_with_the_prompt() -> None:
     assert [(item.request, item.tokens) for item in e.schedule.landed] == [(r, list(range(100, 109)))]
     assert e.executor.forwards == 1 and e.schedule.counters.forced_tokens == 9
     e.live.clear()  # `expected` begins at state 0
+
+
+@pytest.mark.parametrize("final", [1, 2])
+def test_whether_forced_tokens_match_does_not_depend_on_the_one_drawn_behind_them(final: int) -> None:
+    """In one step's results: 100 is forced and ends in state 1, a choice leads to state 2; one of the two is final."""
+    token_class = np.full(200, 2, np.uint16)
+    token_class[0] = 1
+    transitions = np.array([[-1, -1, 1], [-1, -1, 2], [-1, -1, 1]], np.int16)
+    transitions[final, 1] = final
+    e = Engine()
+    r = e.add(prompt_of(1, 20), grammar=Grammar(0, token_class, transitions, np.array([100, -1, -1], np.int32)))
+    assert e.plan() and e.report() and r.tokens[20] == 100 and r.tokens[21] != EOS
+    forced = forced_tokens_of(e.schedule.landed, None)
+    assert list(forced.complete.cast("i")) == ([0] if final == 1 else [])
+    assert e.schedule.complete == ([0] if final == 2 else [])
 
 
 @pytest.mark.parametrize("what", ["retract", "die"])

@@ -162,6 +162,19 @@ def test_interrupted(what: str) -> None:
     assert run(e, request) >= 69 - 32 and e.computed <= 69
 
 
+def test_of_a_prompt_that_is_asked_again_under_its_id() -> None:
+    """As a text actor's successor does: what windows in flight bring is the request's before, and nobody's."""
+    e = Telling(chunk=16)
+    prompt = prompt_of(1, 40)
+    e.ask(prompt)
+    assert e.plan()
+    e.schedule.abort_all()
+    e.requests.clear()
+    again = e.ask(prompt)
+    assert again.rid == 1
+    run(e, again)
+
+
 def test_beside_jumps() -> None:
     """In a step's scores the rows of jumps come behind those of prompts."""
     e = Telling(chunk=32, num_continuous_decode_steps=1)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from msgspec.structs import replace
 from simulated_executor import VOCAB
 from stub_world import StubWorld
 
@@ -153,6 +154,39 @@ def test_deaths_of_others_making_are_nobodys_fault() -> None:
         world.kill_executor()
     world.settle()
     assert all(one.end.startswith("finish") for one in ones), [one.end for one in ones]
+    world.close()
+
+
+@pytest.mark.parametrize("pages", [8, 60])
+def test_the_next_executor_has_another_number_of_pages(pages: int) -> None:
+    """Memory that is free at its start differs. What has no room there any more is told so; the rest goes on."""
+    world = StubWorld(pages=40, slots=6)
+    ones = [world.ask(prompt_of(i, 30), params_of(i, 60, ignore_eos=True)) for i in range(8)]
+    long = world.ask(prompt_of(9, 200), params_of(9, 4, ignore_eos=True))
+    for _ in range(8):
+        world.turn()
+    assert world.live() == [*ones, long] and any(one.said for one in ones)
+    world.config = replace(world.config, max_total_tokens=16 * pages)
+    world.kill_executor(fault=False)
+    world.settle()
+    assert all(one.end == "finish 2" for one in ones) and [len(one.said) for one in ones] == [60] * 8
+    assert long.end == ("executor_crashed" if pages == 8 else "finish 2")
+    assert world.schedule is not None and world.schedule.pool.num_pages == pages
+    world.close()
+
+
+@pytest.mark.parametrize("grammar", [-1, 2])
+def test_a_request_that_comes_twice_runs_once(grammar: int) -> None:
+    """A text actor that hears of a death late has asked the next scheduler before it knows that it is another one."""
+    world = StubWorld(pages=40)
+    one = world.ask(prompt_of(1, 40), params_of(1, 20), grammar=grammar)
+    for _ in range(4):
+        world.post(one.submit)
+        world.turn()
+    assert one.said
+    world.post(one.submit)
+    world.settle()
+    assert one.end.startswith("finish")
     world.close()
 
 

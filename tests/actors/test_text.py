@@ -19,6 +19,7 @@ from actorserve.actors.actor import Context, connect, disconnect
 from actorserve.actors.messages import (
     NO_STATS,
     Abort,
+    AbortNamed,
     Cancel,
     ChatPrompt,
     Chunk,
@@ -277,14 +278,16 @@ def test_prompt_tokens_in_the_engine_are_bounded(folder: str) -> None:
 
 
 def test_a_tokenizer_that_raises_breaks_one_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(prompt: Any) -> None:
+    def broken(*prompt: Any) -> None:
         raise ValueError("/secret/path")
 
     with monkeypatch.context() as patch:
         patch.setattr(world.text.prompts, "encode", broken)
+        patch.setattr(world.text.prompts, "tokenize", broken)
         world.ask(1)
-    (refused,) = world.front()
-    assert refused.status == 500 and "secret" not in refused.message
+        refusals = [*world.front(), *question(world, Tokenize(7, TextPrompt("Hello")))]
+    assert [m.rid for m in refusals] == [1, 7]
+    assert all(m.status == 500 and "secret" not in m.message for m in refusals)
     world.ask(2)
     assert len(world.scheduler()) == 1
 
@@ -309,6 +312,51 @@ def test_long_prompts_are_tokenized_in_a_thread(world: World, tokenizer: Tokeniz
     (refused,) = world.front()  # far over the tiny context; the cancelled ones are not heard of
     assert (refused.rid, refused.code, refused.param) == (1, "context_length_exceeded", "prompt")
     assert world.front("front.1") == [] and world.scheduler() == [] and not world.text.tokenizing
+
+
+def test_a_request_that_comes_twice(world: World, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    """A front that hears of a death late has asked the next text actor before it knows that it is another one."""
+    world.ask(1, n=2)
+    world.row((1, tokenizer.encode("a")[0]))
+    world.ask(1, n=2)
+    assert [type(m) for m in world.scheduler()] == [Submit, Submit]
+    world.row((1, tokenizer.encode("b")[0], Finish.LENGTH), (2, tokenizer.encode("c")[0], Finish.LENGTH))
+    chunks = world.chunks()
+    assert [whole([c for c in chunks if c.rid == rid]) for rid in (1, 2)] == ["ab", "c"]
+    assert not world.text.prompt_tokens and not world.text.replicas[0].requests
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            world.ask(5)
+            world.ask(5)
+
+    monkeypatch.setattr(prompts, "INLINE_CHARS", 1)
+    trio.run(main)
+    assert [m.rid for m in world.scheduler()] == [5]
+
+
+def test_an_abort_while_the_prompt_is_tokenized(world: World, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    """Or its images are fetched: it ends then, with nothing. By its id, or by its name from another front."""
+    monkeypatch.setattr(prompts, "INLINE_CHARS", 1)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            for rid, name in ((1, "a"), (4, "b"), (5, "c")):
+                asked = Generate(rid, 3 if rid == 1 else 1, TextPrompt("Hello"), SamplingParams(), name=name)
+                world.fronts["front.0"].ref("text").post(asked)
+            for message in (Abort(2), Abort(4), Abort(9)):
+                world.fronts["front.0"].ref("text").post(message)
+            world.fronts["front.1"].ref("text").post(AbortNamed("c", None))
+            world.settle()
+            assert world.scheduler() == [] and list(world.text.tokenizing) == [1, 4, 5]
+
+    trio.run(main)
+    told = world.scheduler()
+    assert {m.rid for m in told if isinstance(m, Submit)} == {1, 2, 3, 4, 5}
+    assert sorted(m.rid for m in told if isinstance(m, Abort)) == [2, 4, 5]
+    assert not world.text.tokenizing
 
 
 # ------------------------------------------------------------------ output
@@ -647,7 +695,7 @@ def test_images_that_do_not_fit_their_prompt(
     assert world.scheduler() == []
 
 
-def named_images(world: World, *urls: str) -> None:
+def named_images(world: World, *urls: str, rid: int = 1) -> None:
     """A prompt whose images are at these addresses, and a short one behind it."""
 
     async def main() -> None:
@@ -655,11 +703,11 @@ def named_images(world: World, *urls: str) -> None:
             world.context.host({}, nursery)
             files = tuple(ImageFile(b"", f"image{i}", url) for i, url in enumerate(urls))
             prompt = TextPrompt("<think>" * len(files), images=files)
-            world.fronts["front.0"].ref("text").post(Generate(1, 1, prompt, SamplingParams(max_new_tokens=5)))
+            world.fronts["front.0"].ref("text").post(Generate(rid, 1, prompt, SamplingParams(max_new_tokens=5)))
             world.fronts["front.0"].ref("text").post(Tokenize(9, prompt, True))
             world.settle()
-            world.ask(2, "short")
-            assert [s.rid for s in world.scheduler()] == [2]
+            world.ask(rid + 1, "short")
+            assert [s.rid for s in world.scheduler()] == [rid + 1]
 
     trio.run(main)
 
@@ -699,9 +747,9 @@ def test_images_are_fetched_while_others_go_on(world: World, tokenizer: Tokenize
     assert len(tokenized.ids) // 4 == 40
     assert [type(message) for message in world.scheduler()] == [ImagePixels, Submit]
     assert sorted(asked) == [f"https://a.example/{i}" for i in (1, 1, 2, 2)]
-    named_images(world, "https://a.example/1", "https://a.example/wrong")
+    named_images(world, "https://a.example/1", "https://a.example/wrong", rid=3)
     refusals = world.front()
-    assert {(m.rid, m.code, m.param) for m in refusals} == {(n, "image_not_fetched", "image1") for n in (1, 9)}
+    assert {(m.rid, m.code, m.param) for m in refusals} == {(n, "image_not_fetched", "image1") for n in (3, 9)}
     assert not world.text.tokenizing
 
 

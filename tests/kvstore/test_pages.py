@@ -68,6 +68,20 @@ def test_bad_free_changes_nothing(pages: list[int], error: str) -> None:
     assert pool.is_free(np.arange(8, dtype=np.int32)).all()
 
 
+def test_a_pool_without_pages_in_use_becomes_a_new_one() -> None:
+    pool = PagePool(4)
+    pages = pool.allocate(2)
+    with pytest.raises(ValueError, match="2 pages are in use"):
+        pool.resize(6)
+    pool.free(pages)
+    for size in (6, 3):
+        pool.resize(size)
+        pool.check()
+        taken = pool.allocate(size)
+        assert taken.tolist() == list(range(size)) and pool.num_pages == size
+        pool.free(taken)
+
+
 def test_allocated_pages_are_the_callers_copy() -> None:
     pool = PagePool(4)
     pages = pool.allocate(2)
