@@ -24,6 +24,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 96,
 }
+LONG = {"type": "longrope", "original_max_position_embeddings": 32, "long_factor": [2.0] * 3, "short_factor": [1.0] * 3}
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -61,6 +62,10 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope type 'spiral'"),
         ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, "alpha"),
         ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rope_theta": 10**400}, "makes no sense"),
+        ({"head_dim": 7}, "7 of a head's 7 elements cannot be rotated in pairs"),
+        ({"partial_rotary_factor": 1.25}, "10 of a head's 8 elements cannot be rotated"),
+        ({"rope_scaling": LONG, "max_position_embeddings": 64}, "longrope has 3 factors for 4 pairs"),
         ({"num_key_value_heads": 3}, "8 attention heads cannot share 3"),
         ({"hidden_size": "64"}, "makes no sense"),
         ({"intermediate_size": -1}, "positive"),
