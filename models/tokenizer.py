@@ -30,8 +30,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SLOW_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
-COMPOSED: Final = 3
-"""Normalization to NFC makes one character of so many at most."""
+COMPOSED: Final = 4
+"""Normalization to NFC makes one character of so many at most (U+1F82)."""
+KEEPING: Final = ("NFC", "NFD", "Prepend", "Lowercase", "ByteLevel")
+"""Normalizers that leave out nothing of a text; NFC joins characters."""
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -77,9 +79,9 @@ class Tokenizer:
         self.eos_ids = files.eos_ids or tuple(i for i in (self._id("eos_token"),) if i is not None)
         self.text_end = self._id("eos_token") if files.config.get("add_eos_token") is True else None
         """Token that embedding models of this tokenizer want behind a text, whatever tokenizer.json says."""
-        self.scheme = byte_scheme(json.loads(_decoder_json(core)))
+        self.scheme = byte_scheme(_state(core.decoder))
         longest = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
-        self.chars_per_token = None if self.scheme is None else COMPOSED * longest
+        self.chars_per_token = COMPOSED * longest if _keeps_all(core, self.scheme) else None
         """Most characters of a text that can be behind one of its tokens; None: any number."""
         # Special tokens, and those that look like one (<|fim_prefix|>). Marks that models write themselves and
         # templates look for in old messages (<think>, <tool_call>) are ordinary text with an id of its own.
@@ -324,9 +326,29 @@ def _convert_slow(folder: Path, file: Path) -> None:
         raise StartupError(f"the tokenizer cannot be converted to tokenizer.json: {error}") from error
 
 
-def _decoder_json(core: tokenizers.Tokenizer) -> str:
-    state = core.decoder.__getstate__() if core.decoder is not None else b"null"
-    return state.decode() if isinstance(state, bytes) else str(state)
+def _keeps_all(core: tokenizers.Tokenizer, scheme: ByteScheme | None) -> bool:
+    """Whether all of a text is in its tokens. Others make one token of a run of unknown characters or spaces, or none
+    (Unigram, as XLM-RoBERTa has it)."""
+    model = core.model
+    if scheme is None or not isinstance(model, tokenizers.models.BPE):
+        return False
+    return (scheme.kind == "byte-level" or model.byte_fallback) and _shortens_nothing(_state(core.normalizer))
+
+
+def _shortens_nothing(normalizer: Json | None) -> bool:
+    if normalizer is None:
+        return True
+    if normalizer["type"] == "Sequence":
+        return all(map(_shortens_nothing, normalizer["normalizers"]))
+    if normalizer["type"] == "Replace":
+        return len(normalizer["content"]) >= len(normalizer["pattern"].get("String", normalizer["content"] + "*"))
+    return normalizer["type"] in KEEPING
+
+
+def _state(part: Any) -> Json | None:
+    """A part of tokenizer.json, as the library holds it."""
+    state: Json | None = None if part is None else json.loads(part.__getstate__())
+    return state
 
 
 def _json(file: Path) -> Json:

@@ -1,6 +1,7 @@
 """Ids are transformers', and what users write never becomes a control token."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import tiny_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers
+from tokenizers import Tokenizer as Tokens
 
 from actorserve.errors import RequestError, StartupError
 from actorserve.models import tokenizer as tokenizer_module
 from actorserve.models.control import ControlTokens, spelling
 from actorserve.models.template import ChatTemplate, decode_chat
-from actorserve.models.tokenizer import Tokenizer, byte_scheme, load_tokenizer
+from actorserve.models.tokenizer import COMPOSED, Tokenizer, byte_scheme, load_tokenizer
 
 TEXTS = [
     "",
@@ -324,3 +327,29 @@ def test_schemes() -> None:
     assert byte_scheme({"type": "Sequence", "decoders": [replace, strip]}) is None  # strips every token
     assert byte_scheme({"type": "WordPiece", "prefix": "##", "cleanup": True}) is None
     assert byte_scheme(None) is None
+
+
+def test_how_much_of_a_text_a_token_can_be(tmp_path: Path) -> None:
+    """A bound only where all of a text is in its tokens, for longer texts are refused without a look at them."""
+    made = load_tokenizer(tiny_tokenizers.byte_level(tmp_path / "byte"))
+    assert made.chars_per_token == COMPOSED * max(map(len, made.core.get_vocab()))
+    assert load_tokenizer(tiny_tokenizers.sentencepiece(tmp_path / "spm")).chars_per_token
+    assert load_tokenizer(tiny_tokenizers.word_piece(tmp_path / "word")).chars_per_token is None
+    assert len(unicodedata.normalize("NFD", "\u1f82")) == COMPOSED
+
+    def of(model: models.Model, normalizer: normalizers.Normalizer | None) -> tuple[int, int | None]:
+        core = Tokens(model)
+        core.normalizer, core.decoder = normalizer, decoders.Metaspace()
+        file = tmp_path / "tokenizer.json"
+        core.save(str(file))
+        tokenizer = load_tokenizer(str(tmp_path))
+        return len(tokenizer.encode("a" + " " * 1000 + "\u2603" * 1000)), tokenizer.chars_per_token
+
+    spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    vocabulary = [("<unk>", 0.0), ("a", -1.0), (" ", -1.5)]
+    assert of(models.Unigram(vocabulary, unk_id=0), spaces) == (3, None)  # XLM-RoBERTa's kind
+    plain = {"<unk>": 0, "a": 1, " ": 2}
+    assert of(models.BPE(plain, [], unk_token="<unk>", fuse_unk=True), None) == (1002, None)
+    fallback = plain | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    assert of(models.BPE(fallback, [], unk_token="<unk>", byte_fallback=True), spaces) == (3002, None)
+    assert of(models.BPE(fallback, [], unk_token="<unk>", byte_fallback=True), None) == (4001, COMPOSED * 6)
