@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,8 @@ def test_broken_files_are_refused(tmp_path: Path, out: Path, bpe: dict[str, Any]
     write_gguf(tmp_path / "m.gguf", bpe)
     whole = (tmp_path / "m.gguf").read_bytes()
     cut = random.Random(0).sample(range(len(whole)), 40)
-    for content in [b"", b"GGUF", b"no gguf at all" * 9, *(whole[:n] for n in cut)]:
+    endless = b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"x", 9, 4, 1 << 62)  # an array of so many numbers
+    for content in [b"", b"GGUF", b"no gguf at all" * 9, endless, *(whole[:n] for n in cut)]:
         (tmp_path / "b.gguf").write_bytes(content)
         with pytest.raises(StartupError):
             convert(tmp_path / "b.gguf", out)
