@@ -34,6 +34,7 @@ COMPOSED: Final = 4
 """Normalization to NFC makes one character of so many at most (U+1F82)."""
 KEEPING: Final = ("NFC", "NFD", "Prepend", "Lowercase", "ByteLevel")
 """Normalizers that leave out nothing of a text; NFC joins characters."""
+MOST_IDS: Final = 1 << 31
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -368,7 +369,8 @@ def _content(token: Any) -> str | None:
 
 
 def _ints(value: Any) -> list[int]:
-    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+    """The token ids of a configuration, where there is none at times -1."""
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and 0 <= v < MOST_IDS]
 
 
 def _first(*values: Any) -> int | None:

@@ -273,6 +273,16 @@ def test_special_tokens_and_ends(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.pad_id) == (0, 0)  # tokenizer_config.json names BOS: config.json does not count
 
 
+@pytest.mark.parametrize("no_token", [-1, 1 << 40, None, "x"])
+def test_ids_of_no_token(no_token: Any, tmp_path: Path) -> None:
+    """Llama 1 and what was made of it say -1 of the padding token that they do not have."""
+    folder = Path(tiny_tokenizers.byte_level(tmp_path, bos_token=None, eos_token=None))
+    named = {"pad_token_id": no_token, "bos_token_id": no_token, "eos_token_id": [no_token, 2]}
+    (folder / "config.json").write_text(json.dumps(named))
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_ids) == (None, None, (2,))
+
+
 def test_templates_by_name(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     folder = tiny_tokenizers.byte_level(tmp_path, chat_template=named)
