@@ -322,6 +322,20 @@ def test_begin_token(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
         assert 1 not in ids[1:]
 
 
+def test_padding_that_is_no_token(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
+    """Converters wrote -1 as the largest number of 32 bits."""
+    for token in (len(bpe["tokens"]), (1 << 32) - 1):
+        write_gguf(
+            tmp_path / "m.gguf",
+            bpe,
+            **{"tokenizer.ggml.padding_token_id": token, "tokenizer.ggml.unknown_token_id": token},
+        )
+        convert(tmp_path / "m.gguf", out)
+        assert "pad_token_id" not in json.loads((out / "config.json").read_text())
+        named = json.loads((out / "tokenizer_config.json").read_text())
+        assert named["eos_token"] == CONTROL[0] and not {"pad_token", "unk_token"} & named.keys()
+
+
 # ------------------------------------------------------------------ SentencePiece
 
 
