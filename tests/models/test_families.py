@@ -35,6 +35,20 @@ def test_defaults_are_those_of_transformers() -> None:
     assert spec_of({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}).kv_heads == 8
 
 
+UNSAID = sorted({kind for kind, _ in tiny.FAMILIES.values()} - {"GPT2", "Exaone", "DeepseekV2", "Cohere"})
+"""Families whose default configuration has a rope that is always the same: Cohere's was another before 5."""
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_the_rope_that_a_config_does_not_tell(name: str) -> None:
+    """It is transformers' own, whose value differs between families."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = getattr(transformers, f"{name}Config")().to_dict()
+    told, silent = spec_of(config), spec_of({key: config[key] for key in config if key != "rope_parameters"})
+    assert (silent.rope, silent.local_rope) == (told.rope, told.local_rope)
+
+
 def test_windows() -> None:
     assert spec_of(LLAMA | {"model_type": "mistral"}).windows == (4096,) * 4
     assert spec_of(LLAMA | {"model_type": "mistral", "sliding_window": None}).windows == ()
