@@ -35,6 +35,8 @@ COMPOSED: Final = 4
 KEEPING: Final = ("NFC", "NFD", "Prepend", "Lowercase", "ByteLevel")
 """Normalizers that leave out nothing of a text; NFC joins characters."""
 MOST_IDS: Final = 1 << 31
+NONSENSE: Final = (AttributeError, KeyError, TypeError, ValueError)
+"""What a value of another kind than the one that is meant raises, wherever that is found out."""
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -221,8 +223,11 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise StartupError(f"{file.name} cannot be read as a tokenizer: {error}") from error
     core.no_truncation()
     core.no_padding()
-    files = read_files(folder, core)
-    _add_tokens(core, files)
+    try:
+        files = read_files(folder, core)
+        _add_tokens(core, files)
+    except NONSENSE as error:
+        raise StartupError(f"the tokenizer's configuration holds a value that makes no sense: {error!r}") from error
     return Tokenizer(core, files)
 
 
@@ -285,7 +290,17 @@ def _add_tokens(core: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
 
 
 def chat_templates(folder: Path, config: Json) -> dict[str, str]:
-    """Chat templates by name. chat_template.jinja goes before tokenizer_config.json."""
+    """Chat templates by name. chat_template.jinja goes before tokenizer_config.json. Raises StartupError."""
+    try:
+        found = _chat_templates(folder, config)
+    except NONSENSE as error:
+        raise StartupError(f"the model's chat templates cannot be read: {error!r}") from error
+    if not all(isinstance(text, str) for text in (*found, *found.values())):
+        raise StartupError("the model's chat templates cannot be read: one is no text")
+    return found
+
+
+def _chat_templates(folder: Path, config: Json) -> dict[str, str]:
     found: dict[str, str] = {}
     given = config.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(given, str):
@@ -357,7 +372,7 @@ def _json(file: Path) -> Json:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{file.name} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}
 

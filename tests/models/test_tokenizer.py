@@ -328,6 +328,29 @@ def test_no_tokenizer_is_a_startup_error(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+NONSENSE: list[dict[str, Any]] = [
+    {"chat_template": [1]},
+    {"chat_template": -1},
+    {"chat_template": {"default": 1}},
+    {"chat_template": [{"name": "default"}]},
+    {"added_tokens_decoder": None},
+    {"added_tokens_decoder": {"a": {"content": "x"}}},
+    {"added_tokens_decoder": {"0": 1}},
+    {"additional_special_tokens": -1},
+    {"eos_token": "\ud800"},
+]
+
+
+@pytest.mark.parametrize("changed", NONSENSE, ids=str)
+def test_a_configuration_that_makes_no_sense(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path, **changed)
+    if changed == {"added_tokens_decoder": None}:  # which the helper leaves out
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(StartupError, match=r"makes no sense|chat templates cannot be read"):
+        load_tokenizer(folder)
+
+
 def test_schemes() -> None:
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
