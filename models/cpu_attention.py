@@ -42,8 +42,8 @@ class CpuAttention:
         return CpuPlan(batch, kv, spec)
 
     def takes(self, kv: KVCache, spec: Spec) -> bool:
-        """Whether the kernel does: float32 in the pages, heads of whole vectors, causal, plain softmax."""
-        whole = spec.head_dim % (2 * self.kernels.lanes) == 0
+        """Whether the kernel does: float32 in the pages, a key and a value of whole vectors, causal, plain softmax."""
+        whole = spec.mla is None and spec.head_dim % (2 * self.kernels.lanes) == 0
         return whole and spec.causal and spec.attn_softcap is None and kv.storage.dtype == torch.float32
 
 

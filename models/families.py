@@ -16,7 +16,7 @@ from . import remote_families as remote
 from . import sparse_families as sparse
 from .names import PLAIN, Names, by_head, gate_up, grouped_qkv, qkv, stacked, transposed
 from .rope_config import SERVED, Config
-from .spec import Score, Spec
+from .spec import Rope, Score, Spec
 from .vision_config import is_vision_model, language_config
 
 FUSED: Final = Names(cuts={"qkv_proj": qkv, "gate_up_proj": gate_up})
@@ -265,7 +265,7 @@ def spec_of(config: Config, context_length: int | None = None) -> Spec:
         _check_shape(spec)
     except KeyError as error:
         raise StartupError(f"config.json lacks {error.args[0]!r}, which model_type {model_type!r} needs") from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise StartupError(f"config.json holds a value that makes no sense: {error}") from None
     return spec
 
@@ -282,6 +282,17 @@ def _check_shape(spec: Spec) -> None:
         raise StartupError(f"config.json: {spec.heads} attention heads cannot share {spec.kv_heads} KV heads")
     if moe is not None and (moe.experts % moe.groups or moe.top_k > moe.experts // moe.groups * moe.top_groups):
         raise StartupError(f"config.json: {moe.top_k} of {moe.experts} experts in {moe.groups} groups cannot be chosen")
+    for rope in (spec.rope, spec.local_rope):
+        if rope is not None:
+            _check_rope(rope, spec.head_dim)
     for name, per_layer in (("layer_types", spec.windows), ("no_rope_layers", spec.nope_layers)):
         if per_layer and len(per_layer) != spec.layers:
             raise StartupError(f"config.json: {name} has {len(per_layer)} entries for {spec.layers} layers")
+
+
+def _check_rope(rope: Rope, head_dim: int) -> None:
+    """Refuse a rope that does not turn whole pairs of a head's elements, each by its own factor."""
+    if rope.dim % 2 or not 0 < rope.dim <= head_dim:
+        raise StartupError(f"config.json: {rope.dim} of a head's {head_dim} elements cannot be rotated in pairs")
+    if rope.scaling is not None and rope.scaling.kind == "longrope" and 2 * len(rope.scaling.factors) != rope.dim:
+        raise StartupError(f"config.json: longrope has {len(rope.scaling.factors)} factors for {rope.dim // 2} pairs")

@@ -77,10 +77,20 @@ def _write_json(path: Path, value: Metadata) -> None:
 
 def _open(path: Path) -> Any:
     """The gguf package's reader: a memory map, so nothing of the weights is read yet."""
-    from gguf import GGUFReader
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):  # type: ignore[misc]
+        """Which does not look for as many elements of an array as the file has no bytes for."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                count = int(self._get(orig_offs + 4, np.uint64)[0])  # after the elements' type
+                if count > len(self.data):
+                    raise ValueError(f"an array of {count} elements")
+            return super()._get_field_parts(orig_offs, raw_type)
 
     try:
-        return GGUFReader(path)
+        return Reader(path)
     except Exception as error:  # the reader lets numpy's and struct's errors through on a broken file
         raise StartupError(f"{path.name} is not a readable GGUF file ({error})") from error
 

@@ -59,7 +59,7 @@ PRE_TOKENIZERS: dict[str, Json] = {
 def special_tokens(meta: Json) -> Json:
     """`bos_token_id`, `eos_token_id` (a list where the file names several ends) and `pad_token_id`, as far as known."""
     keys = ("bos", "eos", "eot", "eom", "padding")
-    ids = {key: int(meta[f"tokenizer.ggml.{key}_token_id"]) for key in keys if f"tokenizer.ggml.{key}_token_id" in meta}
+    ids = {key: token for key in keys if (token := _special(meta, key)) is not None}
     ends = sorted({ids[key] for key in ("eos", "eot", "eom") if key in ids})
     found: Json = {}
     if "bos" in ids:
@@ -69,6 +69,15 @@ def special_tokens(meta: Json) -> Json:
     if "padding" in ids:
         found["pad_token_id"] = ids["padding"]
     return found
+
+
+def _special(meta: Json, key: str) -> int | None:
+    """Id of a special token. One for padding or unknown text that is no token is none, as with llama.cpp: converters
+    wrote -1 so."""
+    token = meta.get(f"tokenizer.ggml.{key}_token_id")
+    if token is None or (key in ("padding", "unknown") and not 0 <= token < len(meta["tokenizer.ggml.tokens"])):
+        return None
+    return int(token)
 
 
 def tokenizer_json(meta: Json) -> tuple[Json, Json]:
@@ -165,7 +174,7 @@ def _tokenizer_config(meta: Json, tokens: list[str]) -> Json:
         "model_max_length": int(meta["context_length"]),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = meta.get(f"tokenizer.ggml.{key}_token_id")
+        token_id = _special(meta, key)
         if token_id is not None:
             config[f"{name}_token"] = tokens[token_id]
     if "tokenizer.chat_template" in meta:

@@ -136,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or StartupError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise StartupError(f"{path} is not a JSON object")

@@ -20,7 +20,8 @@ def mixtral(config: Config) -> Spec:
         inter=config["intermediate_size"],
         layers=(True,) * layers,
     )
-    return base(config, norm=rms_of(config, 1e-5), windows=same_window(config, None), moe=moe)
+    rope = rope_of(config, default_theta=1000000.0)
+    return base(config, norm=rms_of(config, 1e-5), rope=rope, windows=same_window(config, None), moe=moe)
 
 
 def _experts(config: Config) -> int:

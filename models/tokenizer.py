@@ -30,8 +30,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SLOW_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
-COMPOSED: Final = 3
-"""Normalization to NFC makes one character of so many at most."""
+COMPOSED: Final = 4
+"""Normalization to NFC makes one character of so many at most (U+1F82)."""
+KEEPING: Final = ("NFC", "NFD", "Prepend", "Lowercase", "ByteLevel")
+"""Normalizers that leave out nothing of a text; NFC joins characters."""
+MOST_IDS: Final = 1 << 31
+NONSENSE: Final = (AttributeError, KeyError, TypeError, ValueError)
+"""What a value of another kind than the one that is meant raises, wherever that is found out."""
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -77,9 +82,9 @@ class Tokenizer:
         self.eos_ids = files.eos_ids or tuple(i for i in (self._id("eos_token"),) if i is not None)
         self.text_end = self._id("eos_token") if files.config.get("add_eos_token") is True else None
         """Token that embedding models of this tokenizer want behind a text, whatever tokenizer.json says."""
-        self.scheme = byte_scheme(json.loads(_decoder_json(core)))
+        self.scheme = byte_scheme(_state(core.decoder))
         longest = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
-        self.chars_per_token = None if self.scheme is None else COMPOSED * longest
+        self.chars_per_token = COMPOSED * longest if _keeps_all(core, self.scheme) else None
         """Most characters of a text that can be behind one of its tokens; None: any number."""
         # Special tokens, and those that look like one (<|fim_prefix|>). Marks that models write themselves and
         # templates look for in old messages (<think>, <tool_call>) are ordinary text with an id of its own.
@@ -218,8 +223,11 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise StartupError(f"{file.name} cannot be read as a tokenizer: {error}") from error
     core.no_truncation()
     core.no_padding()
-    files = read_files(folder, core)
-    _add_tokens(core, files)
+    try:
+        files = read_files(folder, core)
+        _add_tokens(core, files)
+    except NONSENSE as error:
+        raise StartupError(f"the tokenizer's configuration holds a value that makes no sense: {error!r}") from error
     return Tokenizer(core, files)
 
 
@@ -282,7 +290,17 @@ def _add_tokens(core: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
 
 
 def chat_templates(folder: Path, config: Json) -> dict[str, str]:
-    """Chat templates by name. chat_template.jinja goes before tokenizer_config.json."""
+    """Chat templates by name. chat_template.jinja goes before tokenizer_config.json. Raises StartupError."""
+    try:
+        found = _chat_templates(folder, config)
+    except NONSENSE as error:
+        raise StartupError(f"the model's chat templates cannot be read: {error!r}") from error
+    if not all(isinstance(text, str) for text in (*found, *found.values())):
+        raise StartupError("the model's chat templates cannot be read: one is no text")
+    return found
+
+
+def _chat_templates(folder: Path, config: Json) -> dict[str, str]:
     found: dict[str, str] = {}
     given = config.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(given, str):
@@ -324,9 +342,29 @@ def _convert_slow(folder: Path, file: Path) -> None:
         raise StartupError(f"the tokenizer cannot be converted to tokenizer.json: {error}") from error
 
 
-def _decoder_json(core: tokenizers.Tokenizer) -> str:
-    state = core.decoder.__getstate__() if core.decoder is not None else b"null"
-    return state.decode() if isinstance(state, bytes) else str(state)
+def _keeps_all(core: tokenizers.Tokenizer, scheme: ByteScheme | None) -> bool:
+    """Whether all of a text is in its tokens. Others make one token of a run of unknown characters or spaces, or none
+    (Unigram, as XLM-RoBERTa has it)."""
+    model = core.model
+    if scheme is None or not isinstance(model, tokenizers.models.BPE):
+        return False
+    return (scheme.kind == "byte-level" or model.byte_fallback) and _shortens_nothing(_state(core.normalizer))
+
+
+def _shortens_nothing(normalizer: Json | None) -> bool:
+    if normalizer is None:
+        return True
+    if normalizer["type"] == "Sequence":
+        return all(map(_shortens_nothing, normalizer["normalizers"]))
+    if normalizer["type"] == "Replace":
+        return len(normalizer["content"]) >= len(normalizer["pattern"].get("String", normalizer["content"] + "*"))
+    return normalizer["type"] in KEEPING
+
+
+def _state(part: Any) -> Json | None:
+    """A part of tokenizer.json, as the library holds it."""
+    state: Json | None = None if part is None else json.loads(part.__getstate__())
+    return state
 
 
 def _json(file: Path) -> Json:
@@ -334,7 +372,7 @@ def _json(file: Path) -> Json:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{file.name} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}
 
@@ -346,7 +384,8 @@ def _content(token: Any) -> str | None:
 
 
 def _ints(value: Any) -> list[int]:
-    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+    """The token ids of a configuration, where there is none at times -1."""
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and 0 <= v < MOST_IDS]
 
 
 def _first(*values: Any) -> int | None:

@@ -158,6 +158,15 @@ def test_what_the_kernel_does_not_take() -> None:
         assert (plan.run(0, q).double() - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 2e-6)
 
 
+@pytest.mark.parametrize("rank", [56, 24])
+def test_latents_are_not_the_kernel_s(rank: int, tmp_path: Path) -> None:
+    """A cached latent is one row, key and value: as wide as whole vectors, too (DeepSeek-V2's have 512 + 64)."""
+    model = tiny.build("deepseek-v2-lite", kv_lora_rank=rank)
+    ids = tiny.prompt(20)
+    logits = Driver.of(tiny.load(tiny.save(model, tmp_path))).logits(ids, [17, 1, 2])
+    assert (logits - tiny.reference_logits(model, ids)).abs().max() < 1e-3
+
+
 # ------------------------------------------------------------------ between the linear maps
 
 

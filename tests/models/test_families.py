@@ -24,6 +24,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 96,
 }
+LONG = {"type": "longrope", "original_max_position_embeddings": 32, "long_factor": [2.0] * 3, "short_factor": [1.0] * 3}
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -32,6 +33,20 @@ def test_defaults_are_those_of_transformers() -> None:
     assert spec.rope is not None and (spec.rope.theta, spec.rope.dim, spec.rope.scaling) == (10000.0, 8, None)
     assert (spec.norm.eps, spec.tied, spec.act, spec.qkv_bias, spec.windows) == (1e-6, False, "silu", False, ())
     assert spec_of({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}).kv_heads == 8
+
+
+UNSAID = sorted({kind for kind, _ in tiny.FAMILIES.values()} - {"GPT2", "Exaone", "DeepseekV2", "Cohere"})
+"""Families whose default configuration has a rope that is always the same: Cohere's was another before 5."""
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_the_rope_that_a_config_does_not_tell(name: str) -> None:
+    """It is transformers' own, whose value differs between families."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = getattr(transformers, f"{name}Config")().to_dict()
+    told, silent = spec_of(config), spec_of({key: config[key] for key in config if key != "rope_parameters"})
+    assert (silent.rope, silent.local_rope) == (told.rope, told.local_rope)
 
 
 def test_windows() -> None:
@@ -61,6 +76,10 @@ def test_smollm3_drops_rope_on_every_fourth_layer() -> None:
         ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope type 'spiral'"),
         ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, "alpha"),
         ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rope_theta": 10**400}, "makes no sense"),
+        ({"head_dim": 7}, "7 of a head's 7 elements cannot be rotated in pairs"),
+        ({"partial_rotary_factor": 1.25}, "10 of a head's 8 elements cannot be rotated"),
+        ({"rope_scaling": LONG, "max_position_embeddings": 64}, "longrope has 3 factors for 4 pairs"),
         ({"num_key_value_heads": 3}, "8 attention heads cannot share 3"),
         ({"hidden_size": "64"}, "makes no sense"),
         ({"intermediate_size": -1}, "positive"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,8 @@ def test_broken_files_are_refused(tmp_path: Path, out: Path, bpe: dict[str, Any]
     write_gguf(tmp_path / "m.gguf", bpe)
     whole = (tmp_path / "m.gguf").read_bytes()
     cut = random.Random(0).sample(range(len(whole)), 40)
-    for content in [b"", b"GGUF", b"no gguf at all" * 9, *(whole[:n] for n in cut)]:
+    endless = b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"x", 9, 4, 1 << 62)  # an array of so many numbers
+    for content in [b"", b"GGUF", b"no gguf at all" * 9, endless, *(whole[:n] for n in cut)]:
         (tmp_path / "b.gguf").write_bytes(content)
         with pytest.raises(StartupError):
             convert(tmp_path / "b.gguf", out)
@@ -318,6 +320,20 @@ def test_begin_token(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
         ids = Tokenizer.from_file(str(out / "tokenizer.json")).encode("the fox").ids
         assert (ids[0] == 1) is expected
         assert 1 not in ids[1:]
+
+
+def test_padding_that_is_no_token(tmp_path: Path, out: Path, bpe: dict[str, Any]) -> None:
+    """Converters wrote -1 as the largest number of 32 bits."""
+    for token in (len(bpe["tokens"]), (1 << 32) - 1):
+        write_gguf(
+            tmp_path / "m.gguf",
+            bpe,
+            **{"tokenizer.ggml.padding_token_id": token, "tokenizer.ggml.unknown_token_id": token},
+        )
+        convert(tmp_path / "m.gguf", out)
+        assert "pad_token_id" not in json.loads((out / "config.json").read_text())
+        named = json.loads((out / "tokenizer_config.json").read_text())
+        assert named["eos_token"] == CONTROL[0] and not {"pad_token", "unk_token"} & named.keys()
 
 
 # ------------------------------------------------------------------ SentencePiece

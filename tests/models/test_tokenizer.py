@@ -1,6 +1,7 @@
 """Ids are transformers', and what users write never becomes a control token."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import tiny_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers
+from tokenizers import Tokenizer as Tokens
 
 from actorserve.errors import RequestError, StartupError
 from actorserve.models import tokenizer as tokenizer_module
 from actorserve.models.control import ControlTokens, spelling
 from actorserve.models.template import ChatTemplate, decode_chat
-from actorserve.models.tokenizer import Tokenizer, byte_scheme, load_tokenizer
+from actorserve.models.tokenizer import COMPOSED, Tokenizer, byte_scheme, load_tokenizer
 
 TEXTS = [
     "",
@@ -270,6 +273,16 @@ def test_special_tokens_and_ends(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.pad_id) == (0, 0)  # tokenizer_config.json names BOS: config.json does not count
 
 
+@pytest.mark.parametrize("no_token", [-1, 1 << 40, None, "x"])
+def test_ids_of_no_token(no_token: Any, tmp_path: Path) -> None:
+    """Llama 1 and what was made of it say -1 of the padding token that they do not have."""
+    folder = Path(tiny_tokenizers.byte_level(tmp_path, bos_token=None, eos_token=None))
+    named = {"pad_token_id": no_token, "bos_token_id": no_token, "eos_token_id": [no_token, 2]}
+    (folder / "config.json").write_text(json.dumps(named))
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_ids) == (None, None, (2,))
+
+
 def test_templates_by_name(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     folder = tiny_tokenizers.byte_level(tmp_path, chat_template=named)
@@ -315,6 +328,29 @@ def test_no_tokenizer_is_a_startup_error(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+NONSENSE: list[dict[str, Any]] = [
+    {"chat_template": [1]},
+    {"chat_template": -1},
+    {"chat_template": {"default": 1}},
+    {"chat_template": [{"name": "default"}]},
+    {"added_tokens_decoder": None},
+    {"added_tokens_decoder": {"a": {"content": "x"}}},
+    {"added_tokens_decoder": {"0": 1}},
+    {"additional_special_tokens": -1},
+    {"eos_token": "\ud800"},
+]
+
+
+@pytest.mark.parametrize("changed", NONSENSE, ids=str)
+def test_a_configuration_that_makes_no_sense(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_tokenizers.byte_level(tmp_path, **changed)
+    if changed == {"added_tokens_decoder": None}:  # which the helper leaves out
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(StartupError, match=r"makes no sense|chat templates cannot be read"):
+        load_tokenizer(folder)
+
+
 def test_schemes() -> None:
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -324,3 +360,29 @@ def test_schemes() -> None:
     assert byte_scheme({"type": "Sequence", "decoders": [replace, strip]}) is None  # strips every token
     assert byte_scheme({"type": "WordPiece", "prefix": "##", "cleanup": True}) is None
     assert byte_scheme(None) is None
+
+
+def test_how_much_of_a_text_a_token_can_be(tmp_path: Path) -> None:
+    """A bound only where all of a text is in its tokens, for longer texts are refused without a look at them."""
+    made = load_tokenizer(tiny_tokenizers.byte_level(tmp_path / "byte"))
+    assert made.chars_per_token == COMPOSED * max(map(len, made.core.get_vocab()))
+    assert load_tokenizer(tiny_tokenizers.sentencepiece(tmp_path / "spm")).chars_per_token
+    assert load_tokenizer(tiny_tokenizers.word_piece(tmp_path / "word")).chars_per_token is None
+    assert len(unicodedata.normalize("NFD", "\u1f82")) == COMPOSED
+
+    def of(model: models.Model, normalizer: normalizers.Normalizer | None) -> tuple[int, int | None]:
+        core = Tokens(model)
+        core.normalizer, core.decoder = normalizer, decoders.Metaspace()
+        file = tmp_path / "tokenizer.json"
+        core.save(str(file))
+        tokenizer = load_tokenizer(str(tmp_path))
+        return len(tokenizer.encode("a" + " " * 1000 + "\u2603" * 1000)), tokenizer.chars_per_token
+
+    spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    vocabulary = [("<unk>", 0.0), ("a", -1.0), (" ", -1.5)]
+    assert of(models.Unigram(vocabulary, unk_id=0), spaces) == (3, None)  # XLM-RoBERTa's kind
+    plain = {"<unk>": 0, "a": 1, " ": 2}
+    assert of(models.BPE(plain, [], unk_token="<unk>", fuse_unk=True), None) == (1002, None)
+    fallback = plain | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    assert of(models.BPE(fallback, [], unk_token="<unk>", byte_fallback=True), spaces) == (3002, None)
+    assert of(models.BPE(fallback, [], unk_token="<unk>", byte_fallback=True), None) == (4001, COMPOSED * 6)
