@@ -6,8 +6,11 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 """
 
 import contextlib
+import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import llguidance
@@ -16,9 +19,9 @@ from .ecma import parse_ecma
 from .errors import BudgetError, EmptyLanguage, PatternError
 from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
-from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED
+from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader
 from .schema_types import TRIVIAL, step
-from .shapes import Unsupported
+from .shapes import TYPES, Object, Shape, Unsupported, Values, meet, of_type, spread, union
 from .spelling import DEFAULT, Whitespace
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
 
@@ -85,7 +88,15 @@ def prepared(schema: Any, pointer: str, checked: bool = False) -> dict[str, Any]
             schema_to_syntax(schema)
     if isinstance(schema, bool):
         return {}  # false is a contradiction
-    close = _closable(schema)
+    if not _closable(schema):
+        return _changed(schema, pointer, close=False)
+    if any(_alternatives(schema)):
+        _refuse_overlap(schema, pointer)
+    return _changed(schema, pointer, close=True)
+
+
+def _changed(schema: dict[str, Any], pointer: str, close: bool) -> dict[str, Any]:
+    """See prepared. `close`: leave undeclared members out."""
 
     def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
         _leave_what_counts(place, where)
@@ -198,3 +209,62 @@ def _is_open(schema: dict[str, Any]) -> bool:
     declared = schema.get("properties")
     silent = "additionalProperties" not in schema and "patternProperties" not in schema
     return isinstance(declared, dict) and silent and all(name in declared for name in schema.get("required", []))
+
+
+# ------------------------------------------------------------------ oneOf
+
+
+class _Loose(Reader):
+    """Reads sets that hold at least what the schema admits: all values, where there is no exact set."""
+
+    def read(self, schema: Any, pointer: str) -> Values:
+        try:
+            return super().read(schema, pointer)
+        except Unsupported:
+            return Values(pointer, anything=True)
+
+
+def _alternatives(schema: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The schemas in this one that have a `oneOf`, and the pointers to them."""
+    found: list[tuple[dict[str, Any], str]] = []
+
+    def look(place: dict[str, Any], where: str) -> dict[str, Any]:
+        if isinstance(place.get("oneOf"), list):
+            found.append((place, where))
+        return place
+
+    _mapped(schema, "", look)
+    return found
+
+
+def _refuse_overlap(schema: dict[str, Any], pointer: str) -> None:
+    """Raise Unsupported where closing objects could hide that a value is in two alternatives of a `oneOf`.
+
+    It hides nothing where llguidance tells the open ones apart, nor where each closed one has no value of an open one.
+    """
+    text = json.dumps(_changed(schema, pointer, close=False))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=json_options())
+    if not llguidance.LLMatcher.validate_grammar(grammar):
+        return
+    reader = _Loose(schema)
+    for place, where in _alternatives(schema):
+        names = place.get("type", TYPES)
+        own = union([of_type(name, where) for name in ([names] if isinstance(names, str) else names)], where)
+        branches = [reader.read(branch, step(where, "oneOf", i)) for i, branch in enumerate(place["oneOf"])]
+        sets = [meet(own, spread(branch), reader.work) for branch in branches]
+        for i, j in itertools.permutations(range(len(sets)), 2):
+            if not meet(_closed(sets[i]), sets[j], reader.work).empty:
+                raise Unsupported("the alternatives of oneOf may overlap: use anyOf", step(pointer + where, "oneOf", j))
+
+
+def _closed(values: Values) -> Values:
+    """What is left of a set where its objects have only declared members: as _is_open has it, at the top alone."""
+    return replace(values, shapes=tuple(map(_without_others, values.shapes)))
+
+
+def _without_others(shape: Shape) -> Shape:
+    if not isinstance(shape, Object) or shape.additional is not None or not shape.declared:
+        return shape
+    if not shape.required.keys() <= shape.properties.keys():
+        return shape
+    return replace(shape, additional=Values(shape.pointer))
