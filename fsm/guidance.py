@@ -17,11 +17,12 @@ import llguidance
 
 from .ecma import parse_ecma
 from .errors import BudgetError, EmptyLanguage, PatternError
+from .formats import format_syntax
 from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
-from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader
+from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader, type_names
 from .schema_types import TRIVIAL, step
-from .shapes import TYPES, Object, Shape, Unsupported, Values, meet, of_type, spread, union
+from .shapes import Object, Shape, Unsupported, Values, meet, of_type, spread, union
 from .spelling import DEFAULT, Whitespace
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
 
@@ -102,6 +103,8 @@ def _changed(schema: dict[str, Any], pointer: str, close: bool) -> dict[str, Any
         _leave_what_counts(place, where)
         if isinstance(place.get("pattern"), str):
             place["pattern"] = _exact_pattern(place["pattern"], step(where, "pattern"))
+        if isinstance(place.get("format"), str):
+            _say_format(place, step(where, "format"))
         if close and _is_open(place):
             place["additionalProperties"] = False
         return place
@@ -172,6 +175,21 @@ def _exact_pattern(pattern: str, pointer: str) -> str:
         return f"^(?:{rust_pattern(parse_ecma(pattern))})$"
     except PatternError as error:
         raise Unsupported(f"the pattern cannot be read: {error}", pointer) from None
+
+
+def _say_format(schema: dict[str, Any], pointer: str) -> None:
+    """Put a pattern for the format: llguidance's own ones are others, with leap seconds and a year 0."""
+    try:
+        node = format_syntax(schema.pop("format"))
+    except LookupError as error:
+        raise Unsupported(f"the format {error.args[0]} is not supported", pointer) from None
+    if node is None:
+        return
+    said = {"pattern": f"^(?:{rust_pattern(node)})$"}
+    if "pattern" not in schema:
+        schema |= said
+    elif isinstance(others := schema.get("allOf", []), list):
+        schema["allOf"] = [*others, said]
 
 
 def _leave_what_counts(schema: dict[str, Any], pointer: str) -> None:
@@ -248,8 +266,7 @@ def _refuse_overlap(schema: dict[str, Any], pointer: str) -> None:
         return
     reader = _Loose(schema)
     for place, where in _alternatives(schema):
-        names = place.get("type", TYPES)
-        own = union([of_type(name, where) for name in ([names] if isinstance(names, str) else names)], where)
+        own = union([of_type(name, where) for name in type_names(place, where)], where)
         branches = [reader.read(branch, step(where, "oneOf", i)) for i, branch in enumerate(place["oneOf"])]
         sets = [meet(own, spread(branch), reader.work) for branch in branches]
         for i, j in itertools.permutations(range(len(sets)), 2):

@@ -116,7 +116,7 @@ class Reader:
 
     def _own_types(self, schema: Schema, pointer: str) -> Values:
         """What `type` and the keywords of the types admit."""
-        names = _type_names(schema, pointer)
+        names = type_names(schema, pointer)
         if "type" not in schema and not any(keyword in TYPED for keyword in schema):
             return Values(pointer, anything=True)
         return union([self._own_type(name, schema, pointer) for name in names], pointer)
@@ -158,7 +158,8 @@ class Reader:
         return self.read(place, target)
 
 
-def _type_names(schema: Schema, pointer: str) -> list[str]:
+def type_names(schema: Schema, pointer: str) -> list[str]:
+    """The types that a schema allows, all if it does not say. Raises SchemaError."""
     named = schema.get("type", [name for name in TYPES if name != "integer"])
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not names or any(name not in TYPES for name in names):

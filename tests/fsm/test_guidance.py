@@ -107,6 +107,13 @@ def test_every_walk_validates(schema: Any) -> None:
         ({"type": "object", "x-guidance": {"whitespace_pattern": " *"}}, '{ "a": 1}', False),
         (True, '[{}, "日本", null, 1.5e3]', True),
         ({"uniqueItems": False, "minContains": 2, "then": False, "propertyNames": True}, '[1, 1, {"a": {}}]', True),
+        ({"items": {"format": "date"}}, '["2024-02-29", 5]', True),
+        ({"items": {"format": "date"}}, '["0000-01-01"]', False),
+        ({"items": {"format": "date-time"}}, '["2024-02-29T23:59:60Z"]', False),
+        ({"items": {"format": "date", "pattern": "^2"}}, '["2024-02-29"]', True),
+        ({"items": {"format": "date", "pattern": "^2"}}, '["1999-02-28"]', False),
+        ({"items": {"format": "date", "pattern": "^2"}}, '["2024-02-30"]', False),
+        ({"items": {"format": "int32"}}, '["a", 1]', True),  # nobody defined it
         ({"oneOf": [HAS_A, HAS_B]}, '{"b": {"a": 1}}', True),
         ({"oneOf": [HAS_A, HAS_B]}, '{"a": 1, "b": {"a": 1}}', False),
         ({"type": ["array"], "items": {"pattern": r"^a.$|b\d"}}, '["ab", "xb3x"]', True),
@@ -126,6 +133,7 @@ def test_the_spelling(schema: Any, text: str, fits: bool) -> None:
         ({"anyOf": [True, {"if": {"type": "null"}}]}, Unsupported, "/anyOf/1/if"),
         ({"items": {"minProperties": 2}}, Unsupported, "/items/minProperties"),
         ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, Unsupported, "/exclusiveMinimum"),
+        ({"items": {"format": "iri"}}, Unsupported, "/items/format"),
         ({"oneOf": [HAS_A, MAY_HAVE_B]}, Unsupported, "/oneOf/1"),  # {"a": 1} is in both: silence admits it
         ({"type": "string", "minLength": 3, "maxLength": 2}, SchemaError, ""),
         ({"type": "objekt"}, SchemaError, "/type"),
