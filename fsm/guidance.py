@@ -8,6 +8,7 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 import contextlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
 from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader, type_names
 from .schema_types import TRIVIAL, step
-from .shapes import Object, Shape, Unsupported, Values, meet, of_type, spread, union
+from .shapes import Object, SchemaError, Shape, Unsupported, Values, meet, of_type, spread, union
 from .spelling import DEFAULT, Whitespace
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
 
@@ -35,6 +36,10 @@ REFUSED: Final = (TRIVIAL.keys() | {"uniqueItems"}) - {"patternProperties"}
 """Known keywords that llguidance does not have."""
 SILENT: Final = frozenset("then else minContains maxContains".split())
 """Without `if` and `contains`, which are refused. llguidance would refuse them too."""
+EXACT: Final = 1 << 53
+"""Integers up to here are doubles."""
+BOUNDS: Final = {"minimum": math.inf, "exclusiveMinimum": math.inf, "maximum": -math.inf, "exclusiveMaximum": -math.inf}
+"""Keyword -> where the values are that it admits."""
 
 _NO_WORD: Final = re.compile("[^0-9A-Za-z]", re.DOTALL)
 _SCHEMAS: Final = frozenset(
@@ -60,8 +65,15 @@ def json_grammar(schema: Any, whitespace: Whitespace = DEFAULT, checked: bool = 
 
     Raises as `prepared` does, and Unsupported for other whitespace than separators.
     """
+    return _grammar(prepared(schema, "", checked), whitespace)
+
+
+def _grammar(schema: dict[str, Any], whitespace: Whitespace = DEFAULT) -> str:
     options = json_options(whitespace)
-    return str(llguidance.LLMatcher.grammar_from_json_schema(prepared(schema, "", checked), overrides=options))
+    try:  # as text, since an object may have no integers beyond 64 bits
+        return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    except ValueError as error:
+        raise Unsupported(f"llguidance cannot read the schema: {error}", "") from None
 
 
 def json_options(whitespace: Whitespace = DEFAULT) -> "JsonCompileOptions":
@@ -101,6 +113,7 @@ def _changed(schema: dict[str, Any], pointer: str, close: bool) -> dict[str, Any
 
     def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
         _leave_what_counts(place, where)
+        _leave_exact_numbers(place, where)
         if isinstance(place.get("pattern"), str):
             place["pattern"] = _exact_pattern(place["pattern"], step(where, "pattern"))
         if isinstance(place.get("format"), str):
@@ -203,9 +216,35 @@ def _leave_what_counts(schema: dict[str, Any], pointer: str) -> None:
             del schema[keyword]
         elif not known or not obeyed or (keyword == "$id" and pointer):
             raise Unsupported(f"{keyword} is not supported", step(pointer, keyword))
-    least = schema.get("minProperties", 0)
-    if isinstance(least, int) and least > len(schema.get("required", [])) and least > 1:
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
+    if not isinstance(required, list):
+        raise SchemaError("required is an array", step(pointer, "required"))
+    if isinstance(least, int) and least > len(required) and least > 1:
         raise Unsupported("minProperties above what is required is not supported here", step(pointer, "minProperties"))
+
+
+def _leave_exact_numbers(schema: dict[str, Any], pointer: str) -> None:
+    """Refuse constants that llguidance, whose numbers are doubles, would write as others, and move bounds that are no
+    doubles to the next one inside."""
+    for keyword in ("const", "enum"):
+        _refuse_inexact(schema.get(keyword), step(pointer, keyword))
+    for keyword, way in BOUNDS.items():
+        bound = schema.get(keyword)
+        if isinstance(bound, int) and abs(bound) > EXACT:
+            try:
+                near = float(bound)
+            except OverflowError:
+                raise Unsupported("a bound beyond all doubles", step(pointer, keyword)) from None
+            outside = near < bound if way > 0 else near > bound
+            schema[keyword] = math.nextafter(near, way) if outside else near
+
+
+def _refuse_inexact(value: Any, pointer: str) -> None:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_inexact(item, step(pointer, name))
+    elif isinstance(value, int | float) and abs(value) > EXACT:
+        raise Unsupported("llguidance cannot write numbers beyond 2**53", pointer)
 
 
 def _closable(schema: Any) -> bool:
@@ -260,9 +299,7 @@ def _refuse_overlap(schema: dict[str, Any], pointer: str) -> None:
 
     It hides nothing where llguidance tells the open ones apart, nor where each closed one has no value of an open one.
     """
-    text = json.dumps(_changed(schema, pointer, close=False))
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=json_options())
-    if not llguidance.LLMatcher.validate_grammar(grammar):
+    if not llguidance.LLMatcher.validate_grammar(_grammar(_changed(schema, pointer, close=False))):
         return
     reader = _Loose(schema)
     for place, where in _alternatives(schema):

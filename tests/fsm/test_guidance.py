@@ -107,6 +107,12 @@ def test_every_walk_validates(schema: Any) -> None:
         ({"type": "object", "x-guidance": {"whitespace_pattern": " *"}}, '{ "a": 1}', False),
         (True, '[{}, "日本", null, 1.5e3]', True),
         ({"uniqueItems": False, "minContains": 2, "then": False, "propertyNames": True}, '[1, 1, {"a": {}}]', True),
+        ({"items": {"type": "integer", "minimum": 2**53 + 1}}, f"[{2**53}]", False),
+        ({"items": {"type": "integer", "minimum": 2**53 + 1}}, f"[{2**53 + 2}]", True),
+        ({"items": {"type": "integer", "maximum": 2**53 + 3}}, f"[{2**53 + 4}]", False),
+        ({"items": {"type": "integer", "maximum": 10**20}}, "[10]", True),
+        ({"default": 2**64}, "[10]", True),
+        ({"items": {"enum": [2**53, "a"]}}, f"[{2**53}]", True),
         ({"items": {"format": "date"}}, '["2024-02-29", 5]', True),
         ({"items": {"format": "date"}}, '["0000-01-01"]', False),
         ({"items": {"format": "date-time"}}, '["2024-02-29T23:59:60Z"]', False),
@@ -133,6 +139,12 @@ def test_the_spelling(schema: Any, text: str, fits: bool) -> None:
         ({"anyOf": [True, {"if": {"type": "null"}}]}, Unsupported, "/anyOf/1/if"),
         ({"items": {"minProperties": 2}}, Unsupported, "/items/minProperties"),
         ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, Unsupported, "/exclusiveMinimum"),
+        ({"items": {"const": {"a": [2**53 + 1]}}}, Unsupported, "/items/const/a/0"),
+        ({"items": {"enum": [1, 1e20]}}, Unsupported, "/items/enum/1"),  # as an integer it would become 2**63 - 1
+        ({"items": {"enum": [-(2**63)]}}, Unsupported, "/items/enum/0"),  # which ends the process
+        ({"items": {"minimum": 10**400}}, Unsupported, "/items/minimum"),
+        ({"default": 10**400}, Unsupported, ""),
+        ({"patternProperties": {"a": {}}, "required": 5}, SchemaError, "/required"),
         ({"items": {"format": "iri"}}, Unsupported, "/items/format"),
         ({"oneOf": [HAS_A, MAY_HAVE_B]}, Unsupported, "/oneOf/1"),  # {"a": 1} is in both: silence admits it
         ({"type": "string", "minLength": 3, "maxLength": 2}, SchemaError, ""),
