@@ -241,13 +241,21 @@ TAG = {
 
 
 def test_structural_tags() -> None:
-    grammar = tag_grammar(TAG, frozenset({"<|tool|>"}))
+    grammar = tag_grammar(TAG, {"<|tool|>": TOOL})
     call = '<f=a>{"value": 1, "next": null}</f>'
     for text in ("", "Hello <f", f"Hello {call}", f"{call}{call} and <f=b>{{}}</f> 日本", "[[1, 2]]!"):
         assert accepts(grammar, text), text
     for text in ("<f=c>", "<f= ", '<f=a>{"value": 1', "<f=b>{}</g>", "[x]", call[:-1], '<f=b>{"a": 1}</f>'):
         assert not accepts(grammar, text), text
     assert accepts(grammar, "", [*ENCODE("so "), TOOL, *ENCODE("xtrue and")])
+    assert not accepts(grammar, "", [TOOL, *ENCODE("yes")])
+
+
+def test_special_tokens_of_any_text_are_triggers() -> None:
+    """Mistral's, for one."""
+    tag = {"structures": [{"begin": "[TOOL_CALLS]", "schema": True, "end": ""}], "triggers": ["[TOOL_CALLS]"]}
+    grammar = tag_grammar(tag, {"[TOOL_CALLS]": TOOL})
+    assert accepts(grammar, "", [*ENCODE("so [TOOL_CALLS]"), TOOL, *ENCODE("true and")])
     assert not accepts(grammar, "", [TOOL, *ENCODE("yes")])
 
 
