@@ -21,7 +21,7 @@ from .errors import BudgetError, EmptyLanguage, PatternError
 from .formats import format_syntax
 from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
-from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader, type_names
+from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader, find, type_names
 from .schema_types import TRIVIAL, step
 from .shapes import Object, SchemaError, Shape, Unsupported, Values, meet, of_type, spread, union
 from .spelling import DEFAULT, Whitespace
@@ -110,8 +110,13 @@ def prepared(schema: Any, pointer: str, checked: bool = False) -> dict[str, Any]
 
 def _changed(schema: dict[str, Any], pointer: str, close: bool) -> dict[str, Any]:
     """See prepared. `close`: leave undeclared members out."""
+    references: list[tuple[str, str]] = []
+    seen: set[str] = set()
 
     def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
+        seen.add(where)
+        if isinstance(place.get("$ref"), str):
+            references.append((place["$ref"], step(where, "$ref")))
         _leave_what_counts(place, where)
         _leave_exact_numbers(place, where)
         if isinstance(place.get("pattern"), str):
@@ -123,6 +128,13 @@ def _changed(schema: dict[str, Any], pointer: str, close: bool) -> dict[str, Any
         return place
 
     whole = _mapped(schema, pointer, changed)
+    for reference, where in references:
+        try:
+            target, found = find(schema, reference, where)
+        except SchemaError:  # maybe nobody comes there
+            continue
+        if isinstance(target, dict) and pointer + found not in seen:  # it was left as it is
+            raise Unsupported("references to places that hold no schemas are not supported here", where)
     return {keyword: value for keyword, value in whole.items() if keyword != "x-guidance"}
 
 

@@ -143,19 +143,24 @@ class Reader:
             raise SchemaError("$ref is a string", pointer)
         if reference != "#" and not reference.startswith("#/"):
             raise Unsupported("only references by JSON pointer inside the schema (#/...) are followed", pointer)
-        place: Any = self.root
-        target = ""
-        for name in unquote(reference[1:]).split("/")[1:]:
-            name = name.replace("~1", "/").replace("~0", "~")
-            index = int(name) if isinstance(place, list) and _INDEX.fullmatch(name) else name
-            try:
-                place = place[index]
-            except (LookupError, TypeError):
-                raise SchemaError(f"the reference {reference} leads nowhere", pointer) from None
-            target = step(target, name)
+        place, target = find(self.root, reference, pointer)
         if target in self.open:
             raise Unsupported("recursion: the schema refers to itself", pointer)
         return self.read(place, target)
+
+
+def find(root: Any, reference: str, pointer: str) -> tuple[Any, str]:
+    """What is at the JSON pointer behind the # of a reference, and the pointer. Raises SchemaError where nothing is."""
+    place, target = root, ""
+    for name in unquote(reference.partition("#")[2]).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        index = int(name) if isinstance(place, list) and _INDEX.fullmatch(name) else name
+        try:
+            place = place[index]
+        except (LookupError, TypeError):
+            raise SchemaError(f"the reference {reference} leads nowhere", pointer) from None
+        target = step(target, name)
+    return place, target
 
 
 def type_names(schema: Schema, pointer: str) -> list[str]:

@@ -112,6 +112,7 @@ def test_every_walk_validates(schema: Any) -> None:
         ({"items": {"type": "integer", "maximum": 2**53 + 3}}, f"[{2**53 + 4}]", False),
         ({"items": {"type": "integer", "maximum": 10**20}}, "[10]", True),
         ({"default": 2**64}, "[10]", True),
+        ({"items": {"$ref": "#/$defs/a~1b%25"}, "$defs": {"a/b%": {"type": "array"}}}, "[[10]]", True),
         ({"items": {"enum": [2**53, "a"]}}, f"[{2**53}]", True),
         ({"items": {"format": "date"}}, '["2024-02-29", 5]', True),
         ({"items": {"format": "date"}}, '["0000-01-01"]', False),
@@ -144,6 +145,7 @@ def test_the_spelling(schema: Any, text: str, fits: bool) -> None:
         ({"items": {"enum": [-(2**63)]}}, Unsupported, "/items/enum/0"),  # which ends the process
         ({"items": {"minimum": 10**400}}, Unsupported, "/items/minimum"),
         ({"default": 10**400}, Unsupported, ""),
+        ({"items": {"$ref": "#/x-a"}, "x-a": {"type": "array", "foo": 1}}, Unsupported, "/items/$ref"),
         ({"patternProperties": {"a": {}}, "required": 5}, SchemaError, "/required"),
         ({"items": {"format": "iri"}}, Unsupported, "/items/format"),
         ({"oneOf": [HAS_A, MAY_HAVE_B]}, Unsupported, "/oneOf/1"),  # {"a": 1} is in both: silence admits it
