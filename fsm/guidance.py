@@ -229,8 +229,8 @@ def _leave_what_counts(schema: dict[str, Any], pointer: str) -> None:
         elif not known or not obeyed or (keyword == "$id" and pointer):
             raise Unsupported(f"{keyword} is not supported", step(pointer, keyword))
     least, required = schema.get("minProperties", 0), schema.get("required", [])
-    if not isinstance(required, list):
-        raise SchemaError("required is an array", step(pointer, "required"))
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise SchemaError("required is an array of names", step(pointer, "required"))
     if isinstance(least, int) and least > len(required) and least > 1:
         raise Unsupported("minProperties above what is required is not supported here", step(pointer, "minProperties"))
 

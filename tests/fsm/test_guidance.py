@@ -147,6 +147,7 @@ def test_the_spelling(schema: Any, text: str, fits: bool) -> None:
         ({"default": 10**400}, Unsupported, ""),
         ({"items": {"$ref": "#/x-a"}, "x-a": {"type": "array", "foo": 1}}, Unsupported, "/items/$ref"),
         ({"patternProperties": {"a": {}}, "required": 5}, SchemaError, "/required"),
+        ({"$defs": {"a": {"properties": {}, "required": [["a"]]}}}, SchemaError, "/$defs/a/required"),
         ({"items": {"format": "iri"}}, Unsupported, "/items/format"),
         ({"oneOf": [HAS_A, MAY_HAVE_B]}, Unsupported, "/oneOf/1"),  # {"a": 1} is in both: silence admits it
         ({"type": "string", "minLength": 3, "maxLength": 2}, SchemaError, ""),
