@@ -133,6 +133,7 @@ def _compiled(node: Node, budget: Budget) -> Automaton:
 def _is_anchored(pattern: str) -> bool:
     """Whether it has an anchor anywhere; a ^ at the beginning of a class is none."""
     in_class = escaped = False
+    first = 0  # where a ] would be a member of the class
     for i, character in enumerate(pattern):
         if escaped:
             escaped = False
@@ -141,9 +142,10 @@ def _is_anchored(pattern: str) -> bool:
         elif character == "\\":
             escaped = True
         elif in_class:
-            in_class = character != "]" or pattern[i - 1] == "[" or pattern[max(i - 2, 0) : i] == "[^"
+            in_class = character != "]" or i == first
         elif character in "^$":
             return True
         else:
             in_class = character == "["
+            first = i + 1 + pattern.startswith("^", i + 1)
     return False

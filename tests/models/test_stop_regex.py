@@ -58,6 +58,7 @@ def test_holds_back_what_may_become_a_match_and_no_more() -> None:
         ("^a", "searched everywhere"),
         ("(a|b$)", "searched everywhere"),
         ("a\\Z", "searched everywhere"),
+        ("[.[]$", "searched everywhere"),
         ("a" * 300, "characters of pattern"),
         ("(a|b)*a(a|b){20}", "dfa states"),
         ("[a-z]{1,900}[0-9]{900}", "nfa states"),
