@@ -55,7 +55,7 @@ class PatternMatcher:
     def __init__(self, stops: Sequence[str], patterns: Sequence[str], trim: bool = True) -> None:
         """`trim` False: the match itself is shown, too. Raises RequestError for patterns that are none."""
         self._searches = [_Search(stop, _text_automaton(stop), {}) for stop in stops]
-        self._searches += [_Search(pattern, automaton_of(pattern), {}) for pattern in patterns]
+        self._searches += [_Search(p, a, {}) for p, a in zip(patterns, automata_of(patterns), strict=True)]
         self._keep = not trim
         self._held = ""
         self._place = 0
@@ -102,6 +102,18 @@ class PatternMatcher:
             return None
         begin, self.matched = min(found, key=lambda match: match[0])
         return begin
+
+
+def automata_of(patterns: Sequence[str]) -> list[Automaton]:
+    """The patterns' automata. Raises RequestError as automaton_of does; and for too many states of all of them, as
+    each may have a match under way at each character."""
+    automata: list[Automaton] = []
+    for pattern in patterns:
+        automata.append(automaton_of(pattern))
+        if sum(len(automaton.final) for automaton in automata) > LIMITS["dfa_states"]:
+            text = f"the patterns of stop_regex need more than {LIMITS['dfa_states']} dfa states together"
+            raise RequestError(text, param="stop_regex")
+    return automata
 
 
 @lru_cache(REMEMBERED)

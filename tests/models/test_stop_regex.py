@@ -70,6 +70,14 @@ def test_patterns_that_are_refused(pattern: str, message: str) -> None:
     assert caught.value.param == "stop_regex"
 
 
+def test_patterns_that_are_too_large_together() -> None:
+    """Each is small enough; sixteen of them would take milliseconds a character."""
+    with pytest.raises(RequestError, match="1000 dfa states together") as caught:
+        PatternMatcher([], [f"[^q]{{{n}}}q" for n in (600, 601)])
+    assert caught.value.param == "stop_regex"
+    PatternMatcher(["a" * 256] * 16, ["[^q]{600}q", "[^q]{100}q"])
+
+
 @pytest.mark.parametrize("pattern", ["[$^]", "[]^]", "[^]$]", "\\$\\^", "\\\\A"])
 def test_what_is_no_anchor(pattern: str) -> None:
     PatternMatcher([], [pattern])
