@@ -202,7 +202,9 @@ class Compiler:
         from ..fsm.errors import BudgetError
 
         assert self.matchers is not None
-        grammar = translation(spec, frozenset(self.tokenizer.control.tokens), node)
+        control = set(self.tokenizer.control.tokens)
+        special = {text: i for i, text in self.tokenizer.added.items() if text in control and i < self.tables.size}
+        grammar = translation(spec, special, node)
         before = budget.spent()
         self.matchers.new(grammar).fill(np.zeros(self.matchers.words, np.int32))
         if 2 * budget.spent() - before > budget.seconds:
@@ -239,8 +241,9 @@ def syntax_of(spec: GrammarSpec) -> "Node":
             raise NotRegular("it is for llguidance: the server runs with --grammar-backend fsm")
 
 
-def translation(spec: GrammarSpec, special: frozenset[str], node: "Node | None" = None) -> str:
-    """A grammar as llguidance has it. `node`: what syntax_of made of it, where it did. Raises GrammarError."""
+def translation(spec: GrammarSpec, special: dict[str, int], node: "Node | None" = None) -> str:
+    """A grammar as llguidance has it. `special`: the model's special tokens, text to id. `node`: what syntax_of made of
+    the grammar, where it did. Raises GrammarError."""
     from ..fsm.guidance import ebnf_grammar, grammar_of, json_grammar
     from ..fsm.spelling import policy
     from ..fsm.structural_tag import tag_grammar

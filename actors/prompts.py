@@ -18,7 +18,7 @@ from ..config import EngineConfig, ModelInfo
 from ..errors import RequestError
 from ..models.images import Image, ImageReader, placeholders
 from ..models.reasoning_parser import opens_reasoning
-from ..models.stop_regex import automaton_of
+from ..models.stop_regex import automata_of
 from ..models.template import ChatTemplate, decode_chat
 from ..models.tokenizer import Tokenizer
 from ..models.vision_config import PLACEHOLDER
@@ -221,8 +221,7 @@ class Prompts:
         if (params.stop or params.stop_regex) and self._tokenizer is None:
             param = "stop" if params.stop else "stop_regex"
             raise RequestError("stop strings need a tokenizer; this server runs without one", param=param)
-        for pattern in params.stop_regex:
-            automaton_of(pattern)
+        automata_of(params.stop_regex)
         ids, grammar = prompt.ids, request.grammar
         if prompt.thinking and grammar is not None and grammar.thoughts is not None:
             opened = msgspec.structs.replace(grammar.thoughts, opened=True)

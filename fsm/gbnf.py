@@ -134,6 +134,8 @@ def rules_to_lark(rules: dict[str, Part]) -> str:
                 return " ".join(map(group, parts)) or '""'
             case Alternatives(options):
                 return " | ".join(map(lark, options))
+            case Times(high=0):  # llguidance has no {0}
+                return '""'
             case Times(inner, low, high):
                 return f"({lark(inner)}){{{low},{'' if high is None else high}}}"
             case Text(text):

@@ -6,19 +6,24 @@ more: JSON is written with the whitespace of spelling.py, and what llguidance wo
 """
 
 import contextlib
+import itertools
+import json
+import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import llguidance
 
 from .ecma import parse_ecma
 from .errors import BudgetError, EmptyLanguage, PatternError
+from .formats import format_syntax
 from .gbnf import char_class, looks_like_gbnf, parse_gbnf, rules_to_lark
 from .json_schema import schema_to_syntax
-from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED
+from .schema_reader import ANNOTATIONS, COMBINATORS, TYPED, Reader, find, type_names
 from .schema_types import TRIVIAL, step
-from .shapes import Unsupported
+from .shapes import Object, SchemaError, Shape, Unsupported, Values, meet, of_type, spread, union
 from .spelling import DEFAULT, Whitespace
 from .syntax import Chars, Choice, Concat, Node, Repeat, Text
 
@@ -31,6 +36,10 @@ REFUSED: Final = (TRIVIAL.keys() | {"uniqueItems"}) - {"patternProperties"}
 """Known keywords that llguidance does not have."""
 SILENT: Final = frozenset("then else minContains maxContains".split())
 """Without `if` and `contains`, which are refused. llguidance would refuse them too."""
+EXACT: Final = 1 << 53
+"""Integers up to here are doubles."""
+BOUNDS: Final = {"minimum": math.inf, "exclusiveMinimum": math.inf, "maximum": -math.inf, "exclusiveMaximum": -math.inf}
+"""Keyword -> where the values are that it admits."""
 
 _NO_WORD: Final = re.compile("[^0-9A-Za-z]", re.DOTALL)
 _SCHEMAS: Final = frozenset(
@@ -56,8 +65,15 @@ def json_grammar(schema: Any, whitespace: Whitespace = DEFAULT, checked: bool = 
 
     Raises as `prepared` does, and Unsupported for other whitespace than separators.
     """
+    return _grammar(prepared(schema, "", checked), whitespace)
+
+
+def _grammar(schema: dict[str, Any], whitespace: Whitespace = DEFAULT) -> str:
     options = json_options(whitespace)
-    return str(llguidance.LLMatcher.grammar_from_json_schema(prepared(schema, "", checked), overrides=options))
+    try:  # as text, since an object may have no integers beyond 64 bits
+        return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    except ValueError as error:
+        raise Unsupported(f"llguidance cannot read the schema: {error}", "") from None
 
 
 def json_options(whitespace: Whitespace = DEFAULT) -> "JsonCompileOptions":
@@ -85,17 +101,40 @@ def prepared(schema: Any, pointer: str, checked: bool = False) -> dict[str, Any]
             schema_to_syntax(schema)
     if isinstance(schema, bool):
         return {}  # false is a contradiction
-    close = _closable(schema)
+    if not _closable(schema):
+        return _changed(schema, pointer, close=False)
+    if any(_alternatives(schema)):
+        _refuse_overlap(schema, pointer)
+    return _changed(schema, pointer, close=True)
+
+
+def _changed(schema: dict[str, Any], pointer: str, close: bool) -> dict[str, Any]:
+    """See prepared. `close`: leave undeclared members out."""
+    references: list[tuple[str, str]] = []
+    seen: set[str] = set()
 
     def changed(place: dict[str, Any], where: str) -> dict[str, Any]:
+        seen.add(where)
+        if isinstance(place.get("$ref"), str):
+            references.append((place["$ref"], step(where, "$ref")))
         _leave_what_counts(place, where)
+        _leave_exact_numbers(place, where)
         if isinstance(place.get("pattern"), str):
             place["pattern"] = _exact_pattern(place["pattern"], step(where, "pattern"))
+        if isinstance(place.get("format"), str):
+            _say_format(place, step(where, "format"))
         if close and _is_open(place):
             place["additionalProperties"] = False
         return place
 
     whole = _mapped(schema, pointer, changed)
+    for reference, where in references:
+        try:
+            target, found = find(schema, reference, where)
+        except SchemaError:  # maybe nobody comes there
+            continue
+        if isinstance(target, dict) and pointer + found not in seen:  # it was left as it is
+            raise Unsupported("references to places that hold no schemas are not supported here", where)
     return {keyword: value for keyword, value in whole.items() if keyword != "x-guidance"}
 
 
@@ -163,6 +202,21 @@ def _exact_pattern(pattern: str, pointer: str) -> str:
         raise Unsupported(f"the pattern cannot be read: {error}", pointer) from None
 
 
+def _say_format(schema: dict[str, Any], pointer: str) -> None:
+    """Put a pattern for the format: llguidance's own ones are others, with leap seconds and a year 0."""
+    try:
+        node = format_syntax(schema.pop("format"))
+    except LookupError as error:
+        raise Unsupported(f"the format {error.args[0]} is not supported", pointer) from None
+    if node is None:
+        return
+    said = {"pattern": f"^(?:{rust_pattern(node)})$"}
+    if "pattern" not in schema:
+        schema |= said
+    elif isinstance(others := schema.get("allOf", []), list):
+        schema["allOf"] = [*others, said]
+
+
 def _leave_what_counts(schema: dict[str, Any], pointer: str) -> None:
     """Take out of a schema the keywords that say nothing, and refuse those that llguidance refuses, passes over because
     it does not know them, or reads otherwise: it counts members of the same name as several."""
@@ -174,9 +228,35 @@ def _leave_what_counts(schema: dict[str, Any], pointer: str) -> None:
             del schema[keyword]
         elif not known or not obeyed or (keyword == "$id" and pointer):
             raise Unsupported(f"{keyword} is not supported", step(pointer, keyword))
-    least = schema.get("minProperties", 0)
-    if isinstance(least, int) and least > len(schema.get("required", [])) and least > 1:
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise SchemaError("required is an array of names", step(pointer, "required"))
+    if isinstance(least, int) and least > len(required) and least > 1:
         raise Unsupported("minProperties above what is required is not supported here", step(pointer, "minProperties"))
+
+
+def _leave_exact_numbers(schema: dict[str, Any], pointer: str) -> None:
+    """Refuse constants that llguidance, whose numbers are doubles, would write as others, and move bounds that are no
+    doubles to the next one inside."""
+    for keyword in ("const", "enum"):
+        _refuse_inexact(schema.get(keyword), step(pointer, keyword))
+    for keyword, way in BOUNDS.items():
+        bound = schema.get(keyword)
+        if isinstance(bound, int) and abs(bound) > EXACT:
+            try:
+                near = float(bound)
+            except OverflowError:
+                raise Unsupported("a bound beyond all doubles", step(pointer, keyword)) from None
+            outside = near < bound if way > 0 else near > bound
+            schema[keyword] = math.nextafter(near, way) if outside else near
+
+
+def _refuse_inexact(value: Any, pointer: str) -> None:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_inexact(item, step(pointer, name))
+    elif isinstance(value, int | float) and abs(value) > EXACT:
+        raise Unsupported("llguidance cannot write numbers beyond 2**53", pointer)
 
 
 def _closable(schema: Any) -> bool:
@@ -198,3 +278,59 @@ def _is_open(schema: dict[str, Any]) -> bool:
     declared = schema.get("properties")
     silent = "additionalProperties" not in schema and "patternProperties" not in schema
     return isinstance(declared, dict) and silent and all(name in declared for name in schema.get("required", []))
+
+
+# ------------------------------------------------------------------ oneOf
+
+
+class _Loose(Reader):
+    """Reads sets that hold at least what the schema admits: all values, where there is no exact set."""
+
+    def read(self, schema: Any, pointer: str) -> Values:
+        try:
+            return super().read(schema, pointer)
+        except Unsupported:
+            return Values(pointer, anything=True)
+
+
+def _alternatives(schema: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """The schemas in this one that have a `oneOf`, and the pointers to them."""
+    found: list[tuple[dict[str, Any], str]] = []
+
+    def look(place: dict[str, Any], where: str) -> dict[str, Any]:
+        if isinstance(place.get("oneOf"), list):
+            found.append((place, where))
+        return place
+
+    _mapped(schema, "", look)
+    return found
+
+
+def _refuse_overlap(schema: dict[str, Any], pointer: str) -> None:
+    """Raise Unsupported where closing objects could hide that a value is in two alternatives of a `oneOf`.
+
+    It hides nothing where llguidance tells the open ones apart, nor where each closed one has no value of an open one.
+    """
+    if not llguidance.LLMatcher.validate_grammar(_grammar(_changed(schema, pointer, close=False))):
+        return
+    reader = _Loose(schema)
+    for place, where in _alternatives(schema):
+        own = union([of_type(name, where) for name in type_names(place, where)], where)
+        branches = [reader.read(branch, step(where, "oneOf", i)) for i, branch in enumerate(place["oneOf"])]
+        sets = [meet(own, spread(branch), reader.work) for branch in branches]
+        for i, j in itertools.permutations(range(len(sets)), 2):
+            if not meet(_closed(sets[i]), sets[j], reader.work).empty:
+                raise Unsupported("the alternatives of oneOf may overlap: use anyOf", step(pointer + where, "oneOf", j))
+
+
+def _closed(values: Values) -> Values:
+    """What is left of a set where its objects have only declared members: as _is_open has it, at the top alone."""
+    return replace(values, shapes=tuple(map(_without_others, values.shapes)))
+
+
+def _without_others(shape: Shape) -> Shape:
+    if not isinstance(shape, Object) or shape.additional is not None or not shape.declared:
+        return shape
+    if not shape.required.keys() <= shape.properties.keys():
+        return shape
+    return replace(shape, additional=Values(shape.pointer))

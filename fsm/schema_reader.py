@@ -116,7 +116,7 @@ class Reader:
 
     def _own_types(self, schema: Schema, pointer: str) -> Values:
         """What `type` and the keywords of the types admit."""
-        names = _type_names(schema, pointer)
+        names = type_names(schema, pointer)
         if "type" not in schema and not any(keyword in TYPED for keyword in schema):
             return Values(pointer, anything=True)
         return union([self._own_type(name, schema, pointer) for name in names], pointer)
@@ -143,22 +143,28 @@ class Reader:
             raise SchemaError("$ref is a string", pointer)
         if reference != "#" and not reference.startswith("#/"):
             raise Unsupported("only references by JSON pointer inside the schema (#/...) are followed", pointer)
-        place: Any = self.root
-        target = ""
-        for name in unquote(reference[1:]).split("/")[1:]:
-            name = name.replace("~1", "/").replace("~0", "~")
-            index = int(name) if isinstance(place, list) and _INDEX.fullmatch(name) else name
-            try:
-                place = place[index]
-            except (LookupError, TypeError):
-                raise SchemaError(f"the reference {reference} leads nowhere", pointer) from None
-            target = step(target, name)
+        place, target = find(self.root, reference, pointer)
         if target in self.open:
             raise Unsupported("recursion: the schema refers to itself", pointer)
         return self.read(place, target)
 
 
-def _type_names(schema: Schema, pointer: str) -> list[str]:
+def find(root: Any, reference: str, pointer: str) -> tuple[Any, str]:
+    """What is at the JSON pointer behind the # of a reference, and the pointer. Raises SchemaError where nothing is."""
+    place, target = root, ""
+    for name in unquote(reference.partition("#")[2]).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        index = int(name) if isinstance(place, list) and _INDEX.fullmatch(name) else name
+        try:
+            place = place[index]
+        except (LookupError, TypeError):
+            raise SchemaError(f"the reference {reference} leads nowhere", pointer) from None
+        target = step(target, name)
+    return place, target
+
+
+def type_names(schema: Schema, pointer: str) -> list[str]:
+    """The types that a schema allows, all if it does not say. Raises SchemaError."""
     named = schema.get("type", [name for name in TYPES if name != "integer"])
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not names or any(name not in TYPES for name in names):

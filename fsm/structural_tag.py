@@ -6,6 +6,8 @@ of tags everything may come, and an output may end.
 """
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from .errors import GrammarError
@@ -14,10 +16,11 @@ from .schema_types import step
 
 MAX_STRUCTURES: Final = 1024
 FREE_TEXT: Final = r"/(.|\n)*/"
+NO_TOKENS: Final[Mapping[str, int]] = MappingProxyType({})
 
 
-def tag_grammar(value: Any, special: frozenset[str] = frozenset()) -> str:
-    """Return the Lark of a structural tag, given as parsed JSON. `special`: texts of the model's special tokens.
+def tag_grammar(value: Any, special: Mapping[str, int] = NO_TOKENS) -> str:
+    """Return the Lark of a structural tag, given as parsed JSON. `special`: the model's special tokens, text to id.
 
     Raises GrammarError with the pointer to what is malformed; SchemaError, Unsupported for the schemas.
     """
@@ -37,14 +40,14 @@ def tag_grammar(value: Any, special: frozenset[str] = frozenset()) -> str:
     return _lark(bodies, special)
 
 
-def _lark(bodies: dict[str, list[str]], special: frozenset[str]) -> str:
+def _lark(bodies: dict[str, list[str]], special: Mapping[str, int]) -> str:
     """The text before a trigger is part of a lazy lexeme: it ends where the trigger appears first. A special token is
-    no text, so that free text ends before it anyway."""
+    no text, so that free text ends before it anyway; by its id, since Lark has no names like [TOOL_CALLS]."""
     tags = " | ".join(f"tag_{i}" for i in range(len(bodies)))
     lines = [f"start: ({tags})* TEXT", f"TEXT: {FREE_TEXT}"]
     for i, (trigger, options) in enumerate(bodies.items()):
         if trigger in special:
-            lines.append(f"tag_{i}: TEXT {trigger} body_{i}")
+            lines.append(f"tag_{i}: TEXT <[{special[trigger]}]> body_{i}")
         else:
             lines += [f"trigger_{i}[lazy]: TEXT {_quoted(trigger)}", f"tag_{i}: trigger_{i} body_{i}"]
         lines += [f"body_{i}: " + " | ".join(f"body_{i}_{j}" for j in range(len(options)))]

@@ -55,7 +55,7 @@ class PatternMatcher:
     def __init__(self, stops: Sequence[str], patterns: Sequence[str], trim: bool = True) -> None:
         """`trim` False: the match itself is shown, too. Raises RequestError for patterns that are none."""
         self._searches = [_Search(stop, _text_automaton(stop), {}) for stop in stops]
-        self._searches += [_Search(pattern, automaton_of(pattern), {}) for pattern in patterns]
+        self._searches += [_Search(p, a, {}) for p, a in zip(patterns, automata_of(patterns), strict=True)]
         self._keep = not trim
         self._held = ""
         self._place = 0
@@ -104,6 +104,18 @@ class PatternMatcher:
         return begin
 
 
+def automata_of(patterns: Sequence[str]) -> list[Automaton]:
+    """The patterns' automata. Raises RequestError as automaton_of does; and for too many states of all of them, as
+    each may have a match under way at each character."""
+    automata: list[Automaton] = []
+    for pattern in patterns:
+        automata.append(automaton_of(pattern))
+        if sum(len(automaton.final) for automaton in automata) > LIMITS["dfa_states"]:
+            text = f"the patterns of stop_regex need more than {LIMITS['dfa_states']} dfa states together"
+            raise RequestError(text, param="stop_regex")
+    return automata
+
+
 @lru_cache(REMEMBERED)
 def automaton_of(pattern: str) -> Automaton:
     """A pattern's automaton. Raises RequestError for one that is malformed, too large, anchored, or matches nothing."""
@@ -133,6 +145,7 @@ def _compiled(node: Node, budget: Budget) -> Automaton:
 def _is_anchored(pattern: str) -> bool:
     """Whether it has an anchor anywhere; a ^ at the beginning of a class is none."""
     in_class = escaped = False
+    first = 0  # where a ] would be a member of the class
     for i, character in enumerate(pattern):
         if escaped:
             escaped = False
@@ -141,9 +154,10 @@ def _is_anchored(pattern: str) -> bool:
         elif character == "\\":
             escaped = True
         elif in_class:
-            in_class = character != "]" or pattern[i - 1] == "[" or pattern[max(i - 2, 0) : i] == "[^"
+            in_class = character != "]" or i == first
         elif character in "^$":
             return True
         else:
             in_class = character == "["
+            first = i + 1 + pattern.startswith("^", i + 1)
     return False

@@ -70,6 +70,9 @@ TREE = {
                        "required": ["kids"]}},
     "$ref": "#/$defs/node",
 }  # fmt: skip
+HAS_A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+HAS_B = {"type": "object", "properties": {"b": {"$ref": "#"}}, "required": ["b"]}
+MAY_HAVE_B = {"type": "object", "properties": {"b": {"type": "integer"}}}
 SCHEMAS: list[Any] = [
     LIST, TREE, True, {"type": "object"}, {"type": "object", "additionalProperties": {"type": "array"}},
     {"type": "object", "patternProperties": {"^x": {"type": "boolean"}}, "additionalProperties": False},
@@ -104,6 +107,22 @@ def test_every_walk_validates(schema: Any) -> None:
         ({"type": "object", "x-guidance": {"whitespace_pattern": " *"}}, '{ "a": 1}', False),
         (True, '[{}, "日本", null, 1.5e3]', True),
         ({"uniqueItems": False, "minContains": 2, "then": False, "propertyNames": True}, '[1, 1, {"a": {}}]', True),
+        ({"items": {"type": "integer", "minimum": 2**53 + 1}}, f"[{2**53}]", False),
+        ({"items": {"type": "integer", "minimum": 2**53 + 1}}, f"[{2**53 + 2}]", True),
+        ({"items": {"type": "integer", "maximum": 2**53 + 3}}, f"[{2**53 + 4}]", False),
+        ({"items": {"type": "integer", "maximum": 10**20}}, "[10]", True),
+        ({"default": 2**64}, "[10]", True),
+        ({"items": {"$ref": "#/$defs/a~1b%25"}, "$defs": {"a/b%": {"type": "array"}}}, "[[10]]", True),
+        ({"items": {"enum": [2**53, "a"]}}, f"[{2**53}]", True),
+        ({"items": {"format": "date"}}, '["2024-02-29", 5]', True),
+        ({"items": {"format": "date"}}, '["0000-01-01"]', False),
+        ({"items": {"format": "date-time"}}, '["2024-02-29T23:59:60Z"]', False),
+        ({"items": {"format": "date", "pattern": "^2"}}, '["2024-02-29"]', True),
+        ({"items": {"format": "date", "pattern": "^2"}}, '["1999-02-28"]', False),
+        ({"items": {"format": "date", "pattern": "^2"}}, '["2024-02-30"]', False),
+        ({"items": {"format": "int32"}}, '["a", 1]', True),  # nobody defined it
+        ({"oneOf": [HAS_A, HAS_B]}, '{"b": {"a": 1}}', True),
+        ({"oneOf": [HAS_A, HAS_B]}, '{"a": 1, "b": {"a": 1}}', False),
         ({"type": ["array"], "items": {"pattern": r"^a.$|b\d"}}, '["ab", "xb3x"]', True),
         ({"type": ["array"], "items": {"pattern": r"^a.$|b\d"}}, '["a\u2028"]', False),
     ],
@@ -121,6 +140,16 @@ def test_the_spelling(schema: Any, text: str, fits: bool) -> None:
         ({"anyOf": [True, {"if": {"type": "null"}}]}, Unsupported, "/anyOf/1/if"),
         ({"items": {"minProperties": 2}}, Unsupported, "/items/minProperties"),
         ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, Unsupported, "/exclusiveMinimum"),
+        ({"items": {"const": {"a": [2**53 + 1]}}}, Unsupported, "/items/const/a/0"),
+        ({"items": {"enum": [1, 1e20]}}, Unsupported, "/items/enum/1"),  # as an integer it would become 2**63 - 1
+        ({"items": {"enum": [-(2**63)]}}, Unsupported, "/items/enum/0"),  # which ends the process
+        ({"items": {"minimum": 10**400}}, Unsupported, "/items/minimum"),
+        ({"default": 10**400}, Unsupported, ""),
+        ({"items": {"$ref": "#/x-a"}, "x-a": {"type": "array", "foo": 1}}, Unsupported, "/items/$ref"),
+        ({"patternProperties": {"a": {}}, "required": 5}, SchemaError, "/required"),
+        ({"$defs": {"a": {"properties": {}, "required": [["a"]]}}}, SchemaError, "/$defs/a/required"),
+        ({"items": {"format": "iri"}}, Unsupported, "/items/format"),
+        ({"oneOf": [HAS_A, MAY_HAVE_B]}, Unsupported, "/oneOf/1"),  # {"a": 1} is in both: silence admits it
         ({"type": "string", "minLength": 3, "maxLength": 2}, SchemaError, ""),
         ({"type": "objekt"}, SchemaError, "/type"),
         (False, SchemaError, ""),
@@ -175,6 +204,7 @@ TEXTS = [
     ('root ::= "\\u65e5\\U0000672C" [\\x41-C]? .', ["日本A\n", "日本é"], ["日本"]),
     (r'root ::= "\"\\\n" [^\]"-]{2,}', ['"\\\nab', '"\\\n[é!'], ['"\\\na', '"\\\na-']),
     ('root ::= ("a" | "b"){2} # two\n  "c"{0,1}', ["ab", "bbc"], ["a", "abcc", "c"]),
+    ('root ::= "a"{0} ("b" | "c"){0,0} "d"', ["d"], ["ad", "bd"]),
     ('root ::= [-a-c^] "/" [a-]', ["-/a", "^/-", "b/a"], ["d/a", "b/b"]),
 ]
 
@@ -215,13 +245,21 @@ TAG = {
 
 
 def test_structural_tags() -> None:
-    grammar = tag_grammar(TAG, frozenset({"<|tool|>"}))
+    grammar = tag_grammar(TAG, {"<|tool|>": TOOL})
     call = '<f=a>{"value": 1, "next": null}</f>'
     for text in ("", "Hello <f", f"Hello {call}", f"{call}{call} and <f=b>{{}}</f> 日本", "[[1, 2]]!"):
         assert accepts(grammar, text), text
     for text in ("<f=c>", "<f= ", '<f=a>{"value": 1', "<f=b>{}</g>", "[x]", call[:-1], '<f=b>{"a": 1}</f>'):
         assert not accepts(grammar, text), text
     assert accepts(grammar, "", [*ENCODE("so "), TOOL, *ENCODE("xtrue and")])
+    assert not accepts(grammar, "", [TOOL, *ENCODE("yes")])
+
+
+def test_special_tokens_of_any_text_are_triggers() -> None:
+    """Mistral's, for one."""
+    tag = {"structures": [{"begin": "[TOOL_CALLS]", "schema": True, "end": ""}], "triggers": ["[TOOL_CALLS]"]}
+    grammar = tag_grammar(tag, {"[TOOL_CALLS]": TOOL})
+    assert accepts(grammar, "", [*ENCODE("so [TOOL_CALLS]"), TOOL, *ENCODE("true and")])
     assert not accepts(grammar, "", [TOOL, *ENCODE("yes")])
 
 

@@ -1,5 +1,6 @@
 """Token tables: masks against the reference, walks under masks, bytes that no token spells, the arrays."""
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -238,6 +239,16 @@ def test_unused_ids_and_ends() -> None:
     table = compile_pattern("a", tables, None)
     assert bits(table, 0) == [i == 1 for i in range(len(tokens))]
     assert bits(table, table.step(0, 1)) == [i in (3, 5) for i in range(len(tokens))]
+
+
+def test_classes_fit_into_16_bits() -> None:
+    """Tokens that all do something else: sixty places, at each of which other letters may come."""
+    rng, letters = random.Random(1), "abcdefghijklmnopqr"
+    words = ["".join(word) for length in range(1, 5) for word in itertools.product(letters, repeat=length)]
+    tables = build_tables([*(word.encode() for word in words), b"<end>"], [len(words)])
+    places = ("".join(rng.sample(letters, 12)) for _ in range(60))
+    with pytest.raises(BudgetError, match="classes of tokens"):
+        compile_pattern("(?:" + "".join(f"[{place}]" for place in places) + ")*", tables, None)
 
 
 def test_tables_are_within_budget(tiny: Vocabulary) -> None:

@@ -58,6 +58,7 @@ def test_holds_back_what_may_become_a_match_and_no_more() -> None:
         ("^a", "searched everywhere"),
         ("(a|b$)", "searched everywhere"),
         ("a\\Z", "searched everywhere"),
+        ("[.[]$", "searched everywhere"),
         ("a" * 300, "characters of pattern"),
         ("(a|b)*a(a|b){20}", "dfa states"),
         ("[a-z]{1,900}[0-9]{900}", "nfa states"),
@@ -67,6 +68,14 @@ def test_patterns_that_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         PatternMatcher([], [pattern])
     assert caught.value.param == "stop_regex"
+
+
+def test_patterns_that_are_too_large_together() -> None:
+    """Each is small enough; sixteen of them would take milliseconds a character."""
+    with pytest.raises(RequestError, match="1000 dfa states together") as caught:
+        PatternMatcher([], [f"[^q]{{{n}}}q" for n in (600, 601)])
+    assert caught.value.param == "stop_regex"
+    PatternMatcher(["a" * 256] * 16, ["[^q]{600}q", "[^q]{100}q"])
 
 
 @pytest.mark.parametrize("pattern", ["[$^]", "[]^]", "[^]$]", "\\$\\^", "\\\\A"])
