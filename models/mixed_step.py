@@ -33,7 +33,7 @@ class Bucket:
 
     @property
     def tiles(self) -> int:
-        """Tiles that hold any MOST_CHUNKS chunks of `tokens` tokens."""
+        """Tiles that hold any MOST_CHUNKS chunks of `tokens` tokens in all, and the padding."""
         return -(-self.tokens // TILE_QUERIES) + MOST_CHUNKS
 
 
@@ -70,7 +70,9 @@ class MixedStep:
         drawn, logits, positions = rows.copy(), np.arange(r), np.full(r, PREPARED)
         drawn[begin:end], logits[begin:end], positions[begin:end] = drawing, wanted[r:], draw_positions
         width = slots.tables.shape[1]
-        table = tile_table([(len(c.ids), c.start, c.slot * width) for c in chunks], r)
+        spare = self.bucket.tokens - sum(len(c.ids) for c in chunks)
+        # tokens of padding are a chunk without keys: zeros come of it, not what the memory held (a NaN, in the end)
+        table = tile_table([*((len(c.ids), c.start, c.slot * width) for c in chunks), (spare, -spare, 0)], r)
         tiles = np.zeros((self.bucket.tiles, 4), dtype=np.int32)
         tiles[: len(table)] = table
         ids, places, kv_slots = tokens
