@@ -382,8 +382,11 @@ class Executor(Actor):
             self.context.nursery.start_soon(self._end_profile)
 
     async def _end_profile(self) -> None:
-        with contextlib.suppress(RequestError):  # it was stopped in the same moment
+        try:
             self.context.log.info("profile written: %s", await self.profiler.stop())
+        except RequestError as error:
+            if error.code != "not_profiling":  # that it was stopped in the same moment
+                self.context.log.warning("no profile: %s", error.message)
 
     def _apply(self, plan: Plan) -> list[ChunkWork]:
         """Change the batch by the plan's deltas, in the order of its fields; return its chunks."""
