@@ -188,6 +188,7 @@ def _finished(
     ends = np.cumsum(counts)
     number, first = numbered(np.append(sums[ends] - sums[ends - counts], np.uint64(0)))  # 0: no edges
     own = np.flatnonzero(np.append(counts, 0)[first])
+    budget.need_classes(2 + len(own))
     renumber = np.full(len(first), NEVER, np.uint16)
     renumber[own] = 2 + np.arange(len(own), dtype=np.uint16)
     token_class = renumber[number[graph.token_class]]

@@ -244,3 +244,16 @@ def test_tables_are_within_budget(tiny: Vocabulary) -> None:
     with pytest.raises(BudgetError) as caught:
         compile_pattern("[a-z]{1,100}", tiny.tables, tiny.encode, Budget(table_bytes=1000))
     assert "bytes of transitions" in caught.value.message
+
+
+def test_classes_are_within_budget() -> None:
+    """A sampler has them as int16: of one beyond that it read a transition from before the table."""
+    chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
+    words = sorted({"".join(chance.choices(letters, k=4)) for _ in range(36_000)})
+    vocabulary = make(grammars.bytes_vocabulary(*words))
+    pattern = "".join(f"[{''.join(sorted(chance.sample(letters, 18)))}]" for _ in range(50))
+    with pytest.raises(BudgetError) as caught:
+        compile_pattern(pattern, vocabulary.tables, None)
+    assert "32000 classes of tokens" in caught.value.message
+    with pytest.raises(ValueError, match="classes must be from 1 to 32767"):
+        Budget(classes=1 << 15)
