@@ -149,7 +149,7 @@ class Executor(Actor):
             self.images = image_features(VisionTower(Path(model.path), device, decoder.dtype, dummy))
             image_token_bytes = decoder.spec.hidden * decoder.dtype.itemsize
         slots = batch_slots(config, device.type)
-        self.drawer = self._drawer(slots, decoder)
+        self.drawer = self._drawer(slots, decoder)  # before what is free is measured
         pages = self._agreed(kv_pages(config, decoder, model))
         per_slot = min(pages, -(-model.context_length // config.page_size))
         dtype = kv_dtype(config, decoder.dtype)
