@@ -151,7 +151,7 @@ class Executor(Actor):
             self.images = image_features(VisionTower(Path(model.path), device, decoder.dtype, dummy))
             image_token_bytes = decoder.spec.hidden * decoder.dtype.itemsize
         slots = batch_slots(config, device.type)
-        self.drawer = self._drawer(slots, decoder)
+        self.drawer = self._drawer(slots, decoder)  # before what is free is measured
         pages = self._agreed(kv_pages(config, decoder, model))
         per_slot = min(pages, -(-model.context_length // config.page_size))
         dtype = kv_dtype(config, decoder.dtype)
@@ -389,8 +389,11 @@ class Executor(Actor):
             self.context.nursery.start_soon(self._end_profile)
 
     async def _end_profile(self) -> None:
-        with contextlib.suppress(RequestError):  # it was stopped in the same moment
+        try:
             self.context.log.info("profile written: %s", await self.profiler.stop())
+        except RequestError as error:
+            if error.code != "not_profiling":  # that it was stopped in the same moment
+                self.context.log.warning("no profile: %s", error.message)
 
     def _apply(self, plan: Plan) -> list[ChunkWork]:
         """Change the batch by the plan's deltas, in the order of its fields; return its chunks."""

@@ -1,8 +1,9 @@
 """How large the KV pool and the batch are on this machine: computed, unless the config says.
 
 Used by the executor at start: malloc before it loads the weights, the sizes after. On a GPU the arithmetic is that of
-models/ledger.py, with what was measured in the place of estimates: memory in use after the weights are loaded, and
-the peak of a forward of the largest batch. What comes later (graphs, tables made on first need) is reserved by formula.
+models/ledger.py, with what was measured in the place of estimates: memory in use after the weights are loaded and the
+sampler is prepared, and the peak of a forward of the largest batch. What comes later (slot arrays, graphs) is reserved
+by formula.
 """
 
 import ctypes
@@ -81,7 +82,7 @@ def free_bytes(config: EngineConfig, decoder: Decoder, model: ModelInfo) -> int:
     peak = measure_activation_peak(largest_forward(config, decoder, slots), device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    static = total - free + later["sampler tables"] + later["slot arrays"]
+    static = total - free + later["slot arrays"]  # the sampler's tables are there already
     transient = peak + later["attention workspace"] + later["CUDA graphs"]  # `peak` holds the logits too
     return ledger.kv_budget(total, fraction, static, transient)
 

@@ -36,7 +36,7 @@ class Profiler:
         self._left = 0
 
     def start(self, options: ProfileOptions) -> None:
-        """Begin. Raises RequestError: no folder was given, one runs already, or the folder cannot be used."""
+        """Begin. Raises RequestError: no folder was given, one runs already, or the folder cannot be made."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
@@ -68,7 +68,10 @@ class Profiler:
         return self._left <= 0
 
     async def stop(self) -> str:
-        """End it; return the name of its file once that is written. Raises RequestError if none runs."""
+        """End it; return the name of its file once that is written.
+
+        Raises RequestError: none runs, or its file cannot be written. Nothing of it is left then.
+        """
         ended, self._profile = self._profile, None
         if ended is None:
             raise RequestError("no profile is running", code="not_profiling")
@@ -76,5 +79,8 @@ class Profiler:
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         file = f"{moment}-{time.monotonic_ns() % 1_000_000:06d}-{self._name}.trace.json.gz"
         assert self._folder is not None
-        await trio.to_thread.run_sync(ended.export_chrome_trace, str(Path(self._folder) / file))
+        try:
+            await trio.to_thread.run_sync(ended.export_chrome_trace, str(Path(self._folder) / file))
+        except OSError as error:
+            raise RequestError(f"--profile-dir cannot be used: {error.strerror}", code="no_profile_dir") from None
         return file

@@ -35,6 +35,9 @@ class Budget:
     """Characters and classes after unrolling counted repeats."""
     dfa_states: int = 32_000
     """States of an automaton, over characters and over bytes alike; at most 32,767, for states are int16."""
+    classes: int = 32_000
+    """Of tokens, in a table; at most 32,767, for samplers have them as int16, too, and thoughts before a grammar add
+    some (thoughts.py)."""
     table_bytes: int = 64 << 20
     """Of a token table's transitions."""
     seconds: float = 5.0
@@ -43,8 +46,9 @@ class Budget:
     _used: float = field(init=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.dfa_states < 1 << 15:
-            raise ValueError(f"dfa_states must be from 1 to 32767, not {self.dfa_states}")
+        for name, number in (("dfa_states", self.dfa_states), ("classes", self.classes)):
+            if not 0 < number < 1 << 15:
+                raise ValueError(f"{name} must be from 1 to 32767, not {number}")
         self._began, self._used = time.monotonic(), time.thread_time()
 
     def spent(self) -> float:
@@ -67,6 +71,10 @@ class Budget:
     def need_dfa_states(self, number: int) -> None:
         if number > self.dfa_states:
             raise BudgetError("dfa states", self.dfa_states)
+
+    def need_classes(self, number: int) -> None:
+        if number > self.classes:
+            raise BudgetError("classes of tokens", self.classes)
 
     def need_table_bytes(self, number: int) -> None:
         if number > self.table_bytes:

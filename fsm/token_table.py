@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .alphabet import Int32Array, Int64Array, numbered, random_words, ranges
 from .budget import Budget
 from .canonical import NONE, Canon, Encode
-from .errors import BudgetError, Unspellable
+from .errors import Unspellable
 from .token_graph import TokenGraph
 from .token_walk import walk_tokens
 from .utf8 import ByteDfa, Int16Array
@@ -28,8 +28,6 @@ NEVER: Final = 0
 """The class of tokens that no state allows."""
 END: Final = 1
 """The class of the tokens that end an output."""
-MAX_CLASSES: Final = 32_000
-"""Samplers take them for int16; thoughts before a grammar add some (thoughts.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +188,7 @@ def _finished(
     ends = np.cumsum(counts)
     number, first = numbered(np.append(sums[ends] - sums[ends - counts], np.uint64(0)))  # 0: no edges
     own = np.flatnonzero(np.append(counts, 0)[first])
-    if len(own) > MAX_CLASSES:
-        raise BudgetError("classes of tokens", MAX_CLASSES)
+    budget.need_classes(2 + len(own))
     renumber = np.full(len(first), NEVER, np.uint16)
     renumber[own] = 2 + np.arange(len(own), dtype=np.uint16)
     token_class = renumber[number[graph.token_class]]

@@ -19,7 +19,7 @@ def _store_quantised(
     """float32 value [BLOCK] of a row's inputs from `first` on to float8 out [T, width] and float32 scales.
 
     scales [T]: the largest magnitude is 448 of them; or, with GROUP, [T, width / GROUP]: each group's. STATIC: `static`
-    float32 [] is the scale.
+    float32 [] is the scale. A NaN stays one: a request whose numbers are none is found by its logits.
     """
     if GROUP > 0:
         parts = tl.reshape(value, (BLOCK // GROUP, GROUP))
@@ -35,7 +35,7 @@ def _store_quantised(
             scale = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 448.0
         tl.store(scales + row, scale)
         value = value / scale
-    value = tl.clamp(value, -448.0, 448.0).to(tl.float8e4nv)
+    value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     value = tl.reshape(tl.permute(tl.reshape(value, (BLOCK // 64, 2, 32)), (0, 2, 1)), (BLOCK,))
     place = first + tl.arange(0, BLOCK)
     tl.store(out + row * width + place, value, place < width)

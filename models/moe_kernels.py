@@ -22,7 +22,8 @@ def route_kernel(
 ):  # fmt: skip
     """weights float32 and ids int32 [T, top_k] of x [T, width] and router float32 [experts, width], a program a token.
 
-    What moe.route does where all experts are in one group. E, K: experts and top_k rounded up to powers of two.
+    What moe.route does where all experts are in one group. E, K: experts and top_k rounded up to powers of two. A
+    token whose numbers are none has top_k experts like any other, its weights are NaN.
     """
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, E)
@@ -47,6 +48,8 @@ def route_kernel(
     choice = scores
     if BIAS:
         choice += tl.load(bias + e, live, other=0.0)
+    # Of NaN argmax finds any place, and again and again: then one expert's queue had more pairs than there is room for.
+    choice = tl.where(choice == choice, choice, -3.0e38)
     choice = tl.where(live, choice, -float("inf"))
     place = tl.arange(0, K)
     chosen = tl.zeros((K,), tl.int32)

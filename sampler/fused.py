@@ -1,8 +1,8 @@
 """FusedSampler: the sampler of GPUs, a few kernel launches for any batch. See reference.py for what is drawn.
 
 Used by Drawer. Which launches a batch needs follows from host flags alone (`mode_of`), so steps can be captured in
-CUDA graphs, one per mode: a scan over the logits and a finish always; edits and filters only if some row wants them,
-and then rows that do not want them leave at once. Logprobs are plain torch on the untouched logits.
+CUDA graphs, one per mode, of which there are few: a scan over the logits and a finish always; edits and filters only if
+some row wants them, and then rows that do not want them leave at once. Logprobs are torch on the untouched logits.
 Invariant: nothing is waited for; what a draw returns lives until the next draw; rows do not depend on each other.
 """
 
@@ -44,6 +44,9 @@ TOP_NS: Final = (0, 5, 20)
 """Numbers of most likely tokens that are computed: the next one that is enough for the batch."""
 LISTED: Final = (0, 8, MAX_LISTED)
 """The same of tokens that requests named."""
+MOST_MODES: Final = 8
+"""Modes that a batch may have to itself. There are hundreds of combinations, and each that is used has CUDA graphs of
+all sizes: some hundred MB of a driver's memory, which nobody has set aside."""
 
 
 def splits_for(rows: int, vocab: int) -> int:
@@ -71,6 +74,12 @@ class Mode:
     listed: int
     """Tokens that requests named, at most."""
 
+    def widened(self) -> "Mode":
+        """One of three that do all that any batch needs, without logprobs, or without those of named tokens, if this
+        has none: they alone cost something where no row wants them."""
+        top_n, listed = TOP_NS[-1] if self.top_n >= 0 else -1, LISTED[-1] if self.listed else 0
+        return Mode(True, True, True, True, True, True, top_n, listed)
+
 
 class FusedSampler:
     """Workspace for `max_rows` rows; `state` is static."""
@@ -94,12 +103,14 @@ class FusedSampler:
         self.totals = numbers(splits, dtype=torch.int64)
         self.drawn, self.ids = numbers(max_rows), numbers(max_rows)
         self.finish = numbers(max_rows, dtype=torch.uint8)
+        self.modes: set[Mode] = set()
+        """Those that batches had to themselves; MOST_MODES at most."""
 
     def mode_of(self, host_slots: npt.NDArray[np.int64]) -> Mode:
-        """Return the mode of a batch of these slots."""
+        """Return the mode of a batch of these slots: what it needs, or more where there are too many modes."""
         flags = self.state.flags.take(host_slots)
         most = int(flags.logprobs.max(initial=-1))
-        return Mode(
+        mode = Mode(
             edited=bool(flags.penalty.any() or flags.bias.any() or (flags.min_until > 0).any()),
             random=not flags.greedy.all(),
             ranked=bool((flags.filtered & flags.ranked).any()),
@@ -109,6 +120,10 @@ class FusedSampler:
             top_n=-1 if most < 0 else next(n for n in TOP_NS if n >= most),
             listed=next(n for n in LISTED if n >= flags.listed.max(initial=0)),
         )
+        if mode not in self.modes and len(self.modes) == MOST_MODES:
+            return mode.widened()
+        self.modes.add(mode)
+        return mode
 
     def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, mode: Mode) -> Sampled:
         """Draw a token per row and count it for the penalties; arguments as reference.sample's.

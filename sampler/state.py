@@ -261,13 +261,21 @@ class SamplerState:
 
     def count_given(self, slot: int, ids: npt.NDArray[np.int32]) -> None:
         """Note that these tokens [n] came for a slot with a penalty, without a draw; a token may be there twice."""
-        given = upload(ids.astype(np.int64), self.device)
         if self.static:
-            self.marks[slot].index_add_(0, given, torch.ones_like(given, dtype=torch.int16))
+            self._add_marks(slot, ids)
             return
+        given = upload(ids.astype(np.int64), self.device)
         counts, seen = self._tables()
         counts[slot].index_add_(0, given, torch.ones_like(given, dtype=torch.int32))
         seen[slot, given] = True
+
+    def _add_marks(self, slot: int, ids: npt.NDArray[np.int32]) -> None:
+        """Counts stay where they are full, as the kernels leave them: one more would be taken for IN_PROMPT."""
+        given, counts = np.unique(ids, return_counts=True)
+        at, full = upload(given.astype(np.int64), self.device), IN_PROMPT - 1
+        more = upload(np.minimum(counts, full).astype(np.int16), self.device)
+        marks = self.marks[slot].index_select(0, at)
+        self.marks[slot].index_copy_(0, at, ((marks & full) + more).clamp_(max=full) | (marks & IN_PROMPT))
 
     def seen_tokens(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return all tokens of prompts and outputs: index into `slots`, token id, and count in the output; [n] each."""

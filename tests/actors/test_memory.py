@@ -76,7 +76,7 @@ def expected(gpu: Gpu, fraction: float) -> int:
     config = EngineConfig(max_running_requests=100)
     demand = ledger.demand_of(gpu.spec, config, "bfloat16", LONG.context_length)
     rows = {row.name: row.bytes for row in ledger.estimate(demand)}
-    static = gpu.used + rows["sampler tables"] + rows["slot arrays"]
+    static = gpu.used + rows["slot arrays"]  # the sampler's tables are in use: they were made before
     transient = gpu.peak + rows["attention workspace"] + rows["CUDA graphs"]
     room = min(int(fraction * gpu.total) - static, gpu.total - static - transient)
     return room // ledger.page_bytes(gpu.spec, 16, 2) - 1

@@ -1,6 +1,5 @@
 """Token tables: masks against the reference, walks under masks, bytes that no token spells, the arrays."""
 
-import itertools
 import random
 import re
 from pathlib import Path
@@ -241,17 +240,20 @@ def test_unused_ids_and_ends() -> None:
     assert bits(table, table.step(0, 1)) == [i in (3, 5) for i in range(len(tokens))]
 
 
-def test_classes_fit_into_16_bits() -> None:
-    """Tokens that all do something else: sixty places, at each of which other letters may come."""
-    rng, letters = random.Random(1), "abcdefghijklmnopqr"
-    words = ["".join(word) for length in range(1, 5) for word in itertools.product(letters, repeat=length)]
-    tables = build_tables([*(word.encode() for word in words), b"<end>"], [len(words)])
-    places = ("".join(rng.sample(letters, 12)) for _ in range(60))
-    with pytest.raises(BudgetError, match="classes of tokens"):
-        compile_pattern("(?:" + "".join(f"[{place}]" for place in places) + ")*", tables, None)
-
-
 def test_tables_are_within_budget(tiny: Vocabulary) -> None:
     with pytest.raises(BudgetError) as caught:
         compile_pattern("[a-z]{1,100}", tiny.tables, tiny.encode, Budget(table_bytes=1000))
     assert "bytes of transitions" in caught.value.message
+
+
+def test_classes_are_within_budget() -> None:
+    """A sampler has them as int16: of one beyond that it read a transition from before the table."""
+    chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
+    words = sorted({"".join(chance.choices(letters, k=4)) for _ in range(36_000)})
+    vocabulary = make(grammars.bytes_vocabulary(*words))
+    pattern = "".join(f"[{''.join(sorted(chance.sample(letters, 18)))}]" for _ in range(50))
+    with pytest.raises(BudgetError) as caught:
+        compile_pattern(pattern, vocabulary.tables, None)
+    assert "32000 classes of tokens" in caught.value.message
+    with pytest.raises(ValueError, match="classes must be from 1 to 32767"):
+        Budget(classes=1 << 15)

@@ -42,3 +42,18 @@ kernels["build"](kernels["scan_kernels"].finish_rows, 1, SPLITS=6, STOPS=128, FI
 """
     done = run(code, tmp_path)
     assert done.returncode and "power of 2" in done.stderr
+
+
+def test_float8_inputs_that_are_not_numbers_stay_so(tmp_path: Path) -> None:
+    """Or a request would go on with numbers that mean nothing. The interpreter's float8 has no NaN."""
+    code = f"""
+import runpy
+kernels = runpy.run_path({str(PROGRAM)!r})
+types = kernels["PACKED"] | {{"out": "*fp8e4nv"}}
+ptx = kernels["build"](kernels["float8_kernels"].quantise_rows_kernel, 4, False, types, GROUP=0, BLOCK=512,
+                       STATIC=False, static=None, ACT="", PDL=False)
+cuts = [line.split()[0] for line in ptx.splitlines() if line.strip().startswith("min.")]
+assert cuts and all(cut.startswith("min.NaN.") for cut in cuts), cuts
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]

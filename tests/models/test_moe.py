@@ -85,6 +85,23 @@ def test_a_router_on_a_gpu(name: str) -> None:
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_token_that_is_not_a_number_is_at_experts_that_there_are(name: str) -> None:
+    """Each at most once, or it would overrun a queue; and the others' are what they were."""
+    moe = ROUTERS[name]
+    x, router = randn(3, 40).to(DEVICE, torch.float16), randn(moe.experts, 40, seed=1).to(DEVICE)
+    bias = randn(moe.experts, seed=2).to(DEVICE)
+    expected = moe_gemm.choose_experts(x, router, bias, moe)
+    x[1] = float("nan")
+    weights, ids = moe_gemm.choose_experts(x, router, bias, moe)
+    assert sorted(set(ids[1].tolist())) == sorted(ids[1].tolist())
+    assert int(ids.min()) >= 0 and int(ids.max()) < moe.experts
+    assert weights[1].isnan().all()
+    for got, wanted in zip((weights, ids), expected, strict=True):
+        assert torch.equal(got[::2], wanted[::2])
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("shared", [False, True])
 def test_experts_on_a_gpu(tokens: int, shared: bool) -> None:

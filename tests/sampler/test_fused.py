@@ -3,8 +3,10 @@
 Two sampled ids may differ where rounding decides: the tests then ask the reference for the scores of both.
 """
 
+import itertools
 import math
 import random
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from actorserve.sampler.reference import DEAD, POISON, STOP, sample
 from actorserve.sampler.state import SamplerState
 
 pytest.importorskip("triton")
-from actorserve.sampler.fused import MOST, FusedSampler
+from actorserve.sampler.fused import MOST, MOST_MODES, FusedSampler
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -242,6 +244,33 @@ def test_more_candidates_than_registers() -> None:
     vocab = 3 * MOST
     pair = Pair(vocab, [SamplingParams(seed=1, top_p=0.95), SamplingParams(seed=2, top_k=2 * MOST)])
     pair.check(pair.logits(0, 0.01), misses=1)
+
+
+MANY = [
+    {}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 9}, {"frequency_penalty": 0.5}, {"logprobs": 0},
+    {"logprobs": 3}, {"logprobs": 20, "token_ids_logprob": (1, 2)}, {"min_p": 0.1, "logit_bias": {7: 3.0}},
+]  # fmt: skip
+"""Each wants work that the others do not."""
+
+
+def test_modes_are_few_whatever_comes() -> None:
+    """For each there are CUDA graphs of all sizes; a batch has what it needs all the same."""
+    pair = Pair(49, [SamplingParams(seed=i, **more) for i, more in enumerate(MANY)])
+    seen = set()
+    for batch in itertools.chain.from_iterable(itertools.combinations(pair.slots, n) for n in (1, 2, 3)):
+        mode, needed = pair.fused.mode_of(np.array(batch)), FusedSampler(pair.state, 1).mode_of(np.array(batch))
+        assert all(has >= wanted for has, wanted in zip(astuple(mode), astuple(needed), strict=True))
+        seen.add(mode)
+    assert MOST_MODES < len(seen) <= MOST_MODES + 3
+    assert pair.fused.mode_of(pair.slots[:1]) == FusedSampler(pair.state, 1).mode_of(pair.slots[:1])
+
+
+def test_a_mode_for_everything_draws_what_its_own_draws() -> None:
+    pair = Pair(49, [SamplingParams(seed=i, **more) for i, more in enumerate(MANY)])
+    pair.fused.modes = {replace(pair.fused.mode_of(pair.slots), top_n=-1, listed=n) for n in range(MOST_MODES)}
+    mode = pair.fused.mode_of(pair.slots)
+    assert mode.constrained and mode.masked and mode not in pair.fused.modes
+    pair.check(pair.logits(0), padding=1)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

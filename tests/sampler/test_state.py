@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from actorserve.sampler.params import SamplingParams as P
 from actorserve.sampler.philox import row_keys
 from actorserve.sampler.reference import sample
-from actorserve.sampler.state import AHEAD, BIAS, FILTERED, FLOATS, INTS, PENALTY, SamplerState
+from actorserve.sampler.state import AHEAD, BIAS, FILTERED, FLOATS, IN_PROMPT, INTS, PENALTY, SamplerState
 
 VOCAB = 24
 NONE = np.empty(0, np.int32)
@@ -154,3 +154,15 @@ def test_keys_are_those_of_seed_and_position():
     state.admit(2, P(seed=99), NONE, NONE, 1, 0)
     at = torch.tensor([2])
     assert torch.equal(state.row_keys(torch.tensor([2]), at), row_keys(torch.tensor([99]), at))
+
+
+def test_given_tokens_count_until_the_mark_is_full():
+    """One more was the bit that says that a token is in the prompt: its penalty came and went."""
+    state = SamplerState(1, 6, (), torch.device("cpu"), static=True)
+    params = P(seed=0, frequency_penalty=0.5)
+    output = np.array([1] * (IN_PROMPT - 2) + [2] * (IN_PROMPT - 2) + [3], dtype=np.int32)
+    prompt = np.array([2, 4], dtype=np.int32)
+    state.admit(0, params, prompt, output, len(prompt), len(output))
+    state.count_given(0, np.array([1, 1, 1, 2, 2, 3, 4, 5, 5], dtype=np.int32))
+    full = IN_PROMPT - 1
+    assert state.marks[0].tolist() == [0, full, IN_PROMPT + full, 2, IN_PROMPT + 1, 2]
