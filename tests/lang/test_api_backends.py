@@ -1,8 +1,11 @@
 """OpenAI's and Anthropic's APIs as backends, and API speculative execution: against a stand-in that counts."""
 
+import json
+
 import msgspec
 import pytest
 from openai_stand_in import StandIn, stand_in, tokens
+from starlette.responses import StreamingResponse
 
 import actorserve.lang as sgl
 from actorserve.errors import EngineDown, Overloaded, RequestError
@@ -339,6 +342,23 @@ def test_apis_are_told_to_call_a_tool(api, kind):
     api.call = None
     with pytest.raises(sgl.ProgramError, match="the output is no ToolCall"):
         calling.run(backend=backend)["call"]
+
+
+@pytest.mark.parametrize("error", [{"message": "an actor died", "code": 500}, "an actor died"])
+def test_an_error_amid_a_stream_is_no_end_of_it(error):
+    async def answer(request):
+        lines = [{"choices": [{"index": 0, "text": "half"}]}, {"error": error}]
+        return StreamingResponse(
+            iter([*(f"data: {json.dumps(line)}\n\n" for line in lines), "data: [DONE]\n\n"]),
+            media_type="text/event-stream",
+        )
+
+    with stand_in(answer) as server:
+        program = sgl.function(lambda s: s.__iadd__("a" + sgl.gen("a")))
+        s = program.run(backend=openai(server, is_chat_model=False), stream=True)
+        with pytest.raises(sgl.ProgramError, match="the server stopped: an actor died") as caught:
+            s["a"]
+    assert caught.value.status == 502 and s.stream_executor.context.text == "ahalf"
 
 
 def test_errors_of_servers(api):
