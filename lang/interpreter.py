@@ -405,7 +405,7 @@ class Executor:
             stats.misses += bool(ahead.text)
         context.ahead = None
         stats.calls += 1
-        asked = beyond(sampling, self.spec_tokens)
+        asked = beyond(sampling, self.spec_tokens, self.backend.tells_tokens)
         reply = await self.backend.generate(context, asked)
         ahead = ahead_of(reply.texts[0], reply.meta, asked)
         taken = ahead.take_gen(stops, most)

@@ -118,6 +118,15 @@ def test_chat_models_answer_a_block_by_one_call(api):
     assert (report["calls"], report["hits"], report["misses"]) == (1, 2, 0) and report["tokens_saved"] > 0
 
 
+def test_anthropic_answers_a_block_by_one_call(api):
+    """It has no logprobs: its words are told apart by the program's stop strings, and limits by its count of tokens."""
+    program = sgl.function(body_of_chat_sheet, num_api_spec_tokens=64)
+    api.replies = lambda body: REPLY
+    s = program.run(backend=sgl.Anthropic("claude-x", base_url=api.url))
+    assert [s[n] for n in NAMES] == [" Hermione Granger", " 17", " witch of note"] and len(api.bodies) == 1
+    assert api.bodies[0]["max_tokens"] == 128 and "stop_sequences" not in api.bodies[0]
+
+
 def test_a_variable_of_an_open_block_can_be_read(api):
     @sgl.function(num_api_spec_tokens=64)
     def program(s):
