@@ -128,8 +128,14 @@ def may_speculate(sampling: Sampling) -> bool:
         sampling.dtype,
         sampling.tools,
         sampling.return_logprob,
+        sampling.stop_regex,  # it is searched in all that a call draws, so another call finds it elsewhere
     )
     return not any(asked) and (sampling.n or 1) == 1 and not sampling.stop_token_ids and not sampling.min_new_tokens
+
+
+def counts(sampling: Sampling) -> bool:
+    """Whether what a call has drawn changes what it draws next: a call of a later `gen` would count from nothing."""
+    return bool(sampling.frequency_penalty or sampling.presence_penalty)
 
 
 def beyond(sampling: Sampling, tokens: int, tells_tokens: bool = True) -> Sampling:

@@ -82,6 +82,23 @@ def test_a_text_that_the_program_does_not_go_along_with_is_asked_for_again(api):
     assert s.get_meta_info("rest")["speculation"] == {"calls": 2, "hits": 0, "misses": 1, "tokens_saved": 0}
 
 
+@pytest.mark.parametrize("how", [{"stop_regex": "[0-9]"}, {"frequency_penalty": 1.0}, {"presence_penalty": 0.5}])
+def test_what_looks_at_all_that_a_call_draws_is_asked_for_gen_by_gen(api, how):
+    """Penalties count what a call has drawn, and a regular expression ends it: each call for itself."""
+
+    said = {"a:": " 1; b: 2; end", "a: 1; b:": " 1; end"}
+    api.script = lambda body: body["prompt"] + said[body["prompt"]]
+
+    def body_of(s):
+        s += "a:" + sgl.gen("a", stop=";", max_tokens=4)
+        s += "; b:" + sgl.gen("b", stop=";", max_tokens=4)
+
+    backend = openai(api, is_chat_model=False, continues=True)
+    plain = sgl.function(body_of).run(backend=backend, temperature=0, **how)
+    fast = sgl.function(body_of, num_api_spec_tokens=64).run(backend=backend, temperature=0, **how)
+    assert plain.text() == fast.text() and len(api.bodies) == 4
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_branches_share_what_is_ahead_only_where_it_is_certain(api, temperature):
     @sgl.function(num_api_spec_tokens=64)
