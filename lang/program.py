@@ -291,13 +291,15 @@ class SglFunction:
         sampling: dict[str, Any],
         remote: bool = False,
     ) -> Iterator[ProgramState]:
-        """Start the programs and give out their states in order, perhaps not done yet."""
+        """Start the programs and give out their states in order, perhaps not done yet. Closed before its end: programs
+        that have not begun never do, and nobody waits for the others."""
         items = [self._arguments(item) for item in batch]
         where = resolve(backend)
         gate = None if num_threads == "auto" else Gate(int(num_threads))
         threads = gate.size if gate else MOST_THREADS
         started: deque[ProgramState] = deque()
-        with ThreadPoolExecutor(min(threads, max(len(items), 1))) as pool:
+        pool = ThreadPoolExecutor(min(threads, max(len(items), 1)))
+        try:
             for item in items:
                 if lazily and len(started) >= CHUNK:
                     yield started.popleft()
@@ -310,6 +312,8 @@ class SglFunction:
                 self._begin(state, call, pool.submit, gate)
                 started.append(state)
             yield from started
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _arguments(self, item: Any) -> dict[str, Any]:
         """An item of a batch as keyword arguments. Raises RequestError if their number is wrong."""
