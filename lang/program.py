@@ -237,7 +237,10 @@ class SglFunction:
         if not where.takes_programs:
             return f"{type(where).__name__} ({where.name}) runs no programs"
         sampling, arguments = self._split(kwargs)
-        values = dict(zip(self.arg_names, args, strict=False)) | arguments | self.bind_arguments
+        values = dict(zip(self.arg_names, args, strict=False))
+        if len(args) > len(self.arg_names) or values.keys() & (arguments | self.bind_arguments).keys():
+            return "its arguments have no names, or come twice"
+        values |= arguments | self.bind_arguments
         try:
             recorded = record(self.func, values)
         except Untraceable as error:

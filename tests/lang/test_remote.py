@@ -200,6 +200,20 @@ def test_what_cannot_be_sent_runs_here_and_says_why(server, body, reason):
     assert re.search(reason, state.local_reason), state.local_reason
 
 
+def test_arguments_that_have_no_names_run_here(server):
+    """None is lost on the way, and what the body would refuse is refused."""
+
+    @sgl.function
+    def program(s, first="", *words):
+        for word in (first, *words):
+            s += word
+
+    s = program.run("a", "b", "c", backend=server, remote=True)
+    assert (s.text(), s.remote) == ("abc", False) and "no names" in s.local_reason
+    with pytest.raises(TypeError, match="multiple values"):
+        program.run("a", first="b", backend=server, remote=True)
+
+
 def test_loops_without_a_bound_and_swallowed_refusals(server):
     def endless(s):
         while s["x"] != "done":
