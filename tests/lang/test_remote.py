@@ -14,7 +14,7 @@ from actorserve.errors import EngineDown, RequestError
 from actorserve.examples import essay_judge, llm_judge, multi_turn, parallel_tips, react_agent, self_consistency
 from actorserve.lang.loop import LOOP
 from actorserve.lang.recording import record
-from actorserve.lang.remote import Append, Branch, If, Merge, ProgramRequest, Return
+from actorserve.lang.remote import Append, Assign, Branch, Condition, If, Merge, ProgramRequest, Reference, Return
 from actorserve.lang.replay import replay
 
 
@@ -212,6 +212,13 @@ def test_arguments_that_have_no_names_run_here(server):
     assert (s.text(), s.remote) == ("abc", False) and "no names" in s.local_reason
     with pytest.raises(TypeError, match="multiple values"):
         program.run("a", first="b", backend=server, remote=True)
+
+
+def test_a_value_that_has_not_what_a_condition_asks_for_is_the_programs_error(server):
+    """As in a body: `[...].startswith` is an AttributeError there."""
+    statements = (Assign(0, "x", ["a"]), If(Condition(Reference(0, "x"), "startswith", "a"), ()))
+    reply = LOOP.call(replay, ProgramRequest(statements), server)
+    assert reply.error is not None and reply.error.status == 400 and "startswith" in reply.error.message
 
 
 def test_loops_without_a_bound_and_swallowed_refusals(server):
