@@ -355,7 +355,9 @@ class _Ending:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._state.body_error = error if isinstance(error, Exception) else None
+        if error is not None and not isinstance(error, Exception):  # sys.exit, Ctrl-C, a cancellation
+            error = RequestError(f"the program was ended by {type(error).__name__}", code="program_ended")
+        self._state.body_error = error
         self._state.stream_executor.end(self._state.body_error)
 
 

@@ -370,6 +370,21 @@ def test_batches_keep_order_and_failures_stay_alone(backend):
     assert program.run_batch([]) == []
 
 
+def test_a_body_that_exits_has_not_returned(backend):
+    @sgl.function
+    def program(s, i):
+        if i == 1:
+            raise SystemExit(3)
+        return i
+
+    states = program.run_batch([(0,), (1,), (2,)], backend=backend)
+    assert [states[i].ret_value for i in (0, 2)] == [0, 2] and "ended by SystemExit" in str(states[1].error())
+    with pytest.raises(RequestError, match="ended by SystemExit"):
+        _ = states[1].ret_value
+    with pytest.raises(SystemExit):
+        program.run(1, backend=backend)
+
+
 @pytest.mark.parametrize("in_loop", [False, True])
 def test_a_batch_that_is_left_waits_for_nobody(backend, in_loop):
     """Nor do programs begin that had not begun."""
