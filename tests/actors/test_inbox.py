@@ -19,7 +19,7 @@ from rings import rings  # noqa: F401 (each test runs in all ways)
 
 from actorserve.actors.actor import BURST, Actor, Context, connect, disconnect
 from actorserve.actors.inbox import TURN, Inbox
-from actorserve.actors.lane import LaneCorrupt, LaneReceiver, LaneSender, create_lane
+from actorserve.actors.lane import MAX_MESSAGE, LaneCorrupt, LaneReceiver, LaneSender, create_lane
 from actorserve.actors.messages import Drain, PeerUp, SystemMessage
 from actorserve.actors.ref import Gone, Ref
 from actorserve.actors.ring import HEAD
@@ -326,6 +326,22 @@ def test_send_ends_with_the_peer_or_a_cancellation(pair: Pair) -> None:
             pair.ref.disconnect()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("waiting", [0, 3])
+def test_what_no_lane_takes_is_refused_at_once(pair: Pair, waiting: int) -> None:
+    """Also behind messages that wait for room: not when it is its turn, amid the sender's poll."""
+    while pair.ref.backlog < waiting:
+        pair.ref.post(note(1, 500))
+    before = pair.ref.backlog
+    with pytest.raises(ValueError, match="a lane takes at most"):
+        pair.ref.post(note(2, MAX_MESSAGE))
+    assert pair.ref.backlog == before and pair.ref.up
+    while pair.ref.backlog:
+        numbers(pair.inbox)
+        pair.outbox.poll()
+    pair.ref.post(note(3))
+    assert numbers(pair.inbox)[-1] == 3
 
 
 def test_wait_returns_for_what_is_there_already_and_is_a_checkpoint(pair: Pair) -> None:
