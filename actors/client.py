@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Final, Protocol, assert_never
 
 import anyio
+import msgspec
 from msgspec.structs import replace
 
 from ..config import EngineConfig, ModelInfo
@@ -23,6 +24,7 @@ from ..sampler.params import SamplingParams
 from . import messages
 from .admission import Admission, Submission
 from .desk import MAX_DEATHS, Suspects
+from .lane import MAX_MESSAGE
 from .quarantine import CODES, Quarantine
 from .questions import Questions, Wakeup, refusal
 from .ref import Gone
@@ -33,6 +35,7 @@ INDEX_SHIFT: Final = 40
 EPOCH_SHIFT: Final = 32
 TEXT_DIED: Final = f"the text actor died {MAX_DEATHS} times while it worked on this request; it is not tried again"
 DRAINING: Final = "the server is shutting down"
+_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 class Sender(Protocol):
@@ -144,6 +147,9 @@ class Client:
         except Gone:
             self.forget(stream)
             raise EngineDown("the engine is starting or restarting; try again") from None
+        except (ValueError, OverflowError) as error:  # a text that is no Unicode, or more than a lane takes
+            self.forget(stream)
+            raise RequestError(f"the request cannot be sent to the engine: {error}", param="prompt") from None
         return stream
 
     def check_room(self) -> None:
@@ -249,9 +255,12 @@ class Client:
         return await self.questions.timelines(name, None)
 
     def _post(self, message: messages.Message) -> None:
-        """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one."""
+        """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one, ValueError and
+        OverflowError for what cannot be sent."""
         if not self._text_died:
             self._text.post(message)
+        elif (size := len(_encode(message))) > MAX_MESSAGE:
+            raise ValueError(f"message of {size} bytes; a lane takes at most {MAX_MESSAGE}")
 
     def _text_down(self, down: messages.PeerDown) -> None:
         """All wait for the next text actor, but those that it died of."""

@@ -33,6 +33,9 @@ READ_BYTES: Final = 64 << 10
 SAFE: Final = "%/?:@!$&'()*+,;=[]~"
 """What an address has as it is sent, beside letters and digits."""
 NAT64: Final = IPv6Network("64:ff9b::/96")
+NOT_PUBLIC: Final = tuple(map(IPv6Network, ("64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96", "fec0::/10", "5f00::/16")))
+"""Networks that Python's own list lacks, wholly or in some versions: NAT64 of one's own (RFC 8215) and other forms of
+IPv4 addresses, which lead to any; sites' own (fec0); segment routing (5f00)."""
 CODE: Final = "image_not_fetched"
 PORTS: Final = {"http": 80, "https": 443}
 
@@ -208,6 +211,8 @@ def is_public(text: str) -> bool:
         inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
         if address in NAT64:
             inner.append(IPv4Address(int(address) & 0xFFFFFFFF))
+        if any(address in network for network in NOT_PUBLIC):
+            return False
     return all(one.is_global and not one.is_multicast for one in [address, *inner] if one is not None)
 
 

@@ -37,7 +37,10 @@ class Quarantine:
         """Raise RequestError if it is the same as one that is here."""
         if not self._until:
             return
-        until = self._until.get(_digest(asked))
+        try:
+            until = self._until.get(_digest(asked))
+        except (ValueError, OverflowError):
+            return  # it cannot even be sent: no actor has seen it
         if until is not None and until > time.monotonic():
             text = "an actor of the engine died of this very request, again and again; it is not tried for an hour"
             raise RequestError(text, code="quarantined")

@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from .inbox import Inbox, LocalLane
-from .lane import LaneCorrupt, LaneMetrics, LaneSender
+from .lane import MAX_MESSAGE, LaneCorrupt, LaneMetrics, LaneSender
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -76,7 +76,8 @@ class Ref:
         return self._flush() and self._push(data)
 
     def post(self, message: Any) -> None:
-        """Send now, or keep the message, in order, until there is room; never drops, never blocks. Raises Gone.
+        """Send now, or keep the message, in order, until there is room; never drops, never blocks. Raises Gone, and
+        ValueError for a message that no lane takes.
 
         What waits is sent while the sender's own inbox is polled. It is lost with the peer, as what is in the lane.
         """
@@ -91,6 +92,8 @@ class Ref:
         except LaneCorrupt as error:
             self._corrupt(error)
             raise Gone(self.name) from error
+        if len(data) > MAX_MESSAGE:  # not later, when it is its turn
+            raise ValueError(f"message of {len(data)} bytes; a lane takes at most {MAX_MESSAGE}")
         if not self._flush() or not self._push(data):
             self._backlog.append(data)
             self._watch()

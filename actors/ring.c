@@ -575,6 +575,7 @@ static PyObject *watch_wait(Watch *self, PyObject *argument)
 {
     struct epoll_event events[EVENTS];
     int count, milliseconds = (int)PyLong_AsLong(argument);
+    bool interrupted;
     if (milliseconds == -1 && PyErr_Occurred())
         return NULL;
     do {
@@ -585,10 +586,11 @@ static PyObject *watch_wait(Watch *self, PyObject *argument)
         } else {
             count = epoll_wait(self->epoll, events, EVENTS, 0);
         }
-        if (count < 0 && errno == EINTR && PyErr_CheckSignals() < 0)
+        interrupted = count < 0 && errno == EINTR; /* handlers of signals may change errno */
+        if (interrupted && PyErr_CheckSignals() < 0)
             return NULL;
-    } while (count < 0 && errno == EINTR && milliseconds < 0);
-    if (count < 0 && errno != EINTR)
+    } while (interrupted && milliseconds < 0);
+    if (count < 0 && !interrupted)
         return PyErr_SetFromErrno(PyExc_OSError);
     wake(self);
     Py_CLEAR(self->others);

@@ -29,6 +29,7 @@ from ..sampler.params import SamplingParams
 from . import messages
 from .actor import Context
 from .fetch import Fetcher, address_of, fetched, hosts_of, not_fetched
+from .lane import MAX_MESSAGE
 from .messages import (
     NO_STATS,
     Abort,
@@ -309,13 +310,21 @@ class Text(Running):
                 m = replace(m, prompt=replace(m.prompt, ids=memoryview(bytes(m.prompt.ids))))
             self.context.nursery.start_soon(self._tokenize_in_thread, m, front)
         else:
-            self._post(front, self._tokenized(m))
+            self._answer_question(front, self._tokenized(m))
 
     async def _tokenize_in_thread(self, m: Tokenize, front: str) -> None:
         result = await self._in_thread(self._tokenized, m)
         if isinstance(result, ActorserveError):
             result = Refused(m.rid, 1, result.status, result.code, result.message, result.param)
-        self._post(front, result)
+        self._answer_question(front, result)
+
+    def _answer_question(self, front: str, answer: Tokenized | Detokenized | Refused) -> None:
+        """One that is more than a lane takes is refused."""
+        try:
+            self._post(front, answer)
+        except ValueError:
+            error = RequestError(f"the answer is above {MAX_MESSAGE} bytes: ask for less at once", code="too_large")
+            self._refuse(answer.rid, 1, front, error)
 
     async def _in_thread(self, work: Callable[[G], R], m: G) -> R | RequestError:
         """What a thread makes of a message, once the images of its prompt are there; or why they are not."""
@@ -356,7 +365,7 @@ class Text(Running):
             self._refuse(m.rid, 1, front, RequestError("this server runs without a tokenizer", param="tokens"))
             return
         text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
-        self._post(front, Detokenized(m.rid, text))
+        self._answer_question(front, Detokenized(m.rid, text))
 
     # ------------------------------------------------------------------ from the scheduler
 

@@ -38,6 +38,7 @@ class Anthropic(Backend):
     is_chat_model = True
     takes_pictures = True
     takes_tools = True
+    tells_tokens = False
 
     def __init__(
         self,

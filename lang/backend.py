@@ -43,6 +43,8 @@ class Backend:
     takes_pictures: bool = False
     takes_tools: bool = False
     """Its API has tools; for other backends a call is a JSON schema."""
+    tells_tokens: bool = True
+    """It takes `return_logprob`."""
     takes_programs: bool = False
     """It runs whole programs (remote.py)."""
     most_calls: int = 256

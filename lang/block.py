@@ -80,7 +80,8 @@ async def _speculate(block: Block, backend: Backend, context: Context, tokens: i
     same = [msgspec.structs.replace(gen.sampling, stop=None, max_new_tokens=None) for gen in gens]
     if any(sampling != same[0] for sampling in same):
         raise RequestError("under num_api_spec_tokens the gens of a block may differ in stop and max_tokens only")
-    asked = beyond(first, max(tokens, *(gen.sampling.max_new_tokens or 0 for gen in gens)))
+    most = max(tokens, *(gen.sampling.max_new_tokens or 0 for gen in gens))
+    asked = beyond(first, most, backend.tells_tokens)
     greedy = first.temperature is not None and first.temperature < 1e-6
     for _ in range(1 if greedy else TRIES):
         stats.calls += 1

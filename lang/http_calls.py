@@ -138,5 +138,10 @@ def _error(response: "httpx.Response") -> ActorserveError:
     return EngineDown(text, status=status)
 
 
+def said_of(error: Any) -> str:
+    """What a server says of an error amid a stream; most say it in OpenAI's form."""
+    return str(error.get("message") if isinstance(error, dict) else error)
+
+
 def _unreachable(error: Exception) -> EngineDown:
     return EngineDown(f"the server cannot be reached: {type(error).__name__} {error}".rstrip())

@@ -44,7 +44,7 @@ from .images import load
 from .loop import Signal
 from .program_lines import error_line, program_line
 from .reasoning import split
-from .speculation import ahead_of, beyond, may_speculate
+from .speculation import ahead_of, beyond, counts, may_speculate
 from .structured import instance
 from .variables import ProgramError, Slot, failure, filled
 from .work import QUICK, Budget, Elsewhere, Flush, Gather, Inherit, Item, Point
@@ -370,7 +370,8 @@ class Executor:
         if self.stream:
             await self._stream(gen, sampling, slot)
             return
-        speculate = self.spec_tokens is not None and not self.backend.is_chat_model and may_speculate(sampling)
+        speculate = self.spec_tokens is not None and not self.backend.is_chat_model
+        speculate = speculate and may_speculate(sampling) and not counts(sampling)
         async with self.backend.turn:
             reply = await (self._ahead(sampling) if speculate else self.backend.generate(self.context, sampling))
         if not speculate:
@@ -405,7 +406,7 @@ class Executor:
             stats.misses += bool(ahead.text)
         context.ahead = None
         stats.calls += 1
-        asked = beyond(sampling, self.spec_tokens)
+        asked = beyond(sampling, self.spec_tokens, self.backend.tells_tokens)
         reply = await self.backend.generate(context, asked)
         ahead = ahead_of(reply.texts[0], reply.meta, asked)
         taken = ahead.take_gen(stops, most)

@@ -237,7 +237,10 @@ class SglFunction:
         if not where.takes_programs:
             return f"{type(where).__name__} ({where.name}) runs no programs"
         sampling, arguments = self._split(kwargs)
-        values = dict(zip(self.arg_names, args, strict=False)) | arguments | self.bind_arguments
+        values = dict(zip(self.arg_names, args, strict=False))
+        if len(args) > len(self.arg_names) or values.keys() & (arguments | self.bind_arguments).keys():
+            return "its arguments have no names, or come twice"
+        values |= arguments | self.bind_arguments
         try:
             recorded = record(self.func, values)
         except Untraceable as error:
@@ -291,13 +294,15 @@ class SglFunction:
         sampling: dict[str, Any],
         remote: bool = False,
     ) -> Iterator[ProgramState]:
-        """Start the programs and give out their states in order, perhaps not done yet."""
+        """Start the programs and give out their states in order, perhaps not done yet. Closed before its end: programs
+        that have not begun never do, and nobody waits for the others."""
         items = [self._arguments(item) for item in batch]
         where = resolve(backend)
         gate = None if num_threads == "auto" else Gate(int(num_threads))
         threads = gate.size if gate else MOST_THREADS
         started: deque[ProgramState] = deque()
-        with ThreadPoolExecutor(min(threads, max(len(items), 1))) as pool:
+        pool = ThreadPoolExecutor(min(threads, max(len(items), 1)))
+        try:
             for item in items:
                 if lazily and len(started) >= CHUNK:
                     yield started.popleft()
@@ -310,6 +315,8 @@ class SglFunction:
                 self._begin(state, call, pool.submit, gate)
                 started.append(state)
             yield from started
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _arguments(self, item: Any) -> dict[str, Any]:
         """An item of a batch as keyword arguments. Raises RequestError if their number is wrong."""
@@ -348,7 +355,9 @@ class _Ending:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._state.body_error = error if isinstance(error, Exception) else None
+        if error is not None and not isinstance(error, Exception):  # sys.exit, Ctrl-C, a cancellation
+            error = RequestError(f"the program was ended by {type(error).__name__}", code="program_ended")
+        self._state.body_error = error
         self._state.stream_executor.end(self._state.body_error)
 
 

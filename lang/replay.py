@@ -147,7 +147,7 @@ async def replay(request: ProgramRequest, backend: Backend) -> ProgramReply:
             leaf = end.leaf
     except _WrongProgramError as wrong:
         raise RequestError(str(wrong), param="program") from None
-    except (ActorserveError, LookupError, TypeError) as failed:  # as the body would have raised it
+    except (ActorserveError, LookupError, TypeError, AttributeError) as failed:  # as the body would have raised it
         error = failed
     root = run.states[0]
     root.end(error)

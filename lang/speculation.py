@@ -128,19 +128,21 @@ def may_speculate(sampling: Sampling) -> bool:
         sampling.dtype,
         sampling.tools,
         sampling.return_logprob,
+        sampling.stop_regex,  # it is searched in all that a call draws, so another call finds it elsewhere
     )
     return not any(asked) and (sampling.n or 1) == 1 and not sampling.stop_token_ids and not sampling.min_new_tokens
 
 
-def beyond(sampling: Sampling, tokens: int) -> Sampling:
-    """The parameters of a call that also answers what may follow. Logprobs tell where its tokens end."""
-    return msgspec.structs.replace(
-        sampling,
-        stop=(),
-        max_new_tokens=max(sampling.max_new_tokens or 0, tokens),
-        return_logprob=True,
-        return_text_in_logprobs=True,
-    )
+def counts(sampling: Sampling) -> bool:
+    """Whether what a call has drawn changes what it draws next: a call of a later `gen` would count from nothing."""
+    return bool(sampling.frequency_penalty or sampling.presence_penalty)
+
+
+def beyond(sampling: Sampling, tokens: int, tells_tokens: bool = True) -> Sampling:
+    """The parameters of a call that also answers what may follow. Logprobs tell where its tokens end, where a server
+    has them."""
+    asked = msgspec.structs.replace(sampling, stop=(), max_new_tokens=max(sampling.max_new_tokens or 0, tokens))
+    return msgspec.structs.replace(asked, return_logprob=True, return_text_in_logprobs=True) if tells_tokens else asked
 
 
 def _drawing(sampling: Sampling) -> Sampling:

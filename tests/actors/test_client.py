@@ -4,6 +4,7 @@ import struct
 from contextlib import nullcontext
 
 import anyio
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -124,6 +125,32 @@ async def test_reader_wakes_once_a_burst_and_ends(client):
     assert got == [["ab"], ["c"], ["de"]]
     assert stream.ended
     assert client.table == {}
+
+
+@pytest.mark.parametrize("state", ["up", "text is down", "others are in quarantine"])
+async def test_what_cannot_be_sent_takes_no_place(client, lane, monkeypatch, state):
+    """A text that is no Unicode, or a message beyond what a lane takes: refused each time, and no place is lost."""
+    monkeypatch.setattr("actorserve.actors.client.MAX_MESSAGE", 1000)
+    keep = lane.post
+
+    def post(message):
+        if len(msgspec.msgpack.encode(message)) > 1000:
+            raise ValueError("message of so many bytes")
+        keep(message)
+
+    monkeypatch.setattr(lane, "post", post)
+    if state == "text is down":
+        client.receive(PeerDown("text", 1, "killed"), "supervisor")
+    elif state == "others are in quarantine":
+        client._quarantine.add(Generate(1, 1, HI, PARAMS))
+    for prompt in (TextPrompt("\ud800"), TextPrompt("long" * 300)):
+        for _ in range(20):
+            with pytest.raises(RequestError, match="cannot be sent"):
+                client.submit(prompt, PARAMS)
+    assert client.table == {} and client.admission.requests == 0
+    if state == "text is down":
+        client.receive(PeerUp("text", 2), "supervisor")
+    assert client.submit(TextPrompt("Hello"), PARAMS).cancel() is None
 
 
 async def test_iteration_gives_every_chunk(client):

@@ -152,7 +152,7 @@ def test_all_images_of_a_prompt_at_once_others_as_they_are() -> None:
 
 ADDRESSES = """127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255
 192.0.2.1 ::1 :: fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 64:ff9b::a00:1
-2002:7f00:1:: 2001:db8::1""".split()
+2002:7f00:1:: 2001:db8::1 64:ff9b:1::7f00:1 64:ff9b:1:ffff::a00:1 ::127.0.0.1 ::ffff:0:7f00:1 fec0::1 5f00::1""".split()
 
 
 @pytest.mark.parametrize("address", ADDRESSES)

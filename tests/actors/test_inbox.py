@@ -19,7 +19,7 @@ from rings import rings  # noqa: F401 (each test runs in all ways)
 
 from actorserve.actors.actor import BURST, Actor, Context, connect, disconnect
 from actorserve.actors.inbox import TURN, Inbox
-from actorserve.actors.lane import LaneCorrupt, LaneReceiver, LaneSender, create_lane
+from actorserve.actors.lane import MAX_MESSAGE, LaneCorrupt, LaneReceiver, LaneSender, create_lane
 from actorserve.actors.messages import Drain, PeerUp, SystemMessage
 from actorserve.actors.ref import Gone, Ref
 from actorserve.actors.ring import HEAD
@@ -290,7 +290,7 @@ def test_send_waits_for_room_and_keeps_order_with_post(pair: Pair) -> None:
             pair.outbox.poll()
 
     async def main() -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(flush)
                 nursery.start_soon(send, 0)
@@ -328,11 +328,27 @@ def test_send_ends_with_the_peer_or_a_cancellation(pair: Pair) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("waiting", [0, 3])
+def test_what_no_lane_takes_is_refused_at_once(pair: Pair, waiting: int) -> None:
+    """Also behind messages that wait for room: not when it is its turn, amid the sender's poll."""
+    while pair.ref.backlog < waiting:
+        pair.ref.post(note(1, 500))
+    before = pair.ref.backlog
+    with pytest.raises(ValueError, match="a lane takes at most"):
+        pair.ref.post(note(2, MAX_MESSAGE))
+    assert pair.ref.backlog == before and pair.ref.up
+    while pair.ref.backlog:
+        numbers(pair.inbox)
+        pair.outbox.poll()
+    pair.ref.post(note(3))
+    assert numbers(pair.inbox)[-1] == 3
+
+
 def test_wait_returns_for_what_is_there_already_and_is_a_checkpoint(pair: Pair) -> None:
     async def main() -> None:
         for _ in range(2 * TURN):
             pair.ref.post(note(1))
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await pair.inbox.wait()
             assert pair.inbox.poll() is not None
             await pair.inbox.wait()
@@ -411,7 +427,7 @@ def test_send_over_a_full_local_lane_waits() -> None:
             for number in range(20):
                 await left.ref("right").send(note(number))
 
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(send)
                 right.inbox.poll()
@@ -464,7 +480,7 @@ def test_drain_flushes_after_each_burst_and_leaves_the_rest_readable(pair: Pair)
 
     async def main() -> None:
         left.ref("right").post(note(1))
-        with trio.move_on_after(5) as scope:
+        with trio.move_on_after(60) as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(actor.run)
                 await trio.testing.wait_all_tasks_blocked()

@@ -187,7 +187,7 @@ def host(class_name: str, play: Callable[[FakeSupervisor], Any]) -> tuple[list[C
 
     async def main() -> BaseException | None:
         error = None
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(direct)
                 try:
@@ -273,7 +273,7 @@ def test_drive_serves_an_attachment_on_any_loop(backend: str) -> None:
     attachment.on_inbox_readable()
 
     async def main() -> Driver:
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 supervisor.boot()
                 await group.start(drive, attachment)

@@ -1,7 +1,9 @@
 """The decision to watch before sleeping, told by invented times; and an inbox that looks, watches and sleeps."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -227,6 +229,24 @@ def test_what_is_there_already_is_a_checkpoint_and_nothing_is_lost(pair: Pair, w
         assert got == [*range(3 * TURN)] and pair.inbox.statistics().caught == 3 * TURN
 
     trio.run(main)
+
+
+def test_a_signal_amid_the_sleep_is_no_error(pair: Pair) -> None:
+    """Whatever its handler does to errno."""
+
+    def handler(*_: object) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat("/nowhere")
+        pair.ref.post(note(1))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        while not (found := numbers(pair.inbox)):
+            pair.inbox.wait_in_thread()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert found == [1]
 
 
 class Recording(Spin):

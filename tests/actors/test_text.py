@@ -50,6 +50,7 @@ from actorserve.actors.messages import (
     TextInbox,
     TextPrompt,
     Tokenize,
+    Tokenized,
     TokenPrompt,
     Tokens,
     Unpin,
@@ -1043,6 +1044,22 @@ def test_tokens_of_a_text_and_back(world: World, tokenizer: Tokenizer) -> None:
     assert question(world, Detokenize(7, view("i", ids), True)) == [Detokenized(7, "Hello 🦊 ")]
     (refused,) = question(world, Tokenize(8, ChatPrompt(b'{"messages": [{"role": "robot"}]}')))
     assert (refused.rid, refused.status, refused.param) == (8, 400, "messages")
+
+
+def test_an_answer_that_no_lane_takes_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few long tokens have a text that is many times longer than the question."""
+    ref = world.context.ref("front.0")
+    post = ref.post
+
+    def posted(message: Any) -> None:
+        if isinstance(message, Tokenized | Detokenized):
+            raise ValueError("message of 81000016 bytes; a lane takes at most 67108864")
+        post(message)
+
+    monkeypatch.setattr(ref, "post", posted)
+    for asked in (Tokenize(5, TextPrompt("Hello")), Detokenize(6, view("i", [3, 4]), False)):
+        (refused,) = question(world, asked)
+        assert (refused.rid, refused.status, refused.code) == (asked.rid, 400, "too_large")
 
 
 def test_orders_are_passed_on_and_answered(world: World) -> None:

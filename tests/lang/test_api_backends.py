@@ -1,8 +1,11 @@
 """OpenAI's and Anthropic's APIs as backends, and API speculative execution: against a stand-in that counts."""
 
+import json
+
 import msgspec
 import pytest
 from openai_stand_in import StandIn, stand_in, tokens
+from starlette.responses import StreamingResponse
 
 import actorserve.lang as sgl
 from actorserve.errors import EngineDown, Overloaded, RequestError
@@ -79,6 +82,23 @@ def test_a_text_that_the_program_does_not_go_along_with_is_asked_for_again(api):
     assert s.get_meta_info("rest")["speculation"] == {"calls": 2, "hits": 0, "misses": 1, "tokens_saved": 0}
 
 
+@pytest.mark.parametrize("how", [{"stop_regex": "[0-9]"}, {"frequency_penalty": 1.0}, {"presence_penalty": 0.5}])
+def test_what_looks_at_all_that_a_call_draws_is_asked_for_gen_by_gen(api, how):
+    """Penalties count what a call has drawn, and a regular expression ends it: each call for itself."""
+
+    said = {"a:": " 1; b: 2; end", "a: 1; b:": " 1; end"}
+    api.script = lambda body: body["prompt"] + said[body["prompt"]]
+
+    def body_of(s):
+        s += "a:" + sgl.gen("a", stop=";", max_tokens=4)
+        s += "; b:" + sgl.gen("b", stop=";", max_tokens=4)
+
+    backend = openai(api, is_chat_model=False, continues=True)
+    plain = sgl.function(body_of).run(backend=backend, temperature=0, **how)
+    fast = sgl.function(body_of, num_api_spec_tokens=64).run(backend=backend, temperature=0, **how)
+    assert plain.text() == fast.text() and len(api.bodies) == 4
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_branches_share_what_is_ahead_only_where_it_is_certain(api, temperature):
     @sgl.function(num_api_spec_tokens=64)
@@ -113,6 +133,15 @@ def test_chat_models_answer_a_block_by_one_call(api):
     assert s.messages()[-1] == {"role": "assistant", "content": REPLY} and len(api.bodies) == 1
     report = s.get_meta_info("job")["speculation"]
     assert (report["calls"], report["hits"], report["misses"]) == (1, 2, 0) and report["tokens_saved"] > 0
+
+
+def test_anthropic_answers_a_block_by_one_call(api):
+    """It has no logprobs: its words are told apart by the program's stop strings, and limits by its count of tokens."""
+    program = sgl.function(body_of_chat_sheet, num_api_spec_tokens=64)
+    api.replies = lambda body: REPLY
+    s = program.run(backend=sgl.Anthropic("claude-x", base_url=api.url))
+    assert [s[n] for n in NAMES] == [" Hermione Granger", " 17", " witch of note"] and len(api.bodies) == 1
+    assert api.bodies[0]["max_tokens"] == 128 and "stop_sequences" not in api.bodies[0]
 
 
 def test_a_variable_of_an_open_block_can_be_read(api):
@@ -339,6 +368,23 @@ def test_apis_are_told_to_call_a_tool(api, kind):
     api.call = None
     with pytest.raises(sgl.ProgramError, match="the output is no ToolCall"):
         calling.run(backend=backend)["call"]
+
+
+@pytest.mark.parametrize("error", [{"message": "an actor died", "code": 500}, "an actor died"])
+def test_an_error_amid_a_stream_is_no_end_of_it(error):
+    async def answer(request):
+        lines = [{"choices": [{"index": 0, "text": "half"}]}, {"error": error}]
+        return StreamingResponse(
+            iter([*(f"data: {json.dumps(line)}\n\n" for line in lines), "data: [DONE]\n\n"]),
+            media_type="text/event-stream",
+        )
+
+    with stand_in(answer) as server:
+        program = sgl.function(lambda s: s.__iadd__("a" + sgl.gen("a")))
+        s = program.run(backend=openai(server, is_chat_model=False), stream=True)
+        with pytest.raises(sgl.ProgramError, match="the server stopped: an actor died") as caught:
+            s["a"]
+    assert caught.value.status == 502 and s.stream_executor.context.text == "ahalf"
 
 
 def test_errors_of_servers(api):

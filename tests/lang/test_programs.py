@@ -1,7 +1,9 @@
 """What programs mean: on a backend that answers by a script, so that every text can be told beforehand."""
 
+import asyncio
 import re
 import threading
+import time
 from dataclasses import dataclass
 
 import anyio
@@ -366,6 +368,54 @@ def test_batches_keep_order_and_failures_stay_alone(backend):
     with pytest.raises(RequestError, match="1 to 2 arguments"):
         program.run_batch([("a", 1, 2)])
     assert program.run_batch([]) == []
+
+
+def test_a_body_that_exits_has_not_returned(backend):
+    @sgl.function
+    def program(s, i):
+        if i == 1:
+            raise SystemExit(3)
+        return i
+
+    states = program.run_batch([(0,), (1,), (2,)], backend=backend)
+    assert [states[i].ret_value for i in (0, 2)] == [0, 2] and "ended by SystemExit" in str(states[1].error())
+    with pytest.raises(RequestError, match="ended by SystemExit"):
+        _ = states[1].ret_value
+    with pytest.raises(SystemExit):
+        program.run(1, backend=backend)
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_batch_that_is_left_waits_for_nobody(backend, in_loop):
+    """Nor do programs begin that had not begun."""
+    go_on, began, ended = threading.Event(), [], []
+
+    @sgl.function
+    def program(s, i):
+        if i:
+            began.append(i)
+            assert go_on.wait(20)
+        s += f"{i} " + sgl.gen("x")
+        ended.append(i)
+
+    def first():
+        states = program.run_batch([(i,) for i in range(9)], generator_style=True, num_threads=3)
+        found = next(states)["x"]
+        states.close()
+        return found
+
+    async def first_in_loop():
+        states = program.arun_batch_iter([(i,) for i in range(9)], num_threads=3)
+        found = (await anext(states))["x"]
+        await states.aclose()
+        return found
+
+    assert (asyncio.run(first_in_loop()) if in_loop else first()) == "<0>"
+    assert ended == [0], "it was not waited for"
+    go_on.set()
+    while len(ended) <= len(began):
+        time.sleep(0.001)
+    assert len(began) <= 4
 
 
 @pytest.mark.parametrize("is_async", [False, True])

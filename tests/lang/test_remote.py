@@ -14,7 +14,7 @@ from actorserve.errors import EngineDown, RequestError
 from actorserve.examples import essay_judge, llm_judge, multi_turn, parallel_tips, react_agent, self_consistency
 from actorserve.lang.loop import LOOP
 from actorserve.lang.recording import record
-from actorserve.lang.remote import Append, Branch, If, Merge, ProgramRequest, Return
+from actorserve.lang.remote import Append, Assign, Branch, Condition, If, Merge, ProgramRequest, Reference, Return
 from actorserve.lang.replay import replay
 
 
@@ -198,6 +198,27 @@ def test_what_cannot_be_sent_runs_here_and_says_why(server, body, reason):
         return
     assert not state.remote and not server.sent
     assert re.search(reason, state.local_reason), state.local_reason
+
+
+def test_arguments_that_have_no_names_run_here(server):
+    """None is lost on the way, and what the body would refuse is refused."""
+
+    @sgl.function
+    def program(s, first="", *words):
+        for word in (first, *words):
+            s += word
+
+    s = program.run("a", "b", "c", backend=server, remote=True)
+    assert (s.text(), s.remote) == ("abc", False) and "no names" in s.local_reason
+    with pytest.raises(TypeError, match="multiple values"):
+        program.run("a", first="b", backend=server, remote=True)
+
+
+def test_a_value_that_has_not_what_a_condition_asks_for_is_the_programs_error(server):
+    """As in a body: `[...].startswith` is an AttributeError there."""
+    statements = (Assign(0, "x", ["a"]), If(Condition(Reference(0, "x"), "startswith", "a"), ()))
+    reply = LOOP.call(replay, ProgramRequest(statements), server)
+    assert reply.error is not None and reply.error.status == 400 and "startswith" in reply.error.message
 
 
 def test_loops_without_a_bound_and_swallowed_refusals(server):

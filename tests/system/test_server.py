@@ -169,10 +169,10 @@ def test_a_client_that_leaves_frees_its_pages(server: LiveServer) -> None:
     body = {"text": "Count to a thousand: one, two,", "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}}
     with httpx.stream("POST", server.url + "/generate", json={**body, "stream": True}, timeout=60) as reply:
         next(reply.iter_lines())
-    wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 5, "a stream's request is aborted")
+    wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 20, "a stream's request is aborted")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + "/generate", json=body, timeout=1.0)
-    wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 5, "a plain request is aborted")
+    wait_until(lambda: server.metrics()["actorserve_running_requests"] == 0, 20, "a plain request is aborted")
 
 
 def test_many_clients_at_once_get_their_own_answers(server: LiveServer) -> None:
@@ -314,8 +314,10 @@ def test_paused_requests_go_on_or_end(server: LiveServer) -> None:
     """A pause amid a greedy answer changes nothing in it, or ends it with what it has."""
     body = {"text": "Once upon a time", "sampling_params": {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}}
     whole = generate(server, **body)
+    longer = {**body, "sampling_params": {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}}
     for mode in ("in_place", "retract", "abort"):
-        with httpx.stream("POST", server.url + "/generate", json={**body, "stream": True}, timeout=120) as reply:
+        asked = (longer if mode == "abort" else body) | {"stream": True}
+        with httpx.stream("POST", server.url + "/generate", json=asked, timeout=120) as reply:
             frames = (json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {"))
             next(frames)
             assert httpx.post(server.url + "/pause_generation", json={"mode": mode}, timeout=30).status_code == 200
@@ -325,7 +327,8 @@ def test_paused_requests_go_on_or_end(server: LiveServer) -> None:
         waiting.join()
         text, finish = last["text"], last["meta_info"]["finish_reason"]["type"]
         if mode == "abort":
-            assert str(whole["text"]).startswith(text) and finish == "abort"
+            assert finish == "abort" and text
+            assert str(whole["text"]).startswith(text) or text.startswith(whole["text"])
         else:
             assert (text, finish) == (whole["text"], "length")
 
