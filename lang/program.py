@@ -315,8 +315,10 @@ class SglFunction:
                 self._begin(state, call, pool.submit, gate)
                 started.append(state)
             yield from started
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
 
     def _arguments(self, item: Any) -> dict[str, Any]:
         """An item of a batch as keyword arguments. Raises RequestError if their number is wrong."""

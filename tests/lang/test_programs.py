@@ -386,6 +386,22 @@ def test_a_body_that_exits_has_not_returned(backend):
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
+def test_a_batch_whose_states_are_kept_runs_to_its_end(backend, in_loop):
+    """Programs that wait for a thread when the last state is given out, too."""
+
+    @sgl.function
+    def program(s, i):
+        s += f"{i} " + sgl.gen("x")
+
+    async def kept():
+        return [state async for state in program.arun_batch_iter([(i,) for i in range(30)], num_threads=2)]
+
+    kept_states = program.run_batch([(i,) for i in range(30)], generator_style=True, num_threads=2)
+    states = asyncio.run(kept()) if in_loop else list(kept_states)
+    assert [s["x"] for s in states] == [f"<{i}>" for i in range(30)]
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
 def test_a_batch_that_is_left_waits_for_nobody(backend, in_loop):
     """Nor do programs begin that had not begun."""
     go_on, began, ended = threading.Event(), [], []
