@@ -8,6 +8,7 @@ Invariant: it adds no behaviour. An asyncio loop in a thread of its own runs the
 """
 
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
@@ -134,7 +135,7 @@ class SyncEngine:
 
     def _call(self, function: "partial[Coroutine[Any, Any, T]]") -> T:
         """Have the loop run it. A caller who does not wait for the end, as after Ctrl-C, cancels it."""
-        future = self._running.start_task_soon(function)
+        future: Future[T] = self._running.start_task_soon(function)
         try:
             return future.result()
         except BaseException:

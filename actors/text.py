@@ -67,7 +67,8 @@ from .replicas import Replica
 from .running import Running
 
 R = TypeVar("R")
-G = TypeVar("G", Generate, Tokenize, Detokenize)
+G = TypeVar("G", Generate, Tokenize)
+M = TypeVar("M", Generate, Tokenize, Detokenize)
 POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
 DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
 FAILURES: Final[dict[int, Callable[[], ActorserveError]]] = {
@@ -303,7 +304,7 @@ class Text(Running):
         except RequestError as error:
             return error
 
-    async def _threaded(self, work: Callable[[G], R], m: G) -> R:
+    async def _threaded(self, work: Callable[[M], R], m: M) -> R:
         def noted() -> R:
             note = self.context.desk.begin(m.rid)
             result = work(m)
