@@ -7,11 +7,12 @@
 Invariant: it adds no behaviour. An asyncio loop in a thread of its own runs the Engine; calls may come from any thread.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -21,6 +22,8 @@ from .engine import Engine, Message, PromptLike
 from .errors import EngineDown
 from .outputs import Classification, Delta, Deltas, Embedding, Output
 from .sampler.params import SamplingParams
+
+T = TypeVar("T")
 
 
 class SyncEngine:
@@ -67,7 +70,7 @@ class SyncEngine:
 
     def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Output | list[Output]:
         """Continue one prompt, or each of a list."""
-        result: Output | list[Output] = self._running.call(partial(self._engine.generate, prompt, params, **options))
+        result: Output | list[Output] = self._call(partial(self._engine.generate, prompt, params, **options))
         return result
 
     @overload
@@ -84,7 +87,7 @@ class SyncEngine:
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
     ) -> Output | list[Output]:
         """Answer a conversation."""
-        result: Output | list[Output] = self._running.call(partial(self._engine.chat, messages, params, **options))
+        result: Output | list[Output] = self._call(partial(self._engine.chat, messages, params, **options))
         return result
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None, **options: Any) -> Iterator[Delta]:
@@ -105,7 +108,7 @@ class SyncEngine:
 
     def embed(self, prompt: Any, **options: Any) -> Embedding | list[Embedding]:
         """Return the vector of a prompt, or of each of a list."""
-        result: Embedding | list[Embedding] = self._running.call(partial(self._engine.embed, prompt, **options))
+        result: Embedding | list[Embedding] = self._call(partial(self._engine.embed, prompt, **options))
         return result
 
     @overload
@@ -117,7 +120,7 @@ class SyncEngine:
     def classify(self, prompt: Any, **options: Any) -> Classification | list[Classification]:
         """Return what a classification head says of a prompt, or of each of a list."""
         call = partial(self._engine.classify, prompt, **options)
-        result: Classification | list[Classification] = self._running.call(call)
+        result: Classification | list[Classification] = self._call(call)
         return result
 
     def stats(self) -> Stats:
@@ -130,14 +133,24 @@ class SyncEngine:
             raise EngineDown("the engine is not running: use it inside `with`")
         return self._portal
 
+    def _call(self, function: "partial[Coroutine[Any, Any, T]]") -> T:
+        """Have the loop run it. A caller who does not wait for the end, as after Ctrl-C, cancels it."""
+        future: Future[T] = self._running.start_task_soon(function)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
     def _iterate(self, start: "partial[Deltas]") -> Iterator[Delta]:
         portal = self._running
         deltas = portal.call(start)
         try:
-            while (delta := portal.call(_next, deltas)) is not None:
+            while (delta := self._running.call(_next, deltas)) is not None:
                 yield delta
         finally:
-            portal.call(deltas.aclose)
+            with suppress(RuntimeError):  # the loop has ended, or collects this itself: dropping `deltas` is enough
+                portal.call(deltas.aclose)
 
 
 async def _next(deltas: Deltas) -> Delta | None:

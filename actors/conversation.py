@@ -110,7 +110,9 @@ def _checked(message: ChatMessage, where: str, images: list[ImageFile], videos: 
         parts = [_part(part, f"{where}.content[{j}]", images, videos) for j, part in enumerate(message.content)]
         message = msgspec.structs.replace(message, content=parts)
     elif message.content is None and not message.tool_calls:
-        raise RequestError(f"a {message.role} message needs content", param=f"{where}.content")
+        if message.role != "assistant" or not message.reasoning_content:
+            raise RequestError(f"a message of {message.role} needs content", param=f"{where}.content")
+        message = msgspec.structs.replace(message, content="")  # an answer that was cut amid its thoughts comes back
     _check_depth(message.tool_calls, f"{where}.tool_calls")
     # OpenAI's newer name; templates of open models know the older one.
     return msgspec.structs.replace(message, role="system") if message.role == "developer" else message

@@ -64,12 +64,13 @@ from .messages import (
     Unpin,
 )
 from .output import Output, logprob_of
-from .prompts import Encoded, Prompts
+from .prompts import INLINE_CHARS, Encoded, Prompts
 from .replicas import Replica
 from .running import Running
 
 R = TypeVar("R")
 G = TypeVar("G", Generate, Tokenize)
+M = TypeVar("M", Generate, Tokenize, Detokenize)
 UNTOKENIZED: Final = "the prompt could not be tokenized"
 POISONED: Final = "the model's output for this request was not a number, or no token was allowed"
 DEAD_END: Final = "the grammar left no token that could come next, as when it ends before min_new_tokens"
@@ -340,7 +341,7 @@ class Text(Running):
         except RequestError as error:
             return error
 
-    async def _threaded(self, work: Callable[[G], R], m: G) -> R:
+    async def _threaded(self, work: Callable[[M], R], m: M) -> R:
         def noted() -> R:
             note = self.context.desk.begin(m.rid)
             result = work(m)
@@ -364,8 +365,15 @@ class Text(Running):
         if self._detokenizers is None:
             self._refuse(m.rid, 1, front, RequestError("this server runs without a tokenizer", param="tokens"))
             return
-        text = self._detokenizers.text(np.frombuffer(m.ids, dtype=np.int32).tolist(), m.skip_special_tokens)
-        self._answer_question(front, Detokenized(m.rid, text))
+        work = partial(_detokenized, self._detokenizers)
+        if len(m.ids) > 4 * INLINE_CHARS:
+            m = replace(m, ids=memoryview(bytes(m.ids)))  # they lie in the ring
+            self.context.nursery.start_soon(self._detokenize_in_thread, work, m, front)
+        else:
+            self._answer_question(front, work(m))
+
+    async def _detokenize_in_thread(self, work: Callable[[Detokenize], Detokenized], m: Detokenize, front: str) -> None:
+        self._answer_question(front, await self._threaded(work, m))
 
     # ------------------------------------------------------------------ from the scheduler
 
@@ -479,3 +487,8 @@ class Text(Running):
             self._to_scheduler(output.replica, Abort(output.rid))
         if pins := self.pins.pop(name, None):
             self._to_schedulers(Unpin(memoryview(array("q", pins)).cast("B")))
+
+
+def _detokenized(detokenizers: Detokenizers, m: Detokenize) -> Detokenized:
+    ids = np.frombuffer(m.ids, dtype=np.int32).tolist()
+    return Detokenized(m.rid, detokenizers.text(ids, m.skip_special_tokens))

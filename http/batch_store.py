@@ -38,6 +38,7 @@ SORTED_BYTES: Final = 512
 _COLUMNS: Final = "body, total, completed, failed"
 _SPOOL_BYTES: Final = 8 << 20
 _line_decoder: Final = msgspec.json.Decoder(InputLine)
+_body_decoder: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Job(NamedTuple):
@@ -214,6 +215,7 @@ def checked_line(text: bytes, endpoints: Collection[str], seen: set[str], most_b
         raise RequestError(f"url must be {' or '.join(endpoints)}", param="url", code="mismatched_endpoint")
     if not bytes(line.body).lstrip().startswith(b"{"):
         raise RequestError("body is not an object", param="body", code="invalid_type")
+    decode_body(_body_decoder, bytes(line.body))  # a Raw is taken as it stands, also where it is not UTF-8
     if line.custom_id in seen:
         raise RequestError(f"custom_id {line.custom_id!r} comes twice", param="custom_id", code="duplicate_custom_id")
     seen.add(line.custom_id)

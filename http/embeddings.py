@@ -117,9 +117,7 @@ async def _reply_natively(
     is_batch: bool,
 ) -> None:
     rids = per_prompt(request.rid, len(prompts), "", "rid", spread=not is_batch)
-    stream = _submit(service, prompts, request)
-    for choice, rid in zip(stream.choices, rids, strict=True):
-        choice.name = rid or uuid.uuid4().hex
+    stream = _submit(service, prompts, request, [rid or uuid.uuid4().hex for rid in rids])
     async with exchange.watched(stream):
         replies = []
         for i, (chunk, choice) in enumerate(zip(await stream.collect(), stream.choices, strict=True)):
@@ -193,10 +191,17 @@ def _conversations(given: Sequence[ChatMessage | list[ChatMessage]]) -> tuple[li
 
 
 def _submit(
-    service: Service, prompts: list[Prompt], request: EmbeddingRequest | EncodeRequest | JudgeRequest | ClassifyRequest
+    service: Service,
+    prompts: list[Prompt],
+    request: EmbeddingRequest | EncodeRequest | JudgeRequest | ClassifyRequest,
+    names: Sequence[str] = (),
 ) -> Stream:
+    """`names`: what the client calls each prompt, where it can."""
     service.check_batch(len(prompts), "input")
-    submissions = [Submission(prompt, NOTHING_DRAWN, pooled=True) for prompt in prompts]
+    submissions = [
+        Submission(prompt, NOTHING_DRAWN, pooled=True, name=name)
+        for prompt, name in zip(prompts, names or [""] * len(prompts), strict=True)
+    ]
     return service.client.submit_all(submissions, request.cache_salt or "", request.priority or 0)
 
 

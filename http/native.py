@@ -111,7 +111,7 @@ class Rows:
 
         for item in items:
             self.tokens.append(row(item.token, item.logprob, item.text))
-            first = not self.tokens[1:] and math.isnan(item.logprob)  # of a prompt: nothing came before it
+            first = len(self.tokens) == 1 and math.isnan(item.logprob)  # of a prompt: nothing came before it
             if params.logprobs:
                 self.top.append(None if first else [row(*other) for other in item.top[: params.logprobs]])
             if params.token_ids_logprob:

@@ -6,6 +6,7 @@ puts together from a stream and what it gets at once.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from typing import Any, Final, Protocol, TypeAlias
 
 from msgspec import Struct
@@ -70,19 +71,26 @@ class Parser(Protocol):
 
 
 def joined(events: Iterable[Event]) -> list[Event]:
-    """Join neighbours that continue one another: the same list for every cutting of the text."""
+    """Join neighbours that continue one another: the same list for every cutting of the text, in linear time."""
     whole: list[Event] = []
-    for event in events:
-        match whole[-1] if whole else None, event:
-            case (Content(before), Content(text)):
-                whole[-1] = Content(before + text)
-            case (Reasoning(before), Reasoning(text)):
-                whole[-1] = Reasoning(before + text)
-            case (CallArguments(index, before), CallArguments(same, text)) if index == same:
-                whole[-1] = CallArguments(index, before + text)
+    for _, group in groupby(events, _kind):
+        run = list(group)
+        text = "".join([event.text for event in run if isinstance(event, Content | Reasoning | CallArguments)])
+        match run[0]:
+            case Content():
+                whole.append(Content(text))
+            case Reasoning():
+                whole.append(Reasoning(text))
+            case CallArguments(index):
+                whole.append(CallArguments(index, text))
             case _:
-                whole.append(event)
+                whole += run
     return whole
+
+
+def _kind(event: Event) -> tuple[type[Event], int | None]:
+    """The same for neighbours that continue one another."""
+    return type(event), event.index if isinstance(event, CallArguments) else None
 
 
 def parse(parser: Parser, text: str) -> list[Event]:

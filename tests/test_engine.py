@@ -316,6 +316,42 @@ def test_sync(text):
         1 / 0  # noqa: B018
 
 
+def test_sync_streams_that_outlive_the_engine(text):
+    with actorserve.Engine.sync(placement="inline") as engine:
+        begun, other = engine.stream("silence"), engine.stream("silence")
+        assert next(begun).text == next(other).text == "one"
+    with pytest.raises(EngineDown):
+        next(begun)
+    other.close()
+
+
+def test_an_interrupted_sync_call_is_cancelled(text):
+    """Ctrl-C while it waits, where the program goes on, as in a notebook."""
+
+    async def cancelled() -> object:
+        with anyio.fail_after(20):
+            return await arrived(Cancel)
+
+    with actorserve.Engine.sync(placement="inline") as engine:
+        portal = engine._portal
+        start = portal.start_task_soon
+
+        def interrupt(timeout=None):
+            anyio.run(arrived, Generate)
+            raise KeyboardInterrupt
+
+        def interrupted(function, *args):
+            del portal.start_task_soon  # the next ones are as ever
+            future = start(function, *args)
+            future.result = interrupt
+            return future
+
+        portal.start_task_soon = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("silence")
+        assert anyio.run(cancelled).rid == anyio.run(arrived, Generate).rid
+
+
 # ------------------------------------------------------------------ real processes, a dummy model
 
 

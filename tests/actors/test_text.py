@@ -1062,6 +1062,21 @@ def test_an_answer_that_no_lane_takes_is_refused(world: World, monkeypatch: pyte
         assert (refused.rid, refused.status, refused.code) == (asked.rid, 400, "too_large")
 
 
+def test_many_tokens_become_text_in_a_thread(world: World, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hello")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world.context.host({}, nursery)
+            for rid, count in ((1, INLINE_CHARS), (2, 1)):
+                world.fronts["front.0"].ref("text").post(Detokenize(rid, view("i", ids * count + ids), True))
+            world.settle()
+            assert world.front() == [Detokenized(2, "HelloHello")], "nobody waits for the long one"
+
+    trio.run(main)
+    assert world.front() == [Detokenized(1, "Hello" * (INLINE_CHARS + 1))]
+
+
 def test_orders_are_passed_on_and_answered(world: World) -> None:
     assert question(world, Order(5, "pause")) == []
     assert question(world, Order(1 << 40, "flush_cache"), "front.1") == []

@@ -125,6 +125,7 @@ BAD_INPUTS = [
     (jsonl([line(0), {**line(1), "url": "/v1/completions"}]), "mismatched_endpoint", 2),
     (jsonl([line(0), line(0)]), "duplicate_custom_id", 2),
     (jsonl([{**line(0), "body": [1]}]), "invalid_type", 1),
+    (jsonl([line(0), line(1, x=1)]).replace(b'"x"', b'"\xff"'), "invalid_json", 2),
     (jsonl([{**line(0), "method": "GET"}]), "invalid_type", 1),
     (jsonl([{"method": "POST", "url": CHAT, "body": {}}]), "missing_required_parameter", 1),
     (jsonl([line(0), line(1, x="x" * 6000)]), "body_too_large", 2),

@@ -1,5 +1,7 @@
 """Grammars of chats whose model thinks first: the front tells them apart, against a fake engine."""
 
+import json
+
 import pytest
 
 pytestmark = pytest.mark.anyio
@@ -40,3 +42,13 @@ async def test_an_answer_without_thoughts(rig, client, fakes, extra):
     reply = await client.chat.completions.create(model="", messages=messages, extra_body=more)
     assert reply.choices[0].message.content == "12"
     assert rig.text.generates[0].grammar.thoughts is None
+
+
+async def test_thoughts_without_an_answer_may_come_back(rig, client, fakes):
+    """Clients send the message that they got, also one that was cut amid its thoughts: its content is null."""
+    fakes.say(rig, "<think>Hm.")
+    message = (await client.chat.completions.create(model="", messages=USER)).choices[0].message.model_dump()
+    assert (message["content"], message["reasoning_content"]) == (None, "Hm.")
+    await client.chat.completions.create(model="", messages=[*USER, message, *USER])
+    turn = json.loads(bytes(rig.text.generates[1].prompt.payload))["messages"][1]
+    assert turn == {"role": "assistant", "content": "", "reasoning_content": "Hm."}

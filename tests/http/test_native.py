@@ -6,7 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from actorserve.actors.messages import Chunks, GrammarSpec, ImageFile, TextPrompt, TokenPrompt, VideoFile
+from actorserve.actors.messages import (
+    Chunks,
+    GrammarSpec,
+    ImageFile,
+    TextPrompt,
+    TokenLogprob,
+    TokenPrompt,
+    VideoFile,
+)
+from actorserve.http.native import Rows
+from actorserve.sampler.params import SamplingParams
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello wörld and moon"
@@ -278,3 +288,20 @@ async def test_bad_grammars_are_refused(rig, params, param):
     reply = await rig.http.post("/generate", json={"text": "x", "sampling_params": params})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
     assert rig.text.got == []
+
+
+class Uncopied(list):
+    """Rows so far; a prompt may have a million of them, which none of the next ones may copy."""
+
+    def __getitem__(self, key):
+        assert not isinstance(key, slice)
+        return super().__getitem__(key)
+
+
+def test_rows_of_logprobs_are_added_in_constant_time():
+    rows = Rows(tokens=Uncopied())
+    params = SamplingParams(logprobs=1)
+    for logprob in (float("nan"), -1.0, float("nan")):
+        rows.add([TokenLogprob(5, logprob, b"a", [(5, logprob, b"a")])], params, with_text=True)
+    assert rows.tokens[1] == (-1.0, 5, "a") and len(rows.tokens) == 3
+    assert [top is None for top in rows.top] == [True, False, False], "nothing came before the first"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from actorserve.errors import StartupError
 from actorserve.models.chat_reply import ChatReply
 from actorserve.models.detokenize import Detokenizers
-from actorserve.models.parse_events import Event, parse
+from actorserve.models.parse_events import CallArguments, CallEnd, Content, Event, Reasoning, joined, parse
 from actorserve.models.parsers import ChatParser, Guess, guess, names, random_id, reasoning_parser, tool_parser
 from actorserve.models.tokenizer import load_tokenizer
 from actorserve.models.tool_families import TOOL_FAMILIES
@@ -44,6 +44,33 @@ def assembled(deltas: list[dict[str, Any]]) -> dict[str, Any]:
             else:
                 calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
     return message
+
+
+class Piece(str):
+    """A text that cannot be added to one by one, for each time copies all that was there before."""
+
+    def __add__(self, other: str) -> str:
+        raise AssertionError("joined piece by piece")
+
+    __radd__ = __add__
+
+
+def test_joining_is_linear() -> None:
+    pieces = [Piece("a"), Piece("b"), Piece("c")]
+    events: list[Event] = [
+        *map(Reasoning, pieces),
+        *map(Content, pieces),
+        *(CallArguments(0, piece) for piece in pieces),
+        *(CallArguments(1, piece) for piece in pieces),
+        CallEnd(0, True),
+        CallEnd(1, True),
+        Content(Piece("d")),
+    ]
+    assert joined(events) == [
+        Reasoning("abc"), Content("abc"), CallArguments(0, "abc"), CallArguments(1, "abc"), CallEnd(0, True),
+        CallEnd(1, True), Content("d"),
+    ]  # fmt: skip
+    assert joined(iter(())) == []
 
 
 # ------------------------------------------------------------------ the law for both
