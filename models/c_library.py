@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -81,17 +82,26 @@ def _cpu_features() -> list[str]:
 
 
 def _compile(compiler: str, options: tuple[str, ...], sources: list[str], target: Path) -> None:
-    """Run the compiler; the library appears under its name whole or not at all."""
+    """Run the compiler, on all files at once; the library appears under its name whole or not at all."""
     target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
         made = Path(folder) / target.name
-        command = [compiler, *FLAGS, "-o", str(made), *options, *sources]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise StartupError(f"{compiler} did not end within {COMPILE_SECONDS:.0f} s") from None
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines()
-            name, reason = Path(sources[0]).name, lines[0] if lines else "no reason given"
-            raise StartupError(f"{compiler} does not compile {name}: {reason}")
+        objects = [str(Path(folder) / f"{number}.o") for number in range(len(sources))]
+
+        def compile_one(source: str, to: str) -> None:
+            _run([compiler, *FLAGS, *options, "-c", source, "-o", to], Path(source).name)
+
+        list(pool.map(compile_one, sources, objects))
+        _run([compiler, *FLAGS, *options, *objects, "-o", str(made)], target.name)
         os.replace(made, target)
+
+
+def _run(command: list[str], name: str) -> None:
+    """Run the compiler for `name`. Raises StartupError with the first line of what it says."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise StartupError(f"{command[0]} did not end within {COMPILE_SECONDS:.0f} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise StartupError(f"{command[0]} does not compile {name}: {lines[0] if lines else 'no reason given'}")
