@@ -1,4 +1,4 @@
-/* Sums of linear maps whose weights are quantized blocks, GGUF's and one more, in integers.
+/* Sums of linear maps whose weights are quantized blocks, GGUF's and what others become, in integers.
 
 Used by linear.c. A unit is LANES outputs x 32 inputs: their scales (float16, one a lane), minima or zero points, then
 their values, so that 32 bits of a vector are four inputs of one of LANES outputs; of 4-bit values a vector holds two
@@ -29,12 +29,14 @@ INLINE ivec dot(ivec s, ivec w, ivec x) { return (ivec)_mm256_dpbusd_avx_epi32((
 #if LANES == 16
 INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+INLINE ivec signs(const uint8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
 /* Neighbours' products and their sum: of u8 and i8 in 16 bits, of i16 in 32. */
 INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
 INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #else
 INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+INLINE ivec signs(const uint8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
 INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
 INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #endif
@@ -49,16 +51,24 @@ struct numbers {
     };
     float scale;
     union {
-        float sum;      /* of the 32 */
+        float sum;      /* of the 32, or the first half */
         int32_t middle; /* or what a weight of zero's byte makes of them, times -1 */
     };
+    float second; /* sum of the second half, where halves have their own scales */
 };
 
 typedef int8_t narrow __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-/* Whether 16 bits of a number are multiplied; the byte of a weight of zero, where it is the same for all, else 0. */
-INLINE int wide(enum kind kind) { return kind == Q8_0 && !DOT; }
+/* Whether weights have a byte each; whether 16 bits of a number are multiplied; the byte of a weight of zero, where it is the same for all, else 0. */
+INLINE int eight(enum kind kind) { return kind == Q8_0 || kind == K8; }
+INLINE int wide(enum kind kind) { return eight(kind) && !DOT; }
 INLINE int middle(enum kind kind) { return kind == Q4_0 ? 8 : kind == Q8_0 ? 128 : 0; }
+
+INLINE int sum_of(ivec q) {
+    int total = 0;
+    for (int k = 0; k < LANES; k++) total += q[k];
+    return total;
+}
 
 INLINE void pack_group(enum kind kind, const float *x, struct numbers *to) {
     vec most = {0}, poison = {0};
@@ -69,9 +79,11 @@ INLINE void pack_group(enum kind kind, const float *x, struct numbers *to) {
     }
     float top = largest(most), inverse = top > LEAST ? LARGEST / top : 0.0f;
     ivec totals = {0};
+    int later = 0;
     for (int i = 0; i < GROUP; i += LANES) {
         ivec q = integers(load(x + i) * inverse), high = (q + 128) >> 8;
         totals += q;
+        if (kind == K8 && i >= GROUP / 2) later += sum_of(q);
         if (wide(kind))
             for (int k = 0; k < LANES; k++) to->wide[i + (k & ~3) + (k & 1) * 2 + (k >> 1 & 1)] = q[k];
         else {
@@ -79,11 +91,11 @@ INLINE void pack_group(enum kind kind, const float *x, struct numbers *to) {
             *(narrow *)(to->low + i) = __builtin_convertvector(q - (high << 8), narrow);
         }
     }
-    int total = 0;
-    for (int k = 0; k < LANES; k++) total += totals[k];
+    int total = sum_of(totals);
     to->scale = top / LARGEST + sum(poison);
     if (middle(kind)) to->middle = -middle(kind) * total;
-    else to->sum = to->scale * total;
+    else to->sum = to->scale * (kind == K8 ? total - later : total);
+    to->second = to->scale * later;
 }
 
 struct packing {
@@ -108,22 +120,32 @@ const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs,
 }
 
 INLINE long unit_bytes(enum kind kind) {
-    return LANES * (kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : kind == Q4_Z ? 19 : 34);
+    const int bytes[] = {18, 20, 34, 19, 22, 40}; /* of a block of 32, by kind */
+    return LANES * bytes[kind];
 }
 
-/* What a unit is made of: values are `scale` times a byte of `w`, and `offset` more, or without a middle. */
+/* What a unit is made of: values are `scale` times a byte of `w`, and `offset` more, or without a middle; K8's halves
+have their own. */
 struct unit {
-    vec scale, offset;
+    vec scale[2], offset[2];
     ivec w[STEPS];
 };
 
 INLINE struct unit open_unit(enum kind kind, const uint8_t *p) {
-    struct unit u = {.scale = halves(p)};
+    struct unit u = {.scale = {halves(p)}};
+    vec least = kind == Q4_1 || kind == Q4_K || kind == K8 ? halves(p + 2 * LANES) : u.scale[0];
     p += 2 * LANES;
-    if (kind == Q4_1) u.offset = halves(p), p += 2 * LANES;
-    if (kind == Q4_Z) u.offset = u.scale * -floats(bytes(p)), p += LANES; /* exact: 11 bits times 8 */
+    if (kind == Q4_1) u.offset[0] = least, p += 2 * LANES;
+    if (kind == Q4_Z) u.offset[0] = least * -floats(bytes(p)), p += LANES; /* exact: 11 bits times 8 */
+    if (kind == Q4_K || kind == K8) { /* exact, too */
+        int parts = kind == K8 ? 2 : 1;
+        p += 2 * LANES;
+        u.scale[1] = u.scale[0];
+        for (int h = 0; h < parts; h++, p += LANES) u.scale[h] *= floats(signs(p));
+        for (int h = 0; h < parts; h++, p += LANES) u.offset[h] = least * -floats(signs(p));
+    }
     for (int i = 0; i < STEPS; i++)
-        if (kind == Q8_0) u.w[i] = (ivec)load((const float *)p + i * LANES);
+        if (eight(kind)) u.w[i] = (ivec)load((const float *)p + i * LANES);
         else u.w[i] = (ivec)load((const float *)p + i / 2 * LANES) >> i % 2 * 4 & 0x0f0f0f0f;
     return u;
 }
@@ -135,11 +157,11 @@ INLINE ivec spread(const void *p) {
     return four - (ivec){0};
 }
 
-/* The sum of a unit's bytes times the integers of a row. */
-INLINE ivec integer_sum(enum kind kind, const ivec *w, const struct numbers *x) {
+/* The sum of a unit's bytes times the integers of a row, of steps [from, to). */
+INLINE ivec integer_sum(enum kind kind, const ivec *w, const struct numbers *x, int from, int to) {
     if (wide(kind)) {
         ivec sum = {0};
-        for (int i = 0; i < STEPS; i++) {
+        for (int i = from; i < to; i++) {
             sum += pairs16((svec)(w[i] & 0x00ff00ff), (svec)spread(x->wide + 4 * i));
             sum += pairs16((svec)((uvec)w[i] >> 8 & 0x00ff00ff), (svec)spread(x->wide + 4 * i + 2));
         }
@@ -147,19 +169,34 @@ INLINE ivec integer_sum(enum kind kind, const ivec *w, const struct numbers *x) 
     }
 #if DOT
     ivec high = {0}, low = {0};
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = from; i < to; i++) {
         high = dot(high, w[i], spread(x->high + 4 * i));
         low = dot(low, w[i], spread(x->low + 4 * i));
     }
     return (high << 8) + low;
 #else
     svec high = {0}, low = {0}, one = (svec){0} + 1; /* 16 bits hold them: 16 times 15 times 128 */
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = from; i < to; i++) {
         high += pairs8(w[i], spread(x->high + 4 * i));
         low += pairs8(w[i], spread(x->low + 4 * i));
     }
     return (pairs16(high, one) << 8) + pairs16(low, one);
 #endif
+}
+
+/* s + the unit times a row's numbers. */
+INLINE vec added(enum kind kind, const struct unit *u, const struct numbers *x, vec s) {
+    int steps = kind == K8 ? STEPS / 2 : STEPS;
+    ivec q = integer_sum(kind, u->w, x, 0, steps);
+    if (middle(kind)) q += x->middle;
+    s = chained(u->scale[0] * x->scale, floats(q), s);
+    if (!middle(kind)) s = fused(u->offset[0], x->sum, s);
+    if (kind == K8) {
+        q = integer_sum(kind, u->w, x, steps, STEPS);
+        s = chained(u->scale[1] * x->scale, floats(q), s);
+        s = fused(u->offset[1], x->second, s);
+    }
+    return s;
 }
 
 /* sums [rows, apart] += x [groups, of `rows`] times the unit of each group, from `w` on. */
@@ -169,14 +206,7 @@ INLINE void add_units(enum kind kind, const uint8_t *w, long away, long groups, 
         struct unit u = open_unit(kind, w);
         fetch(ahead, groups - g);
         for (long at = 0; at < unit_bytes(kind); at += LINE) __builtin_prefetch(w + away + at, 0, 2);
-        for (long r = 0; r < rows; r++, x++) {
-            ivec q = integer_sum(kind, u.w, x);
-            vec s = load(sums + r * apart);
-            if (middle(kind)) q += x->middle;
-            s = chained(u.scale * x->scale, floats(q), s);
-            if (!middle(kind)) s = fused(u.offset, x->sum, s);
-            store(sums + r * apart, s);
-        }
+        for (long r = 0; r < rows; r++, x++) store(sums + r * apart, added(kind, &u, x, load(sums + r * apart)));
     }
 }
 
@@ -192,7 +222,9 @@ ADD_UNITS(Q4_0)
 ADD_UNITS(Q4_1)
 ADD_UNITS(Q8_0)
 ADD_UNITS(Q4_Z)
-static add_function *const add[] = {add_Q4_0, add_Q4_1, add_Q8_0, add_Q4_Z}; /* by kind */
+ADD_UNITS(Q4_K)
+ADD_UNITS(K8)
+static add_function *const add[] = {add_Q4_0, add_Q4_1, add_Q8_0, add_Q4_Z, add_Q4_K, add_K8}; /* by kind */
 
 int blocks_width(long rows) { return rows > 8 ? 4 : 1; }
 

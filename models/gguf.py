@@ -1,6 +1,7 @@
 """GGUF to Hugging Face folder, once: config.json, bfloat16 safetensors, tokenizer, chat template. Used by embedded.py
 and resolve.py; the loader then knows one format only. Runs in the root, so without torch, one block of rows at a time.
-Quantized tensors that quantized.py multiplies with are also kept as they are, in a file of their own.
+Quantized tensors that quantized.py multiplies with are also kept as they are, or as blocks of 32 with the same values,
+in a file of their own.
 What differs between architectures is in gguf_architectures.py. Tensors that a family fuses come apart here (queries,
 keys and values of Phi 3): so each can be kept quantized, and the loader takes them by their own names too.
 
@@ -29,11 +30,12 @@ from .gguf_architectures import (
     decimal,
     number,
 )
+from .gguf_blocks import K_TYPES, SIZES, blocks_of_32
 from .gguf_tokenizer import special_tokens, tokenizer_json
 
-FORMAT = 2  # part of the cache key: raise it when the output changes
+FORMAT = 3  # part of the cache key: raise it when the output changes
 KEPT_FILE = "gguf_blocks.safetensors"
-KEPT_TYPES = ("Q4_0", "Q4_1", "Q8_0")
+KEPT_TYPES = ("Q4_0", "Q4_1", "Q8_0", *K_TYPES)
 BLOCK_VALUES = 16 << 20  # values dequantised at a time: 64 MiB of float32
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -283,14 +285,22 @@ def _write_weights(path: Path, pieces: dict[str, Piece], progress: Progress) -> 
 
 
 def _write_kept(path: Path, pieces: dict[str, Piece]) -> None:
-    """The matrices of KEPT_TYPES as bytes [rows, bytes of a row], rows in Hugging Face's order; no file without any."""
+    """The matrices of KEPT_TYPES as bytes [rows, bytes of a row], rows in Hugging Face's order, and those of K_TYPES as
+    blocks of 32; no file without any."""
     kept = {name: piece for name, piece in pieces.items() if piece.kept}
     if not kept:
         return
     with open(path, "wb") as file:
-        _write_header(file, "U8", 1, {name: list(piece.data.shape) for name, piece in kept.items()})
+        _write_header(file, "U8", 1, {name: _kept_shape(piece) for name, piece in kept.items()})
         for piece in kept.values():
-            file.write((piece.data if piece.order is None else piece.data[piece.order]).tobytes())
+            kind = piece.tensor.tensor_type.name
+            for rows in _row_blocks(piece):
+                file.write((blocks_of_32(kind, rows) if kind in K_TYPES else rows).tobytes())
+
+
+def _kept_shape(piece: Piece) -> list[int]:
+    kind = piece.tensor.tensor_type.name
+    return [len(piece.data), piece.shape[-1] // 32 * SIZES[kind]] if kind in K_TYPES else list(piece.data.shape)
 
 
 def _write_header(file: BinaryIO, dtype: str, width: int, shapes: dict[str, list[int]]) -> int:
@@ -328,14 +338,20 @@ def _blocks(piece: Piece) -> Iterator[npt.NDArray[np.uint16]]:
     """The tensor as bfloat16 bit patterns, a block of rows at a time."""
     from gguf import dequantize
 
+    for rows in _row_blocks(piece):
+        values = dequantize(rows, piece.tensor.tensor_type)
+        if not np.isfinite(values).all():
+            raise StartupError(f"GGUF: {piece.tensor.name} holds NaN or infinity; the file is damaged")
+        yield to_bfloat16(values - np.float32(piece.offset) if piece.offset else values)
+
+
+def _row_blocks(piece: Piece) -> Iterator[npt.NDArray[Any]]:
+    """Its rows in Hugging Face's order, some at a time."""
     data, order = piece.data, piece.order
     rows_per_block = max(1, BLOCK_VALUES // piece.shape[-1]) if data.ndim > 1 else len(data)
     for first in range(0, len(data), rows_per_block):
         rows = slice(first, first + rows_per_block)
-        values = dequantize(data[rows] if order is None else data[order[rows]], piece.tensor.tensor_type)
-        if not np.isfinite(values).all():
-            raise StartupError(f"GGUF: {piece.tensor.name} holds NaN or infinity; the file is damaged")
-        yield to_bfloat16(values - np.float32(piece.offset) if piece.offset else values)
+        yield data[rows] if order is None else data[order[rows]]
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -5,7 +5,7 @@
 #define GROUP 32  /* inputs that share a scale */
 #define BLOCK 112 /* rows that are multiplied at a time */
 
-enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, F32, F16, BF16 }; /* as quantized.KINDS and DENSE */
+enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8, F32, F16, BF16 }; /* as quantized.KINDS and DENSE */
 
 struct product {
     enum kind kind;

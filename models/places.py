@@ -34,7 +34,7 @@ from .names import (
     TOKEN_TYPES,
 )
 from .norms import NormWeights
-from .quantized import GROUP, QuantizedLinear, kind_of, takes
+from .quantized import GROUP, QuantizedLinear, kind_of, of_one_kind, takes
 from .shard import Cut, Share
 from .spec import Score, Spec
 
@@ -281,9 +281,12 @@ def quantized_map(
     """
     ours = [block_part(name, blocks[name], shape, share) for name, shape in shapes.items() if name in blocks]
     parts = [part for part in ours if part is not None]
-    if len(parts) < len(shapes) or len({part.shape[1] for part in parts}) > 1:
+    if len(parts) < len(shapes):
         return None
     inputs = next(iter(shapes.values()))[1]
+    parts = of_one_kind(parts, inputs)
+    if len({part.shape[1] for part in parts}) > 1:
+        return None
     stacked = torch.from_numpy(np.concatenate([part.numpy() for part in parts]))  # torch.cat: slow where cores are busy
     return QuantizedLinear(stacked, inputs, bias) if takes(stacked, inputs) else None
 

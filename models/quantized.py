@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import Map, kernels, threads
+from .gguf_blocks import values_of, widened
 from .unpack import Part
 
 GROUP: Final = 32
 """Values of a row that share a scale."""
-KINDS: Final = {18: 0, 20: 1, 34: 2, 19: 3}
+KINDS: Final = {18: 0, 20: 1, 34: 2, 19: 3, 22: 4, 40: 5}
 """Bytes of a block -> the kernel's number for Q4_0, Q4_1, Q8_0, and Q4_Z: as Q4_0, with a zero point of a byte after
-the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded."""
-Q4_0, Q4_1, Q8_0, Q4_Z = KINDS.values()
-DENSE: Final = {torch.float32: 4, torch.float16: 5, torch.bfloat16: 6}
+the scale. What AWQ and GPTQ store is exact in it; Q4_1's minimum would have to be rounded. Then what GGUF's K-quants
+become (gguf_blocks.py): Q4_K and K8."""
+Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8 = KINDS.values()
+DENSE: Final = {torch.float32: 6, torch.float16: 7, torch.bfloat16: 8}
 """The kernel's numbers for weights that are not quantized: F32, F16, BF16."""
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
@@ -39,8 +41,11 @@ PAGE: Final = 1 << 21
 """Bytes of a huge page."""
 LINE: Final = 64
 """Bytes of a line of a cache."""
-HEADS: Final = {Q4_0: 2, Q4_1: 4, Q8_0: 2, Q4_Z: 3}
-"""Bytes of a block before its values: a float16 scale, then a float16 minimum or the zero point."""
+HEADS: Final = {
+    Q4_0: (2,), Q4_1: (2, 2), Q8_0: (2,), Q4_Z: (2, 1), Q4_K: (2, 2, 1, 1), K8: (2, 2, 1, 1, 1, 1),
+}  # fmt: skip
+"""Bytes of what is before a block's values: a float16 scale, then a float16 minimum or the zero point; of K-quants
+two float16 numbers, and bytes that they are multiplied by."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -51,12 +56,20 @@ def kind_of(blocks: Tensor, inputs: int) -> int | None:
 
 
 def dequantise(blocks: Tensor, inputs: int) -> Tensor:
-    """The values float32 [outputs, inputs] of blocks uint8 [outputs, bytes] of one of GGUF's KINDS."""
+    """The values float32 [outputs, inputs] of blocks uint8 [outputs, bytes] of one of GGUF's KINDS, or a K-quant's."""
     from gguf import GGMLQuantizationType, dequantize
 
     kind = kind_of(blocks, inputs)
     assert kind is not None
+    if kind in (Q4_K, K8):
+        return torch.from_numpy(values_of(blocks.numpy()))
     return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[NAMES[kind]]))
+
+
+def of_one_kind(parts: list[Tensor], inputs: int) -> list[Tensor]:
+    """Blocks of a map's parts as blocks of one kind, if they can be: Q4_K and K8."""
+    kinds = {kind_of(part, inputs) for part in parts}
+    return [torch.from_numpy(widened(part.numpy(), inputs)) for part in parts] if kinds == {Q4_K, K8} else parts
 
 
 def pack(blocks: Tensor, inputs: int, lanes: int) -> Tensor:
@@ -69,10 +82,10 @@ def pack(blocks: Tensor, inputs: int, lanes: int) -> Tensor:
     # By numpy, which is several times faster than torch at small work on bytes.
     grouped = blocks.numpy().reshape(len(blocks), groups, -1)
     assert kind is not None
-    scales, rest, values = np.split(grouped, [2, HEADS[kind]], -1)
+    *heads, values = np.split(grouped, np.cumsum(HEADS[kind]), -1)
     if kind == Q8_0:
         values = values ^ 128
-    else:
+    elif kind != K8:
         q = np.concatenate((values & 15, values >> 4), -1).reshape(len(blocks), groups, -1, 8)
         values = (q[..., :4] | (q[..., 4:] << 4)).reshape(len(blocks), groups, -1)
 
@@ -80,9 +93,9 @@ def pack(blocks: Tensor, inputs: int, lanes: int) -> Tensor:
         turned = part.reshape(units, lanes, groups, -1).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(turned).view(np.uint8).reshape(units, groups, -1)
 
-    heads = [np.ascontiguousarray(part).view(np.int16) if part.shape[-1] == 2 else part for part in (scales, rest)]
+    heads = [np.ascontiguousarray(part).view(np.int16) if part.shape[-1] == 2 else part for part in heads]
     fours = np.ascontiguousarray(values).view(np.int32)
-    parts = [interleaved(part) for part in (*heads, fours) if part.shape[-1]]
+    parts = [interleaved(part) for part in (*heads, fours)]
     return torch.from_numpy(np.concatenate(parts, -1))
 
 

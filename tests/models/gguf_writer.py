@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 import tiny
 from safetensors.torch import load_file
-from test_gguf import interleave
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -21,6 +20,27 @@ Facts = dict[str, Any]
 INTERLEAVED = {"llama", "granite", "smollm3", "internlm2"}
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 EXPERTS |= {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k of Llama models."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+BYTES = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
+"""Bytes of 256 values, and where its float16 numbers are."""
+
+
+def random_rows(kind: str, rows: int, inputs: int, scale: float = 0.01) -> np.ndarray:
+    """A K-quant's blocks of random bytes, but with float16 numbers around `scale`."""
+    size, places = BYTES[kind]
+    rng = np.random.default_rng(rows)
+    blocks = rng.integers(0, 256, (rows, inputs // 256, size), np.uint8)
+    for place in places:
+        numbers = rng.normal(0, scale / 16, blocks.shape[:2]).astype(np.float16)
+        blocks[..., place : place + 2] = numbers[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 def rounded(model: Any) -> Any:

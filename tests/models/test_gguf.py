@@ -64,12 +64,6 @@ def weights(arch: str, vocab: int, tied: bool) -> dict[str, np.ndarray]:
     }
 
 
-def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k of Llama models."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -124,7 +118,7 @@ def write_gguf(
     if arch == "llama":
         for name in tensors:
             if name.endswith(("attn_q.weight", "attn_k.weight")):
-                tensors[name] = interleave(tensors[name], HEADS if "attn_q" in name else KV_HEADS)
+                tensors[name] = gguf_writer.interleave(tensors[name], HEADS if "attn_q" in name else KV_HEADS)
     tensors |= changes.pop("tensors", {})
     for key, value in (meta | {k.replace("__", "."): v for k, v in changes.items()}).items():
         gguf_writer.add(writer, key, value)
@@ -449,7 +443,7 @@ def test_real_weights_are_the_rounded_dequantised_ones(smollm: str) -> None:
         assert torch.equal(loaded[hf], values.bfloat16())
     query = gguf.dequantize(tensors["blk.7.attn_q.weight"].data, tensors["blk.7.attn_q.weight"].tensor_type)
     ours = loaded["model.layers.7.self_attn.q_proj.weight"].float().numpy()
-    assert torch.equal(torch.from_numpy(interleave(ours, 9)), torch.from_numpy(query).bfloat16().float())
+    assert torch.equal(torch.from_numpy(gguf_writer.interleave(ours, 9)), torch.from_numpy(query).bfloat16().float())
 
 
 def test_real_model_answers(smollm: str) -> None:

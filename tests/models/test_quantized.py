@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from gguf_writer import random_rows
 from safetensors.torch import load_file, save_file
 from thread_group import ThreadGroup, on_ranks
 from tiny import Driver
@@ -20,12 +21,14 @@ from actorserve.models.attention import TorchAttention
 from actorserve.models.cpu_decoder import maps_of
 from actorserve.models.cpu_kernels import kernels
 from actorserve.models.gguf import KEPT_FILE
+from actorserve.models.gguf_blocks import K_TYPES, blocks_of_32, widened
 from actorserve.models.layers import DenseMlp, Linear, TorchOps
 from actorserve.models.parallel import Summed
 from actorserve.models.quantized import DENSE, DenseLinear, QuantizedLinear, dequantise, pack, takes, takes_dense
 from actorserve.models.weights import load_decoder
 
 TYPES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+KINDS = [*TYPES, *K_TYPES, "Q4_K as K8"]
 SHAPES = [(16, 32), (80, 96), (208, 64)]  # odd numbers of units: every path of the kernel
 
 
@@ -55,6 +58,15 @@ def random_blocks(kind: str, outputs: int, inputs: int) -> Tensor:
     return torch.from_numpy(blocks.reshape(outputs, -1))
 
 
+def blocks_for(kind: str, outputs: int, inputs: int) -> tuple[Tensor, int]:
+    """Random blocks of one of KINDS and how many inputs they have: K-quants come in 256."""
+    if kind in TYPES:
+        return random_blocks(kind, outputs, inputs), inputs
+    inputs = -(-inputs // 256) * 256
+    blocks = blocks_of_32(kind[:4], random_rows(kind[:4], outputs, inputs))
+    return torch.from_numpy(widened(blocks, inputs) if "as" in kind else blocks), inputs
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_values_are_gguf_s(kind: str) -> None:
     for outputs, inputs in SHAPES:
@@ -71,24 +83,25 @@ def as_integers(x: Tensor) -> Tensor:
     return (steps.double() * (top / 32512).double()).view(x.shape)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("compiled")
 def test_the_kernel_s_weights_are_exact(kind: str) -> None:
     """A row with a single one takes a column out of the weight, up to float32's rounding."""
     for outputs, inputs in SHAPES:
-        blocks = random_blocks(kind, outputs, inputs)
+        blocks, inputs = blocks_for(kind, outputs, inputs)
         linear, dense = QuantizedLinear(blocks, inputs, None), dequantise(blocks, inputs)
         assert (linear(torch.eye(inputs)) - dense.t()).abs().max() < 4e-7 * dense.abs().max()
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("compiled")
 def test_product(kind: str) -> None:
     """Right to float32's rounding for numbers as integers, which are next to the numbers; and each row the same bits
     alone and in any batch, by any number of threads, also of more inputs and rows than are multiplied at a time."""
     generator = torch.Generator().manual_seed(0)
     for outputs, inputs in [*SHAPES, (48, 1280)]:
-        blocks, bias = random_blocks(kind, outputs, inputs), torch.randn(outputs, generator=generator)
+        blocks, inputs = blocks_for(kind, outputs, inputs)
+        bias = torch.randn(outputs, generator=generator)
         linear = QuantizedLinear(blocks, inputs, bias)
         x = torch.randn(130, inputs, generator=generator) * torch.logspace(-6, 3, 130)[:, None]
         x[3] = 0
@@ -105,12 +118,12 @@ def test_product(kind: str) -> None:
         assert torch.equal(linear(x.t().contiguous().t()), alone), "strided rows"
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("compiled")
 def test_numbers_that_are_none(kind: str) -> None:
     """They make their row NaN, and no other; the largest and the smallest numbers are still some."""
-    linear = QuantizedLinear(random_blocks(kind, 48, 96), 96, None)
-    x = torch.randn(6, 96)
+    blocks, inputs = blocks_for(kind, 48, 96)
+    linear, x = QuantizedLinear(blocks, inputs, None), torch.randn(6, inputs)
     x[0, 40], x[1, 95], x[2, 0] = float("nan"), float("inf"), float("-inf")
     x[3], x[4, 50] = 1e-42, 1e33
     got = linear(x)
@@ -264,6 +277,30 @@ def test_model_equals_its_dense_form(folder: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
+def test_model_of_k_quants(tmp_path: Path) -> None:
+    """Types as in a file of Q4_K_M: values and half of the rest have more bits, so a map's parts differ. One call."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+    folder = tiny.save(tiny.build("llama", **sizes, vocab_size=208), tmp_path)
+    kept = {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        if weight.ndim == 2:
+            kind = "Q6_K" if "v_proj" in name or "down" in name else "Q5_K" if "embed" in name else "Q4_K"
+            kept[name] = torch.from_numpy(blocks_of_32(kind, random_rows(kind, *weight.shape, 0.002)))
+    save_file(kept, tmp_path / KEPT_FILE)
+    decoder, ids = tiny.load(folder, dtype="auto"), tiny.prompt(40)
+    assert decoder.layers is not None
+    sizes_of = [
+        linear.weight.nbytes * 32 / linear.outputs / linear.inputs for linear in maps_of(decoder.weights.layers[0])
+    ]
+    assert sizes_of == [40, 22, 22, 40]
+    got = Driver.of(decoder).logits(ids, [40])
+    assert torch.equal(Driver.of(decoder).logits(ids, [25] + [1] * 15), got)
+    make_dense(folder)
+    expected = Driver.of(tiny.load(folder, quantization="none")).logits(ids, [40])
+    assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.usefixtures("compiled")
 def test_ranks_have_parts_of_the_blocks(folder: str) -> None:
     """But where a cut would go through blocks: 96 columns on two ranks."""
     torch.set_num_threads(1)
@@ -299,7 +336,7 @@ def test_when_blocks_are_used(folder: str, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(StartupError, match="--quantization gguf: there is no C compiler"):
         uses(dtype="auto", quantization="gguf")
     (Path(folder) / KEPT_FILE).unlink()
-    with pytest.raises(StartupError, match="no weights of GGUF's types Q4_0, Q4_1, Q8_0"):
+    with pytest.raises(StartupError, match="no weights of GGUF's types Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K"):
         uses(quantization="gguf")
 
 
