@@ -24,6 +24,8 @@ VideoData: TypeAlias = str | Sequence[str | bytes | Frames | Sequence[str | Fram
 
 MOST_BYTES: Final = 32 << 20
 """Of all files of a prompt: they travel in one message."""
+LEAST_FPS: Final = 1e-4
+"""Of a video: a frame in three hours. Seconds become positions, which are int32 behind all videos of a prompt."""
 
 
 def image_file(value: str | bytes, field: str) -> ImageFile:
@@ -68,8 +70,8 @@ def video_file(value: str | Sequence[str | bytes], field: str, fps: float | None
         frames = [image_file(frame, field) for frame in value]
     if not frames:
         raise RequestError("the video has no frames", param=field)
-    if fps is not None and not 0 < fps < math.inf:
-        raise RequestError("fps must be above 0", param=field)
+    if fps is not None and not LEAST_FPS <= fps < math.inf:
+        raise RequestError(f"fps must be at least {LEAST_FPS}", param=field)
     return VideoFile(tuple(frames), field, None if fps is None else 1 / fps)
 
 
