@@ -16,7 +16,8 @@ from ..errors import RequestError
 from .messages import ImageFile, Prompt, VideoFile
 
 ImageData: TypeAlias = str | bytes | Sequence["str | bytes | Sequence[str | bytes] | None"] | None
-"""An image or a list of images; of a batch of prompts a list with one of these, or None, for each."""
+"""An image or a list of images; of a batch of prompts one image for all, or a list with one of these, or None, for
+each; [] is none."""
 
 Frames: TypeAlias = Sequence[str | bytes]
 VideoData: TypeAlias = str | Sequence[str | bytes | Frames | Sequence[str | Frames] | None] | None
@@ -106,10 +107,12 @@ def with_images(prompts: Sequence[Prompt], data: ImageData, is_batch: bool, vide
 
 def _for_each(data: object, count: int, is_batch: bool, field: str) -> list[object]:
     """What each of the prompts has."""
-    if data is None:
+    if data is None or (is_batch and isinstance(data, list | tuple) and not data):
         return [None] * count
     if not is_batch:
         return [data]
+    if isinstance(data, str | bytes):  # one is of all, as in SGLang
+        return [data] * count
     if not isinstance(data, list | tuple):
         raise RequestError(f"{field} must be a list as long as the batch ({count})", param=field)
     if len(data) != count:
