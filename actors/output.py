@@ -273,9 +273,9 @@ class Output:
         return self._shown in self._ends or (False if self._followed else None)
 
     def _show(self, text: str) -> None:
-        """Pass text on, as far as it can be no part of a stop string."""
+        """Pass text on, as far as it can be no part of a stop string. Those of the first min_new_tokens are none."""
         self._fed += len(text)
-        if self._stop is not None:
+        if self._stop is not None and len(self.ids) > self.params.min_new_tokens:
             text = self._stop.feed(text)
             if self._stop.matched is not None:
                 self.finish, self.matched = "stop", self._stop.matched

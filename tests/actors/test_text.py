@@ -443,6 +443,20 @@ def test_a_pattern_ends_an_output(world: World, tokenizer: Tokenizer, keep: bool
     assert world.scheduler() == [Abort(1)] and not world.text.outputs
 
 
+@pytest.mark.parametrize("stops", [{"stop": ("b",)}, {"stop_regex": ("b",)}])
+@pytest.mark.parametrize(("least", "expected"), [(0, "a"), (1, "a"), (2, "abc"), (4, "abcbd")])
+def test_a_stop_string_within_the_fewest_tokens_is_text(
+    world: World, tokenizer: Tokenizer, stops: dict[str, Any], least: int, expected: str
+) -> None:
+    world.ask(1, min_new_tokens=least, **stops)
+    ids = [token for text in "abcbd" for token in tokenizer.encode(text)]
+    assert len(ids) == 5
+    world.scheduler()
+    chunks = world.say(1, ids, Finish.LENGTH)
+    assert whole(chunks) == expected
+    assert chunks[-1].finish == ("length" if least == 4 else "stop")
+
+
 def test_a_stop_string_and_the_end_in_one_row(world: World, tokenizer: Tokenizer) -> None:
     world.ask(1, stop=("d",))
     world.scheduler()
