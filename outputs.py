@@ -30,7 +30,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""
     logprobs: list[TokenLogprob]
-    """One a token, if `SamplingParams.logprobs` asked for them."""
+    """One a token, also of the one that ended it, if `SamplingParams.logprobs` asked for them."""
     prompt_logprobs: list[TokenLogprob] = []
     """Of the prompt's tokens from `SamplingParams.logprob_start_len` on; the first of them has none, NaN."""
     forced_tokens: int = 0
@@ -137,7 +137,7 @@ def _fields(stream: Stream, chunk: Chunk) -> dict[str, Any]:
         "prompt_tokens": chunk.prompt_tokens,
         "completion_tokens": chunk.completion_tokens,
         "cached_tokens": chunk.cached_tokens,
-        "logprobs": chunk.logprobs,
+        "logprobs": [*chunk.logprobs, *chunk.end_logprobs],
         "prompt_logprobs": chunk.prompt_logprobs,
         "forced_tokens": chunk.forced_tokens,
         "jumps": chunk.jumps,

@@ -240,6 +240,9 @@ class Chunk(Message, frozen=True, tag=35):
     """float32, in the last chunk of a request that was `pooled`."""
     dp_rank: int = 0
     """The replica that serves it."""
+    end_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """In the last chunk, of the tokens that have no part in the text: those of a stop string, and the one that ended
+    the output."""
 
 
 class Chunks(Message, frozen=True, tag=40):

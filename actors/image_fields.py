@@ -16,7 +16,8 @@ from ..errors import RequestError
 from .messages import ImageFile, Prompt, VideoFile
 
 ImageData: TypeAlias = str | bytes | Sequence["str | bytes | Sequence[str | bytes] | None"] | None
-"""An image or a list of images; of a batch of prompts a list with one of these, or None, for each."""
+"""An image or a list of images; of a batch of prompts one image for all, or a list with one of these, or None, for
+each; [] is none."""
 
 Frames: TypeAlias = Sequence[str | bytes]
 VideoData: TypeAlias = str | Sequence[str | bytes | Frames | Sequence[str | Frames] | None] | None
@@ -24,6 +25,8 @@ VideoData: TypeAlias = str | Sequence[str | bytes | Frames | Sequence[str | Fram
 
 MOST_BYTES: Final = 32 << 20
 """Of all files of a prompt: they travel in one message."""
+LEAST_FPS: Final = 1e-4
+"""Of a video: a frame in three hours. Seconds become positions, which are int32 behind all videos of a prompt."""
 
 
 def image_file(value: str | bytes, field: str) -> ImageFile:
@@ -68,8 +71,8 @@ def video_file(value: str | Sequence[str | bytes], field: str, fps: float | None
         frames = [image_file(frame, field) for frame in value]
     if not frames:
         raise RequestError("the video has no frames", param=field)
-    if fps is not None and not 0 < fps < math.inf:
-        raise RequestError("fps must be above 0", param=field)
+    if fps is not None and not LEAST_FPS <= fps < math.inf:
+        raise RequestError(f"fps must be at least {LEAST_FPS}", param=field)
     return VideoFile(tuple(frames), field, None if fps is None else 1 / fps)
 
 
@@ -104,10 +107,12 @@ def with_images(prompts: Sequence[Prompt], data: ImageData, is_batch: bool, vide
 
 def _for_each(data: object, count: int, is_batch: bool, field: str) -> list[object]:
     """What each of the prompts has."""
-    if data is None:
+    if data is None or (is_batch and isinstance(data, list | tuple) and not data):
         return [None] * count
     if not is_batch:
         return [data]
+    if isinstance(data, str | bytes):  # one is of all, as in SGLang
+        return [data] * count
     if not isinstance(data, list | tuple):
         raise RequestError(f"{field} must be a list as long as the batch ({count})", param=field)
     if len(data) != count:

@@ -29,6 +29,7 @@ class Output:
 
     __slots__ = (
         "_detokenizer",
+        "_end_logprob",
         "_ends",
         "_fed",
         "_followed",
@@ -107,6 +108,8 @@ class Output:
         """Of the prompt's tokens whose logprobs are wanted: the one that comes next, and how many were told or wait."""
         self._logprobs: deque[tuple[int, TokenLogprob]] = deque()
         """Logprobs that wait for their token's text to be shown, with the place of its first character."""
+        self._end_logprob: list[TokenLogprob] = []
+        """That of the token that ended it, if it has no text."""
         self._fed = 0
         """Characters that came out of the detokenizer; of these, `_shown` went to the client or wait for `chunk`."""
         self._shown = 0
@@ -162,6 +165,8 @@ class Output:
             self._new_ids.append(token)
         if logprob is not None and not hidden:
             self._logprobs.append((self._fed, logprob))
+        elif logprob is not None and token >= 0:
+            self._end_logprob.append(logprob)
         if finish == Finish.STOP:
             self.finish, self.matched = "stop", token
         elif finish == Finish.LENGTH:
@@ -258,7 +263,12 @@ class Output:
             prompt_logprobs=prompt,
             vector=self._vector if ends else b"",
             dp_rank=self.replica.number,
+            end_logprobs=self._without_text() if ends and self.finish is not None else [],
         )
+
+    def _without_text(self) -> list[TokenLogprob]:
+        """Logprobs that are left at the end."""
+        return [*(logprob for _, logprob in self._logprobs), *self._end_logprob]
 
     def _skip(self) -> None:
         ids, chars = min(self._skip_ids, len(self._new_ids)), min(self._skip_chars, len(self._new_text))
@@ -273,9 +283,9 @@ class Output:
         return self._shown in self._ends or (False if self._followed else None)
 
     def _show(self, text: str) -> None:
-        """Pass text on, as far as it can be no part of a stop string."""
+        """Pass text on, as far as it can be no part of a stop string. Those of the first min_new_tokens are none."""
         self._fed += len(text)
-        if self._stop is not None:
+        if self._stop is not None and len(self.ids) > self.params.min_new_tokens:
             text = self._stop.feed(text)
             if self._stop.matched is not None:
                 self.finish, self.matched = "stop", self._stop.matched

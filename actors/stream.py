@@ -227,4 +227,5 @@ def _join(chunks: list[messages.Chunk]) -> messages.Chunk:
         [logprob for chunk in chunks for logprob in chunk.prompt_logprobs],
         last.vector,
         last.dp_rank,
+        last.end_logprobs,
     )

@@ -67,7 +67,7 @@ class Continuation:
         self.ids += chunk.ids
         if self.params.logprobs is not None:
             self.input.add(chunk.prompt_logprobs, self.params, self.with_text)
-            self.output.add(chunk.logprobs, self.params, self.with_text)
+            self.output.add([*chunk.logprobs, *chunk.end_logprobs], self.params, self.with_text)
 
     def reply(self, chunk: Chunk, choice: Choice) -> GenerateReply:
         """Return everything so far; `chunk` is the newest."""

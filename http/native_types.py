@@ -86,7 +86,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     timeline: bool = False
     """Say in `meta_info` when what happened."""
     image_data: str | list[str | list[str] | None] | None = None
-    """Base64 or data: addresses: one, or a list of one prompt's; of a batch a list, an entry or a list a prompt."""
+    """Base64 or data: addresses: one, or a list of one prompt's; of a batch one for all, or an entry or a list a
+    prompt."""
     input_embeds: Refusable = None
     video_data: str | list[str | list[str | list[str]] | None] | None = None
     """A video is a list of its frames, as image_data's; one, or a list of one prompt's; of a batch a list of these."""

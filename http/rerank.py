@@ -36,8 +36,9 @@ class DocumentText(Struct, frozen=True):
 
 
 class RerankRequest(Struct, frozen=True, kw_only=True):
-    """`top_n`: only so many, the best. `return_documents`: with their texts. `truncate_prompt_tokens`: longer texts are
-    cut to so many tokens, -1 to what the model takes; else they are refused."""
+    """`top_n`: only so many, the best; 0, vLLM's default, is all. `return_documents`: with their texts.
+    `truncate_prompt_tokens`: longer texts are cut to so many tokens, -1 to what the model takes; else they are
+    refused."""
 
     query: str
     documents: Annotated[list[str | DocumentText], Meta(extra_json_schema={"minItems": 1})]
@@ -145,7 +146,7 @@ def _check(query: str, documents: list[str]) -> None:
 
 
 def _sorted(scores: np.ndarray, documents: list[str], request: RerankRequest) -> list[RerankResult]:
-    order: list[int] = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
+    order: list[int] = np.argsort(-scores, kind="stable")[: request.top_n or None].tolist()
 
     def shown(index: int) -> DocumentText | UnsetType:
         return DocumentText(documents[index]) if request.return_documents else UNSET

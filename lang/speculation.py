@@ -113,7 +113,11 @@ class Ahead:
 def ahead_of(text: str, meta: dict[str, Any], sampling: Sampling) -> Ahead:
     """What a reply says, before anything of it is taken. `meta`: its meta_info, with the tokens' texts if known."""
     texts = meta.get("output_token_texts") or [row[2] or "" for row in meta.get("output_token_logprobs") or ()]
-    ends = list(accumulate(map(len, texts))) if texts and "".join(texts) == text else None
+    ends: list[int] | None = list(accumulate(map(len, texts)))
+    while ends and ends[-1] > len(text):
+        ends.pop()  # of the token that ended it, which is not in the text
+    if not ends or "".join(texts[: len(ends)]) != text:
+        ends = None
     finished = (meta.get("finish_reason") or {}).get("type") == "stop"
     tokens = len(ends) if ends is not None else meta.get("completion_tokens") or len(text.encode())
     return Ahead(text, ends, tokens, meta.get("prompt_tokens") or 0, finished, sampling)

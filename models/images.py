@@ -194,12 +194,15 @@ def _image(
 def decoded(file: bytes, most_pixels: int) -> Any:
     """A file as a PIL image in RGB, turned as its EXIF says, the first frame. Raises RequestError without a field."""
     from PIL import Image as Pillow
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
         with Pillow.open(io.BytesIO(file), formats=FORMATS) as opened:
             _check_size(*opened.size, most_pixels)
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            opened.load()
+            turn = _turn(opened)
+            picture = _eight_bits(opened).convert("RGB")
+            return picture if turn is None else picture.transpose(turn)
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):  # Pillow's own limit, as it opens
         raise RequestError(f"the image has too many pixels, the most is {most_pixels}") from None
     except RequestError:
@@ -208,6 +211,29 @@ def decoded(file: bytes, most_pixels: int) -> Any:
         raise RequestError(f"not an image of a type that is served ({', '.join(FORMATS)})") from None
     except Exception as error:  # a decoder's fault is its file's: OSError, ValueError, SyntaxError, MemoryError ...
         raise RequestError(f"the image cannot be decoded: {error}") from None
+
+
+def _turn(picture: Any) -> Any:
+    """How a loaded PIL image is to be turned by its EXIF (Pillow's Transpose); None: not at all, or not readably so,
+    for EXIF that is broken is no fault of the pixels."""
+    from PIL.ExifTags import Base
+    from PIL.Image import Transpose
+
+    turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
+    turns |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+    try:
+        return turns.get(picture.getexif().get(Base.Orientation))
+    except Exception:  # what its parser meets: SyntaxError, struct.error, KeyError ...
+        return None
+
+
+def _eight_bits(picture: Any) -> Any:
+    """A PIL image of 8 bits: Pillow's convert makes 16 of them white from 255 on."""
+    from PIL import Image as Pillow
+
+    if not picture.mode.startswith("I"):
+        return picture
+    return Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 def squared(picture: Any, paper: tuple[int, ...]) -> Any:

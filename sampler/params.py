@@ -26,6 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
+    """Nothing ends the output before: stop tokens are not drawn, stop strings are looked for in the text behind."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1

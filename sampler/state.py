@@ -25,6 +25,8 @@ WEIGHT_BITS: Final = 40
 """Weights of tokens are integers in units of 2**-40 of the most likely token's (see reference.py)."""
 SHARE_BITS: Final = 24
 """top_p is an integer in units of 2**-24."""
+LEAST_REPETITION: Final = 1e-30
+"""Of repetition penalties: a logit that is divided by less is no float32 any more, nor one times 0."""
 NO_ID: Final = -1
 AHEAD: Final = 64
 """Keys of draws are computed for this many positions at once: one call costs as much as for one."""
@@ -221,7 +223,8 @@ class SamplerState:
         min_weight = int(params.min_p * (1 << WEIGHT_BITS))
         ints = (params.seed, top_k, top_p, min_weight, min_until, needs, int(flags.logprobs[slot]))
         temperature = 1.0 if params.greedy else params.temperature
-        floats = (1 / temperature, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        repetition = max(params.repetition_penalty, LEAST_REPETITION)
+        floats = (1 / temperature, repetition, params.frequency_penalty, params.presence_penalty)
         self.ints[slot] = upload(np.array(ints, dtype=np.int64), self.device)
         self.floats[slot] = upload(np.array(floats, dtype=np.float32), self.device)
         self._ahead[slot, AHEAD] = -1  # those were another seed's

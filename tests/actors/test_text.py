@@ -443,6 +443,20 @@ def test_a_pattern_ends_an_output(world: World, tokenizer: Tokenizer, keep: bool
     assert world.scheduler() == [Abort(1)] and not world.text.outputs
 
 
+@pytest.mark.parametrize("stops", [{"stop": ("b",)}, {"stop_regex": ("b",)}])
+@pytest.mark.parametrize(("least", "expected"), [(0, "a"), (1, "a"), (2, "abc"), (4, "abcbd")])
+def test_a_stop_string_within_the_fewest_tokens_is_text(
+    world: World, tokenizer: Tokenizer, stops: dict[str, Any], least: int, expected: str
+) -> None:
+    world.ask(1, min_new_tokens=least, **stops)
+    ids = [token for text in "abcbd" for token in tokenizer.encode(text)]
+    assert len(ids) == 5
+    world.scheduler()
+    chunks = world.say(1, ids, Finish.LENGTH)
+    assert whole(chunks) == expected
+    assert chunks[-1].finish == ("length" if least == 4 else "stop")
+
+
 def test_a_stop_string_and_the_end_in_one_row(world: World, tokenizer: Tokenizer) -> None:
     world.ask(1, stop=("d",))
     world.scheduler()
@@ -482,7 +496,9 @@ def test_logprobs(world: World, tokenizer: Tokenizer) -> None:
     assert second.logprobs == []
     assert [(p.logprob, p.top) for p in third.logprobs] == [(-0.25, [])]
     world.row((1, 2, Finish.STOP), logprobs=[-0.125], top_n=1, top_ids=[2], top_logprobs=[-0.125])
-    assert [c.logprobs for c in world.chunks()] == [[]]  # the end token is not part of the text
+    (last,) = world.chunks()
+    assert last.logprobs == []  # the end token is not part of the text
+    assert [(p.token, p.logprob) for p in last.end_logprobs] == [(2, -0.125)]
 
 
 def test_logprobs_of_named_tokens(world: World, tokenizer: Tokenizer) -> None:
@@ -563,6 +579,9 @@ def test_logprobs_cover_the_visible_text(world: World, tokenizer: Tokenizer) -> 
     assert shown == "aX🦊b".encode()
     for chunk in chunks[:-1]:
         assert chunk.logprobs  # each comes with its text
+    rest = chunks[-1].end_logprobs
+    assert b"".join(p.text for p in rest) == b"XY"
+    assert [p.token for c in chunks for p in c.logprobs] + [p.token for p in rest] == [i for c in chunks for i in c.ids]
 
 
 def test_poison_fails_the_request(world: World, tokenizer: Tokenizer) -> None:

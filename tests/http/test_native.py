@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from actorserve.actors.messages import (
     Chunks,
@@ -56,8 +57,10 @@ async def test_image_data(rig):
     file = ImageFile(b"\x01\x02\x03", "image_data")
     await rig.http.post("/generate", json={"text": "Hi", "image_data": "AQID"})
     await rig.http.post("/generate", json={"text": ["a", "b"], "image_data": [None, ["AQID", "AQID"]]})
+    await rig.http.post("/generate", json={"text": ["a", "b"], "image_data": "AQID"})  # one of all, as in SGLang
+    await rig.http.post("/generate", json={"text": ["a", "b"], "image_data": []})
     images = [generate.prompt.images for generate in rig.text.generates]
-    assert images == [(file,), (), (file, file)]
+    assert images == [(file,), (), (file, file), (file,), (file,), (), ()]
 
 
 async def test_video_data(rig):
@@ -141,6 +144,25 @@ async def test_logprobs(rig):
     assert meta["output_token_logprobs"][0] == [-1.0, 10, None]
     assert "output_top_logprobs" not in meta
     assert [g.params.logprobs for g in rig.text.generates] == [2, 0]
+
+
+async def test_the_token_that_ended_it_has_a_row(rig):
+    """As in SGLang, whose clients read off the rows which tokens there were; chats have the text's only."""
+    end, script = TokenLogprob(2, -0.5, b"</s>", []), rig.text.script
+
+    def ended(generate):
+        *most, last = script(generate)
+        return [*most, Chunks([replace(chunk, ids=[*chunk.ids, 2], end_logprobs=[end]) for chunk in last.chunks])]
+
+    rig.text.script = ended
+    for stream in (False, True):
+        reply = await rig.http.post("/generate", json={"text": "a", "return_logprob": True, "stream": stream})
+        last = frames(reply.text)[-2] if stream else reply.json()
+        rows = last["meta_info"]["output_token_logprobs"]
+        assert [row[1] for row in rows] == last["output_ids"] == [10, 11, 12, 13, 2]
+    body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    (choice,) = (await rig.http.post("/v1/chat/completions", json=body)).json()["choices"]
+    assert "".join(item["token"] for item in choice["logprobs"]["content"]) == choice["message"]["content"] == TEXT
 
 
 async def test_logprobs_of_prompts_and_of_named_tokens(rig):
@@ -233,7 +255,6 @@ async def test_batch_stream_has_index(rig):
         ({"text": "a", "video_data": [["AQID"], "AQID"]}, "video_data"),
         ({"text": ["a", "b"], "video_data": ["AQID"]}, "video_data"),
         ({"text": "a", "image_data": "file:///etc/passwd"}, "image_data"),
-        ({"text": ["a", "b"], "image_data": "AQID"}, "image_data"),
         ({"text": ["a", "b"], "image_data": ["AQID"]}, "image_data"),
         ({"text": "a", "stream": "yes"}, "stream"),
         ({"text": "a", "priority": 1 << 50}, "priority"),

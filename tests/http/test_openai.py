@@ -224,6 +224,7 @@ def shown(url):
         ({"messages": filmed([])}, "messages[0].content[0].video_url"),
         ({"messages": filmed("data:video/jpeg;base64,AQID,?")}, "messages[0].content[0].video_url"),
         ({"messages": filmed(["data:image/png;base64,AQID"], fps=0)}, "messages[0].content[0].video_url"),
+        ({"messages": filmed(["data:image/png;base64,AQID"], fps=1e-18)}, "messages[0].content[0].video_url"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": USER, "temperature": "hot"}, "temperature"),

@@ -42,6 +42,8 @@ async def test_documents_come_by_relevance(rig: Any, path: str) -> None:
     assert scores == pytest.approx([1, 0.5**0.5, 0.5**0.5, 0, -1], abs=1e-6)
     assert (reply["model"], reply["usage"]) == ("fake-model", {"prompt_tokens": 24, "total_tokens": 24})
     few = {"query": "query", "documents": documents, "top_n": 2, "return_documents": False}
+    every = (await rig.http.post(path, json=few | {"top_n": 0})).json()["results"]
+    assert [r["index"] for r in every] == [3, 1, 4, 2, 0]  # as vLLM, whose default it is
     best = (await rig.http.post(path, json=few)).json()["results"]
     assert [sorted(r) for r in best] == [["index", "relevance_score"]] * 2 and [r["index"] for r in best] == [3, 1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tiny_vlm import picture, png, tiny_vlm
 
@@ -225,6 +225,29 @@ def test_formats_and_turned_images():
     grey = io.BytesIO()
     image.convert("LA").save(grey, "PNG")
     assert decoded(grey.getvalue(), 10_000).mode == "RGB"
+
+
+def test_sixteen_bits_of_grey():
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    found = np.asarray(decoded(png(Image.fromarray(ramp)), 10_000))
+    assert (found == (ramp >> 8)[:, :, None]).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_turn_is_as_pillow_has_it(turn):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = turn
+    picture(1, 7, 5).save(file, "PNG", exif=exif)
+    with Image.open(file) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    assert (np.asarray(decoded(file.getvalue(), 10_000)) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_broken_exif_turns_nothing(kind):
+    file = io.BytesIO()
+    picture(1, 40, 30).save(file, kind, exif=b"Exif\0\0no TIFF header")
+    assert decoded(file.getvalue(), 10_000).size == (40, 30)
 
 
 # ------------------------------------------------------------------ checkpoints and configurations

@@ -426,6 +426,20 @@ def test_poison_is_found_and_stays_in_its_row(params, dtype):
     assert 3 not in drawn.finish[[0, 5]].tolist()
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40])
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0])
+def test_a_penalty_that_float32_does_not_have_is_no_poison(penalty, temperature):
+    """A token with a logit above 0 comes again, one below 0 becomes 0."""
+    logits = torch.full((3, 64), -3.0)
+    logits[0, 20], logits[1, 20] = 7.0, -7.0
+    logits[2, 20] = -math.inf
+    params = P(repetition_penalty=penalty, temperature=temperature, seed=1)
+    drawn = Batch(64, [(params, [20], [])] * 3).sample(logits)
+    assert 3 not in drawn.finish.tolist() and drawn.ids[0] == 20
+    if temperature < 1:
+        assert drawn.ids[1] == 20
+
+
 @pytest.mark.parametrize("params", [P(temperature=0.0, seed=1), P(seed=1)])
 def test_poison_under_a_mask(params):
     """A NaN that the mask hides is still the model's NaN; a mask that leaves nothing is poison too."""
