@@ -240,6 +240,26 @@ async def test_a_finished_request_is_not_cancelled(rig):
     assert [type(m) for m in rig.text.got] == [Generate, Generate]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_wish_for_another_protocol_is_passed_over(rig, apart):
+    """As Java's HTTP client has it at its first request: the body counts, and so does what is sent behind it."""
+    body = b'{"text": "a"}'
+    more = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+    asked = f"POST /generate HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    chunked = f"POST /generate HTTP/1.1\r\nHost: x\r\n{more}Transfer-Encoding: chunked\r\n\r\n".encode()
+    asked += chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    asked += f"GET /health HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode()
+    asked += b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(rig.base.rpartition(":")[2]))
+    for part in [asked[i : i + 1] for i in range(len(asked))] if apart else [asked]:
+        writer.write(part)
+        await asyncio.sleep(0)
+    said = await reader.read()
+    writer.close()
+    assert said.count(b"HTTP/1.1 200 OK") == 4 and said.count(b'"Hello w\xc3\xb6rld and moon"') == 2
+    assert [generate.prompt.text for generate in rig.text.generates] == ["a", "a"]
+
+
 # ------------------------------------------------------------------ slow readers
 
 
