@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from ..actors.client import DRAINING
 from ..config import EngineConfig
 from ..errors import ActorserveError, Overloaded, RequestError
 from .error_replies import error_body, error_headers
@@ -261,6 +262,13 @@ class Connection(HttpToolsProtocol):
             return
         transport.write_eof()
         self._timer = self.loop.call_later(LINGER_SECONDS, transport.abort)
+
+    def shutdown(self) -> None:
+        """Be closed by the server's end once there is a reply; a body that is not here by then is not waited for."""
+        if self._owes == "body" and self._running is self.cycle and not self.cycle.response_started:
+            self._refuse(Overloaded(f"{DRAINING}; try again", status=503))
+        else:
+            super().shutdown()
 
     def _leave(self) -> RequestResponseCycle | None:
         """Let the handler of the request that is being answered, if there is one, see a client that went away."""

@@ -329,6 +329,24 @@ async def test_stop_ends_what_does_not_finish(rig, fakes):
     assert rig.front._server.server_state.connections == set()
 
 
+async def test_stop_answers_whoever_comes_while_a_body_does(rig, fakes):
+    """Until the deadline of requests that have begun; then the one whose body is not here is told, too."""
+    address = ("127.0.0.1", int(rig.base.rpartition(":")[2]))
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+    await fakes.until(lambda: rig.front._server.server_state.tasks)
+    rig.front._deadline_ns = time.monotonic_ns() + int(60e9)
+    stopping = asyncio.create_task(rig.front.stop())
+    await asyncio.sleep(0.1)
+    refused = await rig.http.post("/generate", json={"text": "a"}, headers={"connection": "close"})
+    assert refused.status_code == 503 and refused.headers["retry-after"] and not stopping.done()
+    rig.front._deadline_ns = 0
+    said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 503 ") and b"shutting down" in said and b"retry-after" in said
+    writer.close()
+    await stopping
+
+
 # ------------------------------------------------------------------ metrics
 
 
