@@ -15,8 +15,10 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from ..actors.client import DRAINING
 from ..config import EngineConfig
 from ..errors import ActorserveError, Overloaded, RequestError
 from .error_replies import error_body, error_headers
@@ -114,13 +116,39 @@ class Connection(HttpToolsProtocol):
         if self._owes is None:
             self._expect("head")
         self._received += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._refused or self._owes is None:
             return
         if self._owes == "head" and self._received > self.limits.head_bytes:
             self._refuse(_head_too_large(f"above {self.limits.head_bytes} bytes"))
         elif self._owes == "body" and self._received > OVERHEAD * self._parsed + self.limits.head_bytes:
             self._refuse(RequestError("the body's chunks are mostly overhead", code="invalid_http"))
+
+    def _feed(self, data: bytes) -> None:
+        """Parse. A wish for another protocol (HTTP/2, by Java's client at each first request) is passed over, as RFC
+        9110, 7.8 lets us: the parser stops at it without the request's body, so another one gets the head without it.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stopped:
+                rest = data[stopped.args[0] :]
+            head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+            head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            data = b"\r\n".join([*head, b"\r\n"]) + rest
+            self._parsed = 0
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+
+    @property
+    def _stops(self) -> bool:
+        """Whether the parser stops at this head, which comes again without its reason."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what cannot be parsed, or what a callback below found too large."""
@@ -145,6 +173,8 @@ class Connection(HttpToolsProtocol):
             self._stop_parsing(_head_too_large(f"of more than {self.limits.headers} headers"))
 
     def on_headers_complete(self) -> None:
+        if self._stops:
+            return
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop_parsing(RequestError("too many requests are sent ahead of replies", code="invalid_http"))
         super().on_headers_complete()
@@ -160,6 +190,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._stops:
+            return
         self._owes = None
         self._stop_timer()
         super().on_message_complete()
@@ -230,6 +262,13 @@ class Connection(HttpToolsProtocol):
             return
         transport.write_eof()
         self._timer = self.loop.call_later(LINGER_SECONDS, transport.abort)
+
+    def shutdown(self) -> None:
+        """Be closed by the server's end once there is a reply; a body that is not here by then is not waited for."""
+        if self._owes == "body" and self._running is self.cycle and not self.cycle.response_started:
+            self._refuse(Overloaded(f"{DRAINING}; try again", status=503))
+        else:
+            super().shutdown()
 
     def _leave(self) -> RequestResponseCycle | None:
         """Let the handler of the request that is being answered, if there is one, see a client that went away."""

@@ -43,8 +43,8 @@ async def upload(service: Service, exchange: Exchange) -> None:
                 owner=exchange.owner, filename=name, purpose=str(purpose), content=content, size=size,
             )  # fmt: skip
             made = await store.do(work)
-    except (MultiPartException, HTTPException) as error:
-        what = getattr(error, "message", None) or getattr(error, "detail", "")
+    except (MultiPartException, HTTPException, UnicodeError) as error:  # the form names its own charset
+        what = getattr(error, "message", None) or getattr(error, "detail", "a name in it is no Unicode")
         raise RequestError(f"the form cannot be read: {what}", param="file", code="invalid_form") from None
     await exchange.reply(encode(made))
 

@@ -147,7 +147,10 @@ class HttpFront(Actor):
         # Until then connections are taken and answered with 503: the listening socket is the supervisor's too, so
         # who came after a close would hang in its queue.
         self.client.draining = True
-        while self.client.table and time.monotonic_ns() < self._deadline_ns:  # noqa: ASYNC110
+        begun = set(self._server.server_state.tasks)
+        while self.client.table or not all(task.done() for task in begun):
+            if time.monotonic_ns() >= self._deadline_ns:
+                break
             await asyncio.sleep(POLL_SECONDS)
         self._end_requests()
         self._server.should_exit = True

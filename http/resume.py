@@ -3,7 +3,7 @@
 Used by app.py, around the endpoints that stream. A request with the header `x-resumable: true` (or each one, with
 --resumable-streams) is answered into an EventLog, from which any number of connections read. Invariant: who reads from
 the start, and who breaks off and goes on from the last id, get the same events; without a reader for RESUME_SECONDS a
-stream that still runs is aborted, and forgotten.
+stream that still runs is aborted, and forgotten; at once, if it is none or has not begun: nobody has an id then.
 """
 
 import asyncio
@@ -150,7 +150,7 @@ class EventLogs:
             leaving.cancel()
             log.readers -= 1
             if not log.readers:
-                seconds = RESUME_SECONDS if log.is_events or not log.finished else 0
+                seconds = RESUME_SECONDS if log.is_events else 0  # of anything else nobody has an id
                 log.timer = asyncio.get_running_loop().call_later(seconds, self._expire, log)
 
     def _expire(self, log: EventLog) -> None:

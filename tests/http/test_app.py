@@ -240,6 +240,26 @@ async def test_a_finished_request_is_not_cancelled(rig):
     assert [type(m) for m in rig.text.got] == [Generate, Generate]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_wish_for_another_protocol_is_passed_over(rig, apart):
+    """As Java's HTTP client has it at its first request: the body counts, and so does what is sent behind it."""
+    body = b'{"text": "a"}'
+    more = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+    asked = f"POST /generate HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    chunked = f"POST /generate HTTP/1.1\r\nHost: x\r\n{more}Transfer-Encoding: chunked\r\n\r\n".encode()
+    asked += chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    asked += f"GET /health HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode()
+    asked += b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(rig.base.rpartition(":")[2]))
+    for part in [asked[i : i + 1] for i in range(len(asked))] if apart else [asked]:
+        writer.write(part)
+        await asyncio.sleep(0)
+    said = await reader.read()
+    writer.close()
+    assert said.count(b"HTTP/1.1 200 OK") == 4 and said.count(b'"Hello w\xc3\xb6rld and moon"') == 2
+    assert [generate.prompt.text for generate in rig.text.generates] == ["a", "a"]
+
+
 # ------------------------------------------------------------------ slow readers
 
 
@@ -307,6 +327,24 @@ async def test_stop_ends_what_does_not_finish(rig, fakes):
     assert "shutting down" in json.loads(rest[-1].removeprefix("data: "))["error"]["message"]
     assert not rig.running.done()  # run() ends by cancellation only
     assert rig.front._server.server_state.connections == set()
+
+
+async def test_stop_answers_whoever_comes_while_a_body_does(rig, fakes):
+    """Until the deadline of requests that have begun; then the one whose body is not here is told, too."""
+    address = ("127.0.0.1", int(rig.base.rpartition(":")[2]))
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+    await fakes.until(lambda: rig.front._server.server_state.tasks)
+    rig.front._deadline_ns = time.monotonic_ns() + int(60e9)
+    stopping = asyncio.create_task(rig.front.stop())
+    await asyncio.sleep(0.1)
+    refused = await rig.http.post("/generate", json={"text": "a"}, headers={"connection": "close"})
+    assert refused.status_code == 503 and refused.headers["retry-after"] and not stopping.done()
+    rig.front._deadline_ns = 0
+    said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 503 ") and b"shutting down" in said and b"retry-after" in said
+    writer.close()
+    await stopping
 
 
 # ------------------------------------------------------------------ metrics

@@ -77,7 +77,15 @@ async def test_files(rig, client):
             await gone(made[1].id)
 
 
+def form_in(charset, filename):
+    part = b'--x\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+    text = part % (b"purpose", b"", b"batch") + part % (b"file", b'; filename="%b"' % filename, b"{}") + b"--x--\r\n"
+    return {"content": text, "headers": {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}}
+
+
 BAD_UPLOADS = [
+    (form_in("unicode_escape", b"\\ud800"), 400, "file"),
+    (form_in("undefined", b"a"), 400, "file"),
     ({"data": {"purpose": "batch"}}, 400, "file"),
     ({"data": {"purpose": "assistants"}, "files": {"file": b"x"}}, 400, "purpose"),
     ({"files": {"file": b"x"}}, 400, "purpose"),

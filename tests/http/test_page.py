@@ -4,6 +4,9 @@ import asyncio
 import base64
 import hashlib
 import re
+import shutil
+import subprocess
+from importlib import resources
 
 import msgspec
 import pytest
@@ -41,6 +44,72 @@ async def test_the_page_is_whole_and_knows_nothing_of_the_server(rig):
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"'](?!data:)", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\son\w+=[\"']| style=[\"']", text)
     assert "fake-model" not in text
+
+
+STAGE = """
+class Element {
+  value = ""; textContent = ""; hidden = true; children = []; dataset = {}; style = {};
+  get classList() { return {toggle() {}, add() {}, remove() {}}; }
+  get firstChild() { return new Element(); }
+  querySelectorAll() { return []; }
+}
+const CALLS = "append prepend replaceChildren remove setAttribute addEventListener focus observe";
+for (const name of CALLS.split(" "))
+  Element.prototype[name] = () => {};
+const elements = {}, heard = [];
+globalThis.document = new Element();
+Object.assign(document, {hidden: true, createElement: () => new Element(), createElementNS: () => new Element(),
+  documentElement: new Element(), body: new Element(), getElementById: id => elements[id] ??= new Element()});
+globalThis.matchMedia = () => ({matches: false, addEventListener() {}});
+globalThis.sessionStorage = globalThis.localStorage = {getItem: () => null};
+globalThis.ResizeObserver = Element;
+let painted = false;
+globalThis.requestAnimationFrame = () => painted = true;
+globalThis.cancelAnimationFrame = () => {};
+globalThis.innerWidth = 0;
+globalThis.fetch = async (path, {body, signal}) => {
+  heard.push(JSON.parse(body).messages.map(turn => turn.role + ": " + turn.content));
+  const start = stream => {
+    stream.enqueue(new TextEncoder().encode('data: {"choices": [{"delta": {"content": "A"}}]}\\n\\n'));
+    signal.addEventListener("abort", () => stream.error(signal.reason));
+  };
+  return {ok: true, body: new ReadableStream({start})};
+};
+const until = async condition => { while (!condition()) await new Promise(setImmediate); };
+async function say(text) {
+  elements.prompt.value = text;
+  painted = false;
+  elements.send.onclick();
+  await until(() => painted);
+}
+"""
+ACTION = """
+(async () => {
+  await say("one");
+  elements.send.onclick();  // stop
+  await until(() => !running);
+  await say("two");
+  elements.clear.onclick();  // while an answer comes
+  await until(() => !running);
+  await say("three");
+  console.log(JSON.stringify(heard));
+  process.exit();
+})();
+"""
+
+
+def test_an_answer_that_is_cut_is_of_its_own_chat():
+    """Stopped, it is a turn like others; of a chat that was cleared meanwhile nothing comes into the next."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node here")
+    text = resources.files("actorserve.http").joinpath("page.html").read_text(encoding="utf-8")
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    done = subprocess.run([node, "-e", STAGE + script + ACTION], capture_output=True, text=True, timeout=60)
+    assert done.stdout, done.stderr
+    first, second, third = msgspec.json.decode(done.stdout)
+    assert (first, second) == (["user: one"], ["user: one", "assistant: A", "user: two"])
+    assert third == ["user: three"]
 
 
 async def test_engine_stats(rig, fakes):

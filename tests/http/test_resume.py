@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from actorserve.actors.messages import Cancel, Chunks, Refused
+from actorserve.actors.messages import Cancel, Chunks, Generate, Refused
 from actorserve.http import resume, sse
+from actorserve.http.inner_call import inner_call
 
 pytestmark = pytest.mark.anyio
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -124,6 +125,29 @@ async def test_who_does_not_ask_ends_the_request_by_leaving(rig, gate):
     gate.release()
     async with rig.http.stream("POST", "/v1/chat/completions", json=CHAT) as reply:
         await anext(reply.aiter_text())
+    await rig.text.wait_for(Cancel)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_who_has_no_id_cannot_come_back(rig, gate, streams):
+    """A reply that is no stream, and a stream that has not begun, end with their connection."""
+    reading = asyncio.create_task(
+        rig.http.post("/v1/chat/completions", json=CHAT | {"stream": streams}, headers=RESUMABLE)
+    )
+    (generate,) = await rig.text.wait_for(Generate)
+    reading.cancel()
+    (cancelled,) = await rig.text.wait_for(Cancel)
+    assert cancelled.rid == generate.rid and not rig.front.client.table
+    assert not rig.front.service.streams._logs
+
+
+@pytest.mark.parametrize("setting", [{"resumable_streams": True}])
+async def test_a_batch_line_that_is_dropped_is_cancelled(rig, gate):
+    endpoint = rig.front.service.batch_endpoints["/v1/chat/completions"]
+    body = json.dumps(CHAT | {"stream": False}).encode()
+    line = asyncio.create_task(inner_call(endpoint, "/v1/chat/completions", body, "", "line"))
+    await rig.text.wait_for(Generate)
+    line.cancel()
     await rig.text.wait_for(Cancel)
 
 
