@@ -13,6 +13,8 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,20 +135,29 @@ def measure(ways: dict[str, Way], eos: tuple[int, ...], tokens: int) -> dict[str
     """Microseconds of each mask and step, by library; a library that refuses a token ends there."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     rng, first = random.Random(0), next(iter(ways))
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        before = time.perf_counter()
+        result = work()
+        times[name][-1] += 1e6 * (time.perf_counter() - before)
+        return result
+
     for _ in range(tokens):
-        allowed = np.flatnonzero(np.unpackbits(ways[first].mask().view(np.uint8), bitorder="little"))
+        for name in ways:
+            times[name].append(0.0)
+        masks = {name: timed(name, way.mask) for name, way in ways.items()}
+        allowed = np.flatnonzero(np.unpackbits(masks[first].view(np.uint8), bitorder="little"))
         allowed = allowed[~np.isin(allowed, eos)]
         if not len(allowed):
+            for name in ways:  # of the end: no step
+                del times[name][-1]
             break
         token = int(allowed[rng.randrange(len(allowed))])
         for name, way in list(ways.items()):
-            before = time.perf_counter()
             try:
-                way.mask()
-                way.step(token)
+                timed(name, partial(way.step, token))
             except ValueError:
                 del ways[name]
-            times[name].append(1e6 * (time.perf_counter() - before))
     return times
 
 
