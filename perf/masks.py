@@ -132,21 +132,26 @@ def ways_of(grammar: Any, vocabulary: Vocabulary) -> dict[str, Way]:
 
 
 def measure(ways: dict[str, Way], eos: tuple[int, ...], tokens: int) -> dict[str, list[float]]:
-    """Microseconds of each mask and step, by library; a library that refuses a token ends there."""
+    """Microseconds of each mask and step, by library; a library that refuses a token, or has no mask, ends there."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    rng, first = random.Random(0), next(iter(ways))
+    rng = random.Random(0)
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
         before = time.perf_counter()
-        result = work()
-        times[name][-1] += 1e6 * (time.perf_counter() - before)
-        return result
+        try:
+            return work()
+        except (ValueError, GrammarError):
+            del ways[name]
+        finally:
+            times[name][-1] += 1e6 * (time.perf_counter() - before)
 
     for _ in range(tokens):
         for name in ways:
             times[name].append(0.0)
-        masks = {name: timed(name, way.mask) for name, way in ways.items()}
-        allowed = np.flatnonzero(np.unpackbits(masks[first].view(np.uint8), bitorder="little"))
+        masks = {name: timed(name, way.mask) for name, way in list(ways.items())}
+        if not ways:
+            break
+        allowed = np.flatnonzero(np.unpackbits(masks[next(iter(ways))].view(np.uint8), bitorder="little"))
         allowed = allowed[~np.isin(allowed, eos)]
         if not len(allowed):
             for name in ways:  # of the end: no step
@@ -154,10 +159,7 @@ def measure(ways: dict[str, Way], eos: tuple[int, ...], tokens: int) -> dict[str
             break
         token = int(allowed[rng.randrange(len(allowed))])
         for name, way in list(ways.items()):
-            try:
-                timed(name, partial(way.step, token))
-            except ValueError:
-                del ways[name]
+            timed(name, partial(way.step, token))
     return times
 
 

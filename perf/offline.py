@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, E
 def settings_of(args: argparse.Namespace, config: EngineConfig, folder: str) -> dict[str, Any]:
     """The Engine's keyword arguments: those given, and what a run on random token ids needs."""
     given = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if hasattr(args, name)}
-    if config.model in KNOWN:
+    if config.model is None or config.model in KNOWN:
         given |= {"load_format": "dummy", "skip_tokenizer_init": True}
     most = max(args.num_prompts, SLOTS["cuda"], config.max_running_requests or 0)
     given["max_queued_requests"] = max(config.max_queued_requests, most)

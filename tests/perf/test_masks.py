@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from actorserve.fsm.errors import MatcherError
 from actorserve.perf import masks
 
 
@@ -29,6 +30,22 @@ class Refusing(Counted):
         if self.calls.count("step"):
             raise ValueError(f"token {token} is refused")
         super().step(token)
+
+
+class Exhausted(Counted):
+    """It has a mask for one state."""
+
+    def mask(self) -> np.ndarray:
+        if self.calls:
+            raise MatcherError("too many expressions")
+        return super().mask()
+
+
+def test_a_library_without_a_mask_ends() -> None:
+    """Also the first one, and the only one."""
+    times = masks.measure({"exhausted": Exhausted(9), "second": Counted(3)}, (0,), 50)
+    assert {name: len(spent) for name, spent in times.items()} == {"exhausted": 2, "second": 3}
+    assert len(masks.measure({"exhausted": Exhausted(9)}, (0,), 50)["exhausted"]) == 2
 
 
 def test_one_mask_a_token() -> None:

@@ -1,6 +1,7 @@
 """The benchmarks of the whole engine, on a tiny model with dummy weights: they run, and count what they asked for."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,11 @@ def test_offline_warm_up_has_every_batch_size() -> None:
     assert sum(i == 1024 for i, _ in lengths) == 16 and min(i for i, _ in lengths) == 16
 
 
+def test_offline_without_a_model_has_dummy_weights() -> None:
+    args, config = offline.parse([])
+    assert offline.settings_of(args, config, "folder")["load_format"] == "dummy"
+
+
 def test_offline_knows_how_many_run() -> None:
     assert offline.most_running(EngineConfig(device="cpu")) == 64
     assert offline.most_running(EngineConfig(device="cpu", max_running_requests=7)) == 7
@@ -81,7 +87,7 @@ def test_no_prompt_of_a_load_was_in_another(monkeypatch: pytest.MonkeyPatch, tmp
         sent.extend(serve.make_prompts(serve.parse(command[3:])))  # type: ignore[arg-type]
         file.write_text("{}")
 
-    monkeypatch.setattr(engines.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     for clients, tokens in ((2, 8), (1, 128), (2, 128), (8, 128)):
         engines.load("http://localhost", clients, tokens, 64, file)
     assert len(sent) == len(set(sent)) == 28
