@@ -196,8 +196,15 @@ INLINE void weigh(struct heads *h, int i, float *scores, int seen, long dim) {
     for (long d = 0; d < dim && before != 1.0f; d += LANES) store(to + d, load(to + d) * before);
 }
 
-INLINE void end(struct heads *h, int i, long dim) {
-    for (long d = 0; d < dim; d += LANES) store(h->out[i] + d, load(h->out[i] + d) / h->total[i]);
+/* Sums of weighted values become means; returns whether all are numbers. */
+INLINE int end(struct heads *h, int i, long dim) {
+    vec poison = {0};
+    for (long d = 0; d < dim; d += LANES) {
+        vec mean = load(h->out[i] + d) / h->total[i];
+        poison += mean * 0.0f; /* NaN where there is no number */
+        store(h->out[i] + d, mean);
+    }
+    return sum(poison) == 0.0f;
 }
 
 /* `group` heads of a token that share the KV head `head`. */
@@ -252,7 +259,8 @@ INLINE void attend_block(const struct attention *a, struct heads *heads, int row
     add_values(keys, a->kv_heads * a->dim, count, a->dim, rows, scores, heads->out);
 }
 
-/* Tokens [from, to) of a sequence that see its keys from the same one on: all heads of the KV head `head`. */
+/* Tokens [from, to) of a sequence that see its keys from the same one on: all heads of the KV head `head`. A value that
+is no number, which a weight of zero does not hide, is for those that see it alone: then each goes by itself. */
 static void attend_tile(const struct attention *a, long from, long to, long head) {
     const int32_t *pages = (const int32_t *)a->pages[from];
     long group = a->heads / a->kv_heads, rows = (to - from) * group, last = 0;
@@ -276,7 +284,9 @@ static void attend_tile(const struct attention *a, long from, long to, long head
             else attend_block(a, heads + i / GROUP, rows - i, ends + i, at, count, keys, turned);
         }
     }
-    for (long i = 0; i < rows; i++) end(heads + i / GROUP, i % GROUP, a->dim);
+    int whole = 1;
+    for (long i = 0; i < rows; i++) whole &= end(heads + i / GROUP, i % GROUP, a->dim);
+    for (; !whole && from < to; from++) attend_token(a, from, head);
 }
 
 /* What is computed: a token by itself, or a tile of some. */

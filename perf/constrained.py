@@ -31,7 +31,7 @@ from actorserve.models.quantized import KernelLinear
 from actorserve.models.runner import ChunkWork
 from actorserve.models.stepper import Step, Stepper
 from actorserve.models.weights import linear_maps
-from actorserve.perf.cpu_parts import most_bytes, most_flops
+from actorserve.perf.cpu_parts import limit_of, most_bytes, most_flops
 
 WORDS = "[a-zA-Z0-9_ ]{1,16}"
 CHARACTER = (
@@ -66,7 +66,7 @@ class Watch:
         self.seconds = 0.0
         """Of all steps, from launch to results."""
         self.limits: tuple[float, float] | None = None
-        """FLOP/s and bytes/s of all threads."""
+        """FLOP/s of float32, and bytes/s, of all threads."""
 
     def clear(self) -> None:
         self.rows, self.seconds = [], 0.0
@@ -103,7 +103,8 @@ class Watch:
         weights = np.array([linear.outputs * linear.inputs for linear in maps])
         read = np.array([linear.weight.nbytes for linear in maps]) / self.limits[1]
         rows = np.array([[layers] * (len(maps) - 1) + [head] for layers, head in self.rows])
-        return float(np.maximum(read, 2 * rows * weights / self.limits[0]).sum())
+        flops = np.array([limit_of(linear, self.limits[0]) for linear in maps])
+        return float(np.maximum(read, 2 * rows * weights / flops).sum())
 
 
 LAUNCH = Stepper.launch

@@ -4,9 +4,10 @@
         [--quantization none]
 
 First each kind of linear map alone, its weights in the cache: GFLOP/s, best of many, beside fused multiply-adds in
-registers and nothing else (fma.c). Then steps of so many decoding rows as the executor makes them (runner, stepper and
-sampler, no actors), at contexts from 72 tokens on: with all layers in one call, and by parts. With one thread times are
-the thread's own, for busy machines. Needs the embedded model.
+registers and nothing else (fma.c), twice as many for blocks, which are multiplied in integers. Then steps of so many
+decoding rows as the executor makes them (runner, stepper and sampler, no actors), at contexts from 72 tokens on: with
+all layers in one call, and by parts. With one thread times are the thread's own, for busy machines.
+Needs the embedded model.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from actorserve.models.cpu_kernels import kernels
 from actorserve.models.decoder import Decoder
 from actorserve.models.embedded import embedded_model
 from actorserve.models.kv_cache import KVCache
-from actorserve.models.quantized import KernelLinear
+from actorserve.models.quantized import KernelLinear, QuantizedLinear
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
@@ -74,6 +75,12 @@ def most_bytes(threads: int) -> float:
             list(pool.map(lambda part: function(part.data_ptr(), count), memory))
             best = max(best, 4 * count * threads / (time.perf_counter() - start) / 1e9)
     return best
+
+
+def limit_of(linear: KernelLinear, flops: float) -> float:
+    """What a core can do at most of a map, where it does `flops` of float32: of blocks an instruction multiplies two
+    inputs of each output, as four pairs of bytes or two of 16 bits, and not one."""
+    return 2 * flops if isinstance(linear, QuantizedLinear) else flops
 
 
 def map_speed(linear: KernelLinear, rows: int, clock: Clock) -> float:
@@ -173,10 +180,11 @@ def main() -> None:
     config = EngineConfig(device="cpu", quantization=args.quantization)
     decoder = load_decoder(embedded_model(), config, lambda fraction: None)
     limit, memory = most_flops(), most_bytes(args.threads)
-    print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s, the memory's {memory:.1f} GB/s")
+    print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s of float32, the memory's {memory:.1f} GB/s")
     print(f"share of the core's limit by rows {args.rows}")
     for name, linear in zip(("qkv", "o", "gate and up", "down"), maps_of(decoder.weights.layers[0]), strict=True):
-        shares = [map_speed(linear, rows, clock) / limit / args.threads for rows in args.rows]
+        most = limit_of(linear, limit) * args.threads
+        shares = [map_speed(linear, rows, clock) / most for rows in args.rows]
         print(f"{name:12} {linear.outputs:6} x {linear.inputs:5}: " + " ".join(f"{share:6.2f}" for share in shares))
     for rows in args.rows:
         parts = by_parts(decoder, rows, args, clock)

@@ -55,11 +55,15 @@ def process(command: list[str], url: str, path: str) -> Iterator[None]:
 
 
 def load(url: str, clients: int, tokens: int, prompt: int, json_file: Path, *more: str) -> dict[str, float]:
-    """Send two requests a client (four at least) and return perf.serve's result."""
+    """Send two requests a client (four at least) and return perf.serve's result.
+
+    Prompts differ from those of another number of clients, or of tokens: none is in a server's prefix cache.
+    """
     command = [
         sys.executable, "-m", "actorserve.perf.serve", "--base-url", url, "--api", "completions",
         "--num-prompts", str(max(4, 2 * clients)), "--max-concurrency", str(clients), "--random-input-len", str(prompt),
-        "--random-output-len", str(tokens), "--temperature", "0", "--json", str(json_file),
+        "--random-output-len", str(tokens), "--temperature", "0", "--seed", str(1000 * tokens + clients),
+        "--json", str(json_file),
         *more,
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -13,6 +13,8 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -130,23 +132,34 @@ def ways_of(grammar: Any, vocabulary: Vocabulary) -> dict[str, Way]:
 
 
 def measure(ways: dict[str, Way], eos: tuple[int, ...], tokens: int) -> dict[str, list[float]]:
-    """Microseconds of each mask and step, by library; a library that refuses a token ends there."""
+    """Microseconds of each mask and step, by library; a library that refuses a token, or has no mask, ends there."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    rng, first = random.Random(0), next(iter(ways))
+    rng = random.Random(0)
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        before = time.perf_counter()
+        try:
+            return work()
+        except (ValueError, GrammarError):
+            del ways[name]
+        finally:
+            times[name][-1] += 1e6 * (time.perf_counter() - before)
+
     for _ in range(tokens):
-        allowed = np.flatnonzero(np.unpackbits(ways[first].mask().view(np.uint8), bitorder="little"))
+        for name in ways:
+            times[name].append(0.0)
+        masks = {name: timed(name, way.mask) for name, way in list(ways.items())}
+        if not ways:
+            break
+        allowed = np.flatnonzero(np.unpackbits(masks[next(iter(ways))].view(np.uint8), bitorder="little"))
         allowed = allowed[~np.isin(allowed, eos)]
         if not len(allowed):
+            for name in ways:  # of the end: no step
+                del times[name][-1]
             break
         token = int(allowed[rng.randrange(len(allowed))])
         for name, way in list(ways.items()):
-            before = time.perf_counter()
-            try:
-                way.mask()
-                way.step(token)
-            except ValueError:
-                del ways[name]
-            times[name].append(1e6 * (time.perf_counter() - before))
+            timed(name, partial(way.step, token))
     return times
 
 

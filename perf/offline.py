@@ -23,11 +23,13 @@ import msgspec
 import torch
 
 from actorserve import Engine
+from actorserve.actors.memory import batch_slots
 from actorserve.config import EngineConfig
 from actorserve.flags import Formatter, Parser, add_config_flags, config_from
 from actorserve.models.ledger import SLOTS
 from actorserve.models.shapes import KNOWN
 from actorserve.models.shard import sharded
+from actorserve.models.weights import pick_device
 from actorserve.perf.processes import CpuShares
 from actorserve.perf.roofline import add_limit_flags, limits_of, spec_of_model, workload_seconds
 from actorserve.perf.shapes import model_folder
@@ -65,11 +67,16 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, E
 def settings_of(args: argparse.Namespace, config: EngineConfig, folder: str) -> dict[str, Any]:
     """The Engine's keyword arguments: those given, and what a run on random token ids needs."""
     given = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if hasattr(args, name)}
-    if config.model in KNOWN:
+    if config.model is None or config.model in KNOWN:
         given |= {"load_format": "dummy", "skip_tokenizer_init": True}
     most = max(args.num_prompts, SLOTS["cuda"], config.max_running_requests or 0)
     given["max_queued_requests"] = max(config.max_queued_requests, most)
     return {"log_level": "warning"} | given | {"model": folder}
+
+
+def most_running(config: EngineConfig) -> int:
+    """How many requests the engine runs at once, by default fewer on a CPU."""
+    return batch_slots(config, "cuda" if config.load_format == "stub" else pick_device(config.device).type)
 
 
 def lengths_of(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -123,7 +130,7 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         first = await engine.generate([FIRST_ID], SamplingParams(max_new_tokens=1, ignore_eos=True))
         assert len(first.ids) == 1
         first_token = time.perf_counter() - began
-        running = config.max_running_requests or SLOTS["cuda"]
+        running = most_running(config)
         if not args.no_warmup:
             warmup = warmup_lengths(args, running)
             await serve_all(engine, requests_of(engine, warmup, args.temperature, args.seed + 1_000_003))

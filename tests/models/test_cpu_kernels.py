@@ -127,6 +127,19 @@ def test_tokens_that_share_keys(heads: int, kv_heads: int, head_dim: int) -> Non
             assert torch.equal(attend(spec, alone, kv, q[row : row + 1])[0], whole[row]), row
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_no_number_reaches_tokens_before_it(wrong: float) -> None:
+    """Though they share its tile: what they leave in the cache goes to other requests."""
+    spec = make_spec()
+    batch, kv, q = case(spec, [], [(40, 70)])
+    expected = attend(spec, batch, kv, q)
+    row = 45
+    slot = int(batch.chunks[0].pages[(40 + row) // PAGE]) * PAGE + (40 + row) % PAGE
+    kv.k[0][slot, :, 5] = kv.v[0][slot, :, 7] = wrong
+    got = attend(spec, batch, kv, q)
+    assert torch.equal(got[:row], expected[:row]) and not got[row:].isfinite().all(1).any()
+
+
 def decode_batch(tables: Tensor, lengths: list[int]) -> Batch:
     nothing = torch.empty(0, dtype=torch.int64)
     longest = max(lengths, default=0)

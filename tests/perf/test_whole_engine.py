@@ -1,11 +1,13 @@
 """The benchmarks of the whole engine, on a tiny model with dummy weights: they run, and count what they asked for."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from actorserve.perf import offline, serve
+from actorserve.config import EngineConfig
+from actorserve.perf import engines, offline, serve
 from actorserve.perf.processes import launched
 from actorserve.perf.shapes import main as shapes
 from actorserve.perf.shapes import model_folder, shape_folder
@@ -63,6 +65,32 @@ def test_offline_warm_up_has_every_batch_size() -> None:
     lengths = offline.warmup_lengths(args, 256)
     assert [o for _, o in lengths] == list(range(1, 257))
     assert sum(i == 1024 for i, _ in lengths) == 16 and min(i for i, _ in lengths) == 16
+
+
+def test_offline_without_a_model_has_dummy_weights() -> None:
+    args, config = offline.parse([])
+    assert offline.settings_of(args, config, "folder")["load_format"] == "dummy"
+
+
+def test_offline_knows_how_many_run() -> None:
+    assert offline.most_running(EngineConfig(device="cpu")) == 64
+    assert offline.most_running(EngineConfig(device="cpu", max_running_requests=7)) == 7
+    assert offline.most_running(EngineConfig(load_format="stub")) == 256
+
+
+def test_no_prompt_of_a_load_was_in_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else the server that measures several, warm-up first, has them in its prefix cache, and another has not."""
+    sent: list[str] = []
+    file = tmp_path / "load.json"
+
+    def run(command: list[str], **_: object) -> None:
+        sent.extend(serve.make_prompts(serve.parse(command[3:])))  # type: ignore[arg-type]
+        file.write_text("{}")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for clients, tokens in ((2, 8), (1, 128), (2, 128), (8, 128)):
+        engines.load("http://localhost", clients, tokens, 64, file)
+    assert len(sent) == len(set(sent)) == 28
 
 
 def test_serve_starts_a_server_and_measures_it(tiny: str) -> None:
