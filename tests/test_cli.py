@@ -66,6 +66,8 @@ def test_values() -> None:
         ("run --tp 0", "argument --tp-size: expected `int` >= 1, not 0"),
         ("run --mem-fraction-static 1.0", "argument --mem-fraction-static: expected `float` < 1.0"),
         ("run --window-ms nan", "argument --window-ms: expected"),
+        ("run --drain-timeout inf", "argument --drain-timeout: inf is no number of a certain size"),
+        ("run --random-seed 99999999999999999999", "argument --random-seed: 99999999999999999999 is too large"),
         ("run --schedule-policy best", "argument --schedule-policy: invalid choice: 'best'"),
         ("run --modle x", "unrecognized arguments: --modle x"),
         ("run --disable-radix", "unrecognized arguments: --disable-radix"),
