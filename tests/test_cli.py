@@ -1,5 +1,7 @@
 """The command line: flags, help, every way to end. The engine itself is a stand-in here."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -308,6 +310,51 @@ def test_python_m(tmp_path: Path) -> None:
 
     done = subprocess.run([sys.executable, "-m", "actorserve", "version"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "actorserve 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("plan --length 9 | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("plan --length 9 > /dev/full", 2, "actorserve: cannot write: No space left on device\n"),
+        ("doctor >&- --port 0", 0, ""),
+        ("complete <&-", 2, "actorserve: the prompt is empty: give it as an argument or on stdin\n"),
+        ("chat --url http://127.0.0.1:9 2>&-", 2, ""),
+    ],
+)
+def test_streams_of_any_kind(ending: str, code: int, said: str, tmp_path: Path) -> None:
+    """Closed, full, or read no more: no traceback, and none of Python's own complaints at its end."""
+    import subprocess
+    import sys
+
+    line = f"{sys.executable} -m actorserve {ending}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, env=buffered)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_what_the_locale_cannot_spell(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, given = io.BytesIO(), io.BytesIO(b"caf\xc3\xa9 \xff\n")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given, encoding="utf-8"))
+    cli.prepare_streams()
+    print(input(), flush=True)
+    assert out.getvalue() == b"caf? ?\n"
+
+
+def test_nobody_reads_the_greeting(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`actorserve run | head -1`, or a full disk: the engine goes on."""
+
+    async def behaviour(engine: Stand) -> None:
+        return None
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.stderr", full)
+        assert stand(behaviour) == 0
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 @pytest.mark.parametrize("name", ["run", "chat", "complete", "bench", "doctor", "plan"])
