@@ -160,7 +160,7 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], int
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_in_order(number: int, stand: Any, capsys: pytest.CaptureFixture[str]) -> None:
     async def behaviour(engine: Stand) -> None:
         os.kill(os.getpid(), number)
@@ -170,6 +170,22 @@ def test_a_signal_stops_in_order(number: int, stand: Any, capsys: pytest.Capture
     out, err = capsys.readouterr()
     assert "serves it's on http://127.0.0.1:" in out
     assert err == "starting the actors\nstarting exec.0: weights\n"
+
+
+def test_nohup(stand: Any) -> None:
+    """A server that is to outlive its terminal does."""
+
+    async def behaviour(engine: Stand) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with trio.move_on_after(0.05):
+            await engine.stop.wait()
+        assert not engine.stop.is_set()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stand(behaviour) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
