@@ -7,6 +7,8 @@ import os
 import shlex
 import signal
 import socket
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -322,10 +324,22 @@ def test_plain_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_python_m(tmp_path: Path) -> None:
     import subprocess
-    import sys
 
     done = subprocess.run([sys.executable, "-m", "actorserve", "version"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "actorserve 0.1.0\n")
+
+
+def test_interrupted_while_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actorserve import __main__ as begin
+
+    class Slow(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "actorserve.cli", Slow("actorserve.cli"))
+    with pytest.raises(SystemExit) as ended:
+        begin.main()
+    assert ended.value.code == 130
 
 
 @pytest.mark.parametrize(
@@ -341,7 +355,6 @@ def test_python_m(tmp_path: Path) -> None:
 def test_streams_of_any_kind(ending: str, code: int, said: str, tmp_path: Path) -> None:
     """Closed, full, or read no more: no traceback, and none of Python's own complaints at its end."""
     import subprocess
-    import sys
 
     line = f"{sys.executable} -m actorserve {ending}"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
