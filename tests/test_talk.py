@@ -115,6 +115,7 @@ def test_complete(server: StandIn, capsys: Any, monkeypatch: Any, tmp_path: Path
         (["x", "--model", "m", "--api-key", "a\nb"], "--api-key has what no key has"),
         (["x", "--json-schema", "/no/such"], "--json-schema /no/such: No such file"),
         ([""], "the prompt is empty"),
+        (["", "--local", "Once upon"], "--local took 'Once upon' for the model"),
     ],
 )
 def test_complete_fails_in_one_line(flags: list[str], message: str, capsys: Any) -> None:
