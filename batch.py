@@ -31,11 +31,14 @@ AHEAD: Final = 2
 """Requests in the engine for each of its rows: the queue never runs dry."""
 WATCH_SECONDS: Final = 0.5
 INTERRUPTED: Final = 130
+ANSWER: Final = b'{"id":'
+"""How a line of ours begins: one without an end that does not is somebody else's, and stays."""
 
 
 def batch(parsed: argparse.Namespace, config: EngineConfig, parser: Parser) -> int:
     """Answer what has no answer yet; returns the exit code. Raises StartupError."""
     source, target = Path(parsed.input), Path(parsed.output)
+    _check_files(source, target)
     try:
         with source.open("rb") as requests, target.open("a+b") as answers:
             fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +53,15 @@ def batch(parsed: argparse.Namespace, config: EngineConfig, parser: Parser) -> i
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("actorserve: stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_files(source: Path, target: Path) -> None:
+    """Raises StartupError for what cannot be read twice, and for answers that would go into the requests."""
+    for path in (source, target):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise StartupError(f"{path} is a pipe or a device: a file is needed, which is read more than once")
+    if source.exists() and target.exists() and source.samefile(target):
+        raise StartupError(f"{target} is the input: the answers need a file of their own")
 
 
 class _Run:
@@ -76,8 +88,8 @@ class _Run:
                         watch = group.create_task(_watch(engine))
                         await self._ask_all(engine, done, bar)
                         watch.cancel()
-                except* EngineDown as failed:
-                    raise failed.exceptions[0] from None
+                except* (EngineDown, StartupError) as failed:
+                    raise _first(failed) from None
         if self._refused:
             print(f"actorserve: {self._refused} requests were refused; their answers say why", file=sys.stderr)
         return 1 if self._refused else 0
@@ -93,8 +105,11 @@ class _Run:
 
     async def _ask(self, service: Service, line: InputLine, bar: Any) -> None:
         output, good = await ask(service, line)
-        self._answers.write(msgspec.json.encode(output) + b"\n")
-        self._answers.flush()
+        try:
+            self._answers.write(msgspec.json.encode(output) + b"\n")
+            self._answers.flush()
+        except OSError as error:
+            raise StartupError(f"{self._answers.name} cannot be written: {error.strerror}") from None
         self._refused += not good
         self._room.release()
         bar.update()
@@ -105,7 +120,7 @@ class _Run:
         done: set[str] = set()
         whole = 0
         for text in self._answers:
-            if not text.endswith(b"\n"):
+            if not text.endswith(b"\n") and text[: len(ANSWER)] == ANSWER[: len(text)]:
                 break
             try:
                 answer = msgspec.json.decode(text, type=OutputLine)
@@ -129,6 +144,14 @@ class _Run:
                 yield checked_line(text, BATCHED, seen, most)
             except RequestError as error:
                 raise StartupError(f"{self._requests.name}, line {number}: {error.message}") from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a group of groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _bar(total: int, done: int) -> Any:

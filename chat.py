@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, TextIO
 
+from .display import has_colours
 from .errors import ActorserveError, RequestError
 from .models.cache import cache_folder
 from .talk import SAMPLING, Figures, Message, Options, Partner, add_talk_flags, options_of, partner_of
@@ -81,11 +82,11 @@ def _read_fenced(first: str, prompt: str) -> str:
 
 
 class Paint:
-    """Where text goes; colours only on a terminal, and not where $NO_COLOR is set (no-color.org)."""
+    """Where text goes; colours only on a terminal that has them, and not where $NO_COLOR is set (no-color.org)."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._plain = not out.isatty() or bool(os.environ.get("NO_COLOR"))
+        self._plain = not has_colours(out)
 
     def say(self, text: str, end: str = "\n") -> None:
         """Print as it is."""

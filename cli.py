@@ -6,9 +6,13 @@ says why. 128 + signal: a signal ended it at once. Invariant: a mistake of the u
 """
 
 import argparse
+import contextlib
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from . import __version__
 from .chat import EXAMPLES as CHAT_EXAMPLES
@@ -37,11 +41,53 @@ OUTPUT gets a line for each as it is answered. What it answers already is not as
 crash or Ctrl-C, the same command goes on. Exit code 1: some lines were refused; their answers say why.
 """
 INTERRUPTED = 130
+UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""Why an output takes no more: a full disk, a limit, a terminal that is gone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    raise SystemExit(command(sys.argv[1:] if arguments is None else arguments))
+    prepare_streams()
+    try:
+        code = command(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):
+            raise
+        code = ended.code
+    try:
+        sys.stdout.flush()  # here, since what fails at the interpreter's end is a traceback and 120
+    except OSError as error:
+        code = _unwritable(error, code)
+    raise SystemExit(code)
+
+
+def prepare_streams() -> None:
+    """Standard streams that print and input can use, whatever the program was started with.
+
+    One that is closed becomes /dev/null, so that no socket gets its number; what the locale cannot spell, or is not
+    its text, becomes a mark in its place.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: the stream's own
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and name != "stderr":  # stderr has backslashes for it
+            stream.reconfigure(errors="replace")
+
+
+def _unwritable(error: OSError, code: int) -> int:
+    """The exit code when an output takes no more; raises what is another error."""
+    broken = isinstance(error, BrokenPipeError)
+    if not broken and error.errno not in UNWRITABLE:
+        raise error
+    with open(os.devnull, "w") as null, contextlib.suppress(OSError, ValueError):
+        os.dup2(null.fileno(), sys.stdout.fileno())  # what is left in its buffer goes there
+    if broken:  # who reads our output has had enough
+        return code
+    print(f"actorserve: cannot write: {error.strerror}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -55,9 +101,8 @@ def command(arguments: Sequence[str]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # who reads our output has had enough
-        sys.stdout = None  # nothing is left to flush at the end
-        return 0
+    except OSError as error:
+        return _unwritable(error, 0)
 
 
 def _run(arguments: Sequence[str]) -> int:

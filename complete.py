@@ -31,7 +31,8 @@ def complete(parsed: argparse.Namespace) -> int:
     """Print the continuation; returns the exit code. Raises ActorserveError."""
     prompt = parsed.prompt if parsed.prompt not in (None, "-") else _from_stdin()
     if not prompt:
-        raise RequestError("the prompt is empty: give it as an argument or on stdin", param="prompt")
+        hint = f"; --local took {parsed.local!r} for the model, so give it before that" if parsed.local else ""
+        raise RequestError(f"the prompt is empty: give it as an argument or on stdin{hint}", param="prompt")
     options = options_of(parsed)
     with partner_of(parsed) as partner:
         try:

@@ -1,12 +1,15 @@
-"""What `actorserve run` shows of its start: bars on a terminal, a few plain lines in a log. Used by serve.py.
+"""What `actorserve run` shows of its start: bars on a terminal, a few plain lines in a log. Used by serve.py,
+talk.py, and for its colours by chat.py and doctor.py.
 
 Progress goes to stderr; the address and the line to paste, once the engine is up, to stdout. Invariant: nothing is
-drawn after that, so that log lines are never mixed with bars.
+drawn after that, so that log lines are never mixed with bars. A reader that is gone, or a full disk, stops no engine.
 """
 
+import os
 import sys
 import time
-from typing import Any, Self
+from contextlib import suppress
+from typing import Any, Self, TextIO
 
 TRANSFERS = {
     "download": "downloading the embedded model",
@@ -14,6 +17,11 @@ TRANSFERS = {
     "convert": "converting the model (once)",
     "wait": "waiting for another process that prepares this model",
 }
+
+
+def has_colours(out: TextIO) -> bool:
+    """Whether escape sequences are understood there, and wanted."""
+    return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Display:
@@ -35,7 +43,8 @@ class Display:
     def line(self, text: str) -> None:
         """A line on stderr, in the place of the bars."""
         self._clear()
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     def transfer(self, stage: str, done: int, total: int) -> None:
         """A models.cache.Progress: bytes of a download or a conversion."""
@@ -71,9 +80,10 @@ class Display:
         if self._over:
             return
         self._over = True
-        print(text, flush=True)
-        if sys.stdout.isatty():
-            print(f"up after {time.monotonic() - self._began:.1f} s; Ctrl-C stops it", flush=True)
+        with suppress(OSError):
+            print(text, flush=True)
+            if sys.stdout.isatty():
+                print(f"up after {time.monotonic() - self._began:.1f} s; Ctrl-C stops it", flush=True)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

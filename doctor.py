@@ -22,6 +22,7 @@ import msgspec
 
 from . import __version__
 from .config import EngineConfig, ModelInfo
+from .display import has_colours
 from .errors import StartupError
 from .flags import add_config_flags
 from .models.floors import GIB
@@ -64,7 +65,7 @@ def doctor(parsed: argparse.Namespace, config: EngineConfig) -> int:
     for finding in examine(config):
         findings.append(finding)
         if not parsed.json:
-            print(_line(finding, sys.stdout.isatty() and not os.environ.get("NO_COLOR")), flush=True)
+            print(_line(finding, has_colours(sys.stdout)), flush=True)
     count = {state: sum(f.state == state for f in findings) for state in COLOURS}
     if parsed.json:
         print(json.dumps([finding._asdict() for finding in findings]))
@@ -178,9 +179,8 @@ def _lanes() -> Iterator[Finding]:
 def _limits() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < DESCRIPTORS:
-        return Finding(
-            "warn", "files", f"{soft} open files at most: too few for many connections; try ulimit -n {hard}"
-        )
+        more = f"try ulimit -n {hard}" if soft != hard else "root may allow more"
+        return Finding("warn", "files", f"{soft} open files at most: too few for many connections; {more}")
     return Finding("ok", "files", f"{soft:,} open files at most")
 
 

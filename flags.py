@@ -4,6 +4,7 @@ Invariant: a field added to EngineConfig is a flag without a line here; a bad fl
 """
 
 import argparse
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -94,14 +95,33 @@ def _settings(field: inspect.Field) -> dict[str, Any]:
     settings: dict[str, Any] = {"help": (description + shown).strip().replace("%", "%%")}
     match kind:
         case inspect.IntType():
-            return settings | {"type": int, "metavar": "N"}
+            return settings | {"type": _whole, "metavar": "N"}
         case inspect.FloatType():
-            return settings | {"type": float, "metavar": "X"}
+            return settings | {"type": _number, "metavar": "X"}
         case inspect.LiteralType():
             return settings | {"choices": kind.values, "metavar": "{" + ",".join(map(str, kind.values)) + "}"}
         case inspect.StrType():
             return settings | {"metavar": "S"}
     raise TypeError(f"EngineConfig.{field.name}: no flag for {kind}")
+
+
+def _whole(text: str) -> int:
+    """An int that messages between actors can carry."""
+    value = int(text)
+    if not -(1 << 63) <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is too large")
+    return value
+
+
+def _number(text: str) -> float:
+    """A float; none is without end, which no clock could wait for."""
+    value = float(text)
+    if math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text} is no number of a certain size")
+    return value
+
+
+_whole.__name__, _number.__name__ = "int", "float"  # argparse tells them to the user
 
 
 def _plain(kind: inspect.Type) -> tuple[inspect.Type, str]:

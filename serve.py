@@ -30,7 +30,7 @@ QUESTION = "What is the capital of France?"
 
 
 def serve(config: EngineConfig) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code. Raises StartupError."""
+    """Serve until SIGINT, SIGTERM or the end of the terminal; returns the exit code. Raises StartupError."""
     configure_logging("root" if config.nnodes == 1 else f"node {config.node_rank}", config.log_level)
     check_machines(config)
     with Display() as display:
@@ -134,7 +134,10 @@ async def _until_signal(supervisors: list[Supervisor], drain: float) -> int:
         stop(0.0)
 
     told = trio.Event()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    obeyed = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it, and so do we then
+        obeyed.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*obeyed) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey, signals)
             async with trio.open_nursery() as running:

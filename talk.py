@@ -9,6 +9,7 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,8 +121,10 @@ class Server:
     def __init__(self, url: str, key: str | None = None, model: str | None = None) -> None:
         """Asks for the served model unless it is given. Raises ActorserveError if nobody answers at `url`."""
         self.place = url.rstrip("/").removesuffix("/v1")
-        if not self.place.startswith(("http://", "https://")):
+        if not _is_address(self.place):
             raise RequestError(f"--url {url}: not an http(s) address", param="url")
+        if key and not (key.isascii() and key.isprintable()):
+            raise RequestError("--api-key has what no key has: a line's end, or letters beyond ASCII", param="api_key")
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         self.name = model or self._served()
 
@@ -171,6 +174,14 @@ class Server:
             raise EngineDown(f"nobody answers at {self.place} ({told}); start one: actorserve run") from None
         with response:
             yield response
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # reading it checks it
+    except ValueError:
+        return False
 
 
 def _piece(event: dict[str, Any]) -> Piece:

@@ -89,6 +89,9 @@ def read_keys(config: EngineConfig) -> KeyRing:
     keys = [] if config.api_key is None else [Key(name="default", key=config.api_key, admin=True, max_priority=1 << 31)]
     if config.api_key_file is not None:
         keys += _read(config.api_key_file)
+    for key in keys:
+        if key.digest == hashlib.sha256(b"").digest():
+            raise StartupError(f"the API key {key.name} is empty: whoever brings none would have it")
     for field in ("name", "digest"):
         values = [getattr(key, field) for key in keys]
         for key, value in zip(keys, values, strict=True):

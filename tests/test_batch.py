@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -86,7 +89,7 @@ def test_it_goes_on_where_it_was_stopped(run: Any, tmp_path: Path, capsys: pytes
     assert (code, len(output)) == (1, 4)
     assert "the same command goes on" in capsys.readouterr().err
     with (tmp_path / "out.jsonl").open("a") as cut:
-        cut.write('{"id": "batch_req_x", "custom_id": "n8", "respo')  # a crash amid a line
+        cut.write('{"id":"batch_req_x", "custom_id": "n8", "respo')  # a crash amid a line
     StandIn.most = 1000
     code, output = run(lines)
     assert code == 0
@@ -107,6 +110,47 @@ def test_input_that_is_refused(run: Any, lines: list[Any], message: str, capsys:
     assert run(lines) == (2, [])
     assert message in capsys.readouterr().err
     assert StandIn.asked == []
+
+
+def test_nothing_of_anybody_else_is_lost(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the requests, where they are named twice, nor a file that happens to have no end of its last line."""
+    target = tmp_path / "out.jsonl"
+    for text, message in ((json.dumps(line(0)), "is the input"), ("my notes", "no answer of a batch")):
+        target.write_text(text)
+        source = target if "input" in message else tmp_path / "in.jsonl"
+        if source != target:
+            source.write_text(json.dumps(line(0)))
+        assert cli.command(["batch", "-i", str(source), "-o", str(target)]) == 2
+        assert message in capsys.readouterr().err
+        assert target.read_text() == text
+    assert StandIn.asked == []
+
+
+def test_pipes_are_refused(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(line(0)))
+    os.mkfifo(tmp_path / "pipe")
+    for files in ([source, tmp_path / "pipe"], [tmp_path / "pipe", source]):
+        assert cli.command(["batch", "-i", str(files[0]), "-o", str(files[1])]) == 2
+        err = capsys.readouterr().err
+        assert "pipe is a pipe or a device" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what was answered before it counts when the command goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines = [line(i) for i in range(9)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.value.code == 2
+    assert re.search(r"actorserve: \S*out.jsonl.*: File too large", capsys.readouterr().err.splitlines()[-1])
+    code, output = run(lines)
+    assert code == 0 and sorted(one["custom_id"] for one in output) == [f"n{i}" for i in range(9)]
 
 
 def test_files_that_cannot_be_used(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

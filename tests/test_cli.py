@@ -1,10 +1,14 @@
 """The command line: flags, help, every way to end. The engine itself is a stand-in here."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
 import signal
 import socket
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,8 @@ def test_values() -> None:
         ("run --tp 0", "argument --tp-size: expected `int` >= 1, not 0"),
         ("run --mem-fraction-static 1.0", "argument --mem-fraction-static: expected `float` < 1.0"),
         ("run --window-ms nan", "argument --window-ms: expected"),
+        ("run --drain-timeout inf", "argument --drain-timeout: inf is no number of a certain size"),
+        ("run --random-seed 99999999999999999999", "argument --random-seed: 99999999999999999999 is too large"),
         ("run --schedule-policy best", "argument --schedule-policy: invalid choice: 'best'"),
         ("run --modle x", "unrecognized arguments: --modle x"),
         ("run --disable-radix", "unrecognized arguments: --disable-radix"),
@@ -156,7 +162,7 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], int
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_in_order(number: int, stand: Any, capsys: pytest.CaptureFixture[str]) -> None:
     async def behaviour(engine: Stand) -> None:
         os.kill(os.getpid(), number)
@@ -166,6 +172,22 @@ def test_a_signal_stops_in_order(number: int, stand: Any, capsys: pytest.Capture
     out, err = capsys.readouterr()
     assert "serves it's on http://127.0.0.1:" in out
     assert err == "starting the actors\nstarting exec.0: weights\n"
+
+
+def test_nohup(stand: Any) -> None:
+    """A server that is to outlive its terminal does."""
+
+    async def behaviour(engine: Stand) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with trio.move_on_after(0.05):
+            await engine.stop.wait()
+        assert not engine.stop.is_set()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stand(behaviour) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -302,10 +324,66 @@ def test_plain_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_python_m(tmp_path: Path) -> None:
     import subprocess
-    import sys
 
     done = subprocess.run([sys.executable, "-m", "actorserve", "version"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "actorserve 0.1.0\n")
+
+
+def test_interrupted_while_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actorserve import __main__ as begin
+
+    class Slow(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "actorserve.cli", Slow("actorserve.cli"))
+    with pytest.raises(SystemExit) as ended:
+        begin.main()
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("plan --length 9 | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("plan --length 9 > /dev/full", 2, "actorserve: cannot write: No space left on device\n"),
+        ("doctor >&- --port 0", 0, ""),
+        ("complete <&-", 2, "actorserve: the prompt is empty: give it as an argument or on stdin\n"),
+        ("chat --url http://127.0.0.1:9 2>&-", 2, ""),
+    ],
+)
+def test_streams_of_any_kind(ending: str, code: int, said: str, tmp_path: Path) -> None:
+    """Closed, full, or read no more: no traceback, and none of Python's own complaints at its end."""
+    import subprocess
+
+    line = f"{sys.executable} -m actorserve {ending}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, env=buffered)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_what_the_locale_cannot_spell(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, given = io.BytesIO(), io.BytesIO(b"caf\xc3\xa9 \xff\n")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given, encoding="utf-8"))
+    cli.prepare_streams()
+    print(input(), flush=True)
+    assert out.getvalue() == b"caf? ?\n"
+
+
+def test_nobody_reads_the_greeting(stand: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`actorserve run | head -1`, or a full disk: the engine goes on."""
+
+    async def behaviour(engine: Stand) -> None:
+        return None
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.stderr", full)
+        assert stand(behaviour) == 0
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 @pytest.mark.parametrize("name", ["run", "chat", "complete", "bench", "doctor", "plan"])

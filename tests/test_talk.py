@@ -110,8 +110,12 @@ def test_complete(server: StandIn, capsys: Any, monkeypatch: Any, tmp_path: Path
     ("flags", "message"),
     [
         (["x", "--url", "http://127.0.0.1:9"], "nobody answers"),
+        (["x", "--model", "m", "--url", "http://[::1"], "--url http://[::1: not an http(s) address"),
+        (["x", "--model", "m", "--url", "http://host:99999"], "--url http://host:99999: not an http(s) address"),
+        (["x", "--model", "m", "--api-key", "a\nb"], "--api-key has what no key has"),
         (["x", "--json-schema", "/no/such"], "--json-schema /no/such: No such file"),
         ([""], "the prompt is empty"),
+        (["", "--local", "Once upon"], "--local took 'Once upon' for the model"),
     ],
 )
 def test_complete_fails_in_one_line(flags: list[str], message: str, capsys: Any) -> None:
@@ -259,6 +263,7 @@ def test_colours_only_on_a_terminal(monkeypatch: Any) -> None:
             return True
 
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
     Paint(out).note("n")
     assert out.getvalue() == "\x1b[2mn\x1b[0m\n"
@@ -266,6 +271,11 @@ def test_colours_only_on_a_terminal(monkeypatch: Any) -> None:
     plain = Terminal()
     Paint(plain).warn("w")
     assert plain.getvalue() == "w\n"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    dumb = Terminal()
+    Paint(dumb).warn("w")
+    assert dumb.getvalue() == "w\n"
 
 
 def test_chat_that_cannot_begin(capsys: Any, tmp_path: Path) -> None:

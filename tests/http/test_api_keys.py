@@ -263,6 +263,8 @@ async def test_a_certificate_that_is_not_there(rig):
     [
         ("keys = []", "no keys"),
         ("[[keys]]\nname = 'a'", "either key or sha256"),
+        ("[[keys]]\nname = 'a'\nkey = ''", "length >= 1"),
+        (f"[[keys]]\nname = 'a'\nsha256 = '{hashlib.sha256(b'').hexdigest()}'", "the API key a is empty"),
         ("[[keys]]\nname = 'a b'\nkey = 'x'", "name"),
         ("[[keys]]\nname = 'a'\nkey = 'x'\nlimit = 3", "limit"),
         ("[[keys]]\nname = 'a'\nkey = 'x'\n[[keys]]\nname = 'a'\nkey = 'y'", "same name"),
@@ -276,3 +278,9 @@ def test_key_files_that_are_refused(tmp_path, text, message):
     with pytest.raises(StartupError, match=message) as error:
         read_keys(EngineConfig(api_key_file=str(path)))
     assert "'x'" not in str(error.value)
+
+
+def test_an_empty_key_opens_nothing():
+    """`--api-key "$KEY"` without the variable: requests that bring no key would be an admin's."""
+    with pytest.raises(StartupError, match="is empty"):
+        read_keys(EngineConfig(api_key=""))
