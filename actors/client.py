@@ -24,7 +24,7 @@ from ..sampler.params import SamplingParams
 from . import messages
 from .admission import Admission, Submission
 from .desk import MAX_DEATHS, Suspects
-from .lane import MAX_MESSAGE
+from .lane import check_size
 from .quarantine import CODES, Quarantine
 from .questions import Questions, Wakeup, refusal
 from .ref import Gone
@@ -259,8 +259,8 @@ class Client:
         OverflowError for what cannot be sent."""
         if not self._text_died:
             self._text.post(message)
-        elif (size := len(_encode(message))) > MAX_MESSAGE:
-            raise ValueError(f"message of {size} bytes; a lane takes at most {MAX_MESSAGE}")
+        else:
+            check_size(_encode(message))
 
     def _text_down(self, down: messages.PeerDown) -> None:
         """All wait for the next text actor, but those that it died of."""

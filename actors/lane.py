@@ -36,7 +36,14 @@ _W_MAGIC, _W_CAPACITY, _W_EPOCH = 0, 1, 2
 _W_FULL = 18
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+
 _SEALS = 0x0001 | 0x0002 | 0x0004  # SEAL, SHRINK, GROW: the peer cannot cut the file under us (SIGBUS)
+
+
+def check_size(message: bytes | memoryview) -> None:
+    """Raise ValueError for an encoded message that no lane takes."""
+    if len(message) > MAX_MESSAGE:
+        raise ValueError(f"message of {len(message)} bytes; a lane takes at most {MAX_MESSAGE}")
 
 
 class LaneCorrupt(Exception):
@@ -180,8 +187,7 @@ class LaneSender(_End):
         return True
 
     def _start_fragments(self, payload: memoryview) -> bool:
-        if len(payload) > MAX_MESSAGE:
-            raise ValueError(f"message of {len(payload)} bytes; a lane takes at most {MAX_MESSAGE}")
+        check_size(payload)
         if not self._put(len(payload).to_bytes(8, "little"), FIRST):
             return False
         self.publish()

@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from .inbox import Inbox, LocalLane
-from .lane import MAX_MESSAGE, LaneCorrupt, LaneMetrics, LaneSender
+from .lane import LaneCorrupt, LaneMetrics, LaneSender, check_size
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -92,8 +92,7 @@ class Ref:
         except LaneCorrupt as error:
             self._corrupt(error)
             raise Gone(self.name) from error
-        if len(data) > MAX_MESSAGE:  # not later, when it is its turn
-            raise ValueError(f"message of {len(data)} bytes; a lane takes at most {MAX_MESSAGE}")
+        check_size(data)  # not later, when it is its turn
         if not self._flush() or not self._push(data):
             self._backlog.append(data)
             self._watch()

@@ -14,7 +14,7 @@ from .backend import Backend, Reply
 from .checks import matching
 from .context import Context
 from .expressions import Sampling
-from .http_calls import Http
+from .http_calls import Http, stopped
 from .templates import get_chat_template
 from .tools import call_text
 
@@ -85,7 +85,7 @@ class Anthropic(Backend):
                     reason, usage = event["delta"].get("stop_reason"), usage | (event.get("usage") or {})
                     yield "", _meta(reason, usage)
                 case "error":
-                    raise RequestError(f"the server stopped: {event['error'].get('message')}", status=502)
+                    raise stopped(event["error"])
 
     def _body(self, context: Context, sampling: Sampling) -> dict[str, Any]:
         for name in NEVER:

@@ -19,7 +19,7 @@ from .backend import Backend, Reply
 from .choices import ChoiceScores, ChoicesDecision, ChoicesMethod, TokenScore
 from .context import Context
 from .expressions import Sampling
-from .http_calls import Http
+from .http_calls import Http, stopped
 from .loop import LOOP
 from .remote import ProgramReply, ProgramRequest
 from .templates import chat_template_of, get_chat_template
@@ -63,7 +63,7 @@ class RuntimeEndpoint(Backend):
         sent = 0
         async for event in self._http.events("/generate", self._body(context, sampling) | {"stream": True}):
             if "error" in event:
-                raise RequestError(f"the server stopped: {event['error'].get('message')}", status=502)
+                raise stopped(event["error"])
             yield event["text"][sent:], event["meta_info"]  # the server's text is all so far
             sent = len(event["text"])
 

@@ -138,9 +138,10 @@ def _error(response: "httpx.Response") -> ActorserveError:
     return EngineDown(text, status=status)
 
 
-def said_of(error: Any) -> str:
-    """What a server says of an error amid a stream; most say it in OpenAI's form."""
-    return str(error.get("message") if isinstance(error, dict) else error)
+def stopped(error: Any) -> RequestError:
+    """What ends a stream amid which a server tells an error; most tell it in OpenAI's form."""
+    said = error.get("message") if isinstance(error, dict) else error
+    return RequestError(f"the server stopped: {said}", status=502)
 
 
 def _unreachable(error: Exception) -> EngineDown:

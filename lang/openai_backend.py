@@ -18,7 +18,7 @@ from .checks import matching
 from .choices import ChoicesDecision, ChoicesMethod, TokenScore, greedy_token_selection
 from .context import Context
 from .expressions import Sampling
-from .http_calls import Http, said_of
+from .http_calls import Http, stopped
 from .templates import chat_template_of, get_chat_template
 from .tools import call_text
 
@@ -90,7 +90,7 @@ class OpenAI(Backend):
         finish, tokens = None, 0
         async for event in self._http.events(path, body | {"stream": True}):
             if "error" in event:
-                raise RequestError(f"the server stopped: {said_of(event['error'])}", status=502)
+                raise stopped(event["error"])
             for choice in event.get("choices", ()):
                 text = (choice["delta"].get("content") if "delta" in choice else choice.get("text")) or ""
                 finish, tokens = choice.get("finish_reason") or finish, tokens + bool(text)

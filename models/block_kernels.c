@@ -27,14 +27,12 @@ INLINE ivec dot(ivec s, ivec w, ivec x) { return (ivec)_mm256_dpbusd_avx_epi32((
 #define DOT 0
 #endif
 #if LANES == 16
-INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
 INLINE ivec signs(const uint8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
 /* Neighbours' products and their sum: of u8 and i8 in 16 bits, of i16 in 32. */
 INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
 INLINE ivec pairs16(svec a, svec b) { return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #else
-INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE ivec bytes(const uint8_t *p) { return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
 INLINE ivec signs(const uint8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
 INLINE svec pairs8(ivec w, ivec x) { return (svec)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
@@ -59,7 +57,8 @@ struct numbers {
 
 typedef int8_t narrow __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-/* Whether weights have a byte each; whether 16 bits of a number are multiplied; the byte of a weight of zero, where it is the same for all, else 0. */
+/* Whether weights have a byte each; whether 16 bits of a number are multiplied; the byte of a weight of zero, where it is
+the same for all, else 0. */
 INLINE int eight(enum kind kind) { return kind == Q8_0 || kind == K8; }
 INLINE int wide(enum kind kind) { return eight(kind) && !DOT; }
 INLINE int middle(enum kind kind) { return kind == Q4_0 ? 8 : kind == Q8_0 ? 128 : 0; }
@@ -133,11 +132,11 @@ struct unit {
 
 INLINE struct unit open_unit(enum kind kind, const uint8_t *p) {
     struct unit u = {.scale = {halves(p)}};
-    vec least = kind == Q4_1 || kind == Q4_K || kind == K8 ? halves(p + 2 * LANES) : u.scale[0];
     p += 2 * LANES;
-    if (kind == Q4_1) u.offset[0] = least, p += 2 * LANES;
-    if (kind == Q4_Z) u.offset[0] = least * -floats(bytes(p)), p += LANES; /* exact: 11 bits times 8 */
+    if (kind == Q4_1) u.offset[0] = halves(p), p += 2 * LANES;
+    if (kind == Q4_Z) u.offset[0] = u.scale[0] * -floats(bytes(p)), p += LANES; /* exact: 11 bits times 8 */
     if (kind == Q4_K || kind == K8) { /* exact, too */
+        vec least = halves(p);
         int parts = kind == K8 ? 2 : 1;
         p += 2 * LANES;
         u.scale[1] = u.scale[0];

@@ -36,11 +36,6 @@ enum form { HALVES, BFLOATS }; /* what weights are, for each of which kernels ar
 #define UNIT (LANES * 2 * GROUP) /* bytes of a unit of 16-bit weights */
 
 /* The weights of inputs 2 * j and 2 * j + 1 of a unit, and what both are made of, or the first alone. */
-#if LANES == 16
-INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-#else
-INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
-#endif
 INLINE ivec pair(enum form form, const uint8_t *unit, int j) {
     const uint8_t *p = unit + 4 * j * LANES;
     return form == HALVES ? (ivec)halves(p) : (ivec)load((const float *)p);

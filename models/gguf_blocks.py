@@ -18,9 +18,9 @@ Bytes = npt.NDArray[np.uint8]
 K_TYPES: Final = ("Q4_K", "Q5_K", "Q6_K")
 VALUES: Final = 256
 """Of a K-quant's block."""
-SIZES: Final = {"Q4_K": 22, "Q5_K": 40, "Q6_K": 40}
-"""Bytes of 32 values here."""
 FOUR, EIGHT = 22, 40
+SIZES: Final = {"Q4_K": FOUR, "Q5_K": EIGHT, "Q6_K": EIGHT}
+"""Bytes of 32 values here."""
 
 
 def blocks_of_32(kind: str, rows: Bytes) -> Bytes:
@@ -38,10 +38,9 @@ def widened(rows: Bytes, inputs: int) -> Bytes:
     return np.concatenate((numbers, s, s, m, m, q & 15, q >> 4), -1).reshape(len(rows), -1)
 
 
-def values_of(rows: Bytes) -> npt.NDArray[np.float32]:
-    """The values float32 [n, inputs] of rows of either."""
-    size = next(size for size in (FOUR, EIGHT) if rows.shape[1] % size == 0)
-    blocks = widened(rows, rows.shape[1] // size * 32).reshape(-1, EIGHT)
+def values_of(rows: Bytes, inputs: int) -> npt.NDArray[np.float32]:
+    """The values float32 [n, inputs] of rows of either: their size alone does not tell which (440 bytes are both)."""
+    blocks = widened(rows, inputs).reshape(-1, EIGHT)
     d, dmin = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float32).T
     s, m = blocks[:, 4:8].view(np.int8).astype(np.float32).reshape(-1, 2, 2).swapaxes(0, 1)
     q = blocks[:, 8:].astype(np.float32).reshape(-1, 2, 16)

@@ -62,7 +62,7 @@ def dequantise(blocks: Tensor, inputs: int) -> Tensor:
     kind = kind_of(blocks, inputs)
     assert kind is not None
     if kind in (Q4_K, K8):
-        return torch.from_numpy(values_of(blocks.numpy()))
+        return torch.from_numpy(values_of(blocks.numpy(), inputs))
     return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[NAMES[kind]]))
 
 

@@ -130,7 +130,7 @@ async def test_reader_wakes_once_a_burst_and_ends(client):
 @pytest.mark.parametrize("state", ["up", "text is down", "others are in quarantine"])
 async def test_what_cannot_be_sent_takes_no_place(client, lane, monkeypatch, state):
     """A text that is no Unicode, or a message beyond what a lane takes: refused each time, and no place is lost."""
-    monkeypatch.setattr("actorserve.actors.client.MAX_MESSAGE", 1000)
+    monkeypatch.setattr("actorserve.actors.lane.MAX_MESSAGE", 1000)
     keep = lane.post
 
     def post(message):
