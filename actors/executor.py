@@ -40,7 +40,8 @@ from ..models.weights import DTYPES, load_decoder, pick_device
 from .actor import Actor, Context
 from .desk import NOBODY
 from .device_waiter import DeviceWaiter
-from .memory import batch_slots, keep_freed_memory, kv_pages
+from .malloc import keep_freed_memory
+from .memory import batch_slots, kv_pages
 from .messages import (
     NOTHING,
     Carried,

@@ -15,6 +15,7 @@ import trio
 from .actor import Actor, Context
 from .compile_pool import Mother, Worker, WorkerDied
 from .fsm_worker import Failed, Made, MadeText, Result, Setup
+from .malloc import share_arenas
 from .match_pool import MatchPool
 from .messages import (
     Compile,
@@ -96,6 +97,8 @@ class Fsm(Actor):
 
     async def start(self) -> None:
         """Start the first compiler, in the background; one in a program's own loop starts at need."""
+        if self.context.config.placement == "process":
+            share_arenas()
         self.matches.start(self.context.nursery)
         for number, worker in enumerate(self.workers):
             warm = not number and self.context.config.placement == "process"

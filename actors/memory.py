@@ -1,15 +1,12 @@
 """How large the KV pool and the batch are on this machine: computed, unless the config says.
 
-Used by the executor at start: malloc before it loads the weights, the sizes after. On a GPU the arithmetic is that of
-models/ledger.py, with what was measured in the place of estimates: memory in use after the weights are loaded and the
-sampler is prepared, and the peak of a forward of the largest batch. What comes later (slot arrays, graphs) is reserved
-by formula.
+Used by the executor once the weights are loaded. On a GPU the arithmetic is that of models/ledger.py, with what was
+measured in the place of estimates: memory in use after the weights are loaded and the sampler is prepared, and the peak
+of a forward of the largest batch. What comes later (slot arrays, graphs) is reserved by formula.
 """
 
-import ctypes
 import os
 from collections.abc import Callable
-from typing import Final
 
 import torch
 
@@ -21,21 +18,6 @@ from ..models.decoder import Decoder
 from ..models.floors import GIB
 from ..models.kv_cache import KVCache, kv_dtype
 from ..models.ledger import FRACTION, SLOTS
-
-MALLOC: Final = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
-"""glibc's parameters: (number, bytes); 32 MiB is the most that it takes as a threshold for mmap."""
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what it frees instead of handing it back to the kernel after each step.
-
-    A step on a CPU allocates the same tensors again and again; fresh pages each time cost a tenth of a decode step and
-    a quarter of a prefill (measured by perf.cpu). Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in MALLOC.values():
-            mallopt(parameter, value)
 
 
 def batch_slots(config: EngineConfig, device: str) -> int:

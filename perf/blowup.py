@@ -10,7 +10,8 @@ not what is measured. Figures: status and time of each grammar (targets: ANSWER_
 what is plainly wrong), the most that one took beside streams, the gaps between tokens in both kinds of stretches, and
 the most memory that a compiler took.
 On a CPU the model leaves one core to the others (--cpu-threads). The client with the grammars, who stands for one on
-another machine, is as nice as can be. A GPU's engine captures graphs when it first idles, also those that masks need:
+another machine, has only what nobody else wants of this one's cores (SCHED_IDLE: a process that is merely nice keeps a
+core for milliseconds once it has it). A GPU's engine captures graphs when it first idles, also those that masks need:
 that is waited for.
 """
 
@@ -216,7 +217,7 @@ KINDS = {"quiet": quiet, "hostile": hostile}
 
 def call(kind: str, url: str) -> None:
     """The client of a stretch: what the grammars came to is read from stdin, and what it did is said on stdout."""
-    os.nice(19)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with httpx.Client(base_url=url, timeout=60) as client:
         for ms, name in KINDS[kind](client, json.loads(sys.stdin.readline())):
             print(json.dumps([ms, name]), flush=True)
