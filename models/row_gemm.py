@@ -50,15 +50,15 @@ class OneRow:
         """Whether it can multiply a weight."""
         outputs, inputs = weight.shape
         four = weight.kind == "int4" and weight.group == GROUP == weight.unit and weight.together == 16
-        four = four and not self.programs
         known = four or (weight.kind == "fp8" and not weight.group)
         even = outputs % self.outputs == 0 and inputs % self.depth == 0 and inputs % kernels.SPAN.value == 0
+        even = even and inputs // self.depth >= self.split  # each part has a step, and so arrives
         return known and even and weight.dtype == torch.bfloat16
 
     def takes(self, weight: "Packed", act: str, heads: Any) -> bool:
         """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         if heads is None:
-            return weight.kind == "fp8" or not act
+            return True
         return self.outputs == HEAD and plain_heads(heads, HEAD)
 
     def constants(self, outputs: int, inputs: int, gated: bool) -> dict[str, Any]:
@@ -83,6 +83,13 @@ def blocks_of(weight: "Packed", outputs: int, depth: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(words, block, gl.NVMMASharedLayout(64, 8, rank=4))
 
 
+def meta_of(weight: "Packed", outputs: int, depth: int) -> Tensor | TensorDescriptor:
+    """What the kernel takes beside such blocks: of 4 bits, what is loaded with each of them."""
+    if weight.kind == "fp8":
+        return weight.meta
+    return TensorDescriptor.from_tensor(weight.meta, [depth // GROUP, outputs], gl.NVMMASharedLayout(0, 32, rank=2))
+
+
 def multiply(
     x: Tensor, weight: "Packed", bias: Tensor | None, out: Tensor, choice: OneRow, arrived: Tensor, pdl: bool,
     after: tuple[Any, ...], epilogue: dict[str, Any],
@@ -96,8 +103,8 @@ def multiply(
         parts = torch.empty(count, dtype=torch.float32, device=x.device)
     squares = epilogue["SQUARES"] and max(32, epilogue["SQUARES"])
     kernels.row_kernel[(constants["PROGRAMS"],)](
-        x, blocks_of(weight, constants["BN"], choice.depth), weight.meta, bias, out, parts, arrived,
-        outputs // 2 if gated else outputs, inputs, len(weight.meta), *after[:8], *after[10:],
+        x, blocks_of(weight, constants["BN"], choice.depth), meta_of(weight, constants["BN"], choice.depth), bias, out,
+        parts, arrived, outputs // 2 if gated else outputs, inputs, *after[:8], *after[10:],
         FOUR=weight.kind == "int4", BIAS=bias is not None, SQUARES=squares, ACT=epilogue["ACT"], ADD=epilogue["ADD"],
         HEADS=epilogue["HEADS"], PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}), **constants,
     )  # fmt: skip

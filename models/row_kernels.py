@@ -77,22 +77,24 @@ def _work(program, PROGRAMS: gl.constexpr, STEPS: gl.constexpr, WHOLE: gl.conste
 
 @gluon.jit
 def _ask(
-    w_blocks, w, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr,
-    BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr, HALVES: gl.constexpr,
+    w_blocks, w, meta_blocks, metas, bars, j, program, rest, begin, n, BN: gl.constexpr, BK: gl.constexpr,
+    STEPS: gl.constexpr, BUFFERS: gl.constexpr, WHOLE: gl.constexpr, PROGRAMS: gl.constexpr, FOUR: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Have the weight of a program's j-th step loaded into its buffer."""
+    """Have the weight of a program's j-th step, of 4 bits with what its groups have, loaded into its buffer."""
     whole = j < WHOLE * STEPS
     tile = gl.where(whole, program + j // STEPS * PROGRAMS, rest)
     step = gl.where(whole, j % STEPS, begin + j - WHOLE * STEPS)
     at = j % BUFFERS
     bar = bars.index(at)
-    mbarrier.expect(bar, HALVES * BN * BK // (2 if FOUR else 1))
+    mbarrier.expect(bar, HALVES * (BN * BK // 2 + BN * BK // 128 * 4 if FOUR else BN * BK))
     BLOCKS: gl.constexpr = w_blocks.layout
     for half in gl.static_range(HALVES):
         target = w.index(at * HALVES + half)
         if FOUR:
             target = reinterpreted(target, [BK // 128, BN // 16, 16, 64], BLOCKS)
             load_block(w_blocks, [step * (BK // 128), (half * n + tile * BN) // 16, 0, 0], bar, target)
+            load_block(meta_blocks, [step * (BK // 128), half * n + tile * BN], bar, metas.index(at * HALVES + half))
         else:
             load_block(w_blocks, [half * n + tile * BN, step * BK], bar, target)
 
@@ -134,15 +136,12 @@ def _split_x(x, first, k, terms, sums, CHUNKS: gl.constexpr, FOUR: gl.constexpr)
 
 
 @gluon.jit
-def _metas(meta, n, tile, group, groups, BN: gl.constexpr, COUNT: gl.constexpr, HALVES: gl.constexpr,
-           ACC: gl.constexpr):  # fmt: skip
-    """What the outputs of a tile have for each of COUNT groups: those of both halves, group by group."""
+def _scales(scales, n, tile, BN: gl.constexpr, HALVES: gl.constexpr, ACC: gl.constexpr):
+    """Those of float8 outputs of a tile, of both halves."""
     output = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, ACC))
     found = ()
-    for i in gl.static_range(COUNT):
-        row = meta + gl.minimum(group + i, groups - 1) * (HALVES * n)
-        for half in gl.static_range(HALVES):
-            found = found + (gl.load(row + half * n + output),)  # type: ignore[assignment]  # noqa: RUF005
+    for half in gl.static_range(HALVES):
+        found = found + (gl.load(scales + half * n + output),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -163,33 +162,52 @@ def _multiply_float8(w, xs, acc, up, at, place, BN: gl.constexpr, HALVES: gl.con
 
 
 @gluon.jit
-def _multiply_four(
-    w, xs, sums, metas, acc, less, at, place, BN: gl.constexpr, GROUPS: gl.constexpr, ACC: gl.constexpr
-):  # fmt: skip
-    """As `_multiply_float8` of 4 bits: acc + the products / 512, less [BN] + what zero points take of them."""
+def _products_four(w, xs, place, BN: gl.constexpr, GROUPS: gl.constexpr, ACC: gl.constexpr):
+    """A buffer's products / 512 with each group of the step whose x is at `place`: GROUPS tiles [BN, 8], under way."""
     none = gl.zeros([BN, 8], gl.float32, ACC)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=4)
     ONE: gl.constexpr = gl.NVMMASharedLayout(64, 8, rank=2)
     made = ()
     for i in gl.static_range(GROUPS):
-        words = reinterpreted(w.index(at), [GROUPS, BN, 64], ONE).index(i).load(A)
+        words = reinterpreted(w, [GROUPS, BN, 64], ONE).index(i).load(A)
         x_low = xs.index((place * GROUPS + i) * 2).permute((1, 0))
         x_high = xs.index((place * GROUPS + i) * 2 + 1).permute((1, 0))
         p = warpgroup_mma(low_nibbles(words), x_low, none, use_acc=False, is_async=True)
         made = made + (warpgroup_mma(high_nibbles(words), x_high, p, is_async=True),)  # type: ignore[assignment]  # noqa: RUF005
+    return made
+
+
+@gluon.jit
+def _multiply_four(
+    w, metas, xs, sums, acc, up, less, less_up, at, place, BN: gl.constexpr, GROUPS: gl.constexpr,
+    HALVES: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """As `_multiply_float8` of 4 bits: acc, up + the products / 512, less, less_up [BN] + what zero points take."""
+    made = _products_four(w.index(at * HALVES), xs, place, BN, GROUPS, ACC)
+    if HALVES == 2:
+        made = made + _products_four(w.index(at * HALVES + 1), xs, place, BN, GROUPS, ACC)
     EACH: gl.constexpr = SPAN // 128
     ALL: gl.constexpr = gl.BlockedLayout([EACH], [32], [4], [0])
     of_span, group = sums.index(place * GROUPS // EACH).load(ALL), gl.arange(0, EACH, ALL)
-    if GROUPS == 1:  # noqa: SIM108 (a constant)
-        made = (warpgroup_mma_wait(0, deps=made),)  # type: ignore[assignment]
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    of_groups = reinterpreted(metas.index(at * HALVES), [GROUPS, BN], ROW)
+    of_up = reinterpreted(metas.index(at * HALVES + HALVES - 1), [GROUPS, BN], ROW)
+    if GROUPS * HALVES == 1:  # noqa: SIM108 (a constant)
+        made = (warpgroup_mma_wait(0, deps=made),)
     else:
         made = warpgroup_mma_wait(0, deps=made)
     for i in gl.static_range(GROUPS):
         of_group = gl.sum(gl.where(group == place * GROUPS % EACH + i, of_span, 0.0), 0)
-        scales = scales_of(metas[i])
+        meta = of_groups.index(i).load(gl.SliceLayout(1, ACC))
+        scales = scales_of(meta)
         acc += scales[:, None] * made[i]
-        less += scales * zeros_of(metas[i]) * of_group
-    return acc, less
+        less += scales * zeros_of(meta) * of_group
+        if HALVES == 2:
+            meta = of_up.index(i).load(gl.SliceLayout(1, ACC))
+            scales = scales_of(meta)
+            up += scales[:, None] * made[GROUPS + i]
+            less_up += scales * zeros_of(meta) * of_group
+    return acc, up, less, less_up
 
 
 @gluon.jit
@@ -292,7 +310,7 @@ def _finish_last(
 
 @gluon.jit(do_not_specialize=["square_parts"])
 def row_kernel(
-    x, w_blocks, meta, bias, out, parts, arrived, n, k, groups, squares, square_parts, eps, residual, scale, gain,
+    x, w_blocks, meta, bias, out, parts, arrived, n, k, squares, square_parts, eps, residual, scale, gain,
     new_residual, new_squares, table, slots, kv, kv_stride, heads, kv_heads,
     BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, BUFFERS: gl.constexpr, PROGRAMS: gl.constexpr,
     WHOLE: gl.constexpr, REST: gl.constexpr, SPLIT: gl.constexpr, LAUNCH: gl.constexpr, FOUR: gl.constexpr,
@@ -304,9 +322,10 @@ def row_kernel(
     Grid (PROGRAMS). A program has WHOLE tiles of BN outputs (of each half), and then, if it is one of the first
     REST * SPLIT, a part of the columns of another tile, which the last of its programs adds up from parts float32
     [REST, SPLIT, BN (twice with ACT)]; arrived int32 [REST]. STEPS: k / BK.
-    Of float8 w_blocks are blocks [BN, BK] of bytes, and meta is float32 [1, n (2 n)]. FOUR, without ACT, WHOLE is 0:
-    blocks [BK / 128, BN / 16, 16, 64] of int8 [chunks, n / 16, 16, 64], and int32 [groups, n]. The successor may be
-    launched from a program's step LAUNCH on. The rest is as in gemm_kernels.linear_kernel, with heads of 128 numbers.
+    Of float8 w_blocks are blocks [BN, BK] of bytes, and meta is float32 [1, n (2 n)]. FOUR: blocks [BK / 128, BN / 16,
+    16, 64] of int8 [chunks, n (2 n) / 16, 16, 64], and blocks [BK / 128, BN] of int32 [groups, n (2 n)]. The successor
+    may be launched from a program's step LAUNCH on. The rest is as in gemm_kernels.linear_kernel, with heads of 128
+    numbers.
     """
     program = gl.program_id(0)
     if PDL and LAUNCH == 0:
@@ -316,15 +335,20 @@ def row_kernel(
     total = WHOLE * STEPS + count
     T: gl.constexpr = w_blocks.dtype
     W: gl.constexpr = gl.NVMMASharedLayout(64 if FOUR else 128, 8, rank=2)
+    bars = barriers(BUFFERS)
+    metas = bars
     if FOUR:
         w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN * (BK // 128), 64], W)
+        metas = gl.allocate_shared_memory(gl.int32, [BUFFERS * HALVES, BK // 128, BN], meta.layout)
     else:
         w = gl.allocate_shared_memory(T, [BUFFERS * HALVES, BN, BK], W)
-    bars = barriers(BUFFERS)
     fence_async_shared()
     for i in gl.static_range(BUFFERS):
         if i < total:
-            _ask(w_blocks, w, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS, FOUR, HALVES)
+            _ask(
+                w_blocks, w, meta, metas, bars, i, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS,
+                FOUR, HALVES,
+            )  # fmt: skip
 
     SHARE: gl.constexpr = STEPS if WHOLE > 0 else (STEPS + SPLIT - 1) // SPLIT
     CHUNKS: gl.constexpr = (SHARE * BK + SPAN - 1) // SPAN
@@ -339,10 +363,9 @@ def row_kernel(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     GROUPS: gl.constexpr = BK // 128
     tile = program if WHOLE > 0 else rest
-    if FOUR:
-        metas = _metas(meta, n, tile, own * GROUPS, groups, BN, GROUPS, HALVES, ACC)
-    else:
-        metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
+    scales = metas
+    if not FOUR:
+        scales = _scales(meta, n, tile, BN, HALVES, ACC)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if SQUARES > 0:
@@ -362,28 +385,28 @@ def row_kernel(
             x_first = begin - own
             end = count
         if not FOUR and turn > 0:
-            metas = _metas(meta, n, tile, 0, groups, BN, 1, HALVES, ACC)
+            scales = _scales(meta, n, tile, BN, HALVES, ACC)
         operands = _operands(
             tile, bias, residual, gain, table, slots, heads + kv_heads, BN, BIAS, ADD, HEADS, ACC
         )  # fmt: skip
         acc = gl.zeros([BN, 8], gl.float32, ACC)
         up = gl.zeros([BN, 8], gl.float32, ACC)
         less = gl.zeros([BN], gl.float32, gl.SliceLayout(1, ACC))
+        less_up = gl.zeros([BN], gl.float32, gl.SliceLayout(1, ACC))
         for s in range(end):
             j = first + s
             at = j % BUFFERS
-            if FOUR:
-                following = _metas(meta, n, tile, (begin + s + 1) * GROUPS, groups, BN, GROUPS, 1, ACC)
             mbarrier.wait(bars.index(at), j // BUFFERS & 1)
             if FOUR:
-                acc, less = _multiply_four(w, xs, sums, metas, acc, less, at, x_first + s, BN, GROUPS, ACC)
-                metas = following
+                acc, up, less, less_up = _multiply_four(
+                    w, metas, xs, sums, acc, up, less, less_up, at, x_first + s, BN, GROUPS, HALVES, ACC
+                )  # fmt: skip
             else:
                 acc, up = _multiply_float8(w, xs, acc, up, at, x_first + s, BN, HALVES, ACC)
             if j + BUFFERS < total:
                 _ask(
-                    w_blocks, w, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE, PROGRAMS,
-                    FOUR, HALVES,
+                    w_blocks, w, meta, metas, bars, j + BUFFERS, program, rest, begin, n, BN, BK, STEPS, BUFFERS, WHOLE,
+                    PROGRAMS, FOUR, HALVES,
                 )  # fmt: skip
             if PDL and LAUNCH > 0:  # noqa: SIM102 (constants, and a number on the device)
                 if j == LAUNCH:
@@ -393,9 +416,9 @@ def row_kernel(
         if SQUARES > 0:  # here, as adding up needs all threads
             normed = gl.rsqrt(gl.sum(of_parts, 0) / k + eps)
         if FOUR:
-            y = (512.0 * y - less) * factor
+            y, y_up = (512.0 * y - less) * factor, (512.0 * y_up - less_up) * factor
         else:
-            y, y_up = y * factor * metas[0], y_up * factor * metas[HALVES - 1]
+            y, y_up = y * factor * scales[0], y_up * factor * scales[HALVES - 1]
         if turn < WHOLE or SPLIT == 1:
             if turn < WHOLE or count > 0:
                 _finish(y, y_up, tile, out, normed, operands, of_add, of_heads, BN, ACT, ADD, HEADS, ACC)

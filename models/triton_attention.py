@@ -54,6 +54,7 @@ DECODE: Final[dict[int, Launches]] = {
         (256, Launch(128, 8, 2)),
     ),
     128: (
+        (8, Launch(64, 8, 3, ahead=1)),
         (64, Launch(64, 8, 3)),
         (384, Launch(64, 4, 2)),
         (512, Launch(64, 2, 2)),

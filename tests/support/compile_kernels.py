@@ -331,15 +331,25 @@ def rows() -> Iterator[None]:
             yield one_row(case, kind, choice)
 
 
+def shared_blocks(element: str, shape: list[int], swizzle: int, bits: int) -> str:
+    """The type of a descriptor that says how blocks lie in shared memory."""
+    layout = gl.NVMMASharedLayout(swizzle, bits, rank=len(shape))
+    return f"tensordesc<{element}[{','.join(map(str, shape))}],{layout!r}>"
+
+
 def one_row(case: Case, kind: str, choice: OneRow) -> None:
     """A configuration as row_gemm.multiply launches it, with PDL."""
     constants = choice.constants(case.outputs, case.inputs, case.follows == "gated")
-    four, block = kind == "int4", [constants["BN"], choice.depth]
+    four, width = kind == "int4", constants["BN"]
+    types = PACKED | {
+        "w_blocks": shared_blocks("fp8e4nv", [width, choice.depth], 128, 8),
+        "meta": "*fp32",
+        "slots": "*i32",
+    }
     if four:
-        block = [choice.depth // 128, constants["BN"] // 16, 16, 64]
-    layout = gl.NVMMASharedLayout(64 if four else 128, 8, rank=len(block))
-    name = f"tensordesc<{'i8' if four else 'fp8e4nv'}[{','.join(map(str, block))}],{layout!r}>"
-    types = PACKED | {"w_blocks": name, "meta": "*i32" if four else "*fp32", "slots": "*i32"}
+        groups = choice.depth // 128
+        types["w_blocks"] = shared_blocks("i8", [groups, width // 16, 16, 64], 64, 8)
+        types["meta"] = shared_blocks("i32", [groups, width], 0, 32)
     constants |= epilogue_of(case) | {"FOUR": four}
     own = {n: value for n, value in constants.items() if n in row_kernels.row_kernel.arg_names}
     build(row_kernels.row_kernel, 4, True, types, aligned=True, **own)

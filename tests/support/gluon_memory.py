@@ -96,6 +96,11 @@ class Blocks:
         return values
 
 
+def swizzle_of(layout: Any) -> int:
+    """Bytes within which a layout has pieces of a row in another order; 0: rows lie as they are, one after another."""
+    return 0 if isinstance(layout, gl.SwizzledSharedLayout) else layout.swizzle_byte_width
+
+
 @dataclass(frozen=True)
 class Shared:
     """A part of a program's buffer in shared memory. `owner` is told who reads and writes it."""
@@ -127,7 +132,7 @@ class Shared:
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Shared":
         check(dtype == self.dtype and prod(shape) == prod(self.shape) and self.order is None, "another size")
-        check(layout.swizzle_byte_width == self.layout.swizzle_byte_width, "another swizzle")
+        check(swizzle_of(layout) == swizzle_of(self.layout), "another swizzle")
         return replace(self, shape=tuple(shape), layout=layout)
 
     _reinterpret = reinterpret  # its name in Triton 3.6
@@ -139,7 +144,7 @@ class Shared:
 
     def _lines(self) -> Tensor:
         """[rows, groups of columns, columns of a group]: groups are as wide as the swizzle and one behind the other."""
-        if isinstance(self.layout, gl.SwizzledSharedLayout):
+        if not swizzle_of(self.layout):
             return self.memory[self.start : self.start + prod(self.shape)]
         check(len(self.shape) == self.layout.rank, f"{self.shape} is not one block of the layout's")
         wide = self.layout.swizzle_byte_width // self.dtype.itemsize
