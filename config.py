@@ -37,6 +37,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     reasoning_parser: Annotated[
         str, Meta(description="how it marks its thoughts: qwen3, deepseek-r1, ...; none; auto: by its template")
     ] = "auto"
+    sampling_defaults: Annotated[
+        Literal["model", "openai"],
+        Meta(
+            description="where temperature, top_p, top_k, min_p and repetition_penalty come from that a request to an "
+            "OpenAI or Anthropic route leaves out: the model's generation_config.json, or OpenAI's defaults"
+        ),
+    ] = "model"
     load_format: Annotated[
         Literal["auto", "safetensors", "gguf", "dummy", "stub"],
         Meta(description="dummy: random weights of config.json's shape; stub: no model, tokens by a hash, for tests"),
@@ -46,7 +53,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(
             description="weights and activations; auto: the checkpoint's; on a CPU float32, beside which weights that "
-            "are quantized or of 16 bits stay so, but bfloat16 with AMX, and for experts if it has instructions for it"
+            "are quantized or of 16 bits stay so, but bfloat16 for experts if it has instructions for it"
         ),
     ] = "auto"
     quantization: Annotated[
@@ -310,6 +317,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     context_length: int
     eos_ids: tuple[int, ...]
+    sampling: dict[str, float] = {}
+    """SamplingParams' fields where requests to OpenAI's and Anthropic's routes leave them out."""
     has_chat_template: bool = False
     tool_parser: str = "json"
     """Name of the family in which it writes tool calls (models/tool_families.py)."""

@@ -77,7 +77,8 @@ async def completions(service: Service, exchange: Exchange) -> None:
         names["n"] = "best_of"
     with renamed(names | grammar_names):
         # The choice among candidates needs the logprobs of their tokens.
-        params = _sampling(request, max_tokens, 0 if best_of > n and request.logprobs is None else request.logprobs)
+        logprobs = 0 if best_of > n and request.logprobs is None else request.logprobs
+        params = _sampling(request, service.model.sampling, max_tokens, logprobs)
         if request.echo and request.logprobs is not None:
             params = msgspec.structs.replace(params, logprob_start_len=0)
         head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name)
@@ -138,7 +139,8 @@ def submitted_chat(service: Service, request: ChatRequest, name: str) -> Iterato
     grammar, grammar_names = requested_grammar(request, request.response_format)
     plan = plan_tools(request, grammar, service.model)
     with renamed(names | grammar_names):
-        params = _sampling(request, max_tokens, request.top_logprobs or 0 if request.logprobs else None)
+        logprobs = request.top_logprobs or 0 if request.logprobs else None
+        params = _sampling(request, service.model.sampling, max_tokens, logprobs)
         prompt = planned_prompt(request, plan)
         salt, priority = request.cache_salt or "", request.priority or 0
         rank = service.rank_of(request.routed_dp_rank, request.data_parallel_rank)
@@ -194,9 +196,12 @@ def _usage_frames(request: OpenAIRequest, prompts: int, n: int) -> UsageFrames:
     return UsageFrames(prompts * n, n, bool(options.include_usage), bool(options.continuous_usage_stats))
 
 
-def _sampling(request: OpenAIRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    """Return the engine's parameters. Without `max_tokens` a reply may go on to the end of the context."""
-    given: dict[str, Any] = {}
+def _sampling(
+    request: OpenAIRequest, defaults: dict[str, float], max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """Return the engine's parameters. `defaults`: ModelInfo.sampling. Without `max_tokens` a reply may go on to the end
+    of the context."""
+    given: dict[str, Any] = dict(defaults)
     for name in _SAME_NAME:
         value = getattr(request, name)
         if value is not None:

@@ -71,6 +71,7 @@ async def delete(service: Service, exchange: Exchange) -> None:
 
 def _begun(service: Service, request: ResponseRequest) -> Response:
     """The object before there is output."""
+    usual = service.model.sampling
     return Response(
         id=f"resp_{uuid.uuid4().hex}",
         created_at=int(time.time()),
@@ -80,8 +81,8 @@ def _begun(service: Service, request: ResponseRequest) -> Response:
         instructions=request.instructions,
         previous_response_id=request.previous_response_id,
         max_output_tokens=request.max_output_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
+        temperature=usual.get("temperature") if request.temperature is None else request.temperature,
+        top_p=usual.get("top_p") if request.top_p is None else request.top_p,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         tool_choice=request.tool_choice or "auto",
         tools=request.tools or [],

@@ -93,17 +93,6 @@ static void pack_task(void *data, long i) {
     if (left) pack_tile(a, from, count);
 }
 
-/* Memory that comes next, asked for `step` bytes at a time. */
-struct coming {
-    const char *next, *end;
-    long step;
-};
-
-INLINE void ask(struct coming *a) {
-    const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
-    for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
-}
-
 /* s + v * x, rounded once. Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
 INLINE vec plus(int alone, vec s, vec v, float x) {
     if (alone) return fused(v, x, s);
@@ -207,13 +196,6 @@ WIDTHS(COUNTS, NEXT_TILE)
 static first_function *const first_tiles[2][PANEL + 1][2][MOST + 1] = {WIDTHS(FIRSTS, FIRST_NAME)};
 static next_function *const next_tiles[PANEL + 1][MOST + 1] = {WIDTHS(COUNTS, NEXT_NAME)};
 
-/* What comes while a block is multiplied, in so many tiles: the units after it, of `bytes` bytes for each CHUNK. */
-INLINE struct coming coming_after(const struct product *a, struct block b, long bytes, long tiles) {
-    long unit = a->inputs / CHUNK * bytes;
-    const char *next = (const char *)a->weight + (b.unit + b.coming) * unit;
-    return (struct coming){next, next + b.width * unit, (b.width * bytes / LINE + tiles - 1) / tiles * LINE};
-}
-
 /* Weights become float32 on their way. */
 static void sums_of_16_bits(const struct product *a, struct block b, float *sums) {
     float panel[PANEL * APART] __attribute__((aligned(LINE)));
@@ -221,7 +203,7 @@ static void sums_of_16_bits(const struct product *a, struct block b, float *sums
     long stride = a->inputs / GROUP * UNIT, step = b.rows > FEW ? DEPTH : a->inputs;
     int first = first_rows(a->kind, b.rows);
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming coming = coming_after(a, b, UNIT * CHUNK / GROUP, 1 + (b.rows - first + NEXT - 1) / NEXT);
+    struct coming coming = coming_after(a, b, stride, a->inputs / CHUNK * (1 + (b.rows - first + NEXT - 1) / NEXT));
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = first;
         const uint8_t *w = a->weight + b.unit * stride + at / GROUP * UNIT;
@@ -239,9 +221,9 @@ static void sums_of_16_bits(const struct product *a, struct block b, float *sums
 /* F32's. Weights are read once from memory, at an even pace: the next block's while this one multiplies. */
 static void sums_of_32_bits(const struct product *a, struct block b, float *sums) {
     const float *weight = (const float *)a->weight + b.unit * a->inputs * LANES;
-    long stride = a->inputs * LANES, tiles = (b.rows + NEXT - 1) / NEXT;
+    long stride = a->inputs * LANES, tiles = (b.rows + NEXT - 1) / NEXT, times = a->inputs / CHUNK * tiles;
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
-    struct coming coming = coming_after(a, b, CHUNK * LANES * sizeof(float), tiles);
+    struct coming coming = coming_after(a, b, stride * sizeof(float), times);
     for (long at = 0; at < a->inputs; at += DEPTH) {
         long depth = a->inputs - at < DEPTH ? a->inputs - at : DEPTH;
         const float *x = a->x + b.row * a->inputs;

@@ -23,6 +23,7 @@ struct product {
     long rows;
     float *y;
     const struct ahead *ahead;
+    int matrices;            /* multiplied by matrix_kernels.c */
     int width;               /* units side by side */
     long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
 };
@@ -54,12 +55,34 @@ INLINE struct pieces pieces_of(const struct product *a, long from, long to) {
     return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
 }
 
-/* The two kinds: dense_kernels.c's and block_kernels.c's. x as the product reads it: itself, or `packed`, as large. */
+/* Memory that comes next, asked for `step` bytes at a time. */
+struct coming {
+    const char *next, *end;
+    long step;
+};
+
+INLINE void ask(struct coming *a) {
+    const char *to = a->end - a->next < a->step ? a->end : a->next + a->step;
+    for (; a->next < to; a->next += LINE) __builtin_prefetch(a->next, 0, 2);
+}
+
+/* What comes while a block is multiplied, asked for so many `times`: the units after it, of `unit` bytes each. */
+INLINE struct coming coming_after(const struct product *a, struct block b, long unit, long times) {
+    const char *next = (const char *)a->weight + (b.unit + b.coming) * unit;
+    return (struct coming){next, next + b.width * unit, (b.width * unit / LINE + times - 1) / times * LINE};
+}
+
+/* The kinds: dense_kernels.c's, block_kernels.c's and, for BF16 where the CPU has_matrices, matrix_kernels.c's. x as the
+product reads it: itself, or `packed`, as large. */
+int has_matrices(void);
 const float *pack_dense(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
 const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
+const float *pack_matrices(const float *x, long rows, long inputs, float *packed, int threads);
 /* Units that are multiplied side by side. */
+int matrices_width(void);
 int dense_width(enum kind kind, long rows);
 int blocks_width(long rows);
 /* sums [rows, width, LANES] of a block, zeros before. */
 void dense_sums(const struct product *a, struct block b, float *sums);
 void blocks_sums(const struct product *a, struct block b, float *sums);
+void matrices_sums(const struct product *a, struct block b, float *sums);

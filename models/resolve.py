@@ -7,10 +7,13 @@ Used by cli.py and engine.py.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from ..config import EngineConfig, ModelInfo, Thoughts
-from ..errors import StartupError
+from ..errors import RequestError, StartupError
+from ..sampler.params import SamplingParams
 from .cache import Progress, cache_folder, locked, no_progress, publish
 from .embedded import BY_NAME, NAME, embedded_model
 from .encoder_families import positions_of
@@ -25,6 +28,8 @@ from .shard import sharded
 from .tokenizer import chat_templates
 from .vision_config import is_vision_model, is_yi, language_config, vision_facts
 
+SAMPLED: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What generation_config.json may say of sampling, and SGLang and vLLM take from there, too."""
 HEAD_BYTES = 1 << 20
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -59,6 +64,7 @@ def resolve_model(config: EngineConfig, progress: Progress = no_progress) -> Mod
         vocab_size=vocab_size,
         context_length=_context_length(facts, config.context_length, longest_text(folder) if pooling else None),
         eos_ids=_eos_ids(folder, facts),
+        sampling=_sampling(folder) if config.sampling_defaults == "model" else {},
         has_chat_template=_has_chat_template(folder, config),
         pooling=pooling,
         image_token_id=None if vision is None else vision.image_token,
@@ -217,14 +223,33 @@ def _context_length(facts: dict[str, Any], wanted: int | None, usual: int | None
 
 def _eos_ids(folder: Path, facts: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json's end tokens, else config.json's, as transformers' generate has it; may be empty."""
-    generation = folder / "generation_config.json"
-    found = read_json(generation).get("eos_token_id") if generation.exists() else None
+    found = _generation(folder).get("eos_token_id")
     if found is None:
         found = facts.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(token, int) and 0 <= token < vocabulary(facts) for token in ids):
         raise StartupError(f"eos_token_id {found!r} of the model's configuration is not a token of its vocabulary")
     return tuple(dict.fromkeys(ids))
+
+
+def _sampling(folder: Path) -> dict[str, float]:
+    """How generation_config.json would have tokens drawn. Raises StartupError for what no request could ask for."""
+    given = {name: value for name, value in _generation(folder).items() if name in SAMPLED and value is not None}
+    if given.get("top_k") == 0:
+        given["top_k"] = -1
+    try:
+        msgspec.convert(given, SamplingParams).check(1)
+    except (msgspec.ValidationError, RequestError) as error:
+        raise StartupError(
+            f"{folder / 'generation_config.json'}: {error}; --sampling-defaults openai does without it"
+        ) from None
+    return given
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json, if there is one."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _has_chat_template(folder: Path, config: EngineConfig) -> bool:

@@ -54,7 +54,8 @@ DECODE: Final[dict[int, Launches]] = {
         (256, Launch(128, 8, 2)),
     ),
     128: (
-        (8, Launch(64, 8, 3, ahead=1)),
+        (8, Launch(128, 8, 2, ahead=1)),
+        (16, Launch(64, 8, 3, ahead=1)),
         (64, Launch(64, 8, 3)),
         (384, Launch(64, 4, 2)),
         (512, Launch(64, 2, 2)),
@@ -65,8 +66,9 @@ DECODE: Final[dict[int, Launches]] = {
 }
 """By head_dim; that of 128 for others below, of 256 above. perf/attention.py finds and prints it.
 
-In whole steps of Qwen2-7B on an H200 two warps instead of four take 20 us less at 128 rows (512 problems), 90 less at
-256, 10 more at 96 and 140 more at 192.
+In whole steps of Qwen2-7B on an H200 128 keys, loaded ahead, make one row's .991 as long as 64 that are not (of float8
+weights .978, of 4 bits .94), 64 loaded ahead four rows' .993 and 16 rows' 1.026. Two warps instead of four take 20 us
+less at 128 rows (512 problems), 90 less at 256, 10 more at 96 and 140 more at 192.
 
 Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 with other sizes), 23.5 for 32, 67.5 for
 128 (floor 62.4), 134 for 256 (124.9). On an H100, Qwen2-0.5B shape, 64 rows: 17.7 us (with blocks of 64 19.96; floor
@@ -74,9 +76,11 @@ Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 
 """
 
 
-def launch_for(head_dim: int, problems: int) -> Launch:
-    """Return how `problems` (row, KV head) pairs are launched."""
+def launch_for(head_dim: int, problems: int, itemsize: int = 2) -> Launch:
+    """Return how `problems` (row, KV head) pairs are launched. itemsize: of keys; large ones have no room ahead."""
     launches = DECODE.get(head_dim, DECODE[128 if head_dim < 128 else 256])
+    if itemsize > 2:
+        launches = tuple((most, launch) for most, launch in launches if not launch.ahead)
     return next((launch for most, launch in launches if problems <= most), launches[-1][1])
 
 
@@ -97,7 +101,7 @@ class TritonAttention:
 
     def plan(self, batch: Batch, kv: KVCache, spec: Spec) -> "TritonPlan":
         """Prepare a batch; nothing is launched for decode rows."""
-        launch = self._launch or launch_for(spec.head_dim, batch.num_decode * spec.kv_heads)
+        launch = self._launch or launch_for(spec.head_dim, batch.num_decode * spec.kv_heads, kv.storage.dtype.itemsize)
         self._reserve(spec, kv.storage.device)
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)

@@ -165,17 +165,17 @@ def pick_device(name: str, rank: int = 0, ranks: int = 1) -> torch.device:
 def pick_dtype(name: str, facts: dict[str, Any], device: torch.device, sparse: bool = False) -> torch.dtype:
     """Resolve `EngineConfig.dtype`. auto: the checkpoint's on a GPU; on a CPU what it multiplies fastest.
 
-    That is float32 by our kernels, which take weights of 16 bits as they are. bfloat16 is faster with matrix
-    instructions (AMX), and with any for it where our kernels do not multiply: experts (`sparse`), no compiler.
+    That is float32 by our kernels, which take weights of 16 bits as they are, bfloat16 with matrix instructions (AMX).
+    Where ours do not multiply, experts (`sparse`) or no compiler, it is bfloat16 if the CPU has instructions for that.
     """
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":
         return own_dtype(facts) or torch.bfloat16
     features = cpu_features()
-    ours = not sparse and cpu_kernels_or_none() is not None
-    fast = "amx_bf16" in features or ("avx512_bf16" in features and not ours)
-    return torch.bfloat16 if fast else torch.float32
+    if not sparse and cpu_kernels_or_none() is not None:
+        return torch.float32
+    return torch.bfloat16 if features & {"amx_bf16", "avx512_bf16"} else torch.float32
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:

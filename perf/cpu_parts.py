@@ -30,7 +30,7 @@ from actorserve.models.cpu_kernels import kernels
 from actorserve.models.decoder import Decoder
 from actorserve.models.embedded import embedded_model
 from actorserve.models.kv_cache import KVCache
-from actorserve.models.quantized import KernelLinear, QuantizedLinear
+from actorserve.models.quantized import DENSE, KernelLinear, QuantizedLinear
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
@@ -79,8 +79,11 @@ def most_bytes(threads: int) -> float:
 
 def limit_of(linear: KernelLinear, flops: float) -> float:
     """What a core can do at most of a map, where it does `flops` of float32: of blocks an instruction multiplies two
-    inputs of each output, as four pairs of bytes or two of 16 bits, and not one."""
-    return 2 * flops if isinstance(linear, QuantizedLinear) else flops
+    inputs of each output, as four pairs of bytes or two of 16 bits, and not one; matrix instructions 512 inputs in the
+    time of 32, of each number twice."""
+    if isinstance(linear, QuantizedLinear):
+        return 2 * flops
+    return 8 * flops if linear.map.kind == DENSE[torch.bfloat16] and kernels().matrices else flops
 
 
 def map_speed(linear: KernelLinear, rows: int, clock: Clock) -> float:

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import numpy as np
 import openai
 import pytest
@@ -135,6 +136,27 @@ async def test_chat_parameters_and_extras_arrive(rig, client):
     assert (p.stop, p.stop_token_ids, p.logit_bias, p.ignore_eos) == (("a", "b"), (8,), {5: 3.0}, True)
     assert (p.presence_penalty, p.frequency_penalty, p.repetition_penalty) == (0.1, -0.2, 1.3)
     assert (p.skip_special_tokens, p.seed) == (False, -1)
+
+
+async def test_what_is_left_out_the_model_says(fakes):
+    """In the routes of OpenAI and Anthropic, field by field; not in /generate, whose defaults are fixed."""
+    usual = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    async with fakes.open_rig(msgspec.structs.replace(fakes.MODEL, sampling=usual)) as rig:
+        for route, body in (
+            ("/v1/chat/completions", {"messages": USER}),
+            ("/v1/completions", {"prompt": "Hi"}),
+            ("/v1/messages", {"model": "fake-model", "messages": USER, "max_tokens": 5}),
+            ("/v1/responses", {"input": "Hi"}),
+        ):
+            for given in ({}, {"temperature": 0, "top_p": 0.5}):
+                reply = await rig.http.post(route, json=body | given)
+                assert reply.status_code == 200, reply.text
+                params = rig.text.generates[-1].params
+                assert {name: getattr(params, name) for name in usual} == usual | given
+        assert (reply.json()["temperature"], reply.json()["top_p"]) == (0, 0.5)
+        assert (await rig.http.post("/v1/responses", json=body)).json()["temperature"] == 0.7
+        await rig.http.post("/generate", json={"text": "Hi"})
+        assert rig.text.generates[-1].params.temperature == 1.0
 
 
 async def test_chat_messages_arrive(rig, client):

@@ -235,6 +235,7 @@ def test_the_table_of_launches_is_sound() -> None:
     for other, like in ((24, 128), (96, 128), (160, 256), (512, 256)):
         assert launch_for(other, 500) == launch_for(like, 500)
     assert launch_for(128, 500) != launch_for(256, 500)
+    assert launch_for(128, 4).ahead and not launch_for(128, 4, itemsize=4).ahead
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11] if CUDA else [1, 11])

@@ -85,6 +85,21 @@ def test_eos_outside_the_vocabulary(folder: Path) -> None:
         resolved(folder)
 
 
+def test_sampling_defaults(folder: Path) -> None:
+    assert resolved(folder).sampling == {}
+    usual = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    write(folder / "generation_config.json", usual | {"do_sample": True, "min_p": None, "max_new_tokens": 2048})
+    assert resolved(folder).sampling == usual
+    assert resolved(folder, sampling_defaults="openai").sampling == {}
+    write(folder / "generation_config.json", {"top_k": 0, "temperature": 1})
+    assert resolved(folder).sampling == {"top_k": -1, "temperature": 1}
+    for wrong, message in (({"top_p": 1.5}, "top_p must be between"), ({"temperature": "hot"}, "temperature")):
+        write(folder / "generation_config.json", wrong)
+        with pytest.raises(StartupError, match=f"generation_config.json.*{message}.*--sampling-defaults openai"):
+            resolved(folder)
+        assert resolved(folder, sampling_defaults="openai").sampling == {}
+
+
 def test_chat_template(folder: Path, tmp_path: Path) -> None:
     write(folder / "tokenizer_config.json", {"bos_token": "<s>"})
     assert not resolved(folder).has_chat_template

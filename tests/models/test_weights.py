@@ -191,7 +191,8 @@ def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"avx512_bf16"}, True, False, torch.float32),
         ({"avx512_bf16"}, True, True, torch.bfloat16),
         ({"avx512_bf16"}, False, False, torch.bfloat16),
-        ({"avx512_bf16", "amx_bf16"}, True, False, torch.bfloat16),
+        ({"avx512_bf16", "amx_bf16"}, True, False, torch.float32),
+        ({"amx_bf16"}, True, True, torch.bfloat16),
     ):
         monkeypatch.setattr(weights, "cpu_features", lambda features=features: features)
         monkeypatch.setattr(weights, "cpu_kernels_or_none", lambda ours=ours: object() if ours else None)

@@ -1,0 +1,133 @@
+/* Sums of linear maps whose weights are bfloat16, by a CPU's matrix instructions (AMX).
+
+Used by linear.c, where the CPU has them and the system lets us. A unit of such weights, LANES outputs x 32 inputs of which
+two neighbours share 32 bits, is just what a tile register takes. Rows are sums of two bfloat16 numbers, 16 of float32's
+24 bits: products are exact, and added up in float32.
+Invariant: an output is one chain of sums over the inputs in their order, whatever the number of rows.
+*/
+#include "linear.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILE 16 /* rows of a register */
+#define WIDTH 2 /* units side by side */
+#define STEP (2 * GROUP) /* bytes of a row's 32 inputs, of one of the two numbers */
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XTILEDATA 18
+
+/* A process has to ask, once, before its threads may keep what is in these registers. */
+int has_matrices(void) {
+    static int known; /* 1: it may not, 2: it may; whoever finds out at the same time finds the same */
+    int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!found) {
+        found = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 ? 2 : 1;
+        __atomic_store_n(&known, found, __ATOMIC_RELAXED);
+    }
+    return found == 2;
+}
+
+int matrices_width(void) { return WIDTH; }
+
+/* Registers: 0 to 3 sums of (first rows, unit 0), (first, 1), (second, 0), (second, 1); 4 and 5 units; 6 and 7 rows. */
+static void configure(int first, int second) {
+    struct {
+        uint8_t palette, start, none[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.bytes[i] = LINE;
+    config.rows[0] = config.rows[1] = config.rows[6] = first;
+    config.rows[2] = config.rows[3] = config.rows[7] = second ? second : 1;
+    config.rows[4] = config.rows[5] = GROUP / 2;
+    _tile_loadconfig(&config);
+}
+
+struct packing {
+    const float *x;
+    long rows, inputs;
+    char *packed;
+};
+
+/* [inputs / 32, 2, count, 32]: of TILE rows' inputs what bfloat16 holds, then what that leaves. */
+static void pack_task(void *data, long tile) {
+    const struct packing *a = data;
+    const float *x = a->x + tile * TILE * a->inputs;
+    long count = a->rows - tile * TILE < TILE ? a->rows - tile * TILE : TILE;
+    char *to = a->packed + tile * TILE * a->inputs * sizeof(float);
+    for (long i = 0; i < a->inputs; i += GROUP, to += 2 * count * STEP)
+        for (long c = 0; c < count; c++) {
+            __m512 low = _mm512_loadu_ps(x + c * a->inputs + i), high = _mm512_loadu_ps(x + c * a->inputs + i + LANES);
+            __m512i large = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            low = _mm512_sub_ps(low, (__m512)_mm512_slli_epi32(
+                                         _mm512_cvtepu16_epi32(_mm512_castsi512_si256(large)), 16));
+            high = _mm512_sub_ps(high, (__m512)_mm512_slli_epi32(
+                                           _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(large, 1)), 16));
+            _mm512_storeu_si512(to + c * STEP, large);
+            _mm512_storeu_si512(to + (count + c) * STEP, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+}
+
+const float *pack_matrices(const float *x, long rows, long inputs, float *packed, int threads) {
+    struct packing p = {x, rows, inputs, (char *)packed};
+    parallel(pack_task, &p, (rows + TILE - 1) / TILE, threads);
+    return packed;
+}
+
+/* sums [first + second, width, LANES]: `width` units, `stride` bytes apart, of `steps` times 32 inputs. */
+INLINE void multiply(int width, long first, long second, const uint8_t *w, long stride, long steps, const char *x,
+                     const char *y, float *sums, struct pieces *ahead, struct coming *coming) {
+    _tile_zero(0);
+    if (width == 2) _tile_zero(1);
+    if (second) _tile_zero(2);
+    if (second && width == 2) _tile_zero(3);
+    for (; steps > 0; steps--, w += LANES * STEP) {
+        fetch(ahead, steps);
+        ask(coming);
+        _tile_stream_loadd(4, w, LINE); /* past the first cache, where the rows are to stay */
+        if (width == 2) _tile_stream_loadd(5, w + stride, LINE);
+        for (int part = 0; part < 2; part++, x += first * STEP, y += second * STEP) {
+            _tile_loadd(6, x, STEP);
+            if (second) _tile_loadd(7, y, STEP);
+            _tile_dpbf16ps(0, 6, 4);
+            if (second) _tile_dpbf16ps(2, 7, 4);
+            if (width == 2) _tile_dpbf16ps(1, 6, 5);
+            if (second && width == 2) _tile_dpbf16ps(3, 7, 5);
+        }
+    }
+    long line = width * LANES;
+    _tile_stored(0, sums, line * sizeof(float));
+    if (width == 2) _tile_stored(1, sums + LANES, line * sizeof(float));
+    if (second) _tile_stored(2, sums + first * line, line * sizeof(float));
+    if (second && width == 2) _tile_stored(3, sums + first * line + LANES, line * sizeof(float));
+}
+
+void matrices_sums(const struct product *a, struct block b, float *sums) {
+    long steps = a->inputs / GROUP, stride = steps * LANES * STEP, pairs = (b.rows + 2 * TILE - 1) / (2 * TILE);
+    const uint8_t *w = a->weight + b.unit * stride;
+    struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
+    struct coming coming = coming_after(a, b, stride, steps * pairs);
+    for (long done = 0; done < b.rows; done += 2 * TILE) {
+        long left = b.rows - done, first = left < TILE ? left : TILE;
+        long second = left - first < TILE ? left - first : TILE;
+        const char *x = (const char *)a->x + (b.row + done) * a->inputs * sizeof(float);
+        const char *y = x + TILE * a->inputs * sizeof(float);
+        float *to = sums + done * b.width * LANES;
+        if (!done || second < TILE) configure(first, second);
+        if (b.width == 2 && second) multiply(2, first, second, w, stride, steps, x, y, to, &ahead, &coming);
+        else if (b.width == 2) multiply(2, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
+        else if (second) multiply(1, first, second, w, stride, steps, x, y, to, &ahead, &coming);
+        else multiply(1, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
+    }
+    _tile_release(); /* or threads' switches would save them */
+}
+#else
+int has_matrices(void) { return 0; }
+int matrices_width(void) { return 1; }
+const float *pack_matrices(const float *x, long rows, long inputs, float *packed, int threads) {
+    (void)rows, (void)inputs, (void)packed, (void)threads;
+    return x;
+}
+void matrices_sums(const struct product *a, struct block b, float *sums) { (void)a, (void)b, (void)sums; }
+#endif
