@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -267,17 +267,14 @@ def tile_of(facts: dict[str, Any]) -> Choice:
     return Stream(**facts) if "programs" in facts else Tile(**facts)
 
 
-def short(tile: Choice) -> str:
-    if isinstance(tile, Stream):
-        flags = (", swap=True" if tile.swap else "") + (", flatten=True" if tile.flatten else "")
-        flags += f", ahead={tile.ahead}" if tile.ahead else ""
-        return f"Stream({tile.rows}, {tile.outputs}, {tile.depth}, {tile.programs}, {tile.warps}, {tile.stages}{flags})"
-    flags = ("" if tile.swap else ", swap=False") + (", tma=True" if tile.tma else "")
-    flags += f", ahead={tile.ahead}" if tile.ahead else ""
-    flags += ", fetch=True" if tile.fetch else ""
-    flags += "".join(f", {name}={value}" for name in ("whole", "registers") if (value := getattr(tile, name)))
-    flags += f", slices={tile.slices}" if tile.slices > 1 else ""
-    return f"Tile({tile.rows}, {tile.outputs}, {tile.depth}, {tile.split}, {tile.warps}, {tile.stages}{flags})"
+def short(choice: Any) -> str:
+    """A choice as it is written in a table: the fields that are not what they are by themselves."""
+    shown = []
+    for field in fields(choice):
+        value = getattr(choice, field.name)
+        if field.name != "plain" and value != field.default:
+            shown.append(repr(value) if field.default is MISSING else f"{field.name}={value!r}")
+    return f"{type(choice).__name__}({', '.join(shown)})"
 
 
 # ---------------------------------------------------------------------- the table

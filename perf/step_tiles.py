@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,6 @@ from actorserve.models.decoder import LayerWeights
 from actorserve.models.gemm import TritonLinear, choose
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.layers import DenseMlp
-from actorserve.models.primed_gemm import Primed
 from actorserve.models.triton_attention import Launch, TritonAttention, launch_for
 from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import Bench
@@ -120,15 +119,6 @@ def of_layer(layer: LayerWeights) -> dict[str, Any]:
     return {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.mlp.gate_up, "down": layer.mlp.down}
 
 
-def told(choice: Choice) -> str:
-    if isinstance(choice, Primed):
-        return f"Primed({', '.join(str(getattr(choice, f.name)) for f in fields(choice) if f.name != 'plain')})"
-    if not isinstance(choice, Launch):
-        return short(choice)
-    more = f", ahead={choice.ahead}" if choice.ahead else ""
-    return f"Launch({choice.block}, {choice.warps}, {choice.stages}, {choice.programs}, {choice.most}{more})"
-
-
 def spent(step: Step) -> str:
     """From one kernel's end to the next one's, by kind: the medians over layers and steps, in microseconds."""
     rows = step.bench.seat(step.batch, step.context, PARAMS)
@@ -180,7 +170,7 @@ def descend(step: Step, tried: dict[str, list[tuple[float, Choice]]], kinds: lis
                 continue
             us, problem = attempt(step, kind, choice)
             if problem:
-                print(f"    {kind} {told(choice)}: {problem}")
+                print(f"    {kind} {short(choice)}: {problem}")
                 continue
             done.append((us, choice))
             if us < fastest:
@@ -192,7 +182,7 @@ def descend(step: Step, tried: dict[str, list[tuple[float, Choice]]], kinds: lis
         tried[kind] = sorted(done, key=lambda item: item[0])
         print(f"{kind}: was {first:.1f} us, now {min(first, again):.1f}; {len(done)} tried", flush=True)
         for us, choice in tried[kind][:6]:
-            print(f"    {us:7.1f}  {told(choice)}")
+            print(f"    {us:7.1f}  {short(choice)}")
         print(f"    {spent(step).splitlines()[0]}", flush=True)
 
 
@@ -280,7 +270,7 @@ def main() -> None:
         descend(step, tried, kinds, until)
     print(f"last: {step.microseconds(5):.1f} us a step; {spent(step)}")
     for kind, choice in step.now.items():
-        print(f"    {kind}: {told(choice)}")
+        print(f"    {kind}: {short(choice)}")
 
 
 if __name__ == "__main__":
