@@ -50,6 +50,11 @@ struct packing {
     char *packed;
 };
 
+/* What bfloat16 leaves of numbers that it holds as `large`. */
+INLINE __m512 rest_of(__m512 x, __m256i large) {
+    return _mm512_sub_ps(x, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(large), 16));
+}
+
 /* [inputs / 32, 2, count, 32]: of TILE rows' inputs what bfloat16 holds, then what that leaves. */
 static void pack_task(void *data, long tile) {
     const struct packing *a = data;
@@ -58,12 +63,10 @@ static void pack_task(void *data, long tile) {
     char *to = a->packed + tile * TILE * a->inputs * sizeof(float);
     for (long i = 0; i < a->inputs; i += GROUP, to += 2 * count * STEP)
         for (long c = 0; c < count; c++) {
-            __m512 low = _mm512_loadu_ps(x + c * a->inputs + i), high = _mm512_loadu_ps(x + c * a->inputs + i + LANES);
+            const float *at = x + c * a->inputs + i;
+            __m512 low = _mm512_loadu_ps(at), high = _mm512_loadu_ps(at + LANES);
             __m512i large = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-            low = _mm512_sub_ps(low, (__m512)_mm512_slli_epi32(
-                                         _mm512_cvtepu16_epi32(_mm512_castsi512_si256(large)), 16));
-            high = _mm512_sub_ps(high, (__m512)_mm512_slli_epi32(
-                                           _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(large, 1)), 16));
+            low = rest_of(low, _mm512_castsi512_si256(large)), high = rest_of(high, _mm512_extracti64x4_epi64(large, 1));
             _mm512_storeu_si512(to + c * STEP, large);
             _mm512_storeu_si512(to + (count + c) * STEP, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
