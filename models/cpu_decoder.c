@@ -42,7 +42,7 @@ static void gather(float *x, const int64_t *rows, long count, long width, float 
 /* Normed hidden states x and the residual stream, both [tokens, hidden], go through all layers; from the last one's
 attention on only `rows` [wanted <= tokens] of them do, if not NULL, and are the first ones then. `rotation` and
 `attention` say all but what `layers` do; their qkv, q and out are scratch memory, as are `wide` [tokens, 3 * inter] and
-`packed` [tokens, the most inputs of a map]. */
+`packed` [tokens, 1.5 times the most inputs of a map]. */
 void run_layers(const struct layer *layers, long count, float *x, float *residual, const struct rotation *rotation,
                 const struct attention *attention, float *wide, float *packed, const int64_t *rows, long wanted,
                 float residual_scale, float eps, int threads) {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import AttentionPlan
 from .cpu_attention import CpuPlan
-from .cpu_kernels import Layer, kernels, threads
+from .cpu_kernels import Layer, kernels, scratch, threads
 from .cpu_ops import rotates, rotation_of
 from .kv_cache import KVCache
 from .layers import DenseMlp
@@ -66,7 +66,7 @@ class CpuLayers:
         qkv = hidden.new_empty(tokens, heads, spec.head_dim)
         attended = hidden.new_empty(tokens, spec.heads * spec.head_dim)
         wide = hidden.new_empty(tokens, 3 * spec.inter)
-        packed = hidden.new_empty(tokens, max(spec.hidden, spec.heads * spec.head_dim, spec.inter))
+        packed = scratch(tokens, max(spec.hidden, spec.heads * spec.head_dim, spec.inter))
         rotation = rotation_of(qkv, None, table, spec, kv_slots)
         attention = plan.arguments(qkv[:, : spec.heads], attended)
         self.run_layers(

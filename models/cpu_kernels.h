@@ -90,7 +90,7 @@ struct ahead {
     long count, bytes;
 };
 
-/* y [rows, outputs] = map(x [rows, inputs]); `packed` [rows, inputs] is scratch memory. Meanwhile the memory `ahead`,
+/* y [rows, outputs] = map(x [rows, inputs]); `packed` [rows, 1.5 * inputs] is scratch memory. Meanwhile the memory `ahead`,
 if not NULL, comes nearer. */
 void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
             int threads);

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from ..errors import StartupError
 from .c_library import load_library
@@ -133,6 +134,11 @@ def cpu_kernels_or_none() -> Kernels | None:
         return kernels()
     except StartupError:
         return None
+
+
+def scratch(rows: int, inputs: int) -> Tensor:
+    """Memory in which `linear` packs rows of so many inputs: as many float32 numbers and half as many again."""
+    return torch.empty(rows, inputs + inputs // 2)
 
 
 def threads() -> int:

@@ -73,7 +73,7 @@ INLINE struct coming coming_after(const struct product *a, struct block b, long 
 }
 
 /* The kinds: dense_kernels.c's, block_kernels.c's and, for BF16 where the CPU has_matrices, matrix_kernels.c's. x as the
-product reads it: itself, or `packed`, as large. */
+product reads it: itself, or `packed`, one and a half times as large. */
 int has_matrices(void);
 const float *pack_dense(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
 const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);

@@ -1,8 +1,8 @@
 /* Sums of linear maps whose weights are bfloat16, by a CPU's matrix instructions (AMX).
 
 Used by linear.c, where the CPU has them and the system lets us. A unit of such weights, LANES outputs x 32 inputs of which
-two neighbours share 32 bits, is just what a tile register takes. Rows are sums of two bfloat16 numbers, 16 of float32's
-24 bits: products are exact, and added up in float32.
+two neighbours share 32 bits, is just what a tile register takes. Rows are sums of three bfloat16 numbers, which have
+float32's 24 bits: products are exact, and added up in float32.
 Invariant: an output is one chain of sums over the inputs in their order, whatever the number of rows.
 */
 #include "linear.h"
@@ -13,7 +13,9 @@ Invariant: an output is one chain of sums over the inputs in their order, whatev
 
 #define TILE 16 /* rows of a register */
 #define WIDTH 2 /* units side by side */
-#define STEP (2 * GROUP) /* bytes of a row's 32 inputs, of one of the two numbers */
+#define PARTS 3 /* numbers that a row's are the sum of */
+#define STEP (2 * GROUP) /* bytes of one of them, for 32 inputs */
+#define ROW (PARTS * sizeof(uint16_t)) /* bytes of an input of a packed row */
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XTILEDATA 18
 
@@ -50,25 +52,27 @@ struct packing {
     char *packed;
 };
 
-/* What bfloat16 leaves of numbers that it holds as `large`. */
-INLINE __m512 rest_of(__m512 x, __m256i large) {
-    return _mm512_sub_ps(x, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(large), 16));
+/* bfloat16 of numbers, which then become what that leaves of them. */
+INLINE __m512i taken(__m512 *low, __m512 *high) {
+    __m512i large = (__m512i)_mm512_cvtne2ps_pbh(*high, *low);
+    __m512i of_low = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(large)), 16);
+    __m512i of_high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(large, 1)), 16);
+    *low = _mm512_sub_ps(*low, (__m512)of_low), *high = _mm512_sub_ps(*high, (__m512)of_high);
+    return large;
 }
 
-/* [inputs / 32, 2, count, 32]: of TILE rows' inputs what bfloat16 holds, then what that leaves. */
+/* [inputs / 32, PARTS, count, 32]: of TILE rows' inputs what bfloat16 holds, then what it holds of the rest, and so on. */
 static void pack_task(void *data, long tile) {
     const struct packing *a = data;
     const float *x = a->x + tile * TILE * a->inputs;
     long count = a->rows - tile * TILE < TILE ? a->rows - tile * TILE : TILE;
-    char *to = a->packed + tile * TILE * a->inputs * sizeof(float);
-    for (long i = 0; i < a->inputs; i += GROUP, to += 2 * count * STEP)
+    char *to = a->packed + tile * TILE * a->inputs * ROW;
+    for (long i = 0; i < a->inputs; i += GROUP, to += PARTS * count * STEP)
         for (long c = 0; c < count; c++) {
             const float *at = x + c * a->inputs + i;
             __m512 low = _mm512_loadu_ps(at), high = _mm512_loadu_ps(at + LANES);
-            __m512i large = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-            low = rest_of(low, _mm512_castsi512_si256(large)), high = rest_of(high, _mm512_extracti64x4_epi64(large, 1));
-            _mm512_storeu_si512(to + c * STEP, large);
-            _mm512_storeu_si512(to + (count + c) * STEP, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            for (int part = 0; part < PARTS; part++)
+                _mm512_storeu_si512(to + (part * count + c) * STEP, taken(&low, &high));
         }
 }
 
@@ -90,7 +94,7 @@ INLINE void multiply(int width, long first, long second, const uint8_t *w, long 
         ask(coming);
         _tile_stream_loadd(4, w, LINE); /* past the first cache, where the rows are to stay */
         if (width == 2) _tile_stream_loadd(5, w + stride, LINE);
-        for (int part = 0; part < 2; part++, x += first * STEP, y += second * STEP) {
+        for (int part = 0; part < PARTS; part++, x += first * STEP, y += second * STEP) {
             _tile_loadd(6, x, STEP);
             if (second) _tile_loadd(7, y, STEP);
             _tile_dpbf16ps(0, 6, 4);
@@ -114,8 +118,8 @@ void matrices_sums(const struct product *a, struct block b, float *sums) {
     for (long done = 0; done < b.rows; done += 2 * TILE) {
         long left = b.rows - done, first = left < TILE ? left : TILE;
         long second = left - first < TILE ? left - first : TILE;
-        const char *x = (const char *)a->x + (b.row + done) * a->inputs * sizeof(float);
-        const char *y = x + TILE * a->inputs * sizeof(float);
+        const char *x = (const char *)a->x + (b.row + done) * a->inputs * ROW;
+        const char *y = x + TILE * a->inputs * ROW;
         float *to = sums + done * b.width * LANES;
         if (!done || second < TILE) configure(first, second);
         if (b.width == 2 && second) multiply(2, first, second, w, stride, steps, x, y, to, &ahead, &coming);

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .cpu_kernels import Map, kernels, threads
+from .cpu_kernels import Map, kernels, scratch, threads
 from .gguf_blocks import values_of, widened
 from .unpack import Part
 
@@ -149,8 +149,8 @@ class QuantizedLinear:
 
 class DenseLinear:
     """The same with a weight [outputs, inputs] that the kernel takes (`takes_dense`). One of 16 bits stays so, and the
-    result is that of the same numbers in float32, bit for bit; of bfloat16 where AMX multiplies, within 2^-17 of each
-    product."""
+    result is that of the same numbers in float32, bit for bit; of bfloat16 where AMX multiplies, added up in another
+    order."""
 
     __slots__ = ("bias", "inputs", "linear", "map", "outputs", "weight")
 
@@ -184,7 +184,7 @@ def product(linear: KernelLinear, x: Tensor) -> Tensor:
     y = x.new_empty(rows, linear.outputs)
     if rows:
         x = x.contiguous()
-        packed = torch.empty_like(x)
+        packed = scratch(*x.shape)
         linear.linear(linear.map, x.data_ptr(), rows, packed.data_ptr(), y.data_ptr(), None, threads())
     return y
 

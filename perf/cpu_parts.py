@@ -80,10 +80,10 @@ def most_bytes(threads: int) -> float:
 def limit_of(linear: KernelLinear, flops: float) -> float:
     """What a core can do at most of a map, where it does `flops` of float32: of blocks an instruction multiplies two
     inputs of each output, as four pairs of bytes or two of 16 bits, and not one; matrix instructions 512 inputs in the
-    time of 32, of each number twice."""
+    time of 32, of each number three times."""
     if isinstance(linear, QuantizedLinear):
         return 2 * flops
-    return 8 * flops if linear.map.kind == DENSE[torch.bfloat16] and kernels().matrices else flops
+    return 16 / 3 * flops if linear.map.kind == DENSE[torch.bfloat16] and kernels().matrices else flops
 
 
 def map_speed(linear: KernelLinear, rows: int, clock: Clock) -> float:

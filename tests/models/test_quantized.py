@@ -154,7 +154,7 @@ def test_dense_product(outputs: int, inputs: int) -> None:
 @pytest.mark.parametrize(("outputs", "inputs"), [*SHAPES, (48, 640)])
 def test_product_of_16_bits(outputs: int, inputs: int, dtype: torch.dtype) -> None:
     """Weights of 16 bits, subnormal ones too, are what they are in float32, bit for bit; where matrix instructions take
-    them, within the last of the inputs' 16 bits. The same in any batch."""
+    them, added up in another order. The same in any batch."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(-30, 5, (outputs, inputs), generator=generator)
     weight = (torch.randn(outputs, inputs, generator=generator) * torch.exp2(sizes)).to(dtype)
@@ -163,7 +163,7 @@ def test_product_of_16_bits(outputs: int, inputs: int, dtype: torch.dtype) -> No
     assert linear.weight.nbytes == weight.nbytes
     exact, expected = DenseLinear(weight.float(), bias)(x), linear(x)
     if kernels().matrices and dtype == torch.bfloat16:
-        assert ((expected - exact).abs() <= 2**-15 * (x.abs() @ weight.float().abs().t())).all()
+        assert ((expected - exact).abs() <= 2**-20 * (x.abs() @ weight.float().abs().t())).all()
     else:
         assert torch.equal(expected, exact)
     for rows in range(1, 131):
@@ -235,7 +235,7 @@ def test_checkpoint_of_16_bits(family: str, dtype: torch.dtype, tmp_path: Path) 
     ids, steps = tiny.prompt(40), [30] + [1] * 10
     got, expected = Driver.of(narrow).logits(ids, steps), Driver.of(wide).logits(ids, steps)
     if kernels().matrices and dtype == torch.bfloat16 and sizes:
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.std()))
     else:
         assert torch.equal(got, expected)
     assert narrow.dtype == wide.dtype == wide.weights.embed.dtype == torch.float32
