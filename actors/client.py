@@ -73,6 +73,8 @@ class Client:
         """Streams whose reader was garbage collected, on whatever thread; cancelled when the next output comes."""
         self.new_wakeup = new_wakeup
         self._text = text
+        self._text_known = False
+        """Whether there was one ever."""
         self._text_died = False
         """And is not back yet."""
         self._suspects = Suspects()
@@ -178,8 +180,10 @@ class Client:
             case messages.Drain():
                 self.draining = True
             case messages.PeerUp(name=name):
-                if name == "text" and self._text_died:
-                    self._ask_again()
+                if name == "text":
+                    self._text_known = True
+                    if self._text_died:
+                        self._ask_again()
             case _:
                 assert_never(message)
 
@@ -258,9 +262,13 @@ class Client:
         """Ask the text actor, or leave it to `_ask_again`. Raises Gone if there never was one, ValueError and
         OverflowError for what cannot be sent."""
         if not self._text_died:
-            self._text.post(message)
-        else:
-            check_size(_encode(message))
+            try:
+                self._text.post(message)
+                return
+            except Gone:  # between its death and our reading of PeerDown
+                if not self._text_known:
+                    raise
+        check_size(_encode(message))
 
     def _text_down(self, down: messages.PeerDown) -> None:
         """All wait for the next text actor, but those that it died of."""

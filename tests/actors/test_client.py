@@ -387,6 +387,21 @@ async def test_gone_while_submitting_leaves_nothing(client, lane):
     assert client.reason_down() == "the text actor is starting"
 
 
+async def test_a_request_just_after_the_text_actor_died_waits_for_the_next(client, lane):
+    """The lane knows before its reader has read so."""
+    client.receive(PeerUp("text", 1), "supervisor")
+    lane.dies_at = 1
+    stream = client.submit_all([Submission(HI, PARAMS), Submission(HI, PARAMS)])
+    assert len(client.table) == 2
+    die(client)
+    lane.dies_at = None
+    lane.sent.clear()
+    client.receive(PeerUp("text", 2), "supervisor")
+    assert [asked.rid for asked in lane.sent] == [stream.rid, stream.rid + 1]
+    say(client, chunk(stream.rid, "a", "stop"))
+    assert [c.text for c in await stream.take()] == ["a"]
+
+
 async def test_bad_parameters_send_nothing(client, lane):
     with pytest.raises(RequestError):
         client.submit_all([Submission(HI, PARAMS), Submission(HI, SamplingParams(top_p=2))])
