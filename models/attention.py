@@ -346,8 +346,12 @@ def _head_rows(slots: Tensor, spec: Spec) -> Tensor:
     return (slots[None, :, None] * rows + heads).flatten()
 
 
-def make_backend(name: str, device: torch.device, spec: Spec, dtype: torch.dtype, kv: torch.dtype) -> AttentionBackend:
+def make_backend(
+    name: str, device: torch.device, spec: Spec, dtype: torch.dtype, kv: torch.dtype, dense: bool = True
+) -> AttentionBackend:
     """Resolve `EngineConfig.attention_backend` for a model of `dtype` with a cache of dtype `kv`.
+
+    `dense`: its weights are not quantized.
 
     auto: torch on a CPU. On a GPU our Triton decode, which CUDA graphs can replay and which was as fast as FlashInfer's
     (72.8 against 73.6 us a layer: 128 rows, 1,024 tokens, Qwen2-7B on an H200), and FlashInfer's prefill where it can
@@ -373,11 +377,13 @@ def make_backend(name: str, device: torch.device, spec: Spec, dtype: torch.dtype
     from .triton_attention import TritonAttention
 
     if name == "triton" or (name == "auto" and importlib.util.find_spec("flashinfer") is None):
-        return TritonAttention()
+        return TritonAttention(dense=dense)
     from .flashinfer_attention import FlashInferAttention, FlashInferPrefill, supports
 
     if not supports(spec, dtype, kv):
         if name == "flashinfer":
             raise StartupError("--attention-backend flashinfer has no kernels for this dtype or head size; take triton")
-        return TritonAttention()
-    return FlashInferAttention(device) if name == "flashinfer" else FlashInferPrefill(TritonAttention(), device)
+        return TritonAttention(dense=dense)
+    return (
+        FlashInferAttention(device) if name == "flashinfer" else FlashInferPrefill(TritonAttention(dense=dense), device)
+    )

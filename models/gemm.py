@@ -32,6 +32,8 @@ from .row_gemm import OneRow
 from .row_gemm import multiply as multiply_row
 from .stream_gemm import Stream, multiply
 from .tuned_gemm import TunedGemms, by_torch
+from .wide_gemm import Wide
+from .wide_gemm import multiply as multiply_wide
 
 T = TypeVar("T")
 EARLY_BYTES: Final = 32 << 20
@@ -73,7 +75,7 @@ class Tile:
     """Most registers of a thread; 0: as many as the compiler likes."""
 
 
-Choice = Tile | Stream | Primed | OneRow
+Choice = Tile | Stream | Primed | OneRow | Wide
 Choices = tuple[tuple[int, Choice | None], ...]
 """(most rows, tile) in rising order, None for cuBLAS; cuBLAS above the last."""
 
@@ -208,7 +210,7 @@ class Heads:
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
-        if isinstance(tile, Primed | OneRow):
+        if isinstance(tile, Primed | OneRow | Wide):
             return self.fits(tile.plain, weight)
         if isinstance(tile, Stream):
             return outputs % size == 0
@@ -223,8 +225,8 @@ def fits(tile: Choice, outputs: int, inputs: int, rows: int) -> bool:
         return tile.programs <= MAX_TILES
     if isinstance(tile, Primed):
         return tile.fits(outputs, inputs) and rows <= MOST_ROWS and fits(tile.plain, outputs, inputs, rows)
-    if isinstance(tile, OneRow):
-        return rows == 1 and fits(tile.plain, outputs, inputs, rows)
+    if isinstance(tile, OneRow | Wide):
+        return rows <= tile.rows and fits(tile.plain, outputs, inputs, rows)
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
     return (tile.split == 1 or tiles <= MAX_TILES) and not (tile.tma and tile.ahead)
 
@@ -251,6 +253,8 @@ def linear(
         tile = tile.plain
     if isinstance(tile, OneRow) and not (isinstance(weight, Packed) and tile.takes(weight, act, heads)):
         tile = tile.plain
+    if isinstance(tile, Wide) and not (isinstance(weight, Packed) and tile.takes(len(x), bias, act)):
+        tile = tile.plain
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     rows, inputs = x.shape
     outputs, width = (len(weight) // 2, tile.outputs // 2) if act else (len(weight), tile.outputs)
@@ -269,6 +273,10 @@ def linear(
     if isinstance(tile, OneRow):
         assert isinstance(weight, Packed) and isinstance(x, Tensor)
         multiply_row(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
+        return out
+    if isinstance(tile, Wide):
+        assert isinstance(weight, Packed) and isinstance(x, Tensor)
+        multiply_wide(x, weight, out, tile, pdl, after, epilogue)
         return out
     tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None

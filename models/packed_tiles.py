@@ -7,18 +7,22 @@ Invariant: every tile fits its weight: its steps are in one group, or one chunk.
 
 from typing import Final
 
+import torch
 import triton
 
 from .gemm import MAX_TILES, Choices, Tile
 from .packed_gemm import CHUNK, Kind, Packed
 from .primed_gemm import on_sm90
+from .quantization import Scheme
 from .row_gemm import OneRow
+from .wide_gemm import STEP, Wide
 
 PACKED: Final[dict[tuple[Kind, int, int], Choices]] = {
     ("int4", 37888, 3584): (
         (1, OneRow(256, 256, 3, Tile(8, 64, 32, 2, 2, 3, registers=96), 8, 132)),
         (8, Tile(8, 64, 32, 2, 2, 3, registers=96)), (16, Tile(16, 128, 32, 1, 4, 4)),
-        (64, Tile(64, 128, 32, 2, 4, 3, whole=264, registers=168)),
+        (32, Wide(32, 132, 4, Tile(64, 128, 32, 2, 4, 3, whole=264, registers=168))),
+        (64, Wide(64, 132, 4, Tile(64, 128, 32, 2, 4, 3, whole=264, registers=168))),
     ),
     ("int4", 3584, 18944): (
         (1, OneRow(128, 256, 3, Tile(8, 32, 32, 8, 1, 4), 14)),
@@ -67,12 +71,21 @@ def choices_for(weight: Packed) -> Choices:
     outputs, inputs = weight.shape
     measured = PACKED.get((weight.kind, outputs, inputs), ())
     ahead = on_sm90(weight.words.device)
-    measured = tuple((rows, c) for rows, c in measured if not isinstance(c, OneRow) or (ahead and c.fits(weight)))
-    tiles = [c.plain if isinstance(c, OneRow) else c for _, c in measured]
+    measured = tuple(
+        (rows, c) for rows, c in measured if not isinstance(c, OneRow | Wide) or (ahead and c.fits(weight))
+    )
+    tiles = [c.plain if isinstance(c, OneRow | Wide) else c for _, c in measured]
     if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for tile in tiles):
         measured = ()
     most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
     return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)
+
+
+def wide_rows(outputs: int, inputs: int, scheme: Scheme, device: torch.device) -> int:
+    """Up to how many rows a weight of this scheme is multiplied by a Wide."""
+    choices = PACKED.get(("int4", outputs, inputs), ()) if scheme.bits == 4 and scheme.group == STEP else ()
+    wides = [rows for rows, choice in choices if isinstance(choice, Wide)]
+    return max(wides, default=0) if on_sm90(device) else 0
 
 
 def by_rule(weight: Packed, rows: int) -> Tile:

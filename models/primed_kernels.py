@@ -38,22 +38,22 @@ def reinterpreted(buffer, shape: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """New barriers [COUNT, 1] that one arrival and its bytes complete. To be fenced before they are used."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """New barriers [COUNT, 1] that so many arrivals and their bytes complete. To be fenced before they are used."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=1)
+        mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
 
 
 @gluon.jit
-def _rounded(values, like):
+def rounded(values, like):
     """float32 values as they would come back from memory behind the pointer `like`."""
     return values.to(like.dtype.element_ty).to(gl.float32)
 
 
 @gluon.jit
-def _row_factors(squares, parts, eps, rm, rows, width, PARTS: gl.constexpr, BY_COLUMN: gl.constexpr, ACC: gl.constexpr):
+def row_factors(squares, parts, eps, rm, rows, width, PARTS: gl.constexpr, BY_COLUMN: gl.constexpr, ACC: gl.constexpr):
     """1 / root mean square of rows rm, see gemm_epilogues.rms_factors, for a tile in layout ACC that has the rows of x
     as its columns (BY_COLUMN), or as its rows."""
     L: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, 4], [0, 1])  # of the transposed [PARTS, rows]
@@ -65,7 +65,7 @@ def _row_factors(squares, parts, eps, rm, rows, width, PARTS: gl.constexpr, BY_C
 
 
 @gluon.jit
-def _pairs(tile, BM: gl.constexpr):
+def pairs(tile, BM: gl.constexpr):
     """A head's outputs [64, BM] in the order in which `whole_kernel` has them: (firsts, seconds) [4, 8, BM] of pairs.
 
     Both of a pair are in the same thread, 8 rows apart.
@@ -78,20 +78,20 @@ def _store_head(
     acc, cos, sin, out, rm, rows, slot, kv, kv_stride, tile, heads, kv_heads, BM: gl.constexpr, ACC: gl.constexpr
 ):  # fmt: skip
     """Rotate a head's outputs [64, BM]; queries to out [rows, heads, 64], keys and values to kv [slots, 2, K, 64]."""
-    first, second = _pairs(_rounded(acc, out), BM)
+    first, second = pairs(rounded(acc, out), BM)
     if tile < heads + kv_heads:
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
     output = gl.arange(0, 64, gl.SliceLayout(1, ACC))
     pair = (output % 8 + output // 16 * 8)[:, None]
-    there, _same = _pairs(((rm < rows)[None, :] & (pair >= 0)).to(gl.int32), BM)
+    there, _same = pairs(((rm < rows)[None, :] & (pair >= 0)).to(gl.int32), BM)
     if tile < heads:
-        query, _same_query = _pairs(rm[None, :] * (heads * 64) + tile * 64 + pair, BM)
+        query, _same_query = pairs(rm[None, :] * (heads * 64) + tile * 64 + pair, BM)
         gl.store(out + query, first.to(out.dtype.element_ty), there != 0)
         gl.store(out + query + 32, second.to(out.dtype.element_ty), there != 0)
     else:
-        place, _same_place = _pairs(slot[None, :] * kv_stride + (tile - heads) * 64 + pair, BM)
+        place, _same_place = pairs(slot[None, :] * kv_stride + (tile - heads) * 64 + pair, BM)
         gl.store(kv + place, first.to(kv.dtype.element_ty), there != 0)
         gl.store(kv + place + 32, second.to(kv.dtype.element_ty), there != 0)
 
@@ -140,8 +140,8 @@ def whole_kernel(
         output = output % 8 + output // 16 * 8 + output // 8 % 2 * 32
         slot = gl.load(slots + rm, live, other=0).to(gl.int64)
         at = table + rm[None, :] * 64 + (output % 32)[:, None]
-        cos, _same = _pairs(gl.load(at, live[None, :], other=1.0), BM)
-        sin, _same = _pairs(gl.load(at + 32, live[None, :], other=0.0), BM)
+        cos, _same = pairs(gl.load(at, live[None, :], other=1.0), BM)
+        sin, _same = pairs(gl.load(at + 32, live[None, :], other=0.0), BM)
     rn = tile * 64 + output
     if BIAS:
         biases = gl.load(bias + rn).to(gl.float32)
@@ -154,7 +154,7 @@ def whole_kernel(
     if ADD:
         old = gl.load(residual + place, there, other=0.0).to(gl.float32)
     if SQUARES > 0:
-        factors = _row_factors(squares, square_parts, eps, rm, rows, STEPS * BK, SQUARES, True, ACC)
+        factors = row_factors(squares, square_parts, eps, rm, rows, STEPS * BK, SQUARES, True, ACC)
 
     acc = gl.zeros([64, BM], gl.float32, ACC)
     mbarrier.wait(bars.index(0), 0)
@@ -167,7 +167,7 @@ def whole_kernel(
     if BIAS:
         acc = acc + biases[:, None]
     if ADD:
-        r = gl.where(there, _rounded(old + scale * _rounded(acc, out), out), 0.0)
+        r = gl.where(there, rounded(old + scale * rounded(acc, out), out), 0.0)
         gl.store(new_residual + place, r.to(new_residual.dtype.element_ty), there)
         gl.store(out + place, (r * gains[:, None]).to(out.dtype.element_ty), there)
         gl.store(new_squares + rm * (n // 64) + tile, gl.sum(r * r, 0), live)
@@ -208,7 +208,7 @@ def gated_kernel(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     if SQUARES > 0:
         rm = gl.arange(0, BM, gl.SliceLayout(1, ACC))
-        factors = _row_factors(squares, square_parts, eps, rm, rows, STEPS * BK, SQUARES, False, ACC)
+        factors = row_factors(squares, square_parts, eps, rm, rows, STEPS * BK, SQUARES, False, ACC)
 
     acc = gl.zeros([BM, BN], gl.float32, ACC)
     up = gl.zeros([BM, BN], gl.float32, ACC)
@@ -234,7 +234,7 @@ def gated_kernel(
     if SQUARES > 0:
         acc = acc * factors[:, None]
         up = up * factors[:, None]
-    y = (activate(_rounded(acc, out), ACT) * _rounded(up, out)).to(out.dtype.element_ty)
+    y = (activate(rounded(acc, out), ACT) * rounded(up, out)).to(out.dtype.element_ty)
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])  # 16 bytes of a row a thread
     row = gl.arange(0, BM, gl.SliceLayout(1, L))[:, None]
     column = tile * BN + gl.arange(0, BN, gl.SliceLayout(0, L))[None, :]
@@ -319,7 +319,7 @@ def split_kernel(
     sums = gl.load(at + within, cache_modifier=".cg")
     for other in gl.static_range(1, SPLIT):
         sums += gl.load(at + other * SIZE + within, cache_modifier=".cg")
-    r = gl.where(live, _rounded(old + scale * _rounded(sums, out), out), 0.0)
+    r = gl.where(live, rounded(old + scale * rounded(sums, out), out), 0.0)
     gl.store(new_residual + place, r.to(new_residual.dtype.element_ty), live)
     gl.store(out + place, (r * gains[None, :]).to(out.dtype.element_ty), live)
     gl.store(new_squares + rm * (n // BN) + tile, gl.sum(r * r, 1), rm < rows)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .layer_kernels import activate
-from .primed_kernels import all_threads, barriers, load_block, reinterpreted
+from .primed_kernels import all_threads, barriers, load_block, reinterpreted, rounded
 
 SPAN = gl.constexpr(512)
 """Columns of x that are split into float8 numbers at once."""
@@ -56,12 +56,6 @@ def zeros_of(meta):
 def leading_bits(values):
     """float32 values without what is behind their four leading bits."""
     return (values.to(gl.int32, bitcast=True) & -1048576).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _rounded(values, like):
-    """float32 values as they would come back from memory behind the pointer `like`."""
-    return values.to(like.dtype.element_ty).to(gl.float32)
 
 
 @gluon.jit
@@ -259,13 +253,13 @@ def _finish(
     y = y * factor + biases
     if ADD:
         scale, new_residual, new_squares = add
-        r = _rounded(old + scale * _rounded(y, out), out)
+        r = rounded(old + scale * rounded(y, out), out)
         gl.store(new_residual + rn, r.to(new_residual.dtype.element_ty))
         gl.store(out + rn, (r * gains).to(out.dtype.element_ty))
         gl.store(new_squares + tile, gl.sum(r * r, 0))
     elif HEADS:
         kv, kv_stride, count = heads
-        first, second = _halves(_rounded(y, out))
+        first, second = _halves(rounded(y, out))
         pair, _other = _halves(output)
         turned = (first * cos - second * sin).to(out.dtype.element_ty)
         second = (second * cos + first * sin).to(out.dtype.element_ty)
@@ -278,7 +272,7 @@ def _finish(
             gl.store(at + 64, second)
     else:
         if ACT != "":
-            y = activate(_rounded(y, out), ACT) * _rounded(up * factor, out)
+            y = activate(rounded(y, out), ACT) * rounded(up * factor, out)
         gl.store(out + rn, y.to(out.dtype.element_ty))
 
 

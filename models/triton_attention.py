@@ -91,10 +91,14 @@ def splits_for(problems: int, launch: Launch) -> int:
 
 
 class TritonAttention:
-    """See attention.AttentionBackend. With `launch` decode is launched so whatever the batch (measurements)."""
+    """See attention.AttentionBackend. With `launch` decode is launched so whatever the batch (measurements).
 
-    def __init__(self, launch: Launch | None = None) -> None:
-        self._launch = launch
+    `dense`: the model's weights are not quantized. Where they are, it is not launched ahead at more than a few rows,
+    but rotates: at 64 rows of Qwen2-7B with 4 bits a step takes 4.18 ms for 4.23.
+    """
+
+    def __init__(self, launch: Launch | None = None, dense: bool = True) -> None:
+        self._launch, self._dense = launch, dense
         self._partial: Tensor | None = None
         self._lse: Tensor | None = None
         self._counters: Tensor | None = None
@@ -105,7 +109,7 @@ class TritonAttention:
         self._reserve(spec, kv.storage.device)
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)
-        pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec)
+        pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec, self._dense)
         primed = pdl and self._launch is None and primed_attention.takes(batch, kv, spec)
         return TritonPlan(batch, kv, spec, launch, workspace, prefill_tiles(batch), pdl, primed)
 

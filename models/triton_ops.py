@@ -59,10 +59,11 @@ def has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def pdl_rows(spec: Spec, dense: bool = True) -> int:
-    """Up to how many rows kernels are launched with PDL; `dense`: weights are not quantized."""
+def pdl_rows(spec: Spec, dense: bool = True, wide: int = 0) -> int:
+    """Up to how many rows kernels are launched with PDL; `dense`: weights are not quantized; `wide`: else, up to how
+    many gate-up is a Wide."""
     rows = PDL_ROWS * PDL_HIDDEN // spec.hidden
-    return max(rows, stream_rows(2 * spec.inter, spec.hidden)) if dense else rows
+    return max(rows, stream_rows(2 * spec.inter, spec.hidden) if dense else wide)
 
 
 @dataclass(slots=True)

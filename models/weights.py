@@ -37,7 +37,7 @@ from .moe import Experts
 from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
 from .places import Blocks, Place, allocate, check_blocks
-from .quantization import ONLINE, Quantization, quantization_of
+from .quantization import ONLINE, Quantization, Scheme, quantization_of
 from .quantized import KernelLinear, dequantise, lay_together
 from .shard import Share
 from .spec import Spec
@@ -90,7 +90,8 @@ def load_decoder(
     on_cpu_kernels = device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
     check_dtype(spec, device, dtype)
     progress(0.0)
-    ops = make_ops(config, device, spec, stays, on_cpu_kernels)
+    scheme = scheme_of(config, quantization) if stays else None
+    ops = make_ops(config, device, spec, scheme, on_cpu_kernels)
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
@@ -109,22 +110,25 @@ def load_decoder(
         for layer in weights.layers:
             layer.o = add_up(layer.o, layer.mlp, group)
     progress(1.0)
-    attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
+    attention = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype), scheme is None)
     if on_cpu_kernels and config.attention_backend == "auto":
         attention = CpuAttention(attention)
     layers = CpuLayers(spec, weights) if on_cpu_kernels and fits(spec, weights) else None
     return Decoder(spec, weights, attention, device, dtype, ops, layers, group, whole)
 
 
-def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: bool, on_cpu_kernels: bool) -> Ops:
+def make_ops(
+    config: EngineConfig, device: torch.device, spec: Spec, scheme: Scheme | None, on_cpu_kernels: bool
+) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
 
-    On a CPU our C kernels, in float32.
+    On a CPU our C kernels, in float32. scheme: of weights that stay quantized.
     """
     if on_cpu_kernels:
         return CpuOps()
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
+    from .packed_tiles import wide_rows
     from .triton_ops import TritonOps, pdl_rows
     from .tuned_gemm import TunedGemms
 
@@ -132,7 +136,8 @@ def make_ops(config: EngineConfig, device: torch.device, spec: Spec, quantized: 
     tuned = None
     with contextlib.suppress(OSError, RuntimeError):  # without the library's own interface torch's choices stay
         tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
-    return TritonOps(device, pdl_rows(spec, not quantized), tuned=tuned)
+    wide = wide_rows(2 * spec.inter, spec.hidden, scheme, device) if scheme else 0
+    return TritonOps(device, pdl_rows(spec, scheme is None, wide), tuned=tuned)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -225,6 +230,11 @@ def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blo
     return dict(tensors_of([path]))
 
 
+def scheme_of(config: EngineConfig, quantization: Quantization | None) -> Scheme | None:
+    """How most weights are quantized: by the checkpoint, or while loading."""
+    return ONLINE.get(config.quantization) or (quantization.usual if quantization is not None else None)
+
+
 def stays_quantized(config: EngineConfig, device: torch.device, quantization: Quantization | None) -> bool:
     """Resolve `EngineConfig.quantization` for a checkpoint's own quantization, or one that is made while loading.
 
@@ -238,7 +248,7 @@ def stays_quantized(config: EngineConfig, device: torch.device, quantization: Qu
         return False
     if device.type == "cuda":
         return not config.enable_torch_compile
-    scheme = online or (quantization.usual if quantization is not None else None)
+    scheme = scheme_of(config, quantization)
     if scheme is None or scheme.is_float:
         if online is not None:
             raise StartupError("--quantization fp8: it is for GPUs; int8 is for CPUs too")

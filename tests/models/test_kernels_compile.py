@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parent.parent / "support" / "compile_kernels.py"
 KERNELS = {
     "scan", "finish_rows", "settle_ranked", "settle_raced", "decode", "prefill", "latent", "rope_kernel",
     "linear_kernel", "whole_kernel", "gated_kernel", "split_kernel", "panel_kernel", "stream_kernel", "attend_kernel",
-    "packed_kernel", "unpack_kernel", "quantise_rows_kernel", "blockwise_kernel", "row_kernel",
+    "packed_kernel", "unpack_kernel", "quantise_rows_kernel", "blockwise_kernel", "row_kernel", "wide_kernel",
     "norm_quantise_kernel", "float8_kernel", "route_kernel", "queue_kernel", "experts_kernel", "mix_kernel",
 }  # fmt: skip
 """What the program compiles, at least."""

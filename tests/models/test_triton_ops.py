@@ -218,9 +218,10 @@ def test_no_tokens() -> None:
 
 
 def test_up_to_how_many_rows_kernels_overlap() -> None:
-    """More where gate-up is a stream, and its weight not quantized; else by the width."""
+    """More where gate-up is a stream, and its weight not quantized, or a Wide; else by the width."""
     large, small = spec_of(KNOWN["qwen2-7b"]), spec_of(KNOWN["qwen2-0.5b"])
     assert (pdl_rows(large), pdl_rows(large, dense=False), pdl_rows(small)) == (64, 16, 64)
+    assert pdl_rows(large, dense=False, wide=32) == 32 and pdl_rows(large, dense=False, wide=8) == 16
 
 
 @pytest.mark.skipif(not CUDA, reason="PDL is the GPU's")

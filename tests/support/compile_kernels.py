@@ -32,6 +32,8 @@ from actorserve.models import (
     row_kernels,
     slot_kernels,
     stream_kernels,
+    wide_gemm,
+    wide_kernels,
 )
 from actorserve.models.gemm import GEMMS, PANELS, Choice, Tile
 from actorserve.models.packed_tiles import PACKED as QUANTIZED
@@ -39,6 +41,7 @@ from actorserve.models.primed_gemm import HEAD, MOST_ROWS, Primed
 from actorserve.models.row_gemm import OneRow
 from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_attention import DECODE, splits_for
+from actorserve.models.wide_gemm import Wide
 from actorserve.perf.gemm_tiles import Case, cases
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
 
@@ -355,6 +358,20 @@ def one_row(case: Case, kind: str, choice: OneRow) -> None:
     build(row_kernels.row_kernel, 4, True, types, aligned=True, **own)
 
 
+def wides() -> Iterator[None]:
+    """Every Wide of the table."""
+    for (_, outputs, inputs), choices in QUANTIZED.items():
+        for choice in (choice for _, choice in choices if isinstance(choice, Wide)):
+            half = wide_gemm.STEP // 2
+            types = PACKED | {
+                "x_blocks": shared_blocks("bf16", [2, choice.rows, half], 128, 16),
+                "w_blocks": shared_blocks("i16", [2, 2, 2, 4, half], 128, 16),
+                "meta_blocks": shared_blocks("i32", [1, 2, wide_gemm.PAIRS], 0, 32),
+            }
+            constants = choice.constants(outputs, inputs) | {"SQUARES": 64, "ACT": "silu", "PDL": True}
+            yield build(wide_kernels.wide_kernel, 4, True, types, aligned=True, **constants)
+
+
 def experts() -> Iterator[None]:
     """A router, who is whose, both products and their sum."""
     names = {**dict.fromkeys("x w out y shared gate".split(), "*bf16"), "cap": "fp32"}
@@ -369,7 +386,10 @@ def experts() -> Iterator[None]:
     yield build(moe_kernels.mix_kernel, 4, False, names, BLOCK=1024, SHARED=True, GATE=True)
 
 
-PARTS = {part.__name__: part for part in (sampler, attention, latents, layers, gemms, panels, quantized, rows, experts)}
+PARTS = {
+    part.__name__: part
+    for part in (sampler, attention, latents, layers, gemms, panels, quantized, rows, wides, experts)
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:

@@ -59,9 +59,9 @@ STATELESS: dict[str, Any] = {
     "minimum": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)), "floor": torch.floor,
     "exp2": torch.exp2, "log2": torch.log2, "rsqrt": torch.rsqrt, "static_range": range,
     "cdiv": lambda a, b: (a + b - 1) // b, "float8e4nv": torch.float8_e4m3fn,
-    "float32": torch.float32, "int32": torch.int32, "int64": torch.int64,
+    "float32": torch.float32, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64,
     "BlockedLayout": gl.BlockedLayout, "SliceLayout": gl.SliceLayout, "DotOperandLayout": gl.DotOperandLayout,
-    "SwizzledSharedLayout": gl.SwizzledSharedLayout,
+    "SwizzledSharedLayout": gl.SwizzledSharedLayout, "SharedLinearLayout": gl.SharedLinearLayout,
     "NVMMADistributedLayout": gl.NVMMADistributedLayout, "NVMMASharedLayout": _Swizzles(),
 }  # fmt: skip
 """What `gl` has that concerns neither memory nor other programs."""
@@ -71,8 +71,10 @@ OF_BITS: dict[str, Callable[[Tensor], Tensor]] = {
     "high_nibbles": lambda values: (values >> 4 & 15).float() * 2**-9,
     "scales_of": lambda meta: meta.to(torch.int16).view(torch.float16).float(),
     "zeros_of": lambda meta: (meta >> 16).to(torch.int16).view(torch.bfloat16).float() - 128,
+    "points_of": lambda meta: (meta >> 16).to(torch.int16).view(torch.bfloat16),
+    "values_of": lambda words, points, plane: ((words >> (4 * plane) & 15) + 128).bfloat16() - points,
 }
-"""Functions of row_kernels.py that take numbers for what their bits say."""
+"""Functions of row_kernels.py and wide_kernels.py that take numbers for what their bits say."""
 
 
 class Pending:

@@ -6,6 +6,7 @@ predecessor writes has two contents: the final one, and a stale one for those wh
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,34 @@ def swizzle_of(layout: Any) -> int:
     return 0 if isinstance(layout, gl.SwizzledSharedLayout) else layout.swizzle_byte_width
 
 
+@lru_cache
+def places(shape: tuple[int, ...], layout: Any, itemsize: int) -> Tensor:
+    """int64 `shape`: where each element lies, counted in elements.
+
+    With a swizzle lines of as many bytes lie one after another, those of the next columns behind all of these, and a
+    line's pieces of 16 bytes are exchanged by the number of its 128 bytes (CUDA's tensor maps).
+    """
+    count = prod(shape)
+    if isinstance(layout, gl.SharedLinearLayout):
+        check(2 ** len(layout.offset_bases) == count, f"{shape} is not what the layout is of")
+        offsets = torch.arange(count)
+        index = torch.zeros(len(shape), count, dtype=torch.int64)
+        for bit, basis in enumerate(layout.offset_bases):
+            index ^= (offsets >> bit & 1) * torch.tensor(basis)[:, None]
+        found = torch.empty(shape, dtype=torch.int64)
+        found[tuple(index)] = offsets
+        return found
+    width = swizzle_of(layout)
+    if not width:
+        return torch.arange(count).view(shape)
+    check(len(shape) == layout.rank, f"{shape} is not one block of the layout's")
+    wide, piece, rows = width // itemsize, 16 // itemsize, count // shape[-1]
+    check(shape[-1] % wide == 0, "a swizzle begins in between")
+    row, column = torch.arange(rows)[:, None], torch.arange(shape[-1])[None, :]
+    exchanged = (column % wide // piece) ^ (row * width // 128 % (width // 16))
+    return (column // wide * (rows * wide) + row * wide + exchanged * piece + column % piece).view(shape)
+
+
 @dataclass(frozen=True)
 class Shared:
     """A part of a program's buffer in shared memory. `owner` is told who reads and writes it."""
@@ -112,6 +141,8 @@ class Shared:
     shape: tuple[int, ...]
     layout: Any
     order: tuple[int, ...] | None = None
+    part: tuple[int, int, int] | None = None
+    """Dimension, first and length of what of it is meant."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +163,8 @@ class Shared:
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Shared":
         check(dtype == self.dtype and prod(shape) == prod(self.shape) and self.order is None, "another size")
-        check(swizzle_of(layout) == swizzle_of(self.layout), "another swizzle")
+        same = isinstance(layout, gl.SharedLinearLayout) or swizzle_of(layout) == swizzle_of(self.layout)
+        check(same, "another swizzle")
         return replace(self, shape=tuple(shape), layout=layout)
 
     _reinterpret = reinterpret  # its name in Triton 3.6
@@ -142,25 +174,26 @@ class Shared:
             return False
         return self.start < other.start + prod(other.shape) and other.start < self.start + prod(self.shape)
 
-    def _lines(self) -> Tensor:
-        """[rows, groups of columns, columns of a group]: groups are as wide as the swizzle and one behind the other."""
-        if not swizzle_of(self.layout):
-            return self.memory[self.start : self.start + prod(self.shape)]
-        check(len(self.shape) == self.layout.rank, f"{self.shape} is not one block of the layout's")
-        wide = self.layout.swizzle_byte_width // self.dtype.itemsize
-        check(self.start % (8 * wide) == 0 and self.shape[-1] % wide == 0, "a swizzle begins in between")
-        flat = self.memory[self.start : self.start + prod(self.shape)]
-        return flat.view(self.shape[-1] // wide, -1, wide).transpose(0, 1)
+    def slice(self, start: int, length: int, dim: int) -> "Shared":
+        check(self.order is None and self.part is None and start + length <= self.shape[dim], "no such slice")
+        return replace(self, part=(dim, start, length))
+
+    def _places(self) -> Tensor:
+        width = 0 if isinstance(self.layout, gl.SharedLinearLayout) else swizzle_of(self.layout)
+        check(self.start * self.dtype.itemsize % max(1, 8 * width) == 0, "a swizzle begins in between")
+        return places(self.shape, self.layout, self.dtype.itemsize) + self.start
 
     def values(self) -> Tensor:
         """A copy."""
-        values = self._lines().reshape(self.shape).clone()
+        values = self.memory[self._places()]
+        if self.part is not None:
+            values = values.narrow(*self.part)
         return values if self.order is None else values.permute(self.order)
 
     def fill(self, values: Tensor) -> None:
-        lines = self._lines()
-        check(tuple(values.shape) == self.shape and self.order is None, f"{list(values.shape)} into {self.shape}")
-        lines.copy_(values.reshape(lines.shape))
+        whole = self.order is None and self.part is None
+        check(tuple(values.shape) == self.shape and whole, f"{list(values.shape)} into {self.shape}")
+        self.memory[self._places()] = values
 
     def load(self, layout: Any) -> Tensor:
         self.owner.reads(self)
