@@ -72,7 +72,7 @@ def choices_for(weight: Packed) -> Choices:
     measured = PACKED.get((weight.kind, outputs, inputs), ())
     ahead = on_sm90(weight.words.device)
     measured = tuple(
-        (rows, c) for rows, c in measured if not isinstance(c, OneRow | Wide) or (ahead and c.fits(weight))
+        (rows, c if not isinstance(c, OneRow | Wide) or (ahead and c.fits(weight)) else c.plain) for rows, c in measured
     )
     tiles = [c.plain if isinstance(c, OneRow | Wide) else c for _, c in measured]
     if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for tile in tiles):
