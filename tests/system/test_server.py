@@ -362,6 +362,12 @@ def test_responses_go_on(server: LiveServer) -> None:
     assert last.response.usage.input_tokens > first.usage.total_tokens  # type: ignore[union-attr]
 
 
+NOTING_SPEED = """() => new MutationObserver(() => {
+    window.speedWasShown ||= document.querySelector(".live .facts .speed") !== null;
+}).observe(document.querySelector("#log"), {childList: true, subtree: true})"""
+"""Twelve tokens take a tenth of a second: who looks now and then may miss what is shown meanwhile."""
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_the_page_chats_and_shows_the_engine(server: LiveServer, width: int, scheme: str) -> None:
     size = {"width": width, "height": 800}
@@ -370,8 +376,9 @@ def test_the_page_chats_and_shows_the_engine(server: LiveServer, width: int, sch
         page.fill("#prompt", f"Name the {width} seas.")
         page.click("[data-panel=sampling]")
         page.fill("#s-max_tokens", "12")
+        page.evaluate(NOTING_SPEED)
         page.press("#prompt", "Enter")
-        page.wait_for_selector(".live .facts .speed")  # figures come while it streams
+        page.wait_for_function("() => window.speedWasShown")  # figures come while it streams
         page.wait_for_selector("#send:has-text('Send')")
         assert page.inner_text(".turn.assistant .text").strip()
         assert "12 tokens" in page.inner_text(".facts") and "prompt tokens cached" in page.inner_text(".facts")
