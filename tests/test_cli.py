@@ -153,12 +153,14 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], int
     monkeypatch.setattr(serve, "resolve_model", lambda config, progress: MODEL)
     monkeypatch.setattr(serve, "configure_logging", lambda node, level: None)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may have it ignored
 
     def run(behaviour: Behaviour) -> int:
         monkeypatch.setattr(serve, "Supervisor", type("Case", (Stand,), {"behaviour": staticmethod(behaviour)}))
         return cli.command(["run", "--port", "0"])
 
     yield run
+    signal.signal(signal.SIGHUP, hangup)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
