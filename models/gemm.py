@@ -75,7 +75,9 @@ class Tile:
     """Most registers of a thread; 0: as many as the compiler likes."""
 
 
-Choice = Tile | Stream | Primed | OneRow | Wide
+Ahead = Primed | OneRow | Wide
+"""Those whose weight is on its way before x is there; each names a tile for what it has no kernel for."""
+Choice = Tile | Stream | Ahead
 Choices = tuple[tuple[int, Choice | None], ...]
 """(most rows, tile) in rising order, None for cuBLAS; cuBLAS above the last."""
 
@@ -138,9 +140,9 @@ def choose(choices: Iterable[tuple[int, T]], rows: int) -> T | None:
     return next((choice for most, choice in choices if rows <= most), None)
 
 
-def unprimed(choices: Choices, which: Callable[[Primed], bool] = lambda primed: True) -> Choices:
-    """The choices for GPUs and weights without `which` of the Primed."""
-    return tuple((most, c.plain if isinstance(c, Primed) and which(c) else c) for most, c in choices)
+def unprimed(choices: Choices, which: Callable[[Ahead], bool] = lambda ahead: True) -> Choices:
+    """The choices for GPUs and weights without the kernels of `which` of the Primed, OneRow and Wide."""
+    return tuple((most, c.plain if isinstance(c, Ahead) and which(c) else c) for most, c in choices)
 
 
 def stream_rows(outputs: int, inputs: int) -> int:
@@ -210,7 +212,7 @@ class Heads:
         size, outputs = self.head_dim, tile.outputs
         if size & (size - 1):
             return False
-        if isinstance(tile, Primed | OneRow | Wide):
+        if isinstance(tile, Ahead):
             return self.fits(tile.plain, weight)
         if isinstance(tile, Stream):
             return outputs % size == 0
@@ -256,11 +258,9 @@ def linear(
     if isinstance(tile, Wide) and not (isinstance(weight, Packed) and tile.takes(len(x), bias, act)):
         tile = tile.plain
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
-    rows, inputs = x.shape
-    outputs, width = (len(weight) // 2, tile.outputs // 2) if act else (len(weight), tile.outputs)
-    columns = heads.heads * heads.head_dim if heads else outputs
-    out = torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
-    early, after = int(weight.nbytes <= EARLY_BYTES), _epilogue_arguments(norm, add, heads)
+    columns = heads.heads * heads.head_dim if heads else len(weight) // (2 if act else 1)
+    out = torch.empty(len(x), columns, dtype=dtype or x.dtype, device=x.device)
+    after = _epilogue_arguments(norm, add, heads)
     epilogue = {"ACT": act, **_epilogue_constants(norm, add, heads)}
     if isinstance(tile, Stream):
         assert isinstance(weight, Tensor) and isinstance(x, Tensor)
@@ -278,6 +278,19 @@ def linear(
         assert isinstance(weight, Packed) and isinstance(x, Tensor)
         multiply_wide(x, weight, out, tile, pdl, after, epilogue)
         return out
+    _by_tile(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
+    return out
+
+
+def _by_tile(
+    x: Tensor | Float8Rows, weight: Tensor | Packed, bias: Tensor | None, out: Tensor, tile: Tile, arrived: Tensor,
+    pdl: bool, after: tuple[Any, ...], epilogue: dict[str, Any],
+) -> None:  # fmt: skip
+    """Launch linear_kernel, or a quantized weight's."""
+    rows, inputs = x.shape
+    halves = 2 if epilogue["ACT"] else 1
+    outputs, width = len(weight) // halves, tile.outputs // halves
+    early = int(weight.nbytes <= EARLY_BYTES)
     tiles = triton.cdiv(outputs, width) * triton.cdiv(rows, tile.rows)
     parts = None
     whole = min(tile.whole, tiles)
@@ -295,7 +308,7 @@ def linear(
         options["SLICES"] = tile.slices
         grid = (whole + (tiles - whole) * tile.split, 1) if whole else (tiles, tile.split)
         weight.launch(grid, before, after, **options)
-        return out
+        return
     x_blocks = w_blocks = None
     if tile.tma:
         x_blocks = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
@@ -307,7 +320,6 @@ def linear(
         LOOP=share > tile.ahead, FETCH=tile.fetch,
         STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
-    return out
 
 
 def _epilogue_arguments(norm: Unscaled | None, add: Add | None, heads: Heads | None) -> tuple[Any, ...]:
@@ -382,7 +394,7 @@ class TritonLinear:
         if not primes:
             self.choices = unprimed(self.choices)
         elif bias is not None:  # only the kernel for all of a weight adds one
-            self.choices = unprimed(self.choices, lambda primed: primed.weights > 0)
+            self.choices = unprimed(self.choices, lambda ahead: isinstance(ahead, Primed) and ahead.weights > 0)
         self.tuned = tuned if can_multiply(weight) else None
         if self.tuned is not None:
             self.tuned.register(weight, bias, dtype or weight.dtype)

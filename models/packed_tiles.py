@@ -10,7 +10,7 @@ from typing import Final
 import torch
 import triton
 
-from .gemm import MAX_TILES, Choices, Tile
+from .gemm import MAX_TILES, Choices, Tile, unprimed
 from .packed_gemm import CHUNK, Kind, Packed
 from .primed_gemm import on_sm90
 from .quantization import Scheme
@@ -71,11 +71,9 @@ def choices_for(weight: Packed) -> Choices:
     outputs, inputs = weight.shape
     measured = PACKED.get((weight.kind, outputs, inputs), ())
     ahead = on_sm90(weight.words.device)
-    measured = tuple(
-        (rows, c if not isinstance(c, OneRow | Wide) or (ahead and c.fits(weight)) else c.plain) for rows, c in measured
-    )
-    tiles = [c.plain if isinstance(c, OneRow | Wide) else c for _, c in measured]
-    if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for tile in tiles):
+    tiles = unprimed(measured)
+    measured = unprimed(measured, lambda c: not (ahead and isinstance(c, OneRow | Wide) and c.fits(weight)))
+    if not all(isinstance(tile, Tile) and weight.fits(tile.depth, tile.slices) for _, tile in tiles):
         measured = ()
     most, known = MOST_FLOAT8_ROWS if weight.quantises else MOST_ROWS, measured[-1][0] if measured else 0
     return measured + tuple((rows, by_rule(weight, rows)) for rows in LADDER if known < rows <= most)

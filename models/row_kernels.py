@@ -47,9 +47,15 @@ def scales_of(meta):
 
 
 @gluon.jit
+def points_of(meta):
+    """bfloat16 zero points of what 4 bits have for a group, 128 more."""
+    return (meta >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
+
+
+@gluon.jit
 def zeros_of(meta):
-    """float32 zero points of what 4 bits have for a group: bfloat16 of 128 more."""
-    return (meta >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True).to(gl.float32) - 128.0
+    """float32 zero points of what 4 bits have for a group."""
+    return points_of(meta).to(gl.float32) - 128.0
 
 
 @gluon.jit

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .layer_kernels import activate
 from .packed_kernels import INT4_BF16
 from .primed_kernels import all_threads, barriers, load_block, pairs, reinterpreted, rounded, row_factors
-from .row_kernels import scales_of
+from .row_kernels import points_of, scales_of
 
 STEP = gl.constexpr(128)
 """Inputs of a step: a group, a chunk of words."""
@@ -39,12 +39,6 @@ WORDS_AT = gl.constexpr(
 """How a block's words [64, 32] lie: two outputs to a line of 128 bytes, in which pieces of 16 bytes are swizzled."""
 METAS_AT = gl.constexpr(gl.SharedLinearLayout([[1], [2], [4], [16], [32], [8]]))
 """How what the groups of a block's outputs have lies: 8 gates and 8 ups in turn come from 32 gates and 32 ups."""
-
-
-@gluon.jit
-def points_of(meta):
-    """bfloat16 zero points of what 4 bits have for a group, 128 more, see packed_kernels.scale_and_zero."""
-    return (meta >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
 
 
 @gluon.jit

@@ -12,24 +12,17 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gluon_emulator import Emulated
+from test_primed_gemm import DEVICE, DTYPE, HERE, PLAIN, randn
 
 from actorserve.models import gemm, panel_kernels, triton_ops
 from actorserve.models.gemm import PANELS, TritonLinear, arrivals
-from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.layers import Linear
 from actorserve.models.panel_gemm import DEPTH, ROWS, Panel
 from actorserve.models.triton_ops import TritonOps
 
-HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = torch.device("cuda" if HERE else "cpu")
-DTYPE = torch.bfloat16
-PLAIN = TorchOps()
 MOST = 256
 SIZES = (65, 100, 128, 129, MOST) if HERE else (65, 130)
 """Rows: with one tile of them, and with two."""
-
-
-def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, DTYPE)
 
 
 def linear_of(outputs: int, inputs: int, panel: Panel) -> tuple[TritonLinear, Linear]:

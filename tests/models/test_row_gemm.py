@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 
 from gluon_emulator import Emulated
 from test_packed_gemm import part_of
-from test_primed_gemm import heads_of
+from test_primed_gemm import DEVICE, DTYPE, EPS, HERE, PLAIN, heads_of, randn
 
 from actorserve.models import packed_tiles, row_kernels
 from actorserve.models.gemm import MAX_TILES, Heads, Tile, TritonLinear, Unscaled, arrivals, choose
-from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.layers import Linear
 from actorserve.models.packed_gemm import Packed, Scratch, pack_part
 from actorserve.models.packed_tiles import PACKED, choices_for
 from actorserve.models.rope import inverse_frequencies
@@ -24,11 +24,6 @@ from actorserve.models.spec import Rope, Spec
 from actorserve.models.triton_ops import TritonOps
 
 PLAIN_TILE = Tile(8, 64, 32)
-HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = torch.device("cuda" if HERE else "cpu")
-DTYPE = torch.bfloat16
-PLAIN = TorchOps()
-EPS = 1e-5
 FRESH = dict.fromkeys(("x", "squares", "residual"))
 """Arguments that the predecessor writes."""
 KINDS = ["fp8-row", "int4-128"]
@@ -77,10 +72,6 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs a GPU of sm_90, or none")
     if not HERE:
         monkeypatch.setattr(row_kernels, "row_kernel", Emulated(row_kernels.row_kernel, FRESH))
-
-
-def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, DTYPE)
 
 
 def linear_of(kind: str, outputs: int, inputs: int, choice: OneRow, bias: bool = False) -> tuple[TritonLinear, Linear]:

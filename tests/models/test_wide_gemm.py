@@ -11,21 +11,17 @@ pytest.importorskip("triton")
 
 from gluon_emulator import Emulated
 from test_packed_gemm import part_of
+from test_primed_gemm import DEVICE, DTYPE, HERE, PLAIN, half_normed, randn
 
 from actorserve.models import packed_tiles, wide_kernels
-from actorserve.models.gemm import Tile, TritonLinear, Unscaled, arrivals, choose
-from actorserve.models.layers import Linear, TorchOps
+from actorserve.models.gemm import Tile, TritonLinear, arrivals, choose
+from actorserve.models.layers import Linear
 from actorserve.models.packed_gemm import Packed, Scratch, pack_part
 from actorserve.models.packed_tiles import PACKED, choices_for, wide_rows
 from actorserve.models.quantization import Scheme
 from actorserve.models.wide_gemm import Wide
 
 TILE = Tile(64, 128, 32)
-HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = torch.device("cuda" if HERE else "cpu")
-DTYPE = torch.bfloat16
-PLAIN = TorchOps()
-EPS = 1e-5
 FRESH = dict.fromkeys(("x_blocks", "squares"))
 """Arguments that the predecessor writes."""
 
@@ -89,10 +85,6 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(wide_kernels, "wide_kernel", Emulated(wide_kernels.wide_kernel, FRESH))
 
 
-def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, DTYPE)
-
-
 def linear_of(outputs: int, inputs: int, choice: Wide) -> tuple[TritonLinear, Linear]:
     """Our map with this configuration, and the same in float32."""
     part = part_of("int4-128", outputs, inputs)
@@ -120,10 +112,8 @@ def test_gated(outputs: int, choice: Wide) -> None:
     ours, exact = linear_of(outputs, 896, choice)
     for time, rows in enumerate((choice.rows, 17, 1)):
         ours.pdl_rows = 64 * (time % 2)
-        r, gain = 2 * randn(rows, 896, seed=rows).float(), 1 + 0.2 * randn(896, seed=4).float()
-        squares = torch.stack([part.square().sum(1) for part in r.split(64, 1)], 1)
-        x = Unscaled((r * gain).to(DTYPE), squares, EPS)
-        close(ours.gated(x, "silu"), PLAIN.act_mul(exact(PLAIN.rms_norm(r, gain, EPS)), "silu"))
+        x, normed = half_normed(rows, 896)
+        close(ours.gated(x, "silu"), PLAIN.act_mul(exact(normed), "silu"))
         close(ours.gated(x.x, "gelu"), PLAIN.act_mul(exact(x.x.float()), "gelu"))
 
 

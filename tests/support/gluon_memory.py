@@ -99,7 +99,8 @@ class Blocks:
 
 def swizzle_of(layout: Any) -> int:
     """Bytes within which a layout has pieces of a row in another order; 0: rows lie as they are, one after another."""
-    return 0 if isinstance(layout, gl.SwizzledSharedLayout) else layout.swizzle_byte_width
+    plain = isinstance(layout, gl.SwizzledSharedLayout | gl.SharedLinearLayout)
+    return 0 if plain else layout.swizzle_byte_width
 
 
 @lru_cache
@@ -152,9 +153,14 @@ class Shared:
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is neither turned nor a slice."""
+        return self.order is None and self.part is None
+
     def index(self, i: Any) -> "Shared":
         """The i-th of its parts along the first dimension."""
-        check(0 <= i < self.shape[0] and self.order is None, f"no buffer {i} of {self.shape[0]}")
+        check(0 <= i < self.shape[0] and self.whole, f"no buffer {i} of {self.shape[0]}")
         rest = self.shape[1:]
         return Shared(self.owner, self.memory, self.start + int(i) * prod(rest), rest, self.layout)
 
@@ -162,7 +168,7 @@ class Shared:
         return replace(self, order=order)
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Shared":
-        check(dtype == self.dtype and prod(shape) == prod(self.shape) and self.order is None, "another size")
+        check(dtype == self.dtype and prod(shape) == prod(self.shape) and self.whole, "another size")
         same = isinstance(layout, gl.SharedLinearLayout) or swizzle_of(layout) == swizzle_of(self.layout)
         check(same, "another swizzle")
         return replace(self, shape=tuple(shape), layout=layout)
@@ -175,12 +181,12 @@ class Shared:
         return self.start < other.start + prod(other.shape) and other.start < self.start + prod(self.shape)
 
     def slice(self, start: int, length: int, dim: int) -> "Shared":
-        check(self.order is None and self.part is None and start + length <= self.shape[dim], "no such slice")
+        check(self.whole and start + length <= self.shape[dim], "no such slice")
         return replace(self, part=(dim, start, length))
 
     def _places(self) -> Tensor:
-        width = 0 if isinstance(self.layout, gl.SharedLinearLayout) else swizzle_of(self.layout)
-        check(self.start * self.dtype.itemsize % max(1, 8 * width) == 0, "a swizzle begins in between")
+        lines = max(1, 8 * swizzle_of(self.layout))
+        check(self.start * self.dtype.itemsize % lines == 0, "a swizzle begins in between")
         return places(self.shape, self.layout, self.dtype.itemsize) + self.start
 
     def values(self) -> Tensor:
@@ -191,8 +197,7 @@ class Shared:
         return values if self.order is None else values.permute(self.order)
 
     def fill(self, values: Tensor) -> None:
-        whole = self.order is None and self.part is None
-        check(tuple(values.shape) == self.shape and whole, f"{list(values.shape)} into {self.shape}")
+        check(tuple(values.shape) == self.shape and self.whole, f"{list(values.shape)} into {self.shape}")
         self.memory[self._places()] = values
 
     def load(self, layout: Any) -> Tensor:
