@@ -204,7 +204,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chunked_prefill_size: Annotated[
         int | None,
         Meta(
-            description="prompt tokens per forward; <= 0 disables chunking; default 256 on CPU, on a GPU 8192, "
+            description="prompt tokens per forward; <= 0 disables chunking; default 256 on CPU, on a GPU 8448, "
             "384 while others decode"
         ),
     ] = None

@@ -58,9 +58,9 @@ DECODE: Final[dict[int, Launches]] = {
         (16, Launch(64, 8, 3, ahead=1)),
         (64, Launch(64, 8, 3)),
         (384, Launch(64, 4, 2)),
-        (512, Launch(64, 2, 2)),
-        (768, Launch(64, 4, 2)),
-        (1024, Launch(64, 2, 2)),
+        (512, Launch(64, 2, 3)),
+        (768, Launch(32, 1, 3)),
+        (1024, Launch(64, 2, 3)),
     ),
     256: ((64, Launch(64, 8, 3)), (128, Launch(64, 4, 2))),
 }
@@ -110,7 +110,7 @@ class TritonAttention:
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)
         pdl = has_pdl(kv.storage.device) and batch.num_decode <= pdl_rows(spec, self._dense)
-        primed = pdl and self._launch is None and primed_attention.takes(batch, kv, spec)
+        primed = self._launch is None and primed_attention.takes(batch, kv, spec, pdl)
         return TritonPlan(batch, kv, spec, launch, workspace, prefill_tiles(batch), pdl, primed)
 
     def _reserve(self, spec: Spec, device: torch.device) -> None:
@@ -171,7 +171,7 @@ class TritonPlan:
         numbers = (spec.attention_scale, spec.attn_softcap or 1.0, window or 0, q.stride(0))
         batch = self.batch
         if self.primed and q.dtype == cache.dtype:
-            primed_attention.attend(q, cache, batch, out, spec, self.pdl)
+            primed_attention.attend(q, cache, batch, out, spec, self.pdl, turns, slots, self.workspace[2])
         elif batch.num_decode:
             partial, lse, counters = self.workspace
             launch, splits = self.launch, splits_for(batch.num_decode * spec.kv_heads, self.launch)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from actorserve.models.triton_attention import (
     MOST_SPLITS,
     Launch,
     TritonAttention,
+    TritonPlan,
     launch_for,
     splits_for,
 )
@@ -136,18 +138,13 @@ def test_keys_loaded_ahead(dtype: torch.dtype, window: int | None) -> None:
         Case(spec_of(7, 2 if CUDA else 1, 64, window), dtype, lengths, []).check(TritonAttention(launch), LIMIT[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("launch", [None, AHEAD, replace(AHEAD, most=1), Launch(32, 4, 2, 132, 2)], ids=str)
-@pytest.mark.parametrize(("head_dim", "window"), [(64, None), (24, 20)])
-def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch | None, dtype: torch.dtype) -> None:
+def check_rotation(spec: Spec, lengths: list[int], dtype: torch.dtype, plan_of: Callable[[Case], TritonPlan]) -> None:
     """Heads as the QKV product leaves them: the results and the cache are those of rotating first.
 
     A row that is done has a length of one, and what is computed of it goes to another slot than its first.
     """
-    spec = replace(spec_of(7, 2 if CUDA else 1, head_dim, window), rope=Rope(1e4, head_dim))
-    lengths = [1, 17, 32, 33, 100, *([129, 8192] if CUDA else [])]
     case, rows = Case(spec, dtype, lengths, []), len(lengths)
-    heads = torch.randn(rows, spec.heads + 2 * spec.kv_heads, head_dim, device=DEVICE).to(dtype)
+    heads = torch.randn(rows, spec.heads + 2 * spec.kv_heads, spec.head_dim, device=DEVICE).to(dtype)
     at = [int(pages[(n - 1) // PAGE]) * PAGE + (n - 1) % PAGE for pages, n in zip(case.parts, lengths, strict=True)]
     slots, rope = torch.tensor(at, device=DEVICE), spec.rope
     assert rope is not None
@@ -155,7 +152,7 @@ def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch
     table = ops.rotation(positions, inverse_frequencies(rope).to(DEVICE), rope, dtype)
     case.q = ops.qk_norm_rope_and_write(heads.clone(), None, 0.0, table, spec, slots, case.kv.rows[0])
     expected, written = case.expected(), case.kv.rows[0][slots].clone()
-    plan = replace(TritonAttention(launch).plan(case.batch, case.kv, spec), pdl=False)
+    plan = plan_of(case)
     assert plan.rotates
     first, owned = at[0], set(torch.cat(case.parts).tolist())
     scratch = next(page for page in range(case.kv.num_pages) if page not in owned) * PAGE
@@ -167,6 +164,19 @@ def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch
         assert (got.float() - expected).norm() / expected.norm() < LIMIT[dtype]
         torch.testing.assert_close(case.kv.rows[0][slots], written, rtol=1e-2, atol=1e-3)
         assert slot == first or torch.equal(case.kv.rows[0][first], before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("launch", [None, AHEAD, replace(AHEAD, most=1), Launch(32, 4, 2, 132, 2)], ids=str)
+@pytest.mark.parametrize(("head_dim", "window"), [(64, None), (24, 20)])
+def test_it_rotates_and_writes(head_dim: int, window: int | None, launch: Launch | None, dtype: torch.dtype) -> None:
+    spec = replace(spec_of(7, 2 if CUDA else 1, head_dim, window), rope=Rope(1e4, head_dim))
+    lengths = [1, 17, 32, 33, 100, *([129, 8192] if CUDA else [])]
+
+    def plan_of(case: Case) -> TritonPlan:
+        return replace(TritonAttention(launch).plan(case.batch, case.kv, case.spec), pdl=False)
+
+    check_rotation(spec, lengths, dtype, plan_of)
 
 
 def test_who_rotates() -> None:

@@ -54,7 +54,7 @@ POINTERS: dict[str, str] = {
     **dict.fromkeys("slots positions masks bound states best_ids drawn ids chosen".split(), "*i32"),
     **dict.fromkeys("candidate_ids wins new_wins tables rows lengths counters pages meta".split(), "*i32"),
     **dict.fromkeys("q cache out qkv gains kv delta residual weight new_residual gate_up".split(), "*bf16"),
-    "marks": "*i16", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
+    "marks": "*i16", "counter": "*i32", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
 }  # fmt: skip
 FLOATS = {"scale", "cap", "eps", "qk_eps", "factor"}
 LOOSE = {"rows", "early", "square_parts", "heads", "kv_heads"}
@@ -124,10 +124,14 @@ def attention() -> Iterator[None]:
                     BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
                     ROTATE=problems > 1 or not all_of_them, **shape,
                 )  # fmt: skip
-    own = {name: getattr(primed_attention, name) for name in ("CHUNK", "BUFFERS", "PAGE")}
-    types = POINTERS | {"blocks": swizzled(primed_attention.PAGE, primed_attention.HEAD_DIM)}
-    own |= {"K": 2, "G": 7, "GP": primed_attention.GROUP, "D": primed_attention.HEAD_DIM}
-    yield build(primed_attention_kernels.attend_kernel, 4, True, types, PDL=True, **own)
+    types = POINTERS | {"blocks": swizzled(primed_attention.PAGE, primed_attention.WIDTH)}
+    own = {"K": 2, "G": 7, "GP": primed_attention.GROUP, "PAGE": primed_attention.PAGE}
+    for head_dim, way in primed_attention.SHAPES.items():
+        sizes = {"PARTS": head_dim // primed_attention.WIDTH, "CHUNK": way.chunk, "BUFFERS": way.buffers}
+        yield build(
+            primed_attention_kernels.attend_kernel, 4, way.pdl, types, LOOP=not way.pdl, PDL=way.pdl,
+            ROTATE=not way.pdl, **own, **sizes,
+        )  # fmt: skip
     for window, cap in ((False, False), (True, True)):
         yield build(
             attention_kernels.prefill, 4, D=128, DP=128, M=64, BLOCK=64, STAGES=2,
