@@ -5,7 +5,8 @@
 
 Takes the flags of `actorserve run` as well. --model may be a known shape, which gets dummy weights. All requests are
 submitted at once and go on to their full length; the engine is in processes of its own (--placement inline: a thread).
-Warm-up first: batches of every size, so that graphs are captured, and a long prefill. Field names are those of vLLM's
+Warm-up first: batches of every size, so that graphs are captured, and a long prefill; then a pause until the executor
+has prepared all that it does while it idles. Field names are those of vLLM's
 `bench throughput`. The floor is perf.roofline's `workload_seconds` with the same lengths and the same most running.
 """
 
@@ -35,9 +36,12 @@ from actorserve.perf.roofline import add_limit_flags, limits_of, spec_of_model, 
 from actorserve.perf.shapes import model_folder
 from actorserve.sampler.params import SamplingParams
 
-SETTLE_SECONDS = 10.0
-"""Default pause after the warm-up, in which an idle executor captures the CUDA graphs that it did not need yet, and
-measures products: of 3 seconds some was left, and the first run of Qwen2-7B took 25 to 27 s instead of 23.7."""
+SETTLE_SECONDS = 60.0
+"""Default of the longest pause after the warm-up, in which an idle executor captures the CUDA graphs that it did not
+need yet, and measures products. Else that is in the first runs: on an H200 that had never multiplied Qwen2-7B's they
+took 25.8, 23.0 and 22.6 s."""
+RESTS = 0.05
+"""Of a core: an executor that uses less in half a second has nothing more to prepare."""
 FIRST_ID = 256
 """The lowest ids are often special tokens."""
 
@@ -54,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, E
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--repeat", type=int, default=1, help="runs after the warm-up; the median is reported")
     group.add_argument("--no-warmup", action="store_true")
-    group.add_argument("--settle", type=float, default=SETTLE_SECONDS, help="seconds between the warm-up and the runs")
+    group.add_argument("--settle", type=float, default=SETTLE_SECONDS, help="most seconds from the warm-up to the runs")
     group.add_argument("--json", metavar="FILE", help="write the figures there too")
     add_limit_flags(p)
     add_config_flags(p)
@@ -134,7 +138,8 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         if not args.no_warmup:
             warmup = warmup_lengths(args, running)
             await serve_all(engine, requests_of(engine, warmup, args.temperature, args.seed + 1_000_003))
-            await asyncio.sleep(args.settle if torch.cuda.is_available() else 0)
+            if torch.cuda.is_available():
+                await settle(engine, args.settle)
         runs = [await timed(engine, args, lengths, args.seed + run) for run in range(args.repeat)]
     middle = sorted(runs, key=lambda run: run["elapsed_time"])[len(runs) // 2]
     seconds = middle["elapsed_time"]
@@ -153,6 +158,18 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         "startup_seconds": startup,
         "first_token_seconds": first_token,
     }
+
+
+async def settle(engine: Engine, most: float) -> None:
+    """Wait until the executors rest, so many seconds at most; all of them where they are in this process."""
+    root = engine._root.pid if engine._root is not None else None
+    until = time.monotonic() + most
+    while time.monotonic() < until:
+        with CpuShares(root) as cpu:
+            await asyncio.sleep(min(0.5, most))
+        executors = [share for name, share in cpu.shares.items() if name.startswith("exec")]
+        if executors and max(executors) < RESTS:
+            return
 
 
 async def timed(engine: Engine, args: argparse.Namespace, lengths: list[tuple[int, int]], seed: int) -> dict[str, Any]:

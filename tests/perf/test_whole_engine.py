@@ -1,8 +1,11 @@
 """The benchmarks of the whole engine, on a tiny model with dummy weights: they run, and count what they asked for."""
 
+import asyncio
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -58,6 +61,34 @@ def test_offline(tiny: str, placement: str, tmp_path: Path, capsys: pytest.Captu
         {"client", "exec.0", "sched", "text"} if placement == "process" else {"client"}
     )
     assert "share of the floor" in capsys.readouterr().out
+
+
+def test_runs_begin_when_executors_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline's pause: as long as an executor computes, and no longer than it may be."""
+    seen, slept = [0.9, 0.2, 0.01, 0.0], list[float]()
+
+    class Shares:
+        def __init__(self, root: int | None) -> None:
+            self.shares = {"exec.0": 0.0, "exec.1": seen[len(slept)], "text": 0.5} if root else {}
+
+        def __enter__(self) -> "Shares":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(offline, "CpuShares", Shares)
+    monkeypatch.setattr(offline, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(offline, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
+    engine: Any = SimpleNamespace(_root=SimpleNamespace(pid=7))
+    asyncio.run(offline.settle(engine, 60))
+    assert len(slept) == 3
+    slept.clear()
+    engine._root = None
+    asyncio.run(offline.settle(engine, 2))
+    assert sum(slept) == 2
 
 
 def test_offline_warm_up_has_every_batch_size() -> None:
