@@ -5,8 +5,8 @@
 
 Takes the flags of `actorserve run` as well. --model may be a known shape, which gets dummy weights. All requests are
 submitted at once and go on to their full length; the engine is in processes of its own (--placement inline: a thread).
-Warm-up first: batches of every size, so that graphs are captured, and a long prefill; then a pause until the executor
-has prepared all that it does while it idles. Field names are those of vLLM's
+Warm-up first: prompts as in a run, then batches of every size, so that kernels are compiled and graphs captured; then a
+pause until the executor has prepared all that it does while it idles. Field names are those of vLLM's
 `bench throughput`. The floor is perf.roofline's `workload_seconds` with the same lengths and the same most running.
 """
 
@@ -38,10 +38,12 @@ from actorserve.sampler.params import SamplingParams
 
 SETTLE_SECONDS = 60.0
 """Default of the longest pause after the warm-up, in which an idle executor captures the CUDA graphs that it did not
-need yet, and measures products. Else that is in the first runs: on an H200 that had never multiplied Qwen2-7B's they
-took 25.8, 23.0 and 22.6 s."""
+need yet, and measures products. Else that is in the first runs, as kernels are that the warm-up lacks: on an H200 that
+had never served Qwen2-7B they took 25.8, 23.0 and 22.6 s."""
 RESTS = 0.05
 """Of a core: an executor that uses less in half a second has nothing more to prepare."""
+WAVE = 32
+"""Steps in which 256 prompts of a thousand tokens are prefilled."""
 FIRST_ID = 256
 """The lowest ids are often special tokens."""
 
@@ -119,10 +121,10 @@ async def serve_all(engine: Engine, requests: Sequence[Request]) -> list[int]:
 
 
 def warmup_lengths(args: argparse.Namespace, running: int) -> list[tuple[int, int]]:
-    """Short requests that end one after another, so that the batch has every size once, and a few long prompts."""
+    """As many requests as run at once, the first ones with the longest outputs: prompts beside decoding rows, as in a
+    run, and then a batch of every size."""
     count = min(running, args.num_prompts)
-    long = min(count, max(1, 16384 // args.input_len))
-    return [(args.input_len if i < long else min(16, args.input_len), 1 + i) for i in range(count)]
+    return [(args.input_len, WAVE + count - i - i * WAVE // count) for i in range(count)]
 
 
 async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -> dict[str, Any]:
