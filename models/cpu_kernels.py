@@ -19,8 +19,8 @@ from ..errors import StartupError
 from .c_library import load_library
 
 FILES: Final = (
-    "linear.c", "block_kernels.c", "dense_kernels.c", "matrix_kernels.c", "cpu_layers.c", "cpu_attention.c",
-    "cpu_decoder.c", "cpu_draw.c", "thread_pool.c", "cpu_kernels.h", "linear.h",
+    "linear.c", "block_kernels.c", "dense_kernels.c", "pair_kernels.c", "matrix_kernels.c", "cpu_layers.c",
+    "cpu_attention.c", "cpu_decoder.c", "cpu_draw.c", "thread_pool.c", "cpu_kernels.h", "linear.h",
 )  # fmt: skip
 
 
@@ -109,6 +109,8 @@ class Kernels:
         """float32 numbers of a vector."""
         self.matrices = bool(library.has_matrices())
         """bfloat16 weights are multiplied by matrix instructions."""
+        self.pairs = bool(library.has_pairs())
+        """Two bfloat16 inputs of an output are multiplied by one instruction."""
         self.linear: Any = library.linear
         self.rms_norm: Any = library.rms_norm
         self.rotate_and_write: Any = library.rotate_and_write

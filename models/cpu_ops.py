@@ -19,10 +19,14 @@ from .unpack import Part
 
 
 class CpuOps(TorchOps):
-    """See the module's text. Raises StartupError where there are no kernels."""
+    """See the module's text. With `rounds` weights and inputs of dense maps are rounded to bfloat16.
 
-    def __init__(self) -> None:
+    Raises StartupError where there are no kernels.
+    """
+
+    def __init__(self, rounds: bool = False) -> None:
         super().__init__()
+        self.rounds = rounds
         self.kernels = kernels()
 
     def rotation(self, positions: Tensor, frequencies: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,7 +89,9 @@ class CpuOps(TorchOps):
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
-        return DenseLinear(weight, bias) if takes_dense(weight) else super().linear(weight.float(), bias)
+        if takes_dense(weight):
+            return DenseLinear(weight, bias, self.rounds)
+        return super().linear(weight.float(), bias)
 
     def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
         """See Ops; by our C kernels where they take the weights."""

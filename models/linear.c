@@ -1,6 +1,6 @@
 /* Linear maps in float32, for CPUs with AVX2 or AVX-512: their tasks. What a task computes is in dense_kernels.c, where
-weights have 16 or 32 bits, in matrix_kernels.c, where they are bfloat16 on CPUs with AMX, and in block_kernels.c, where
-they are quantized blocks.
+weights have 16 or 32 bits, in matrix_kernels.c, where they are bfloat16 on CPUs with AMX, in pair_kernels.c, where inputs
+are rounded to bfloat16 as well, and in block_kernels.c, where they are quantized blocks.
 
 Used by quantized.py and cpu_decoder.c. A weight [outputs, inputs] is packed into units: LANES outputs x 32 inputs.
 Invariant: a row's result does not depend on the batch that it is in, nor on the threads.
@@ -14,6 +14,7 @@ static void block(const struct product *a, struct block b) {
     for (long i = 0; i < b.rows * b.width; i++) store(sums + i * LANES, (vec){0});
     if (a->kind < F32) blocks_sums(a, b, sums);
     else if (a->matrices) matrices_sums(a, b, sums);
+    else if (a->kind == ROUNDED) pairs_sums(a, b, sums);
     else dense_sums(a, b, sums);
     for (long c = 0; c < b.rows; c++)
         for (int r = 0; r < b.width; r++) {
@@ -42,16 +43,16 @@ int lanes(void) { return LANES; }
 void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
             int threads) {
     struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, .rows = rows, .y = y};
-    int dense = a.kind >= F32;
+    int dense = a.kind >= F32, pairs = a.kind == ROUNDED;
     long units = map->outputs / LANES;
     a.ahead = ahead;
-    a.matrices = a.kind == BF16 && has_matrices();
-    a.width = a.matrices ? matrices_width() : dense ? dense_width(a.kind, rows) : blocks_width(rows);
+    a.matrices = (a.kind == BF16 || pairs) && has_matrices();
+    a.width = a.matrices ? matrices_width() : pairs ? pairs_width() : dense ? dense_width(a.kind, rows) : blocks_width(rows);
     a.share = units / (threads * 16L) / a.width * a.width;
     if (a.share < a.width) a.share = a.width;
     a.away = a.share * (threads - 1);
     a.tasks = (units + a.share - 1) / a.share;
-    if (a.matrices) a.x = pack_matrices(x, rows, map->inputs, packed, threads);
-    else a.x = (dense ? pack_dense : pack_blocks)(map->kind, x, rows, map->inputs, packed, threads);
+    a.x = (a.matrices ? pack_matrices : pairs ? pack_pairs : dense ? pack_dense : pack_blocks)(a.kind, x, rows, map->inputs,
+                                                                                              packed, threads);
     parallel(product_task, &a, a.tasks, threads);
 }

@@ -5,7 +5,7 @@
 #define GROUP 32  /* inputs that share a scale */
 #define BLOCK 112 /* rows that are multiplied at a time */
 
-enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8, F32, F16, BF16 }; /* as quantized.KINDS and DENSE */
+enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8, F32, F16, BF16, ROUNDED }; /* as quantized.KINDS, DENSE and ROUNDED */
 
 /* LANES numbers of float16. */
 #if LANES == 16
@@ -72,17 +72,21 @@ INLINE struct coming coming_after(const struct product *a, struct block b, long 
     return (struct coming){next, next + b.width * unit, (b.width * unit / LINE + times - 1) / times * LINE};
 }
 
-/* The kinds: dense_kernels.c's, block_kernels.c's and, for BF16 where the CPU has_matrices, matrix_kernels.c's. x as the
-product reads it: itself, or `packed`, one and a half times as large. */
+/* The kinds: dense_kernels.c's, block_kernels.c's, pair_kernels.c's (ROUNDED) and, for BF16 and ROUNDED where the CPU
+has_matrices, matrix_kernels.c's. x as the product reads it: itself, or `packed`, one and a half times as large. */
 int has_matrices(void);
+int has_pairs(void); /* two inputs at once */
 const float *pack_dense(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
 const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
-const float *pack_matrices(const float *x, long rows, long inputs, float *packed, int threads);
+const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
+const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
 /* Units that are multiplied side by side. */
 int matrices_width(void);
 int dense_width(enum kind kind, long rows);
+int pairs_width(void);
 int blocks_width(long rows);
 /* sums [rows, width, LANES] of a block, zeros before. */
 void dense_sums(const struct product *a, struct block b, float *sums);
 void blocks_sums(const struct product *a, struct block b, float *sums);
+void pairs_sums(const struct product *a, struct block b, float *sums);
 void matrices_sums(const struct product *a, struct block b, float *sums);

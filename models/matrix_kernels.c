@@ -2,7 +2,7 @@
 
 Used by linear.c, where the CPU has them and the system lets us. A unit of such weights, LANES outputs x 32 inputs of which
 two neighbours share 32 bits, is just what a tile register takes. Rows are sums of three bfloat16 numbers, which have
-float32's 24 bits: products are exact, and added up in float32.
+float32's 24 bits: products are exact, and added up in float32. ROUNDED's are one such number.
 Invariant: an output is one chain of sums over the inputs in their order, whatever the number of rows.
 */
 #include "linear.h"
@@ -13,9 +13,8 @@ Invariant: an output is one chain of sums over the inputs in their order, whatev
 
 #define TILE 16 /* rows of a register */
 #define WIDTH 2 /* units side by side */
-#define PARTS 3 /* numbers that a row's are the sum of */
+#define PARTS(kind) (kind == ROUNDED ? 1 : 3) /* numbers that a row's are the sum of */
 #define STEP (2 * GROUP) /* bytes of one of them, for 32 inputs */
-#define ROW (PARTS * sizeof(uint16_t)) /* bytes of an input of a packed row */
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XTILEDATA 18
 
@@ -47,6 +46,7 @@ struct packing {
     const float *x;
     long rows, inputs;
     char *packed;
+    int parts;
 };
 
 /* bfloat16 of numbers, which then become what that leaves of them. */
@@ -58,29 +58,29 @@ INLINE __m512i taken(__m512 *low, __m512 *high) {
     return large;
 }
 
-/* [inputs / 32, PARTS, count, 32]: of TILE rows' inputs what bfloat16 holds, then what it holds of the rest, and so on. */
+/* [inputs / 32, parts, count, 32]: of TILE rows' inputs what bfloat16 holds, then what it holds of the rest, and so on. */
 static void pack_task(void *data, long tile) {
     const struct packing *a = data;
     const float *x = a->x + tile * TILE * a->inputs;
     long count = a->rows - tile * TILE < TILE ? a->rows - tile * TILE : TILE;
-    char *to = a->packed + tile * TILE * a->inputs * ROW;
-    for (long i = 0; i < a->inputs; i += GROUP, to += PARTS * count * STEP)
+    char *to = a->packed + tile * TILE * a->inputs * a->parts * sizeof(uint16_t);
+    for (long i = 0; i < a->inputs; i += GROUP, to += a->parts * count * STEP)
         for (long c = 0; c < count; c++) {
             const float *at = x + c * a->inputs + i;
             __m512 low = _mm512_loadu_ps(at), high = _mm512_loadu_ps(at + LANES);
-            for (int part = 0; part < PARTS; part++)
+            for (int part = 0; part < a->parts; part++)
                 _mm512_storeu_si512(to + (part * count + c) * STEP, taken(&low, &high));
         }
 }
 
-const float *pack_matrices(const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing p = {x, rows, inputs, (char *)packed};
+const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
+    struct packing p = {x, rows, inputs, (char *)packed, PARTS(kind)};
     parallel(pack_task, &p, (rows + TILE - 1) / TILE, threads);
     return packed;
 }
 
 /* sums [first + second, width, LANES]: `width` units, `stride` bytes apart, of `steps` times 32 inputs. */
-INLINE void multiply(int width, long first, long second, const uint8_t *w, long stride, long steps, const char *x,
+INLINE void multiply(int parts, int width, long first, long second, const uint8_t *w, long stride, long steps, const char *x,
                      const char *y, float *sums, struct pieces *ahead, struct coming *coming) {
     _tile_zero(0);
     if (width == 2) _tile_zero(1);
@@ -91,7 +91,7 @@ INLINE void multiply(int width, long first, long second, const uint8_t *w, long 
         ask(coming);
         _tile_stream_loadd(4, w, LINE); /* past the first cache, where the rows are to stay */
         if (width == 2) _tile_stream_loadd(5, w + stride, LINE);
-        for (int part = 0; part < PARTS; part++, x += first * STEP, y += second * STEP) {
+        for (int part = 0; part < parts; part++, x += first * STEP, y += second * STEP) {
             _tile_loadd(6, x, STEP);
             if (second) _tile_loadd(7, y, STEP);
             _tile_dpbf16ps(0, 6, 4);
@@ -107,30 +107,36 @@ INLINE void multiply(int width, long first, long second, const uint8_t *w, long 
     if (second && width == 2) _tile_stored(3, sums + first * line + LANES, line * sizeof(float));
 }
 
-void matrices_sums(const struct product *a, struct block b, float *sums) {
+INLINE void sums_of(int parts, const struct product *a, struct block b, float *sums) {
     long steps = a->inputs / GROUP, stride = steps * LANES * STEP, pairs = (b.rows + 2 * TILE - 1) / (2 * TILE);
     const uint8_t *w = a->weight + b.unit * stride;
     struct pieces ahead = pieces_of(a, b.unit, b.unit + b.width);
     struct coming coming = coming_after(a, b, stride, steps * pairs);
+    long size = a->inputs * parts * sizeof(uint16_t);
     for (long done = 0; done < b.rows; done += 2 * TILE) {
         long left = b.rows - done, first = left < TILE ? left : TILE;
         long second = left - first < TILE ? left - first : TILE;
-        const char *x = (const char *)a->x + (b.row + done) * a->inputs * ROW;
-        const char *y = x + TILE * a->inputs * ROW;
+        const char *x = (const char *)a->x + (b.row + done) * size;
+        const char *y = x + TILE * size;
         float *to = sums + done * b.width * LANES;
         if (!done || second < TILE) configure(first, second);
-        if (b.width == 2 && second) multiply(2, first, second, w, stride, steps, x, y, to, &ahead, &coming);
-        else if (b.width == 2) multiply(2, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
-        else if (second) multiply(1, first, second, w, stride, steps, x, y, to, &ahead, &coming);
-        else multiply(1, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
+        if (b.width == 2 && second) multiply(parts, 2, first, second, w, stride, steps, x, y, to, &ahead, &coming);
+        else if (b.width == 2) multiply(parts, 2, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
+        else if (second) multiply(parts, 1, first, second, w, stride, steps, x, y, to, &ahead, &coming);
+        else multiply(parts, 1, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
     }
+}
+
+void matrices_sums(const struct product *a, struct block b, float *sums) {
+    if (a->kind == ROUNDED) sums_of(PARTS(ROUNDED), a, b, sums);
+    else sums_of(PARTS(BF16), a, b, sums);
     _tile_release(); /* or threads' switches would save them */
 }
 #else
 int has_matrices(void) { return 0; }
 int matrices_width(void) { return 1; }
-const float *pack_matrices(const float *x, long rows, long inputs, float *packed, int threads) {
-    (void)rows, (void)inputs, (void)packed, (void)threads;
+const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
+    (void)kind, (void)rows, (void)inputs, (void)packed, (void)threads;
     return x;
 }
 void matrices_sums(const struct product *a, struct block b, float *sums) { (void)a, (void)b, (void)sums; }

@@ -35,6 +35,8 @@ become (gguf_blocks.py): Q4_K and K8."""
 Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8 = KINDS.values()
 DENSE: Final = {torch.float32: 6, torch.float16: 7, torch.bfloat16: 8}
 """The kernel's numbers for weights that are not quantized: F32, F16, BF16."""
+ROUNDED: Final = 9
+"""For bfloat16 weights whose inputs are rounded to it."""
 NAMES: Final = {Q4_0: "Q4_0", Q4_1: "Q4_1", Q8_0: "Q8_0"}
 """gguf's."""
 PAGE: Final = 1 << 21
@@ -150,14 +152,17 @@ class QuantizedLinear:
 class DenseLinear:
     """The same with a weight [outputs, inputs] that the kernel takes (`takes_dense`). One of 16 bits stays so, and the
     result is that of the same numbers in float32, bit for bit; of bfloat16 where AMX multiplies, added up in another
-    order."""
+    order. With `rounds` weight and inputs are rounded to bfloat16, and their products added up in float32."""
 
     __slots__ = ("bias", "inputs", "linear", "map", "outputs", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rounds: bool = False) -> None:
         self.linear, self.bias, lanes = kernels().linear, bias, kernels().lanes
         self.outputs, self.inputs = weight.shape
-        self.map = Map(DENSE[weight.dtype], None, None if bias is None else bias.data_ptr(), *weight.shape)
+        if rounds:
+            weight = weight.bfloat16()
+        kind = ROUNDED if rounds else DENSE[weight.dtype]
+        self.map = Map(kind, None, None if bias is None else bias.data_ptr(), *weight.shape)
         if weight.dtype == torch.bfloat16:  # neighbours 2j and 2j + 1 share 32 bits
             weight = weight.view(torch.int32)
         self.weight = weight.view(-1, lanes, weight.shape[1]).transpose(1, 2).contiguous()

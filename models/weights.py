@@ -86,17 +86,18 @@ def load_decoder(
     quantization = quantization_of(facts)
     stays = stays_quantized(config, device, quantization)
     kept = bool(blocks) or (stays and device.type == "cpu")
-    dtype = torch.float32 if kept else pick_dtype(config.dtype, facts, device, spec.moe is not None)
+    rounds = rounds_inputs(config, spec, device)
+    dtype = torch.float32 if kept or rounds else pick_dtype(config.dtype, facts, device, spec.moe is not None)
     on_cpu_kernels = device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
     check_dtype(spec, device, dtype)
     progress(0.0)
     scheme = scheme_of(config, quantization) if stays else None
-    ops = make_ops(config, device, spec, scheme, on_cpu_kernels)
+    ops = make_ops(config, device, spec, scheme, on_cpu_kernels, rounds)
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
     keeps_halves = on_cpu_kernels and not blocks and quantization is None and spec.moe is None
-    matrices = source.matrix_dtype(facts) if keeps_halves else dtype
+    matrices = torch.bfloat16 if rounds else source.matrix_dtype(facts) if keeps_halves else dtype
     weights, places = allocate(spec, device, dtype, blocks, share, keeper, matrices)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:
@@ -118,14 +119,15 @@ def load_decoder(
 
 
 def make_ops(
-    config: EngineConfig, device: torch.device, spec: Spec, scheme: Scheme | None, on_cpu_kernels: bool
+    config: EngineConfig, device: torch.device, spec: Spec, scheme: Scheme | None, on_cpu_kernels: bool, rounds: bool
 ) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
 
-    On a CPU our C kernels, in float32. scheme: of weights that stay quantized.
+    On a CPU our C kernels, in float32; with `rounds` their products have inputs in bfloat16. scheme: of weights that
+    stay quantized.
     """
     if on_cpu_kernels:
-        return CpuOps()
+        return CpuOps(rounds)
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
     from .packed_tiles import wide_rows
@@ -181,6 +183,12 @@ def pick_dtype(name: str, facts: dict[str, Any], device: torch.device, sparse: b
     if not sparse and cpu_kernels_or_none() is not None:
         return torch.float32
     return torch.bfloat16 if features & {"amx_bf16", "avx512_bf16"} else torch.float32
+
+
+def rounds_inputs(config: EngineConfig, spec: Spec, device: torch.device) -> bool:
+    """Whether our C kernels do what --dtype bfloat16 asks of a CPU: products of bfloat16, all else in float32."""
+    dense = spec.moe is None and config.dtype == "bfloat16"
+    return dense and device.type == "cpu" and cpu_kernels_or_none() is not None
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:

@@ -1,7 +1,7 @@
 """What jumping over forced tokens is worth: the paper's character pattern, on a CPU with the real model.
 
     python -m actorserve.perf.constrained [--model DIR] [--batch 8 1] [--rounds 2] [--quantization none]
-        [--json FILE]
+        [--dtype bfloat16] [--json FILE]
 
 So many requests at once, four ways in one run on the same machine: jumps on, jumps off (each token drawn under its
 mask), with llguidance's masks from the host (--grammar-backend llguidance), and the same number of tokens without a
@@ -143,10 +143,13 @@ def measure(engine: Any, watch: Watch, batch: int, seed: int, tokens: int | None
     }
 
 
-def run(model: str, batches: list[int], rounds: int, quantization: str) -> dict[int, dict[str, dict[str, Any]]]:
+def run(
+    model: str, batches: list[int], rounds: int, quantization: str, dtype: str
+) -> dict[int, dict[str, dict[str, Any]]]:
     """Return the best round of each way, by batch."""
     options: dict[str, Any] = {
         "placement": "inline", "max_total_tokens": 16384, "grammar_seconds": 20.0, "quantization": quantization,
+        "dtype": dtype,
     }  # fmt: skip
     with (
         Engine.sync(model, **options) as jumping,
@@ -204,9 +207,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quantization", default="auto", help="the engine's; none: weights in bfloat16 or float32")
+    parser.add_argument("--dtype", default="auto", help="the engine's; bfloat16: inputs of products, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = run(args.model or embedded_model(), args.batch, args.rounds, args.quantization)
+    found = run(args.model or embedded_model(), args.batch, args.rounds, args.quantization, args.dtype)
     for batch, best in found.items():
         show(batch, best)
     if args.json:

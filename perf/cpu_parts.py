@@ -1,7 +1,7 @@
 """Where a step's time goes on a CPU with our C kernels, and how near the linear maps are to what a core can do.
 
     python -m actorserve.perf.cpu_parts [--rows 1 8 22 64] [--threads 1] [--steps 30] [--temperature 0]
-        [--quantization none]
+        [--quantization none] [--dtype bfloat16]
 
 First each kind of linear map alone, its weights in the cache: GFLOP/s, best of many, beside fused multiply-adds in
 registers and nothing else (fma.c), twice as many for blocks, which are multiplied in integers. Then steps of so many
@@ -30,7 +30,7 @@ from actorserve.models.cpu_kernels import kernels
 from actorserve.models.decoder import Decoder
 from actorserve.models.embedded import embedded_model
 from actorserve.models.kv_cache import KVCache
-from actorserve.models.quantized import DENSE, KernelLinear, QuantizedLinear
+from actorserve.models.quantized import DENSE, ROUNDED, KernelLinear, QuantizedLinear
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.stepper import Stepper
 from actorserve.models.weights import load_decoder
@@ -79,11 +79,14 @@ def most_bytes(threads: int) -> float:
 
 def limit_of(linear: KernelLinear, flops: float) -> float:
     """What a core can do at most of a map, where it does `flops` of float32: of blocks an instruction multiplies two
-    inputs of each output, as four pairs of bytes or two of 16 bits, and not one; matrix instructions 512 inputs in the
-    time of 32, of each number three times."""
+    inputs of each output, as four pairs of bytes or two of 16 bits, and not one, and of rounded numbers; matrix
+    instructions 512 inputs in the time of 32, of each number that is not rounded three times."""
     if isinstance(linear, QuantizedLinear):
         return 2 * flops
-    return 16 / 3 * flops if linear.map.kind == DENSE[torch.bfloat16] and kernels().matrices else flops
+    rounds, matrices = linear.map.kind == ROUNDED, kernels().matrices
+    if matrices and (rounds or linear.map.kind == DENSE[torch.bfloat16]):
+        return (16 if rounds else 16 / 3) * flops
+    return 2 * flops if rounds and kernels().pairs else flops
 
 
 def map_speed(linear: KernelLinear, rows: int, clock: Clock) -> float:
@@ -177,10 +180,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--quantization", default="auto", help="the engine's; none: weights in float32")
+    parser.add_argument("--dtype", default="auto", help="the engine's; bfloat16: inputs of products, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    config = EngineConfig(device="cpu", quantization=args.quantization)
+    config = EngineConfig(device="cpu", quantization=args.quantization, dtype=args.dtype)
     decoder = load_decoder(embedded_model(), config, lambda fraction: None)
     limit, memory = most_flops(), most_bytes(args.threads)
     print(f"{args.threads} threads; a core's limit {limit:.1f} GFLOP/s of float32, the memory's {memory:.1f} GB/s")

@@ -24,9 +24,10 @@ from actorserve.models.cpu_decoder import CpuLayers, maps_of
 from actorserve.models.cpu_ops import CpuOps
 from actorserve.models.gguf import KEPT_FILE
 from actorserve.models.layers import TorchOps
-from actorserve.models.quantized import DenseLinear, QuantizedLinear, dequantise
+from actorserve.models.quantized import ROUNDED, DenseLinear, QuantizedLinear, dequantise
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.spec import Norm, Rope, Spec
+from actorserve.models.weights import linear_maps
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +268,23 @@ def test_layers(family: str, dense: bool, tmp_path: Path) -> None:
     assert (got - expected).abs().max() < (2e-5 if dense else 3e-4) * expected.abs().max()
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_bfloat16_rounds_products_alone(family: str, tmp_path: Path) -> None:
+    """--dtype bfloat16: inputs and weights of linear maps, and tables; the same bits in chunks of any size."""
+    folder = tiny.save(tiny.build(family, **SIZES), tmp_path)
+    decoder, exact = tiny.load(folder, dtype="bfloat16"), tiny.load(folder, dtype="float32")
+    assert decoder.dtype == torch.float32 and decoder.weights.embed.dtype == torch.bfloat16
+    assert isinstance(decoder.layers, CpuLayers) == isinstance(exact.layers, CpuLayers) == (family == "llama")
+    assert {linear.map.kind for linear in linear_maps(decoder.weights)} == {ROUNDED}
+    ids = tiny.prompt(40)
+    logits = Driver.of(decoder).logits(ids, [40])
+    for sizes in ([3, 4, 5, 28], [30] + [1] * 10):
+        assert torch.equal(Driver.of(decoder).logits(ids, sizes), logits)
+    error = (logits - Driver.of(exact).logits(ids, [40])).norm() / logits.norm()
+    assert 1e-4 < error < 5e-2
+
+
 def test_wanted_rows(tmp_path: Path) -> None:
     """Some tokens' logits are wanted, in any order: of decode rows, of a chunk's middle, of none, of more than all."""
     decoder = tiny.load(quantized_model("llama", tmp_path), dtype="auto")
@@ -358,6 +376,12 @@ def test_narrow_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thoroug
             exact = DenseLinear(weight.float(), None)(x)
             for rows in (1, 2, 6, 7, 13, 40):
                 assert torch.equal(DenseLinear(weight, None)(x[:rows]), exact[:rows])
+        rounded = DenseLinear(weight.bfloat16(), None, rounds=True)
+        exact = DenseLinear(weight.bfloat16(), None)(x.bfloat16().float())
+        for rows in (1, 2, 4, 5, 13, 40):
+            assert torch.equal(rounded(x[:rows]), exact[:rows])
+        x[3, 5], x[4, 7], x[5, 9] = float("nan"), float("inf"), torch.finfo(torch.float32).max
+        assert rounded(x)[:6].isfinite().all(1).tolist() == [True] * 3 + [False] * 3
     finally:
         cpu_kernels.kernels.cache_clear()
     assert (got - expected).abs().max() < 3e-4 * expected.abs().max()

@@ -150,6 +150,30 @@ def test_dense_product(outputs: int, inputs: int) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("outputs", "inputs"), [*SHAPES, (48, 640)])
+def test_rounded_product(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """Weights and inputs in bfloat16, sums in float32; a row's result is the same bit for bit in every batch, and what
+    is no number makes its own row NaN."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    bias, x = torch.randn(outputs, generator=generator), torch.randn(130, inputs, generator=generator)
+    linear = DenseLinear(weight, bias, rounds=True)
+    assert linear.weight.nbytes == 2 * weight.numel()
+    exact = x.bfloat16().double() @ weight.bfloat16().double().t() + bias
+    expected = linear(x)
+    assert (expected - exact).abs().max() < 2e-6 * exact.abs().max()
+    for rows in range(131):
+        torch.set_num_threads(1 + rows % 3)
+        assert torch.equal(linear(x[:rows]), expected[:rows]), rows
+    assert torch.equal(torch.cat([linear(row[None]) for row in x]), expected)
+    x[0, 0], x[11, 1], x[12, inputs - 1] = float("nan"), float("inf"), 1e-42
+    got, others = linear(x), [row for row in range(130) if row not in (0, 11, 12)]
+    assert not got[[0, 11]].isfinite().any() and torch.equal(got[others], expected[others])
+    assert got[12].isfinite().all()
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("outputs", "inputs"), [*SHAPES, (48, 640)])
 def test_product_of_16_bits(outputs: int, inputs: int, dtype: torch.dtype) -> None:

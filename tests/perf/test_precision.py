@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 from actorserve.config import EngineConfig
 from actorserve.models import shapes
+from actorserve.models.cpu_kernels import cpu_kernels_or_none
 from actorserve.perf.precision import Error, error_of, measure, random_model
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -26,11 +27,12 @@ def errors(folder: str, kv: str = "auto", dtype: str = "bfloat16") -> dict[str, 
 
 
 def test_ours_rounds_no_more_than_theirs(folder: str) -> None:
-    found = errors(folder)
+    """With our C kernels less: they round inputs of products, and nothing else."""
+    found, ours = errors(folder), cpu_kernels_or_none() is not None
     theirs = found["transformers"].relative
     assert 1e-4 < theirs < 5e-2
     for way in ("decoded", "prefilled"):
-        assert theirs / 2 < found[way].relative < 1.2 * theirs
+        assert theirs / 10 < found[way].relative < (0.8 if ours else 1.2) * theirs
     exact = errors(folder, dtype="float32")
     assert all(exact[way].relative < 1e-5 and not exact[way].others for way in ("decoded", "prefilled"))
 
