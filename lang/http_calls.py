@@ -45,7 +45,8 @@ class Http:
             "limits": self._httpx.Limits(max_connections=None, max_keepalive_connections=64),
         }
         self._max_retries = max_retries
-        self._client: httpx.AsyncClient | None = None
+        self._clients: dict[int, httpx.AsyncClient] = {}
+        """By LOOP.forks: in a forked child those before its own are its parent's, who has their loop."""
 
     async def get(self, path: str) -> Any:
         """The reply's JSON. Raises ActorserveError."""
@@ -90,13 +91,19 @@ class Http:
         return float(0.5 * 2 ** (self._max_retries - left))
 
     def _open(self) -> "httpx.AsyncClient":
-        if self._client is None:
-            self._client = self._httpx.AsyncClient(**self._options)
-            weakref.finalize(self, LOOP.start, _close, self._client).atexit = False
-        return self._client
+        client = self._clients.get(LOOP.forks)
+        if client is None:
+            client = self._clients[LOOP.forks] = self._httpx.AsyncClient(**self._options)
+            weakref.finalize(self, _end, LOOP.forks, client).atexit = False
+        return client
 
 
 _JSON: Final = {"content-type": "application/json"}
+
+
+def _end(forks: int, client: "httpx.AsyncClient") -> None:
+    if forks == LOOP.forks:
+        LOOP.start(_close, client)
 
 
 async def _close(client: "httpx.AsyncClient") -> None:
@@ -121,7 +128,7 @@ def _decoded(response: "httpx.Response") -> Any:
 
 def _retry_after(response: "httpx.Response") -> float | None:
     text = response.headers.get("retry-after", "")
-    return float(text) if text.replace(".", "", 1).isdigit() else None
+    return float(text) if text.replace(".", "", 1).isdecimal() else None
 
 
 def _error(response: "httpx.Response") -> ActorserveError:

@@ -1,10 +1,12 @@
 """The one event loop of the language, in a thread of its own, and how other threads and loops wait for what it does.
 
 All states of all programs run as tasks of this loop; a state that waits for nothing has no task. Bodies of programs run
-where they are called. Invariant: nothing that runs in the loop's thread blocks it: `Signal.wait` refuses to.
+where they are called. A forked child has a loop of its own, which starts when it is first used there: of threads only
+the forking one goes on in it. Invariant: nothing that runs in the loop's thread blocks it: `Signal.wait` refuses to.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
@@ -46,10 +48,19 @@ class LoopThread(Tasks):
 
     def __init__(self) -> None:
         super().__init__()
+        self._loop: asyncio.AbstractEventLoop
+        self.forks = -1
+        """Between the process that imported this and this one: what belongs to another loop has another number."""
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """Be as at first."""
+        self.forks += 1
+        self._tasks = set()
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop
 
     def start(self, function: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """As Tasks.start, from any thread, also from a finalizer."""
@@ -126,7 +137,12 @@ class Signal:
     """Happens once. May be set from any thread, and waited for from any thread, asyncio or trio."""
 
     __slots__ = ("_callbacks", "_done")
-    _lock: Final = threading.Lock()
+    _lock = threading.Lock()
+
+    @classmethod
+    def _forget(cls) -> None:
+        """In a forked child: who had the lock is not there to release it."""
+        cls._lock = threading.Lock()
 
     def __init__(self) -> None:
         self._done = False
@@ -167,6 +183,9 @@ class Signal:
             event = anyio.Event()
             self.when_set(_waker(event))
             await event.wait()
+
+
+os.register_at_fork(after_in_child=Signal._forget)
 
 
 def _waker(event: anyio.Event) -> Callable[[], object]:

@@ -201,7 +201,7 @@ def decoded(file: bytes, most_pixels: int) -> Any:
             _check_size(*opened.size, most_pixels)
             opened.load()
             turn = _turn(opened)
-            picture = _eight_bits(opened).convert("RGB")
+            picture = _on_white(_eight_bits(opened))
             return picture if turn is None else picture.transpose(turn)
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):  # Pillow's own limit, as it opens
         raise RequestError(f"the image has too many pixels, the most is {most_pixels}") from None
@@ -225,6 +225,19 @@ def _turn(picture: Any) -> Any:
         return turns.get(picture.getexif().get(Base.Orientation))
     except Exception:  # what its parser meets: SyntaxError, struct.error, KeyError ...
         return None
+
+
+def _on_white(picture: Any) -> Any:
+    """A PIL image in RGB. What shows through is white, as in a browser, vLLM and Qwen's tools: the colours below
+    transparent pixels are nobody's intention, and mostly black."""
+    from PIL import Image as Pillow
+
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    seen = Pillow.new("RGB", picture.size, "white")
+    with_alpha = picture.convert("RGBA")
+    seen.paste(with_alpha, mask=with_alpha.getchannel("A"))
+    return seen
 
 
 def _eight_bits(picture: Any) -> Any:

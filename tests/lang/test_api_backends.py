@@ -1,7 +1,10 @@
 """OpenAI's and Anthropic's APIs as backends, and API speculative execution: against a stand-in that counts."""
 
 import json
+import subprocess
+import sys
 
+import httpx
 import msgspec
 import pytest
 from openai_stand_in import StandIn, stand_in, tokens
@@ -9,6 +12,7 @@ from starlette.responses import StreamingResponse
 
 import actorserve.lang as sgl
 from actorserve.errors import EngineDown, Overloaded, RequestError
+from actorserve.lang.http_calls import _retry_after
 from actorserve.lang.speculation import Ahead, Sampling
 
 SHEET = "Make a character.\nName: Hermione Granger\nAge: 17\nJob: witch of note\nEnd"
@@ -398,6 +402,36 @@ def test_errors_of_servers(api):
         assert isinstance(caught.value.__cause__, kind) and caught.value.status == statuses[0]
     with pytest.raises(sgl.ProgramError, match="cannot be reached"):
         ask.run(backend=sgl.OpenAI("m", base_url="http://127.0.0.1:9/v1", max_retries=0))["a"]
+
+
+FORKS = """
+import os, sys
+import actorserve.lang as sgl
+backend = sgl.OpenAI("m", base_url=sys.argv[1], is_chat_model=False)
+ask = sgl.function(lambda s: s.__iadd__("one " + sgl.gen("a", max_tokens=1)))
+print(ask.run(backend=backend)["a"], flush=True)
+child = os.fork()
+print(ask.run(backend=backend)["a"], "child" if not child else "parent", flush=True)
+if child:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), ask.run(backend=backend)["a"], flush=True)
+os._exit(0)
+"""
+
+
+def test_forked_children_have_a_loop_of_their_own(api):
+    api.script = "one two three"
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS, f"{api.url}/v1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    first, *both, last = found.stdout.splitlines()
+    assert (first, sorted(both), last) == ("two", ["two child", "two parent"], "0 two")
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [("2", 2.0), ("1.5", 1.5), ("", None), ("-1", None), ("\u00b2", None), ("Wed, 21 Oct 2026 07:28:00 GMT", None)],
+)
+def test_when_a_server_wants_to_be_asked_again(told, seconds):
+    assert _retry_after(httpx.Response(503, headers=[(b"retry-after", told.encode("latin-1"))])) == seconds
 
 
 def test_anthropic(api):

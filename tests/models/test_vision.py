@@ -227,6 +227,26 @@ def test_formats_and_turned_images():
     assert decoded(grey.getvalue(), 10_000).mode == "RGB"
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "WEBP"])
+def test_what_shows_through_is_white(mode):
+    """Half a picture is opaque and grey, a quarter transparent over black, a quarter half so where a mode has that."""
+    pixels = np.full((8, 8, 4), 120, dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[:4, :4], pixels[4:, :4] = (0, 0, 0, 0), (0, 0, 0, 128)
+    image, halves, options = Image.fromarray(pixels), mode in ("RGBA", "LA", "WEBP"), {}
+    if mode in ("LA", "P"):
+        image = image.convert(mode)
+    elif mode in ("RGB", "L"):  # a colour that stands for nothing
+        image, options = image.convert(mode), {"transparency": 0 if mode == "L" else (0, 0, 0)}
+    elif mode == "WEBP":
+        options = {"lossless": True, "exact": True}
+    file = io.BytesIO()
+    image.save(file, "WEBP" if mode == "WEBP" else "PNG", **options)
+    found = np.asarray(decoded(file.getvalue(), 10_000))
+    assert (found[:, 4:] == 120).all() and (found[:4, :4] == 255).all()
+    assert not halves or (np.abs(found[4:, :4].astype(int) - 127) <= 1).all()
+
+
 def test_sixteen_bits_of_grey():
     ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     found = np.asarray(decoded(png(Image.fromarray(ramp)), 10_000))
