@@ -251,34 +251,14 @@ def linear(
     second half; with `add`, what an Unscaled holds; with `heads`, the queries. `pdl`: launch before the predecessor
     ends.
     """
-    if isinstance(tile, Primed) and not tile.takes(act, add, heads):
-        tile = tile.plain
-    if isinstance(tile, OneRow) and not (isinstance(weight, Packed) and tile.takes(weight, act, heads)):
-        tile = tile.plain
-    if isinstance(tile, Wide) and not (isinstance(weight, Packed) and tile.takes(len(x), bias, act)):
+    if isinstance(tile, Ahead) and not tile.takes(len(x), bias, act, add, heads):
         tile = tile.plain
     norm, x = (x, x.x) if isinstance(x, Unscaled) else (None, x)
     columns = heads.heads * heads.head_dim if heads else len(weight) // (2 if act else 1)
     out = torch.empty(len(x), columns, dtype=dtype or x.dtype, device=x.device)
     after = _epilogue_arguments(norm, add, heads)
     epilogue = {"ACT": act, **_epilogue_constants(norm, add, heads)}
-    if isinstance(tile, Stream):
-        assert isinstance(weight, Tensor) and isinstance(x, Tensor)
-        multiply(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
-        return out
-    if isinstance(tile, Primed):
-        assert isinstance(weight, Tensor) and isinstance(x, Tensor)
-        multiply_primed(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
-        return out
-    if isinstance(tile, OneRow):
-        assert isinstance(weight, Packed) and isinstance(x, Tensor)
-        multiply_row(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
-        return out
-    if isinstance(tile, Wide):
-        assert isinstance(weight, Packed) and isinstance(x, Tensor)
-        multiply_wide(x, weight, out, tile, pdl, after, epilogue)
-        return out
-    _by_tile(x, weight, bias, out, tile, arrived, pdl, after, epilogue)
+    LAUNCHES[type(tile)](x, weight, bias, out, tile, arrived, pdl, after, epilogue)
     return out
 
 
@@ -320,6 +300,12 @@ def _by_tile(
         LOOP=share > tile.ahead, FETCH=tile.fetch,
         STAGES=tile.stages if tile.rows == 1 else None, **options,
     )  # fmt: skip
+
+
+LAUNCHES: Final[dict[type[Choice], Callable[..., None]]] = {
+    Tile: _by_tile, Stream: multiply, Primed: multiply_primed, OneRow: multiply_row, Wide: multiply_wide,
+}  # fmt: skip
+"""What multiplies with each kind of configuration."""
 
 
 def _epilogue_arguments(norm: Unscaled | None, add: Add | None, heads: Heads | None) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ class Primed:
         """Whether a weight [outputs, inputs] is divided without a rest."""
         return outputs % self.outputs == 0 and inputs % self.depth == 0
 
-    def takes(self, act: str, add: Any, heads: Any) -> bool:
+    def takes(self, rows: int, bias: Tensor | None, act: str, add: Any, heads: Any) -> bool:
         """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         if self.weights == 0:
             return add is not None or (heads is not None and plain_heads(heads, HEAD))

@@ -55,7 +55,7 @@ class OneRow:
         even = even and inputs // self.depth >= self.split  # each part has a step, and so arrives
         return known and even and weight.dtype == torch.bfloat16
 
-    def takes(self, weight: "Packed", act: str, heads: Any) -> bool:
+    def takes(self, rows: int, bias: Tensor | None, act: str, add: Any, heads: Any) -> bool:
         """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         if heads is None:
             return True

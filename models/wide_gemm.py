@@ -54,7 +54,7 @@ class Wide:
         blocks = triton.cdiv(outputs // BLOCK, self.programs)
         return {"BM": self.rows, "BLOCKS": blocks, "STAGES": self.stages, "PROGRAMS": self.programs}
 
-    def takes(self, rows: int, bias: Tensor | None, act: str) -> bool:
+    def takes(self, rows: int, bias: Tensor | None, act: str, add: Any, heads: Any) -> bool:
         """Whether there is a kernel for a product with this epilogue; see gemm.linear."""
         return bool(act) and bias is None and rows <= self.rows
 
@@ -84,8 +84,9 @@ def meta_blocks_of(weight: "Packed") -> TensorDescriptor:
 
 
 def multiply(
-    x: Tensor, weight: "Packed", out: Tensor, wide: Wide, pdl: bool, after: tuple[Any, ...], epilogue: dict[str, Any]
-) -> None:
+    x: Tensor, weight: "Packed", bias: None, out: Tensor, wide: Wide, arrived: Tensor, pdl: bool,
+    after: tuple[Any, ...], epilogue: dict[str, Any],
+) -> None:  # fmt: skip
     """Launch `wide_kernel`; `after`, `epilogue`: linear_kernel's arguments and constants of epilogues."""
     outputs, inputs = weight.shape
     squares = epilogue["SQUARES"] and max(32, epilogue["SQUARES"])

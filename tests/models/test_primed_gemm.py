@@ -48,11 +48,11 @@ def heads_of(**changes: object) -> Heads:
 def test_what_has_no_kernel_is_left_to_a_tile() -> None:
     add, heads = object(), heads_of()
     epilogues = (("", None, None), ("silu", None, None), ("", add, None), ("", None, heads))
-    taken = [[primed.takes(*epilogue) for epilogue in epilogues] for primed in (WHOLE, GATED, SPLIT)]
+    taken = [[primed.takes(64, None, *epilogue) for epilogue in epilogues] for primed in (WHOLE, GATED, SPLIT)]
     assert taken == [[False, False, True, True], [False, True, False, False], [False, False, True, False]]
     half = torch.zeros(2, 2, 1, 64, dtype=torch.float8_e4m3fn)
     for other in ({"interleaved": True}, {"qk_norm": half}, {"table": None}, {"head_dim": 128}, {"kv_rows": half}):
-        assert not WHOLE.takes("", None, heads_of(**other))
+        assert not WHOLE.takes(64, None, "", None, heads_of(**other))
     assert unprimed(((1, None), (64, GATED))) == ((1, None), (64, PLAIN_TILE))
 
 

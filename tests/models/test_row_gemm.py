@@ -34,11 +34,11 @@ def test_what_is_left_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     choice, half = OneRow(128, 128, 2, PLAIN_TILE), torch.zeros(2, 2, 1, 128, dtype=torch.float8_e4m3fn)
     for weight in [pack_part(part_of(kind, 256, 512), DTYPE, Scratch(DEVICE), False) for kind in KINDS]:
         assert weight is not None
-        assert choice.takes(weight, "", None) and choice.takes(weight, "", heads_of(head_dim=128))
-        assert choice.takes(weight, "silu", None)
+        assert choice.takes(1, None, "", None, None) and choice.takes(1, None, "", None, heads_of(head_dim=128))
+        assert choice.takes(1, None, "silu", None, None)
         for other in ({"interleaved": True}, {"qk_norm": half}, {"table": None}, {"head_dim": 64}, {"kv_rows": half}):
-            assert not choice.takes(weight, "", heads_of(**{"head_dim": 128} | other))
-        assert not OneRow(64, 128, 2, PLAIN_TILE).takes(weight, "", heads_of(head_dim=128))
+            assert not choice.takes(1, None, "", None, heads_of(**{"head_dim": 128} | other))
+        assert not OneRow(64, 128, 2, PLAIN_TILE).takes(1, None, "", None, heads_of(head_dim=128))
         assert OneRow(128, 128, 2, PLAIN_TILE, programs=2).fits(weight)
     monkeypatch.setattr(
         packed_tiles, "PACKED", {(kind, 256, 512): ((1, choice), (8, PLAIN_TILE)) for kind in ("fp8", "int4")}

@@ -35,9 +35,9 @@ def packed(kind: str, outputs: int, inputs: int, dtype: torch.dtype = DTYPE) -> 
 def test_what_is_left_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other weights, dtypes and GPUs have no such choice, other epilogues and more rows its tile."""
     choice = Wide(64, 2, 2, TILE)
-    assert choice.takes(64, None, "silu") and choice.outputs == 64
-    assert not choice.takes(65, None, "silu") and not choice.takes(64, None, "")
-    assert not choice.takes(64, torch.zeros(8), "silu")
+    assert choice.takes(64, None, "silu", None, None) and choice.outputs == 64
+    assert not choice.takes(65, None, "silu", None, None) and not choice.takes(64, None, "", None, None)
+    assert not choice.takes(64, torch.zeros(8), "silu", None, None)
     choices = {(kind, 256, 512): ((64, choice),) for kind in ("fp8", "int4", "int8")}
     monkeypatch.setattr(packed_tiles, "PACKED", choices)
     for there in (False, True):
