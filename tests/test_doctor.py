@@ -9,6 +9,7 @@ import pytest
 
 from actorserve import cli, doctor
 from actorserve.errors import StartupError
+from actorserve.models.cpu_kernels import cpu_kernels_or_none
 from actorserve.perf.engines import free_port
 
 
@@ -34,7 +35,12 @@ def test_a_machine_that_will_do(capsys: Any, model: str) -> None:
         "system", "packages", "lanes", "files", "cache", "model", "device", "dtype", "attention", "kernels", "port",
     ]  # fmt: skip
     assert "qwen2" in found["model"][1] and found["device"][1].endswith("as asked")
-    assert found["attention"] == ("ok", "torch's operations: the path of dense weights on a CPU")
+    ours = cpu_kernels_or_none() is not None
+    assert found["attention"] == ("ok", "our C kernels" if ours else "torch's operations")
+    found = look(capsys, "--model", model, "--load-format", "dummy", "--attention-backend", "torch")[1]
+    assert found["attention"] == ("ok", "torch's operations")
+    found = look(capsys, "--model", model, "--load-format", "dummy", "--dtype", "bfloat16")[1]
+    assert found["dtype"][1].startswith("bfloat16 for weights and inputs of products" if ours else "bfloat16: as asked")
 
 
 def test_ranks_and_replicas(capsys: Any, model: str) -> None:
