@@ -59,7 +59,8 @@ class Running(Actor):
         self.suspects = Suspects()
         """Of the schedulers' deaths."""
         self.paused = False
-        """By the last order that was carried out."""
+        """By the last order that was carried out; before the first one of this life as the schedulers say."""
+        self._ordered = False
         self.weights = ""
         """The folder of those that were exchanged last; empty: those of the start."""
         self._changed: dict[str, dict[int, Output]] = {}
@@ -164,7 +165,7 @@ class Running(Actor):
 
     def _carried_out(self, order: Order, by: Collection[int]) -> None:
         if order.action in PAUSES:
-            self.paused = order.action != "continue"
+            self.paused, self._ordered = order.action != "continue", True
         elif order.action in EMPTYING:
             for replica in self.replicas:
                 self.replicas.lost_cache(replica)
@@ -186,6 +187,8 @@ class Running(Actor):
         before, replica.stats = replica.stats, m
         if m == before:
             return
+        if not self._ordered:
+            self.paused = any(one.stats.paused for one in self.replicas)
         news = (m.executor_up, m.down) != (before.executor_up, before.down)
         if before.executor_up and not m.executor_up:
             self.replicas.lost_cache(replica)

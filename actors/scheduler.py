@@ -479,8 +479,9 @@ class Scheduler(Actor):
         s = self.schedule
         if s is None:
             waiting = len(self.early) + self.grammars.waiting
-            return replace(NO_STATS, waiting=waiting, down=self.down(), dp_rank=self.replica)
-        return stats_of(s, self.grammars, self.executor_up, self.down(), self.errands.weights, self.replica)
+            return replace(NO_STATS, waiting=waiting, down=self.down(), dp_rank=self.replica, paused=self.paused)
+        down, weights = self.down(), self.errands.weights
+        return stats_of(s, self.grammars, self.executor_up, down, weights, self.replica, self.paused)
 
     def down(self) -> str:
         """Return what is not up, for people; empty if everything is."""

@@ -6,9 +6,9 @@ from .schedule import Schedule
 
 
 def stats_of(
-    s: Schedule, grammars: GrammarStore, executor_up: bool, down: str, weights: str, dp_rank: int = 0
+    s: Schedule, grammars: GrammarStore, executor_up: bool, down: str, weights: str, dp_rank: int, paused: bool
 ) -> Stats:
-    """Return the present state and the totals; `down`, `weights`, `dp_rank`: see Stats."""
+    """Return the present state and the totals; `down`, `weights`, `dp_rank`, `paused`: see Stats."""
     c, g = s.counters, grammars.counters
     return Stats(
         waiting=len(s.waiting) + grammars.waiting,
@@ -36,4 +36,5 @@ def stats_of(
         down=down,
         weights=weights,
         dp_rank=dp_rank,
+        paused=paused,
     )

@@ -10,9 +10,8 @@ import msgspec
 
 from .messages import NodeView, Seen, Stats
 
-_SUMS: Final = tuple(
-    field for field in Stats.__struct_fields__ if field not in ("step_us", "executor_up", "down", "weights", "dp_rank")
-)
+_OTHERS: Final = ("step_us", "executor_up", "down", "weights", "dp_rank", "paused")
+_SUMS: Final = tuple(field for field in Stats.__struct_fields__ if field not in _OTHERS)
 
 
 def total(replicas: Sequence[Stats]) -> Stats:
@@ -29,6 +28,7 @@ def total(replicas: Sequence[Stats]) -> Stats:
         down="" if any(serves(stats) for stats in replicas) else why_down(replicas),
         weights=", ".join(dict.fromkeys(stats.weights for stats in replicas if stats.weights)),
         dp_rank=-1,
+        paused=any(stats.paused for stats in replicas),
     )
 
 

@@ -68,6 +68,8 @@ class Stats(Message, frozen=True, tag=33):
     """The folder of the last update_weights; empty: those of the start."""
     dp_rank: int = 0
     """The replica's number; -1: of all of them (totals.py)."""
+    paused: bool = False
+    """By an order: it makes no plans."""
 
 
 NO_STATS: Final = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, False)

@@ -131,6 +131,7 @@ def test_totals_of_replicas() -> None:
     both = total([one, other, idle])
     assert (both.waiting, both.running, both.prompt_tokens, both.pages_total) == (4, 3, 11, 30)
     assert (both.step_us, both.weights, both.executor_up, both.down, both.dp_rank) == (200.0, "/w", True, "", -1)
+    assert not both.paused and total([one, replace(idle, paused=True)]).paused
     lost = replace(NO_STATS, down="exec.1.0 is down: killed", dp_rank=1)
     some = total([one, lost])
     assert some.executor_up and not some.down and why_down([one, lost]) == "replica 1: exec.1.0 is down: killed"

@@ -1096,6 +1096,20 @@ def test_many_tokens_become_text_in_a_thread(world: World, tokenizer: Tokenizer)
     assert world.front() == [Detokenized(1, "Hello" * (INLINE_CHARS + 1))]
 
 
+def test_a_pause_outlives_the_text_actor_that_was_told_of_it(world: World) -> None:
+    """The next one learns of it from the scheduler, and of its end, until it is told itself."""
+    for waiting, paused in ((1, True), (2, False), (3, True)):
+        world.sched.ref("text").post(msgspec.structs.replace(NO_STATS, waiting=waiting, paused=paused))
+        restart_scheduler(world)
+        assert world.scheduler() == ([Order(-1, "pause")] if paused else [])
+    question(world, Order(5, "continue"))
+    world.sched.ref("text").post(Done(5))
+    world.settle()
+    world.scheduler()
+    restart_scheduler(world)
+    assert world.scheduler() == []
+
+
 def test_orders_are_passed_on_and_answered(world: World) -> None:
     assert question(world, Order(5, "pause")) == []
     assert question(world, Order(1 << 40, "flush_cache"), "front.1") == []
@@ -1110,6 +1124,7 @@ def test_orders_are_passed_on_and_answered(world: World) -> None:
     world.settle()
     (view,) = world.front()
     assert view.rid == 8 and ("text", "front.0") in [(lane.source, lane.target) for lane in view.lanes]
+    world.sched.ref("text").post(msgspec.structs.replace(NO_STATS, waiting=1))  # from before
     question(world, Order(6, "flush_cache"))
     world.scheduler()
     restart_scheduler(world)
