@@ -42,6 +42,8 @@ need yet, and measures products. Else that is in the first runs, as kernels are 
 had never served Qwen2-7B they took 25.8, 23.0 and 22.6 s."""
 RESTS = 0.05
 """Of a core: an executor that uses less in half a second has nothing more to prepare."""
+UNSEEN = 10.0
+"""Seconds."""
 WAVE = 32
 """Steps in which 256 prompts of a thousand tokens are prefilled."""
 FIRST_ID = 256
@@ -122,9 +124,10 @@ async def serve_all(engine: Engine, requests: Sequence[Request]) -> list[int]:
 
 def warmup_lengths(args: argparse.Namespace, running: int) -> list[tuple[int, int]]:
     """As many requests as run at once, the first ones with the longest outputs: prompts beside decoding rows, as in a
-    run, and then a batch of every size."""
+    run, and then a batch of every size. None is longer than a run's."""
     count = min(running, args.num_prompts)
-    return [(args.input_len, WAVE + count - i - i * WAVE // count) for i in range(count)]
+    outputs = [WAVE + count - i - i * WAVE // count for i in range(count)]
+    return [(args.input_len, min(tokens, args.output_len)) for tokens in outputs]
 
 
 async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -> dict[str, Any]:
@@ -163,9 +166,9 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
 
 
 async def settle(engine: Engine, most: float) -> None:
-    """Wait until the executors rest, so many seconds at most; all of them where they are in this process."""
+    """Wait until the executors rest, so many seconds at most, or UNSEEN where they are in this process."""
     root = engine._root.pid if engine._root is not None else None
-    until = time.monotonic() + most
+    until = time.monotonic() + (most if root is not None else min(most, UNSEEN))
     while time.monotonic() < until:
         with CpuShares(root) as cpu:
             await asyncio.sleep(min(0.5, most))

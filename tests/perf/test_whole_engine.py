@@ -89,6 +89,9 @@ def test_runs_begin_when_executors_rest(monkeypatch: pytest.MonkeyPatch) -> None
     engine._root = None
     asyncio.run(offline.settle(engine, 2))
     assert sum(slept) == 2
+    slept.clear()
+    asyncio.run(offline.settle(engine, 60))
+    assert sum(slept) == 10
 
 
 def test_offline_warm_up_has_every_batch_size() -> None:
@@ -96,7 +99,9 @@ def test_offline_warm_up_has_every_batch_size() -> None:
     lengths = offline.warmup_lengths(args, 256)
     assert [i for i, _ in lengths] == [1024] * 256
     ends = [i // 8 + o for i, (_, o) in enumerate(lengths)]  # steps, of which each of the first has eight prompts
-    assert min(ends) >= 256 // 8
+    assert min(ends) >= 256 // 8 and max(o for _, o in lengths) == 288
+    args.output_len = 7
+    assert max(o for _, o in offline.warmup_lengths(args, 256)) == 7
     assert {sum(end > step for end in ends) for step in range(max(ends))} == set(range(1, 257))
 
 
