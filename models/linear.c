@@ -47,7 +47,7 @@ void linear(const struct map *map, const float *x, long rows, float *packed, flo
     long units = map->outputs / LANES;
     a.ahead = ahead;
     a.matrices = (a.kind == BF16 || pairs) && has_matrices();
-    a.width = a.matrices ? matrices_width() : pairs ? pairs_width() : dense ? dense_width(a.kind, rows) : blocks_width(rows);
+    a.width = a.matrices ? matrices_width() : pairs ? pairs_width(rows) : dense ? dense_width(a.kind, rows) : blocks_width(rows);
     a.share = units / (threads * 16L) / a.width * a.width;
     if (a.share < a.width) a.share = a.width;
     a.away = a.share * (threads - 1);

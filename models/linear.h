@@ -83,7 +83,7 @@ const float *pack_matrices(enum kind kind, const float *x, long rows, long input
 /* Units that are multiplied side by side. */
 int matrices_width(void);
 int dense_width(enum kind kind, long rows);
-int pairs_width(void);
+int pairs_width(long rows);
 int blocks_width(long rows);
 /* sums [rows, width, LANES] of a block, zeros before. */
 void dense_sums(const struct product *a, struct block b, float *sums);

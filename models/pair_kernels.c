@@ -1,17 +1,14 @@
 /* Sums of linear maps whose weights are bfloat16 and whose inputs are rounded to it: ROUNDED's, without AMX.
 
 Used by linear.c. Weights lie as BF16's, two neighbouring inputs of an output in 32 bits: what AVX512-BF16 multiplies and
-adds to a sum in float32 at once, twice as many as in float32. Other CPUs have float32 of both.
+adds to a sum in float32 at once, twice as many as in float32. Other CPUs do as for BF16, with rounded inputs.
 Invariant: an output is one chain of sums over the inputs in their order, whatever the number of rows.
 */
 #include "linear.h"
 
+#if defined(__AVX512BF16__)
 #define WIDTH 3 /* units side by side */
-#if LANES == 16
 #define MOST 9 /* rows of a tile */
-#else
-#define MOST 4
-#endif
 #define DEPTH 576 /* inputs that are multiplied with all tiles one after another: WIDTH units stay in the second cache */
 #define PAIRS (GROUP / 2)
 #define UNIT (LANES * 2 * GROUP) /* bytes */
@@ -19,45 +16,11 @@ Invariant: an output is one chain of sums over the inputs in their order, whatev
 struct packing {
     const float *x;
     long rows, inputs;
-    char *packed;
+    uint32_t *packed;
     long tiles; /* of BLOCK rows, at most */
 };
 
-#if defined(__AVX512BF16__)
 int has_pairs(void) { return 1; }
-typedef __m512bh pair; /* two inputs of LANES outputs */
-typedef uint32_t packed_pair; /* of a row */
-INLINE pair weights(const uint8_t *p) { return (pair)_mm512_loadu_si512(p); }
-INLINE vec plus(vec s, pair w, const packed_pair *x) {
-    return (vec)_mm512_dpbf16_ps((__m512)s, w, (pair)_mm512_set1_epi32(*x));
-}
-/* PAIRS pairs. */
-INLINE void pack(packed_pair *to, const float *x) {
-    __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + LANES);
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-#else
-int has_pairs(void) { return 0; }
-typedef struct {
-    vec even, odd;
-} pair;
-typedef struct {
-    float even, odd;
-} packed_pair;
-INLINE pair weights(const uint8_t *p) {
-    ivec both = (ivec)load((const float *)p);
-    return (pair){(vec)(both << 16), (vec)(both & -65536)};
-}
-INLINE vec plus(vec s, pair w, const packed_pair *x) { return fused(w.odd, x->odd, fused(w.even, x->even, s)); }
-/* Of two floats that are as near the one whose last bit is even, as bfloat16 has it; NaN stays. */
-INLINE void pack(packed_pair *to, const float *x) {
-    for (int i = 0; i < GROUP; i += LANES) {
-        vec v = load(x + i);
-        uvec bits = (uvec)v, up = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u, is_nan = (uvec)(v != v);
-        store((float *)to + i, (vec)((up & ~is_nan) | ((bits | 0x400000) & 0xffff0000u & is_nan)));
-    }
-}
-#endif
 
 /* Rows of the next tile of `rows` that are left: tiles are about as large as one another. */
 INLINE long next_rows(long rows) {
@@ -72,22 +35,29 @@ static void pack_task(void *data, long i) {
     for (i %= a->tiles; i && (left -= count); i--) from += count, count = next_rows(left);
     if (!left) return;
     const float *x = a->x + from * a->inputs;
-    packed_pair *to = (packed_pair *)a->packed + from * a->inputs / 2;
+    uint32_t *to = a->packed + from * a->inputs / 2;
     for (long at = 0; at < a->inputs; at += GROUP)
-        for (long c = 0; c < count; c++, to += PAIRS) pack(to, x + c * a->inputs + at);
+        for (long c = 0; c < count; c++, to += PAIRS) {
+            const float *pairs = x + c * a->inputs + at;
+            __m512 low = _mm512_loadu_ps(pairs), high = _mm512_loadu_ps(pairs + LANES);
+            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
 }
 
 const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
     (void)kind;
-    struct packing p = {x, rows, inputs, (char *)packed, (rows < BLOCK ? rows : BLOCK) / MOST + 1};
+    struct packing p = {x, rows, inputs, (uint32_t *)packed, (rows < BLOCK ? rows : BLOCK) / MOST + 1};
     parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK * p.tiles, rows <= MOST ? 1 : threads);
     return packed;
 }
 
-int pairs_width(void) { return WIDTH; }
+int pairs_width(long rows) {
+    (void)rows;
+    return WIDTH;
+}
 
 /* sums [count, width, LANES] += x * weight: `width` units, `stride` bytes apart, of `depth` inputs. */
-INLINE void tile(int width, int count, const uint8_t *w, long stride, long depth, const packed_pair *x, float *sums,
+INLINE void tile(int width, int count, const uint8_t *w, long stride, long depth, const uint32_t *x, float *sums,
                  struct pieces *ahead, struct coming *coming) {
     vec s[MOST][WIDTH];
     for (int c = 0; c < count; c++)
@@ -97,10 +67,12 @@ INLINE void tile(int width, int count, const uint8_t *w, long stride, long depth
         ask(coming);
 #pragma GCC unroll 16 /* by itself gcc unrolls some of these functions, and the others take up to 1.4 times as long */
         for (int j = 0; j < PAIRS; j++) {
-            pair v[WIDTH];
-            for (int r = 0; r < width; r++) v[r] = weights(w + r * stride + 4 * j * LANES);
-            for (int c = 0; c < count; c++)
-                for (int r = 0; r < width; r++) s[c][r] = plus(s[c][r], v[r], x + c * PAIRS + j);
+            __m512bh v[WIDTH];
+            for (int r = 0; r < width; r++) v[r] = (__m512bh)_mm512_loadu_si512(w + r * stride + 4 * j * LANES);
+            for (int c = 0; c < count; c++) {
+                __m512bh pair = (__m512bh)_mm512_set1_epi32(x[c * PAIRS + j]);
+                for (int r = 0; r < width; r++) s[c][r] = (vec)_mm512_dpbf16_ps((__m512)s[c][r], v[r], pair);
+            }
         }
     }
     for (int c = 0; c < count; c++)
@@ -108,19 +80,15 @@ INLINE void tile(int width, int count, const uint8_t *w, long stride, long depth
 }
 
 /* For each number of rows, as functions of their own: together gcc runs out of registers for them. */
-typedef void tile_function(const uint8_t *, long, long, const packed_pair *, float *, struct pieces *, struct coming *);
+typedef void tile_function(const uint8_t *, long, long, const uint32_t *, float *, struct pieces *, struct coming *);
 #define TILE(count, width) \
-    static void tile_##width##_##count(const uint8_t *w, long stride, long depth, const packed_pair *x, float *sums, \
+    static void tile_##width##_##count(const uint8_t *w, long stride, long depth, const uint32_t *x, float *sums, \
                                        struct pieces *ahead, struct coming *coming) { \
         tile(width, count, w, stride, depth, x, sums, ahead, coming); \
     }
 #define NAME(count, width) [width][count] = tile_##width##_##count,
-#define FOUR(DO, width) DO(1, width) DO(2, width) DO(3, width) DO(4, width)
-#if MOST == 9
-#define COUNTS(DO, width) FOUR(DO, width) DO(5, width) DO(6, width) DO(7, width) DO(8, width) DO(9, width)
-#else
-#define COUNTS FOUR
-#endif
+#define COUNTS(DO, width) \
+    DO(1, width) DO(2, width) DO(3, width) DO(4, width) DO(5, width) DO(6, width) DO(7, width) DO(8, width) DO(9, width)
 COUNTS(TILE, 1)
 COUNTS(TILE, 3)
 static tile_function *const tiles[WIDTH + 1][MOST + 1] = {COUNTS(NAME, 1) COUNTS(NAME, 3)};
@@ -132,7 +100,7 @@ void pairs_sums(const struct product *a, struct block b, float *sums) {
     for (long at = 0; at < a->inputs; at += step) {
         long depth = a->inputs - at < step ? a->inputs - at : step, done = 0;
         const uint8_t *w = a->weight + b.unit * stride + at / GROUP * UNIT;
-        const packed_pair *x = (const packed_pair *)a->x + b.row * a->inputs / 2;
+        const uint32_t *x = (const uint32_t *)a->x + b.row * a->inputs / 2;
         for (long count; done < b.rows; done += count) {
             count = next_rows(b.rows - done);
             tiles[b.width][count](w, stride, depth, x + (done * a->inputs + at * count) / 2,
@@ -140,3 +108,31 @@ void pairs_sums(const struct product *a, struct block b, float *sums) {
         }
     }
 }
+#else
+int has_pairs(void) { return 0; }
+int pairs_width(long rows) { return dense_width(BF16, rows); }
+void pairs_sums(const struct product *a, struct block b, float *sums) { dense_sums(a, b, sums); }
+
+struct rounding {
+    const float *x;
+    float *to;
+    long inputs;
+};
+
+/* A row's numbers, to the nearest of bfloat16, of two the one whose last bit is even; NaN stays. */
+static void round_task(void *data, long row) {
+    const struct rounding *a = data;
+    for (long i = row * a->inputs; i < (row + 1) * a->inputs; i += LANES) {
+        vec v = load(a->x + i);
+        uvec bits = (uvec)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u, is_nan = (uvec)(v != v);
+        store(a->to + i, (vec)((nearest & ~is_nan) | ((bits | 0x400000) & 0xffff0000u & is_nan)));
+    }
+}
+
+const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
+    (void)kind;
+    struct rounding r = {pack_dense(BF16, x, rows, inputs, packed, threads), packed, inputs};
+    parallel(round_task, &r, rows, threads);
+    return packed;
+}
+#endif
