@@ -52,7 +52,7 @@ SHAPES: Final = {64: Shape(113, 128, 128, 5, True), 128: Shape(384, 1 << 20, 128
 (909 us a step for 857). That was before a warp of its own asked for keys: now 830.
 128: what counts is energy, for at 256 rows a GPU is at its limit of power. Qwen2-7B's 28 heads, 1,280 tokens a row:
 163.8 us and 103 mJ; the other kernel 164.8 us and 115 mJ, with two stages for three 172 us. Rows of 260 to 2,300
-tokens: 174.6 for 190.8 us; 192 rows 127 for 155. Whole steps at 256 rows: 10.84 ms for 11.11. Six buffers of 64 keys
+tokens: 174.6 for 190.8 us; 192 rows 127 for 155. Whole steps at 256 rows: 10.84 ms for 11.05. Six buffers of 64 keys
 take 2 % longer.
 """
 
