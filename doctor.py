@@ -274,7 +274,7 @@ def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterat
     """In what the model is computed; without a model, in what the embedded one's shape would be."""
     from .models.families import spec_of
     from .models.quantization import quantization_of
-    from .models.weights import kept_blocks, pick_dtype, rounds_inputs, stays_quantized
+    from .models.weights import kept_blocks, pick_dtype, stays_quantized
 
     facts: dict[str, Any] = KNOWN[DEFAULT_MODEL]
     if model is not None:
@@ -285,14 +285,11 @@ def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterat
             text = "our C kernels, as the weights are quantized" if config.attention_backend == "auto" else "torch's"
             yield Finding("ok", "attention", text)
             return
-    spec = spec_of(facts)
-    if rounds_inputs(config, spec, device):
-        yield Finding("ok", "dtype", "bfloat16 for weights and inputs of products, float32 for all else: as asked")
-        dtype = pick_dtype("float32", facts, device)
-    else:
-        dtype = pick_dtype(config.dtype, facts, device, spec.moe is not None)
-        name = str(dtype).removeprefix("torch.")
-        yield Finding("ok", "dtype", f"{name}: {_why_dtype(config, device.type, name)}")
+    dtype = pick_dtype(config.dtype, facts, device, spec_of(facts).moe is not None)
+    name = str(dtype).removeprefix("torch.")
+    rounds = (name, config.dtype) == ("float32", "bfloat16")
+    shown = "bfloat16 for weights and inputs of products, float32 for all else" if rounds else name
+    yield Finding("ok", "dtype", f"{shown}: {_why_dtype(config, device.type, name)}")
     yield from _guarded("attention", lambda: _attention(config, device, facts, dtype))
 
 
@@ -350,16 +347,15 @@ def _why_dtype(config: EngineConfig, device: str, dtype: str) -> str:
 
 def _attention(config: EngineConfig, device: Any, facts: dict[str, Any], dtype: Any) -> Iterator[Finding]:
     from .models.attention import make_backend
-    from .models.cpu_kernels import cpu_kernels_or_none
     from .models.families import spec_of
     from .models.kv_cache import kv_dtype
     from .models.shard import sharded
+    from .models.weights import computes_on_cpu_kernels
 
     spec = sharded(spec_of(facts), config.tp_size)
     backend = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))
     text = ATTENTION.get(type(backend).__name__, type(backend).__name__)
-    plain = device.type == "cpu" and config.attention_backend == "auto" and str(dtype) == "torch.float32"
-    if plain and cpu_kernels_or_none() is not None:
+    if config.attention_backend == "auto" and computes_on_cpu_kernels(device, dtype):
         text = "our C kernels"
     if device.type == "cuda" and config.attention_backend == "auto" and _version("flashinfer-python") is None:
         yield Finding("warn", "attention", f"{text}; FlashInfer's faster prefill: pip install 'actorserve[gpu]'")

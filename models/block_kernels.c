@@ -225,7 +225,10 @@ ADD_UNITS(Q4_K)
 ADD_UNITS(K8)
 static add_function *const add[] = {add_Q4_0, add_Q4_1, add_Q8_0, add_Q4_Z, add_Q4_K, add_K8}; /* by kind */
 
-int blocks_width(long rows) { return rows > 8 ? 4 : 1; }
+int blocks_width(enum kind kind, long rows) {
+    (void)kind;
+    return rows > 8 ? 4 : 1;
+}
 
 void blocks_sums(const struct product *a, struct block b, float *sums) {
     long size = unit_bytes(a->kind), groups = a->inputs / GROUP, step = b.rows > 1 ? DEPTH : groups;

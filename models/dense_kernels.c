@@ -45,11 +45,7 @@ INLINE vec odd(enum form form, const uint8_t *unit, int j, ivec pair) {
     return form == HALVES ? halves(unit + (4 * j + 2) * LANES) : (vec)(pair & -65536);
 }
 
-/* Rows of the next tile of `rows` that are left. */
-INLINE int next_rows(long rows) {
-    long tiles = (rows + NEXT - 1) / NEXT;
-    return (rows + tiles - 1) / tiles;
-}
+INLINE int next_rows(long rows) { return even_tile(rows, NEXT); }
 
 /* Rows of the first tile of `rows`. */
 INLINE int first_rows(enum kind kind, long rows) {

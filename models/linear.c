@@ -12,10 +12,7 @@ Invariant: a row's result does not depend on the batch that it is in, nor on the
 static void block(const struct product *a, struct block b) {
     float sums[BLOCK * MOST_WIDTH * LANES] __attribute__((aligned(LINE)));
     for (long i = 0; i < b.rows * b.width; i++) store(sums + i * LANES, (vec){0});
-    if (a->kind < F32) blocks_sums(a, b, sums);
-    else if (a->matrices) matrices_sums(a, b, sums);
-    else if (a->kind == ROUNDED) pairs_sums(a, b, sums);
-    else dense_sums(a, b, sums);
+    a->sums(a, b, sums);
     for (long c = 0; c < b.rows; c++)
         for (int r = 0; r < b.width; r++) {
             vec s = load(sums + (c * b.width + r) * LANES);
@@ -40,19 +37,31 @@ static void product_task(void *data, long i) {
 /* How many outputs a unit holds: what the packing must know. */
 int lanes(void) { return LANES; }
 
+/* How a kind is multiplied. */
+struct way {
+    pack_function *pack;
+    width_function *width;
+    sums_function *sums;
+};
+
+static struct way way_of(enum kind kind) {
+    if (kind < F32) return (struct way){pack_blocks, blocks_width, blocks_sums};
+    if ((kind == BF16 || kind == ROUNDED) && has_matrices())
+        return (struct way){pack_matrices, matrices_width, matrices_sums};
+    if (kind == ROUNDED) return (struct way){pack_pairs, pairs_width, pairs_sums};
+    return (struct way){pack_dense, dense_width, dense_sums};
+}
+
 void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
             int threads) {
     struct product a = {map->kind, map->weight, map->bias, map->outputs, map->inputs, .rows = rows, .y = y};
-    int dense = a.kind >= F32, pairs = a.kind == ROUNDED;
+    struct way way = way_of(a.kind);
     long units = map->outputs / LANES;
-    a.ahead = ahead;
-    a.matrices = (a.kind == BF16 || pairs) && has_matrices();
-    a.width = a.matrices ? matrices_width() : pairs ? pairs_width(rows) : dense ? dense_width(a.kind, rows) : blocks_width(rows);
+    a.ahead = ahead, a.sums = way.sums, a.width = way.width(a.kind, rows);
     a.share = units / (threads * 16L) / a.width * a.width;
     if (a.share < a.width) a.share = a.width;
     a.away = a.share * (threads - 1);
     a.tasks = (units + a.share - 1) / a.share;
-    a.x = (a.matrices ? pack_matrices : pairs ? pack_pairs : dense ? pack_dense : pack_blocks)(a.kind, x, rows, map->inputs,
-                                                                                              packed, threads);
+    a.x = way.pack(a.kind, x, rows, map->inputs, packed, threads);
     parallel(product_task, &a, a.tasks, threads);
 }

@@ -14,6 +14,12 @@ INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_s
 INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 #endif
 
+/* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
+struct block {
+    int width;
+    long unit, coming, row, rows;
+};
+
 struct product {
     enum kind kind;
     const uint8_t *weight;
@@ -23,15 +29,9 @@ struct product {
     long rows;
     float *y;
     const struct ahead *ahead;
-    int matrices;            /* multiplied by matrix_kernels.c */
+    void (*sums)(const struct product *, struct block, float *);
     int width;               /* units side by side */
     long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
-};
-
-/* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
-struct block {
-    int width;
-    long unit, coming, row, rows;
 };
 
 /* What is left of a part of `ahead`. */
@@ -76,17 +76,17 @@ INLINE struct coming coming_after(const struct product *a, struct block b, long 
 has_matrices, matrix_kernels.c's. x as the product reads it: itself, or `packed`, one and a half times as large. */
 int has_matrices(void);
 int has_pairs(void); /* two inputs at once */
-const float *pack_dense(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
-const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
-const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
-const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
+typedef const float *pack_function(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
+pack_function pack_dense, pack_blocks, pack_pairs, pack_matrices;
 /* Units that are multiplied side by side. */
-int matrices_width(void);
-int dense_width(enum kind kind, long rows);
-int pairs_width(long rows);
-int blocks_width(long rows);
+typedef int width_function(enum kind kind, long rows);
+width_function dense_width, blocks_width, pairs_width, matrices_width;
 /* sums [rows, width, LANES] of a block, zeros before. */
-void dense_sums(const struct product *a, struct block b, float *sums);
-void blocks_sums(const struct product *a, struct block b, float *sums);
-void pairs_sums(const struct product *a, struct block b, float *sums);
-void matrices_sums(const struct product *a, struct block b, float *sums);
+typedef void sums_function(const struct product *a, struct block b, float *sums);
+sums_function dense_sums, blocks_sums, pairs_sums, matrices_sums;
+
+/* Of the next tile of `rows` that are left: tiles of at most so many are about as large as one another. */
+INLINE int even_tile(long rows, int most) {
+    long tiles = (rows + most - 1) / most;
+    return (rows + tiles - 1) / tiles;
+}

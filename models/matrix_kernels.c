@@ -26,7 +26,10 @@ __attribute__((constructor)) static void ask_permission(void) {
 }
 
 int has_matrices(void) { return allowed; }
-int matrices_width(void) { return WIDTH; }
+int matrices_width(enum kind kind, long rows) {
+    (void)kind, (void)rows;
+    return WIDTH;
+}
 
 /* Registers: 0 to 3 sums of (first rows, unit 0), (first, 1), (second, 0), (second, 1); 4 and 5 units; 6 and 7 rows. */
 static void configure(int first, int second) {
@@ -134,7 +137,10 @@ void matrices_sums(const struct product *a, struct block b, float *sums) {
 }
 #else
 int has_matrices(void) { return 0; }
-int matrices_width(void) { return 1; }
+int matrices_width(enum kind kind, long rows) {
+    (void)kind, (void)rows;
+    return 1;
+}
 const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
     (void)kind, (void)rows, (void)inputs, (void)packed, (void)threads;
     return x;

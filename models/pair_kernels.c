@@ -22,11 +22,7 @@ struct packing {
 
 int has_pairs(void) { return 1; }
 
-/* Rows of the next tile of `rows` that are left: tiles are about as large as one another. */
-INLINE long next_rows(long rows) {
-    long tiles = (rows + MOST - 1) / MOST;
-    return (rows + tiles - 1) / tiles;
-}
+INLINE int next_rows(long rows) { return even_tile(rows, MOST); }
 
 /* packed [inputs / GROUP, count, PAIRS] of a tile of BLOCK rows: a->tiles tasks are those of BLOCK rows. */
 static void pack_task(void *data, long i) {
@@ -51,8 +47,8 @@ const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, 
     return packed;
 }
 
-int pairs_width(long rows) {
-    (void)rows;
+int pairs_width(enum kind kind, long rows) {
+    (void)kind, (void)rows;
     return WIDTH;
 }
 
@@ -110,7 +106,7 @@ void pairs_sums(const struct product *a, struct block b, float *sums) {
 }
 #else
 int has_pairs(void) { return 0; }
-int pairs_width(long rows) { return dense_width(BF16, rows); }
+int pairs_width(enum kind kind, long rows) { return dense_width(kind, rows); }
 void pairs_sums(const struct product *a, struct block b, float *sums) { dense_sums(a, b, sums); }
 
 struct rounding {
@@ -130,8 +126,7 @@ static void round_task(void *data, long row) {
 }
 
 const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    (void)kind;
-    struct rounding r = {pack_dense(BF16, x, rows, inputs, packed, threads), packed, inputs};
+    struct rounding r = {pack_dense(kind, x, rows, inputs, packed, threads), packed, inputs};
     parallel(round_task, &r, rows, threads);
     return packed;
 }

@@ -134,20 +134,16 @@ def _load_problems(
 
 
 @gluon.jit
-def _attend(
-    n, before, table, newest, heads, buffers, queries, weights, out, scale,
-    K: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, PARTS: gl.constexpr, PAGE: gl.constexpr, CHUNK: gl.constexpr,
-    BUFFERS: gl.constexpr, PDL: gl.constexpr, ROTATE: gl.constexpr,
+def _begin(
+    n, table, newest, heads, queries, place, d, g,
+    K: gl.constexpr, G: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr, ROTATE: gl.constexpr,
 ):  # fmt: skip
-    """One problem, whose first chunk is the program's number `before`."""
+    """Put a problem's queries into shared memory; (its newest key, its newest value), in parts [PAGE, W] of zeros but
+    for their place on the page. ROTATE: written to the cache, too."""
     q, q_stride, cache, turns, slots = heads
-    ks, vs, k_full, v_full, k_empty, v_empty = buffers
     T: gl.constexpr = cache.dtype.element_ty
     D: gl.constexpr = PARTS * W
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    place = gl.arange(0, PAGE, gl.SliceLayout(1, L))[:, None]
-    d = gl.arange(0, W, gl.SliceLayout(0, L))[None, :]
-    g = gl.arange(0, GP, gl.SliceLayout(1, L))[:, None]
+    PAGE: gl.constexpr = place.shape[0]
     head, b = n % K, n // K
     own = q + b.to(gl.int64) * q_stride
     is_new = (place == newest % PAGE) & (d < W)
@@ -175,6 +171,24 @@ def _attend(
     for h in gl.static_range(PARTS):
         queries.index(h).store(query[h].to(T))
     fence_async_shared()
+    return new_k, new_v
+
+
+@gluon.jit
+def _attend(
+    n, before, table, newest, heads, buffers, queries, weights, out, scale,
+    K: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, PARTS: gl.constexpr, PAGE: gl.constexpr, CHUNK: gl.constexpr,
+    BUFFERS: gl.constexpr, PDL: gl.constexpr, ROTATE: gl.constexpr,
+):  # fmt: skip
+    """One problem, whose first chunk is the program's number `before`."""
+    ks, vs, k_full, v_full, k_empty, v_empty = buffers
+    T: gl.constexpr = out.dtype.element_ty
+    D: gl.constexpr = PARTS * W
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    place = gl.arange(0, PAGE, gl.SliceLayout(1, L))[:, None]
+    d = gl.arange(0, W, gl.SliceLayout(0, L))[None, :]
+    g = gl.arange(0, GP, gl.SliceLayout(1, L))[:, None]
+    new_k, new_v = _begin(n, table, newest, heads, queries, place, d, g, K, G, PARTS, PDL, ROTATE)
 
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GP, 16])
     key = gl.arange(0, CHUNK, gl.SliceLayout(1, ACC))

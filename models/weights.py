@@ -86,9 +86,9 @@ def load_decoder(
     quantization = quantization_of(facts)
     stays = stays_quantized(config, device, quantization)
     kept = bool(blocks) or (stays and device.type == "cpu")
-    rounds = rounds_inputs(config, spec, device)
-    dtype = torch.float32 if kept or rounds else pick_dtype(config.dtype, facts, device, spec.moe is not None)
-    on_cpu_kernels = device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
+    dtype = torch.float32 if kept else pick_dtype(config.dtype, facts, device, spec.moe is not None)
+    on_cpu_kernels = computes_on_cpu_kernels(device, dtype)
+    rounds = on_cpu_kernels and config.dtype == "bfloat16"
     check_dtype(spec, device, dtype)
     progress(0.0)
     scheme = scheme_of(config, quantization) if stays else None
@@ -174,21 +174,22 @@ def pick_dtype(name: str, facts: dict[str, Any], device: torch.device, sparse: b
 
     That is float32 by our kernels, which take weights of 16 bits as they are, bfloat16 with matrix instructions (AMX).
     Where ours do not multiply, experts (`sparse`) or no compiler, it is bfloat16 if the CPU has instructions for that.
+    bfloat16 is for ours, too: of the inputs and weights of products, between which all is float32.
     """
+    ours = device.type == "cpu" and not sparse and cpu_kernels_or_none() is not None
+    if ours and name in ("auto", "bfloat16"):
+        return torch.float32
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":
         return own_dtype(facts) or torch.bfloat16
     features = cpu_features()
-    if not sparse and cpu_kernels_or_none() is not None:
-        return torch.float32
     return torch.bfloat16 if features & {"amx_bf16", "avx512_bf16"} else torch.float32
 
 
-def rounds_inputs(config: EngineConfig, spec: Spec, device: torch.device) -> bool:
-    """Whether our C kernels do what --dtype bfloat16 asks of a CPU: products of bfloat16, all else in float32."""
-    dense = spec.moe is None and config.dtype == "bfloat16"
-    return dense and device.type == "cpu" and cpu_kernels_or_none() is not None
+def computes_on_cpu_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model runs on our C kernels."""
+    return device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:

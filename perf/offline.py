@@ -165,9 +165,14 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
     }
 
 
+def root_of(engine: Engine) -> int | None:
+    """The process above the engine's; None where the engine is in this one."""
+    return engine._root.pid if engine._root is not None else None
+
+
 async def settle(engine: Engine, most: float) -> None:
     """Wait until the executors rest, so many seconds at most, or UNSEEN where they are in this process."""
-    root = engine._root.pid if engine._root is not None else None
+    root = root_of(engine)
     until = time.monotonic() + (most if root is not None else min(most, UNSEEN))
     while time.monotonic() < until:
         with CpuShares(root) as cpu:
@@ -181,7 +186,7 @@ async def timed(engine: Engine, args: argparse.Namespace, lengths: list[tuple[in
     """One run. Raises SystemExit if an output has not its full length."""
     requests = requests_of(engine, lengths, args.temperature, seed)
     used = _own_cpu()
-    with CpuShares(engine._root.pid if engine._root is not None else None) as cpu:
+    with CpuShares(root_of(engine)) as cpu:
         began = time.perf_counter()
         counts = await serve_all(engine, requests)
         seconds = time.perf_counter() - began

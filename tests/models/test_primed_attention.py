@@ -77,7 +77,9 @@ CASES = [(*case, primed_attention.PROGRAMS) for case in MANY] if HERE else FEW
 def plan_of(case: Case) -> TritonPlan:
     """A plan that launches the kernel as heads of this size have it."""
     pdl = primed_attention.SHAPES[case.spec.head_dim].pdl
-    return replace(TritonAttention().plan(case.batch, case.kv, case.spec), pdl=pdl, primed=True)
+    plan = TritonAttention().plan(case.batch, case.kv, case.spec)
+    assert plan.primed or not pdl
+    return replace(plan, pdl=pdl, primed=True)
 
 
 @pytest.mark.usefixtures("primes")

@@ -198,6 +198,9 @@ def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(weights, "cpu_kernels_or_none", lambda ours=ours: object() if ours else None)
         assert pick_dtype("auto", {"dtype": "float16"}, cpu, sparse) == expected
         assert pick_dtype("float32", {}, cpu) == torch.float32
+        rounded = ours and not sparse  # by our kernels, between whose products all is float32
+        assert pick_dtype("bfloat16", {}, cpu, sparse) == (torch.float32 if rounded else torch.bfloat16)
+    assert pick_dtype("bfloat16", {}, cuda) == torch.bfloat16
     assert pick_dtype("auto", {"torch_dtype": "float16"}, cuda) == torch.float16
     assert pick_dtype("auto", {"dtype": "float32"}, cuda) == torch.float32
     assert pick_dtype("auto", {}, cuda) == torch.bfloat16
