@@ -53,8 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(
             description="weights and activations; auto: the checkpoint's, on a CPU float32 beside weights that stay "
-            "quantized or of 16 bits (experts: bfloat16 if it has instructions for it); on a CPU bfloat16 rounds what is "
-            "multiplied, nothing else"
+            "quantized or of 16 bits (experts: bfloat16 if it has instructions for it); on a CPU bfloat16 rounds what "
+            "is multiplied, nothing else"
         ),
     ] = "auto"
     quantization: Annotated[
