@@ -97,25 +97,11 @@ INLINE void pack_group(enum kind kind, const float *x, struct numbers *to) {
     to->second = to->scale * later;
 }
 
-struct packing {
-    enum kind kind;
-    const float *x;
-    long rows, groups;
-    struct numbers *packed; /* for each BLOCK rows [groups, rows] */
-};
-
-static void pack_task(void *data, long row) {
-    const struct packing *a = data;
-    long first = row / BLOCK * BLOCK, rows = a->rows - first < BLOCK ? a->rows - first : BLOCK;
-    struct numbers *to = a->packed + first * a->groups + row - first;
-    const float *x = a->x + row * a->groups * GROUP;
-    for (long g = 0; g < a->groups; g++) pack_group(a->kind, x + g * GROUP, to + g * rows);
-}
-
-const float *pack_blocks(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing a = {kind, x, rows, inputs / GROUP, (struct numbers *)packed};
-    parallel(pack_task, &a, rows, rows * inputs < ALONE ? 1 : threads);
-    return packed;
+/* For each BLOCK rows [groups, rows]. */
+void pack_blocks(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
+    long first = row / BLOCK * BLOCK, count = rows - first < BLOCK ? rows - first : BLOCK, groups = inputs / GROUP;
+    struct numbers *place = (struct numbers *)packed + first * groups + row - first;
+    for (long g = from / GROUP; g < to / GROUP; g++) pack_group(kind, x + g * GROUP, place + g * count);
 }
 
 INLINE long unit_bytes(enum kind kind) {

@@ -300,7 +300,10 @@ static void attend_task(void *data, long i) {
     const struct attention *a = t->a;
     long head = i % a->kv_heads, from = t->from[i / a->kv_heads], to = t->from[i / a->kv_heads + 1];
     if ((to - from) * a->heads >= TURNED * a->kv_heads) attend_tile(a, from, to, head);
-    else for (; from < to; from++) attend_token(a, from, head);
+    else for (long token = from; token < to; token++) attend_token(a, token, head);
+    long width = a->heads / a->kv_heads * a->dim, at = head * width;
+    for (; a->reader && from < to; from++)
+        pack(a->reader, a->out + from * a->heads * a->dim, from, a->tokens, at, at + width, a->packed);
 }
 
 void attend(const struct attention *a, int threads) {

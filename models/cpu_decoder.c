@@ -41,39 +41,45 @@ static void gather(float *x, const int64_t *rows, long count, long width, float 
 
 /* Normed hidden states x and the residual stream, both [tokens, hidden], go through all layers; from the last one's
 attention on only `rows` [wanted <= tokens] of them do, if not NULL, and are the first ones then. `rotation` and
-`attention` say all but what `layers` do; their qkv, q and out are scratch memory, as are `wide` [tokens, 3 * inter] and
-`packed` [tokens, 1.5 times the most inputs of a map]. */
+`attention` say all but what `layers` do; their qkv, q and out are scratch memory, as are `inner` [tokens, inter] and `packed` [2,
+tokens, 1.5 times `widest`, the most inputs of a map]. What makes a map's inputs packs them as well, so that there are
+few parts, after each of which threads wait for one another. */
 void run_layers(const struct layer *layers, long count, float *x, float *residual, const struct rotation *rotation,
-                const struct attention *attention, float *wide, float *packed, const int64_t *rows, long wanted,
-                float residual_scale, float eps, int threads) {
+                const struct attention *attention, float *inner, float *packed, long widest, const int64_t *rows,
+                long wanted, float residual_scale, float eps, int threads) {
     struct rotation r = *rotation;
     struct attention a = *attention;
     int64_t pieces[MOST_PIECES];
     struct ahead next = {NULL, pieces, 0, 2 * a.kv_heads * a.dim * sizeof(float)};
     if (count > 1) next.count = seen(&a, layers->first, pieces, MOST_BYTES / next.bytes);
+    float *read = packed + a.tokens * (widest + widest / 2); /* what `down` reads */
+    a.packed = packed;
+    pack_rows(&layers->qkv, x, a.tokens, packed, threads);
     for (const struct layer *l = layers; l < layers + count; l++) {
         int last = l + 1 == layers + count;
         const struct ahead *ahead = last ? NULL : &next;
         if (!last) next.base = (const char *)l[1].cache;
-        long tokens = a.tokens, hidden = l->o.outputs, inter = l->down.inputs;
-        linear(&l->qkv, x, tokens, packed, r.qkv, NULL, threads);
+        long tokens = a.tokens, hidden = l->o.outputs;
+        multiply(&l->qkv, x, tokens, packed, r.qkv, NULL, threads);
         r.qk_norm = l->qk_norm, r.cache = l->cache;
         r.cos = l->rotates ? rotation->cos : NULL;
         rotate_and_write(&r, threads);
         a.cache = l->cache, a.first = l->first, a.keys = l->keys;
-        if (last && rows && !wanted) return;
+        if (last && rows && !wanted) break;
+        a.reader = (last && rows) || a.heads / a.kv_heads * a.dim % 32 ? NULL : &l->o;
         attend(&a, threads);
         if (last && rows) {
             tokens = wanted;
             gather(a.out, rows, wanted, l->o.inputs, packed);
             gather(residual, rows, wanted, hidden, packed);
         }
-        linear(&l->o, a.out, tokens, packed, x, NULL, threads);
-        rms_norm(x, residual, l->mlp_norm, tokens, hidden, residual_scale, eps, threads);
-        linear(&l->gate_up, x, tokens, packed, wide, ahead, threads);
-        float *inner = wide + 2 * tokens * inter;
-        silu_mul(wide, inner, tokens, inter, threads);
-        linear(&l->down, inner, tokens, packed, x, NULL, threads);
-        rms_norm(x, residual, l->next_norm, tokens, hidden, residual_scale, eps, threads);
+        if (!a.reader) pack_rows(&l->o, a.out, tokens, packed, threads);
+        multiply(&l->o, a.out, tokens, packed, x, NULL, threads);
+        rms_norm_for(&l->gate_up, packed, x, residual, l->mlp_norm, tokens, hidden, residual_scale, eps, threads);
+        gated(&l->gate_up, x, tokens, packed, inner, &l->down, read, ahead, threads);
+        multiply(&l->down, inner, tokens, read, x, NULL, threads);
+        rms_norm_for(last ? NULL : &l[1].qkv, packed, x, residual, l->next_norm, tokens, hidden, residual_scale, eps,
+                     threads);
     }
+    rest();
 }

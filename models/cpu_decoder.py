@@ -65,13 +65,13 @@ class CpuLayers:
         heads = spec.heads + 2 * spec.kv_heads
         qkv = hidden.new_empty(tokens, heads, spec.head_dim)
         attended = hidden.new_empty(tokens, spec.heads * spec.head_dim)
-        wide = hidden.new_empty(tokens, 3 * spec.inter)
-        packed = scratch(tokens, max(spec.hidden, spec.heads * spec.head_dim, spec.inter))
+        inner, widest = hidden.new_empty(tokens, spec.inter), max(spec.hidden, spec.heads * spec.head_dim, spec.inter)
+        packed = scratch(2 * tokens, widest)
         rotation = rotation_of(qkv, None, table, spec, kv_slots)
         attention = plan.arguments(qkv[:, : spec.heads], attended)
         self.run_layers(
-            self.table, self.count, hidden.data_ptr(), residual.data_ptr(), rotation, attention, wide.data_ptr(),
-            packed.data_ptr(), None if rows is None else rows.data_ptr(), 0 if rows is None else len(rows),
+            self.table, self.count, hidden.data_ptr(), residual.data_ptr(), rotation, attention, inner.data_ptr(),
+            packed.data_ptr(), widest, None if rows is None else rows.data_ptr(), 0 if rows is None else len(rows),
             spec.residual_scale, spec.norm.eps, threads(),
         )  # fmt: skip
         return hidden if rows is None else hidden[: len(rows)]

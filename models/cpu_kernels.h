@@ -72,8 +72,14 @@ INLINE vec exponential(vec x) {
     return (chained(p * r, r, r) + 1.0f) * (vec)((n + 127) << 23);
 }
 
+INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }
+
 /* Run task(data, 0), ..., task(data, tasks - 1) on up to `threads` threads and return when all are done. */
 void parallel(void (*task)(void *, long), void *data, long tasks, int threads);
+
+/* What a thread does that will not multiply for a while: the matrix registers are given back, which else are saved and
+loaded wherever threads take turns. Whoever calls `multiply` or `gated` does it after the last one. */
+void rest(void);
 
 /* A linear map with weights as dense_kernels.c or block_kernels.c have them; outputs % LANES == 0, inputs % 32 == 0. */
 struct map {
@@ -95,9 +101,23 @@ if not NULL, comes nearer. */
 void linear(const struct map *map, const float *x, long rows, float *packed, float *y, const struct ahead *ahead,
             int threads);
 
+/* Its two parts: who makes x may pack it as well. pack: of row `row`, which begins at x, the numbers [from, to), both
+multiples of 32. multiply: may look at x, too. */
+void pack(const struct map *map, const float *x, long row, long rows, long from, long to, float *packed);
+void pack_rows(const struct map *map, const float *x, long rows, float *packed, int threads);
+void multiply(const struct map *map, const float *x, long rows, const float *packed, float *y, const struct ahead *ahead,
+              int threads);
+
+/* y [rows, outputs / 2] = silu_mul(map(x)), which is packed for `reader` as well: `read` is its `packed`. */
+void gated(const struct map *map, const float *x, long rows, const float *packed, float *y, const struct map *reader,
+           float *read, const struct ahead *ahead, int threads);
+
 /* residual += scale * x, then x = rms_norm(residual); without residual x = rms_norm(x). Both [rows, hidden]. */
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
               int threads);
+/* The same; x is packed for `reader`, if not NULL, as well. */
+void rms_norm_for(const struct map *reader, float *packed, float *x, float *residual, const float *weight, long rows,
+                  long hidden, float scale, float eps, int threads);
 
 /* Heads of tokens on their way to the cache. */
 struct rotation {
@@ -122,6 +142,8 @@ struct attention {
     long tokens, heads, kv_heads, dim, page_size; /* dim is a multiple of 2 * LANES */
     float scale;
     long keys; /* sum of what all see: the amount of work */
+    const struct map *reader; /* for which `out` is packed as well, or NULL; a KV head's queries are whole groups of 32 */
+    float *packed;
 };
 void attend(const struct attention *a, int threads);
 

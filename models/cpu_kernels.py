@@ -46,7 +46,8 @@ class Attention(Structure):
     _fields_ = (
         ("q", c_void_p), ("stride", c_long), ("cache", c_void_p), ("out", c_void_p), ("pages", c_void_p),
         ("first", c_void_p), ("end", c_void_p), ("tokens", c_long), ("heads", c_long), ("kv_heads", c_long),
-        ("dim", c_long), ("page_size", c_long), ("scale", c_float), ("keys", c_long),
+        ("dim", c_long), ("page_size", c_long), ("scale", c_float), ("keys", c_long), ("reader", c_void_p),
+        ("packed", c_void_p),
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ _FUNCTIONS: Final = {
     "rotation_table": [c_void_p, c_long, c_void_p, c_long, c_float, c_void_p, c_void_p],
     "run_layers": [
         POINTER(Layer), c_long, c_void_p, c_void_p, POINTER(Rotation), POINTER(Attention), c_void_p, c_void_p,
-        c_void_p, c_long, c_float, c_float, c_int,
+        c_long, c_void_p, c_long, c_float, c_float, c_int,
     ],
 }  # fmt: skip
 

@@ -12,8 +12,10 @@ INLINE int threads_for(long numbers, int threads) { return numbers < ALONE ? 1 :
 struct norm {
     float *x, *residual;
     const float *weight;
-    long hidden;
+    long rows, hidden;
     float scale, eps;
+    const struct map *reader;
+    float *packed;
 };
 
 static void norm_task(void *data, long row) {
@@ -27,12 +29,18 @@ static void norm_task(void *data, long row) {
     }
     float factor = 1.0f / sqrtf(sum(squares[0] + squares[1]) / a->hidden + a->eps);
     for (long i = 0; i < a->hidden; i += LANES) store(x + i, load(residual + i) * factor * load(a->weight + i));
+    if (a->reader) pack(a->reader, x, row, a->rows, 0, a->hidden, a->packed);
+}
+
+void rms_norm_for(const struct map *reader, float *packed, float *x, float *residual, const float *weight, long rows,
+                  long hidden, float scale, float eps, int threads) {
+    struct norm a = {x, residual, weight, rows, hidden, scale, eps, reader, packed};
+    parallel(norm_task, &a, rows, threads_for(rows * hidden, threads));
 }
 
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,
               int threads) {
-    struct norm a = {x, residual, weight, hidden, scale, eps};
-    parallel(norm_task, &a, rows, threads_for(rows * hidden, threads));
+    rms_norm_for(NULL, NULL, x, residual, weight, rows, hidden, scale, eps, threads);
 }
 
 /* Normalise and rotate one head. */
@@ -88,10 +96,7 @@ static void silu_task(void *data, long row) {
     const struct activation *a = data;
     const float *gate = a->gate_up + row * 2 * a->inter, *up = gate + a->inter;
     float *y = a->y + row * a->inter;
-    for (long i = 0; i < a->inter; i += LANES) {
-        vec g = load(gate + i);
-        store(y + i, g / (1.0f + exponential(-g)) * load(up + i));
-    }
+    for (long i = 0; i < a->inter; i += LANES) store(y + i, silu(load(gate + i)) * load(up + i));
 }
 
 void silu_mul(const float *gate_up, float *y, long rows, long inter, int threads) {

@@ -7,7 +7,6 @@ Invariant: an output is one chain of fused multiply-adds over the inputs in thei
 */
 #include "linear.h"
 
-#define CHUNK 16  /* inputs of a row that lie together once x is packed */
 #define DEPTH 576 /* inputs of a panel, which stays in the second-level cache */
 #define APART ((DEPTH + 2) * LANES) /* numbers from a panel's unit to the next: not whole pages, which share cache sets */
 /* What the registers hold: units side by side, rows beside those whose weights go into a panel on their way, rows beside
@@ -60,33 +59,20 @@ INLINE int first_rows(enum kind kind, long rows) {
 #endif
 }
 
-struct packing {
-    enum kind kind;
-    const float *x;
-    long rows, inputs;
-    float *packed;
-    long tiles; /* of BLOCK rows, at most */
-};
-
-/* packed [inputs / CHUNK, count, CHUNK] = x [count, inputs]: what a step of the product reads lies together. */
-INLINE void pack_tile(const struct packing *a, long from, int count) {
-    const float *x = a->x + from * a->inputs;
-    float *to = a->packed + from * a->inputs;
-    for (long i = 0; i < a->inputs; i += CHUNK)
-        for (int c = 0; c < count; c++, to += CHUNK)
-            for (int k = 0; k < CHUNK; k += LANES) store(to + k, load(x + c * a->inputs + i + k));
+/* packed [inputs / CHUNK, count, CHUNK] of a tile of `count` rows: what a step of the product reads lies together. */
+float *dense_place(enum kind kind, long row, long rows, long inputs, float *packed, long *step) {
+    long from = row / BLOCK * BLOCK, left = rows - from < BLOCK ? rows - from : BLOCK;
+    long count = first_rows(kind, left);
+    for (; row - from >= count; count = next_rows(left)) from += count, left -= count;
+    *step = count * CHUNK;
+    return packed + from * inputs + (row - from) * CHUNK;
 }
 
-/* A tile: a->tiles tasks are those of BLOCK rows. */
-static void pack_task(void *data, long i) {
-    const struct packing *a = data;
-    long from = i / a->tiles * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK;
-    int count = first_rows(a->kind, left);
-    for (i %= a->tiles; i && (left -= count); i--) {
-        from += count;
-        count = next_rows(left);
-    }
-    if (left) pack_tile(a, from, count);
+void pack_dense(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
+    long step;
+    float *place = dense_place(kind, row, rows, inputs, packed, &step);
+    for (long i = from; i < to; i += CHUNK)
+        for (int k = 0; k < CHUNK; k += LANES) store(place + i / CHUNK * step + k, load(x + i + k));
 }
 
 /* s + v * x, rounded once. Of a chain that is alone gcc makes products and sums, for it is shorter so on some CPUs. */
@@ -240,13 +226,4 @@ void dense_sums(const struct product *a, struct block b, float *sums) {
 int dense_width(enum kind kind, long rows) {
     (void)rows; /* of no account for 16 lanes */
     return kind == F32 ? DENSE_WIDTH(next_rows(rows)) : WIDTH(rows);
-}
-
-/* x as the product reads it: itself for one row, else `packed`. */
-const float *pack_dense(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing p = {kind, x, rows, inputs, packed, (rows < BLOCK ? rows : BLOCK) / NEXT + 2};
-    if (rows < 2) return x;
-    if (rows <= FEW) pack_tile(&p, 0, rows);
-    else parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK * p.tiles, threads);
-    return packed;
 }

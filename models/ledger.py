@@ -31,7 +31,7 @@ CHUNK: Final = {"cpu": 256, "cuda": 8448}
 64 tiles down, o and QKV leave 3 % of them idle. An H200 at its limit of power then multiplies 1.0 to 3.1 % faster, and
 prefills .6 % faster.
 """
-MIXED_CHUNK: Final = {"cpu": None, "cuda": 384}
+MIXED_CHUNK: Final = {"cpu": None, "cuda": 256}
 """Prompt tokens beside decode rows where few wait, unless --chunked-prefill-size is given.
 
 The decode rows wait for the chunk: 384 tokens of a 7B model take an H100 about as long as a decode step of 128 rows, so
@@ -42,7 +42,7 @@ a stream's tokens come at most twice as far apart while others join. Beside them
 LADDER: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Batch sizes with a CUDA graph of their own."""
 MIXED_ROWS: Final = (8, 32, 64, 128, 256)
-MIXED_TOKENS: Final = (32, 128, 384)
+MIXED_TOKENS: Final = (32, 128, 256)
 """Rows and chunk tokens of the graphs for decode rows beside a chunk: jumps, short prompts, a full MIXED_CHUNK."""
 
 SCRATCH_PAGES: Final = 1

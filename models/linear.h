@@ -4,6 +4,7 @@
 #define LINE 64   /* bytes of a cache */
 #define GROUP 32  /* inputs that share a scale */
 #define BLOCK 112 /* rows that are multiplied at a time */
+#define CHUNK 16  /* inputs of a row that lie together where dense_kernels.c reads them */
 
 enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8, F32, F16, BF16, ROUNDED }; /* as quantized.KINDS, DENSE and ROUNDED */
 
@@ -29,7 +30,9 @@ struct product {
     long rows;
     float *y;
     const struct ahead *ahead;
-    void (*sums)(const struct product *, struct block, float *);
+    const struct way *way;
+    const struct map *reader; /* a gated product's: what reads y next, and where its inputs go */
+    float *read;
     int width;               /* units side by side */
     long tasks, share, away; /* units of a task, and from its end to the one that its thread is likely to have next */
 };
@@ -51,7 +54,8 @@ INLINE void fetch(struct pieces *a, long times) {
 INLINE struct pieces pieces_of(const struct product *a, long from, long to) {
     const struct ahead *all = a->ahead;
     if (!all) return (struct pieces){NULL, NULL, NULL, 0};
-    long units = a->outputs / LANES, first = all->count * from / units, last = all->count * to / units;
+    long units = (a->reader ? 2 : 1) * a->outputs / LANES;
+    long first = all->count * from / units, last = all->count * to / units;
     return (struct pieces){all->base, all->pieces + first, all->pieces + last, all->bytes};
 }
 
@@ -72,18 +76,30 @@ INLINE struct coming coming_after(const struct product *a, struct block b, long 
     return (struct coming){next, next + b.width * unit, (b.width * unit / LINE + times - 1) / times * LINE};
 }
 
-/* The kinds: dense_kernels.c's, block_kernels.c's, pair_kernels.c's (ROUNDED) and, for BF16 and ROUNDED where the CPU
-has_matrices, matrix_kernels.c's. x as the product reads it: itself, or `packed`, one and a half times as large. */
-int has_matrices(void);
-int has_pairs(void); /* two inputs at once */
-typedef const float *pack_function(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads);
-pack_function pack_dense, pack_blocks, pack_pairs, pack_matrices;
+/* A row as its product reads it: its numbers [from, to) at x + from go into `packed`, one and a half times as large as
+x [rows, inputs]. Whole groups. */
+typedef void pack_function(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to,
+                           float *packed);
 /* Units that are multiplied side by side. */
 typedef int width_function(enum kind kind, long rows);
-width_function dense_width, blocks_width, pairs_width, matrices_width;
 /* sums [rows, width, LANES] of a block, zeros before. */
 typedef void sums_function(const struct product *a, struct block b, float *sums);
+
+/* How a kind is multiplied: dense_kernels.c's, block_kernels.c's, pair_kernels.c's (ROUNDED) and, for BF16 and ROUNDED
+where the CPU has_matrices, matrix_kernels.c's. */
+struct way {
+    pack_function *pack;
+    width_function *width;
+    sums_function *sums;
+};
+pack_function pack_dense, pack_blocks, pack_pairs, pack_matrices;
+width_function dense_width, blocks_width, pairs_width, matrices_width;
 sums_function dense_sums, blocks_sums, pairs_sums, matrices_sums;
+int has_matrices(void);
+int has_pairs(void); /* two inputs at once */
+
+/* Where pack_dense puts a row's first CHUNK inputs, and how far from there the next ones are. */
+float *dense_place(enum kind kind, long row, long rows, long inputs, float *packed, long *step);
 
 /* Of the next tile of `rows` that are left: tiles of at most so many are about as large as one another. */
 INLINE int even_tile(long rows, int most) {

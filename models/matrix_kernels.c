@@ -31,8 +31,13 @@ int matrices_width(enum kind kind, long rows) {
     return WIDTH;
 }
 
+/* Rows that this thread's registers are laid out for; 0: not at all. */
+static _Thread_local int laid_out;
+
 /* Registers: 0 to 3 sums of (first rows, unit 0), (first, 1), (second, 0), (second, 1); 4 and 5 units; 6 and 7 rows. */
 static void configure(int first, int second) {
+    if (laid_out == first + second) return; /* no second ones without TILE first ones */
+    laid_out = first + second;
     struct {
         uint8_t palette, start, none[14];
         uint16_t bytes[16];
@@ -45,13 +50,6 @@ static void configure(int first, int second) {
     _tile_loadconfig(&config);
 }
 
-struct packing {
-    const float *x;
-    long rows, inputs;
-    char *packed;
-    int parts;
-};
-
 /* bfloat16 of numbers, which then become what that leaves of them. */
 INLINE __m512i taken(__m512 *low, __m512 *high) {
     __m512i large = (__m512i)_mm512_cvtne2ps_pbh(*high, *low);
@@ -62,29 +60,24 @@ INLINE __m512i taken(__m512 *low, __m512 *high) {
 }
 
 /* [inputs / 32, parts, count, 32]: of TILE rows' inputs what bfloat16 holds, then what it holds of the rest, and so on. */
-static void pack_task(void *data, long tile) {
-    const struct packing *a = data;
-    const float *x = a->x + tile * TILE * a->inputs;
-    long count = a->rows - tile * TILE < TILE ? a->rows - tile * TILE : TILE;
-    char *to = a->packed + tile * TILE * a->inputs * a->parts * sizeof(uint16_t);
-    for (long i = 0; i < a->inputs; i += GROUP, to += a->parts * count * STEP)
-        for (long c = 0; c < count; c++) {
-            const float *at = x + c * a->inputs + i;
-            __m512 low = _mm512_loadu_ps(at), high = _mm512_loadu_ps(at + LANES);
-            for (int part = 0; part < a->parts; part++)
-                _mm512_storeu_si512(to + (part * count + c) * STEP, taken(&low, &high));
-        }
+INLINE void pack_parts(int parts, const float *x, long row, long rows, long inputs, long from, long to, char *packed) {
+    long first = row / TILE * TILE, count = rows - first < TILE ? rows - first : TILE;
+    char *place = packed + first * inputs * parts * (long)sizeof(uint16_t) + (row - first) * STEP;
+    for (long i = from; i < to; i += GROUP) {
+        __m512 low = _mm512_loadu_ps(x + i), high = _mm512_loadu_ps(x + i + LANES);
+        for (int part = 0; part < parts; part++)
+            _mm512_storeu_si512(place + (i / GROUP * parts + part) * count * STEP, taken(&low, &high));
+    }
 }
 
-const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    struct packing p = {x, rows, inputs, (char *)packed, PARTS(kind)};
-    parallel(pack_task, &p, (rows + TILE - 1) / TILE, threads);
-    return packed;
+void pack_matrices(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
+    if (kind == ROUNDED) pack_parts(PARTS(ROUNDED), x, row, rows, inputs, from, to, (char *)packed);
+    else pack_parts(PARTS(BF16), x, row, rows, inputs, from, to, (char *)packed);
 }
 
 /* sums [first + second, width, LANES]: `width` units, `stride` bytes apart, of `steps` times 32 inputs. */
-INLINE void multiply(int parts, int width, long first, long second, const uint8_t *w, long stride, long steps, const char *x,
-                     const char *y, float *sums, struct pieces *ahead, struct coming *coming) {
+INLINE void add_up(int parts, int width, long first, long second, const uint8_t *w, long stride, long steps, const char *x,
+                   const char *y, float *sums, struct pieces *ahead, struct coming *coming) {
     _tile_zero(0);
     if (width == 2) _tile_zero(1);
     if (second) _tile_zero(2);
@@ -122,18 +115,22 @@ INLINE void sums_of(int parts, const struct product *a, struct block b, float *s
         const char *x = (const char *)a->x + (b.row + done) * size;
         const char *y = x + TILE * size;
         float *to = sums + done * b.width * LANES;
-        if (!done || second < TILE) configure(first, second);
-        if (b.width == 2 && second) multiply(parts, 2, first, second, w, stride, steps, x, y, to, &ahead, &coming);
-        else if (b.width == 2) multiply(parts, 2, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
-        else if (second) multiply(parts, 1, first, second, w, stride, steps, x, y, to, &ahead, &coming);
-        else multiply(parts, 1, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
+        configure(first, second);
+        if (b.width == 2 && second) add_up(parts, 2, first, second, w, stride, steps, x, y, to, &ahead, &coming);
+        else if (b.width == 2) add_up(parts, 2, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
+        else if (second) add_up(parts, 1, first, second, w, stride, steps, x, y, to, &ahead, &coming);
+        else add_up(parts, 1, first, 0, w, stride, steps, x, x, to, &ahead, &coming);
     }
 }
 
 void matrices_sums(const struct product *a, struct block b, float *sums) {
     if (a->kind == ROUNDED) sums_of(PARTS(ROUNDED), a, b, sums);
     else sums_of(PARTS(BF16), a, b, sums);
-    _tile_release(); /* or threads' switches would save them */
+}
+
+void rest(void) {
+    if (laid_out) _tile_release();
+    laid_out = 0;
 }
 #else
 int has_matrices(void) { return 0; }
@@ -141,9 +138,9 @@ int matrices_width(enum kind kind, long rows) {
     (void)kind, (void)rows;
     return 1;
 }
-const float *pack_matrices(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    (void)kind, (void)rows, (void)inputs, (void)packed, (void)threads;
-    return x;
+void pack_matrices(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
+    (void)kind, (void)x, (void)row, (void)rows, (void)inputs, (void)from, (void)to, (void)packed;
 }
 void matrices_sums(const struct product *a, struct block b, float *sums) { (void)a, (void)b, (void)sums; }
+void rest(void) {}
 #endif

@@ -13,38 +13,20 @@ Invariant: an output is one chain of sums over the inputs in their order, whatev
 #define PAIRS (GROUP / 2)
 #define UNIT (LANES * 2 * GROUP) /* bytes */
 
-struct packing {
-    const float *x;
-    long rows, inputs;
-    uint32_t *packed;
-    long tiles; /* of BLOCK rows, at most */
-};
-
 int has_pairs(void) { return 1; }
 
 INLINE int next_rows(long rows) { return even_tile(rows, MOST); }
 
-/* packed [inputs / GROUP, count, PAIRS] of a tile of BLOCK rows: a->tiles tasks are those of BLOCK rows. */
-static void pack_task(void *data, long i) {
-    const struct packing *a = data;
-    long from = i / a->tiles * BLOCK, left = a->rows - from < BLOCK ? a->rows - from : BLOCK, count = next_rows(left);
-    for (i %= a->tiles; i && (left -= count); i--) from += count, count = next_rows(left);
-    if (!left) return;
-    const float *x = a->x + from * a->inputs;
-    uint32_t *to = a->packed + from * a->inputs / 2;
-    for (long at = 0; at < a->inputs; at += GROUP)
-        for (long c = 0; c < count; c++, to += PAIRS) {
-            const float *pairs = x + c * a->inputs + at;
-            __m512 low = _mm512_loadu_ps(pairs), high = _mm512_loadu_ps(pairs + LANES);
-            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-}
-
-const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
+/* packed [inputs / GROUP, count, PAIRS] of a tile of `count` rows. */
+void pack_pairs(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
+    long first = row / BLOCK * BLOCK, left = rows - first < BLOCK ? rows - first : BLOCK, count = next_rows(left);
     (void)kind;
-    struct packing p = {x, rows, inputs, (uint32_t *)packed, (rows < BLOCK ? rows : BLOCK) / MOST + 1};
-    parallel(pack_task, &p, (rows + BLOCK - 1) / BLOCK * p.tiles, rows <= MOST ? 1 : threads);
-    return packed;
+    for (; row - first >= count; count = next_rows(left)) first += count, left -= count;
+    uint32_t *place = (uint32_t *)packed + first * inputs / 2 + (row - first) * PAIRS;
+    for (long i = from; i < to; i += GROUP) {
+        __m512 low = _mm512_loadu_ps(x + i), high = _mm512_loadu_ps(x + i + LANES);
+        _mm512_storeu_si512(place + i / GROUP * count * PAIRS, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
 }
 
 int pairs_width(enum kind kind, long rows) {
@@ -109,25 +91,16 @@ int has_pairs(void) { return 0; }
 int pairs_width(enum kind kind, long rows) { return dense_width(kind, rows); }
 void pairs_sums(const struct product *a, struct block b, float *sums) { dense_sums(a, b, sums); }
 
-struct rounding {
-    const float *x;
-    float *to;
-    long inputs;
-};
-
-/* A row's numbers, to the nearest of bfloat16, of two the one whose last bit is even; NaN stays. */
-static void round_task(void *data, long row) {
-    const struct rounding *a = data;
-    for (long i = row * a->inputs; i < (row + 1) * a->inputs; i += LANES) {
-        vec v = load(a->x + i);
-        uvec bits = (uvec)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u, is_nan = (uvec)(v != v);
-        store(a->to + i, (vec)((nearest & ~is_nan) | ((bits | 0x400000) & 0xffff0000u & is_nan)));
-    }
+/* To the nearest of bfloat16, of two the one whose last bit is even; NaN stays. */
+INLINE vec rounded(vec v) {
+    uvec bits = (uvec)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u, is_nan = (uvec)(v != v);
+    return (vec)((nearest & ~is_nan) | ((bits | 0x400000) & 0xffff0000u & is_nan));
 }
 
-const float *pack_pairs(enum kind kind, const float *x, long rows, long inputs, float *packed, int threads) {
-    struct rounding r = {pack_dense(kind, x, rows, inputs, packed, threads), packed, inputs};
-    parallel(round_task, &r, rows, threads);
-    return packed;
+void pack_pairs(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
+    long step;
+    float *place = dense_place(kind, row, rows, inputs, packed, &step);
+    for (long i = from; i < to; i += CHUNK)
+        for (int k = 0; k < CHUNK; k += LANES) store(place + i / CHUNK * step + k, rounded(load(x + i + k)));
 }
 #endif

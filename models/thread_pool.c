@@ -56,6 +56,7 @@ static void *worker(void *number) {
         work(thread);
         for (uint64_t from = __rdtsc(); atomic_load(&sequence) == seen && __rdtsc() - from < SPIN;) give_way();
         if (atomic_load(&sequence) != seen) continue;
+        rest();
         atomic_fetch_add(&sleepers, 1);
         syscall(SYS_futex, &sequence, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
         atomic_fetch_sub(&sleepers, 1);

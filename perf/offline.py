@@ -140,12 +140,18 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         assert len(first.ids) == 1
         first_token = time.perf_counter() - began
         running = most_running(config)
+        tell(f"ready after {startup:.1f} s, first token after {first_token:.1f} s")
         if not args.no_warmup:
             warmup = warmup_lengths(args, running)
             await serve_all(engine, requests_of(engine, warmup, args.temperature, args.seed + 1_000_003))
+            tell(f"warm after {time.perf_counter() - began:.1f} s")
             if torch.cuda.is_available():
                 await settle(engine, args.settle)
-        runs = [await timed(engine, args, lengths, args.seed + run) for run in range(args.repeat)]
+                tell(f"at rest after {time.perf_counter() - began:.1f} s")
+        runs = []
+        for run in range(args.repeat):
+            runs.append(await timed(engine, args, lengths, args.seed + run))
+            tell(f"run {run + 1}: {runs[-1]['elapsed_time']:.2f} s")
     middle = sorted(runs, key=lambda run: run["elapsed_time"])[len(runs) // 2]
     seconds = middle["elapsed_time"]
     prompt_tokens, output_tokens = sum(i for i, _ in lengths), sum(o for _, o in lengths)
@@ -163,6 +169,11 @@ async def measure(args: argparse.Namespace, config: EngineConfig, folder: str) -
         "startup_seconds": startup,
         "first_token_seconds": first_token,
     }
+
+
+def tell(news: str) -> None:
+    """A line on stderr while it runs: what was known when somebody stops it."""
+    print(news, file=sys.stderr, flush=True)
 
 
 def root_of(engine: Engine) -> int | None:

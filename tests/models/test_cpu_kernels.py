@@ -237,9 +237,9 @@ SIZES = {
 }  # fmt: skip
 
 
-def quantized_model(family: str, folder: Path) -> str:
+def quantized_model(family: str, folder: Path, **sizes: int) -> str:
     """A tiny model with Q4_1 blocks, whose sizes the kernels take."""
-    path = Path(tiny.save(tiny.build(family, **SIZES), folder))
+    path = Path(tiny.save(tiny.build(family, **SIZES | sizes), folder))
     kept = {
         name: torch.from_numpy(gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1))
         for name, weight in load_file(path / "model.safetensors").items()
@@ -257,15 +257,32 @@ def test_layers(family: str, dense: bool, tmp_path: Path) -> None:
     decoder = tiny.load(folder, dtype="float32" if dense else "auto")
     assert isinstance(maps_of(decoder.weights.layers[0])[0], DenseLinear if dense else QuantizedLinear)
     assert isinstance(decoder.layers, CpuLayers)
-    ids = tiny.prompt(70)
-    got = Driver.of(decoder).logits(ids, [70])
-    assert torch.equal(Driver.of(decoder).logits(ids, [50] + [1] * 20), got)
-    assert torch.equal(Driver.of(decoder).logits(ids, [33, 37]), got)
+    ids = tiny.prompt(120)
+    got = Driver.of(decoder).logits(ids, [120])
+    assert torch.equal(Driver.of(decoder).logits(ids, [100] + [1] * 20), got)
+    assert torch.equal(Driver.of(decoder).logits(ids, [33, 87]), got)
     decoder.layers = None
-    assert torch.equal(Driver.of(decoder).logits(ids, [70]), got)
+    assert torch.equal(Driver.of(decoder).logits(ids, [120]), got)
     decoder.ops, decoder.attention = TorchOps(), test_attention.TorchAttention()
-    expected = Driver.of(decoder).logits(ids, [70])
+    expected = Driver.of(decoder).logits(ids, [120])
     assert (got - expected).abs().max() < (2e-5 if dense else 3e-4) * expected.abs().max()
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "inter"), [(6, 16, 96), (2, 48, 160), (6, 32, 32), (2, 64, 160)])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_inputs_packed_where_they_are_made(heads: int, head_dim: int, inter: int, dtype: str, tmp_path: Path) -> None:
+    """Whatever a KV head's queries and a block of the MLP come to: groups of 32 inputs, or parts of them."""
+    if head_dim % (2 * cpu_kernels.kernels().lanes):
+        pytest.skip("not whole vectors of this CPU")
+    sizes = {"num_attention_heads": heads, "head_dim": head_dim, "intermediate_size": inter}
+    decoder = tiny.load(quantized_model("llama", tmp_path, **sizes), dtype=dtype)
+    assert isinstance(decoder.layers, CpuLayers)
+    ids, layers = tiny.prompt(60), decoder.layers
+    for chunks in ([60], [40] + [1] * 20, [1, 2, 3, 5, 7, 9, 16, 17]):
+        decoder.layers = layers
+        got = Driver.of(decoder).logits(ids, chunks)
+        decoder.layers = None
+        assert torch.equal(Driver.of(decoder).logits(ids, chunks), got)
 
 
 @pytest.mark.usefixtures("compiled")
