@@ -41,9 +41,9 @@ static void gather(float *x, const int64_t *rows, long count, long width, float 
 
 /* Normed hidden states x and the residual stream, both [tokens, hidden], go through all layers; from the last one's
 attention on only `rows` [wanted <= tokens] of them do, if not NULL, and are the first ones then. `rotation` and
-`attention` say all but what `layers` do; their qkv, q and out are scratch memory, as are `inner` [tokens, inter] and `packed` [2,
-tokens, 1.5 times `widest`, the most inputs of a map]. What makes a map's inputs packs them as well, so that there are
-few parts, after each of which threads wait for one another. */
+`attention` say all but what `layers` do; their qkv, q and out are scratch memory, as are `inner` [tokens, inter] and
+`packed` [2, tokens, 1.5 times `widest`, the most inputs of a map]. What makes a map's inputs packs them as well, so that
+there are few parts, after each of which threads wait for one another. */
 void run_layers(const struct layer *layers, long count, float *x, float *residual, const struct rotation *rotation,
                 const struct attention *attention, float *inner, float *packed, long widest, const int64_t *rows,
                 long wanted, float residual_scale, float eps, int threads) {
