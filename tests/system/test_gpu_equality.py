@@ -21,12 +21,14 @@ if not torch.cuda.is_available():
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 NEW_TOKENS = 64
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
-GAP = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+GAP = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.5}
 """Largest gap of float32 logits at which two ids count as equal.
 
 Hidden states in bfloat16 move this model's logits by up to about 0.3 (seen on an H100), which are near 20; those in
 float16 have three bits more.
 """
+MOST_PARTED = {"float32": 0.01, "float16": 0.1, "bfloat16": 1.0}
+"""Share of the prompts whose ids may part."""
 
 
 def generate(model: str, **options: object) -> list[list[int]]:
@@ -88,8 +90,7 @@ def test_equal_to_transformers(smollm: str, judge: Judge, dtype: str) -> None:
         found[name] = (len(misses), max((gap for _, gap in misses), default=0.0))
         print(dtype, name, "prompts that part:", len(misses), "largest gap:", found[name][1])
     assert all(gap < GAP[dtype] for _, gap in found.values()), found
-    if dtype == "float32":
-        assert all(count <= 0.01 * len(PROMPTS) for count, _ in found.values()), found
+    assert all(count <= MOST_PARTED[dtype] * len(PROMPTS) for count, _ in found.values()), found
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
