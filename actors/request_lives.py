@@ -1,6 +1,7 @@
 """The requests, slots and pages of a Schedule: how requests come, are queued again, and end. schedule.py says which."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from ..config import EngineConfig
@@ -27,15 +28,15 @@ class RequestLives:
         max_slots: int,
         chunk_tokens: int,
         window_ms: float,
-        mixed_tokens: int | None = None,
+        mixed_tokens: Callable[[int], int] | None = None,
         reuses: bool = True,
         desk: Desk | None = None,
     ) -> None:
         """`chunk_tokens`: prompt tokens in one forward, decode rows included; <= 0: prompts run whole.
 
-        `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with decode rows, if
-        that is fewer and not more than CROWD tokens wait. `reuses`: KV of one prompt may serve another. `desk`: where
-        it notes whom it works on, for the case that it raises.
+        `window_ms`: see EngineConfig; 0 is no limit. `mixed_tokens`: prompt tokens in a forward with so many decode
+        rows, if that is fewer and not more than CROWD tokens wait. `reuses`: KV of one prompt may serve another.
+        `desk`: where it notes whom it works on, for the case that it raises.
         """
         self.config = config
         self.window_ms = window_ms

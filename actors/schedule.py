@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import EngineConfig, Pooling
 from ..kvstore.radix import Match
-from ..models.ledger import CHUNK, MIXED_CHUNK
+from ..models.ledger import CHUNK, mixed_chunk
 from . import jumps
 from .desk import Desk
 from .messages import ExecutorReady, Finish
@@ -218,7 +218,7 @@ class Schedule(RequestLives):
             return self.config.max_prefill_tokens
         budget = self.chunk_tokens - rows
         if rows and self.mixed_tokens is not None and not self._crowded():
-            budget = min(budget, self.mixed_tokens)
+            budget = min(budget, self.mixed_tokens(rows))
         return max(budget, self.page)
 
     def _crowded(self) -> bool:
@@ -395,7 +395,7 @@ def schedule_for(m: ExecutorReady, config: EngineConfig, pooling: Pooling | None
     """Return a Schedule for an executor of this size; `pooling`: ModelInfo's."""
     chunk, mixed = config.chunked_prefill_size, None
     if chunk is None:
-        chunk, mixed = CHUNK[m.device], MIXED_CHUNK[m.device]
+        chunk, mixed = CHUNK[m.device], mixed_chunk if m.device == "cuda" else None
     if pooling is not None and pooling.whole:
         chunk, mixed = 0, None
     window_ms = AUTO_WINDOW_MS[m.device] if config.window_ms is None else config.window_ms

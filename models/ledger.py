@@ -31,19 +31,11 @@ CHUNK: Final = {"cpu": 256, "cuda": 8448}
 64 tiles down, o and QKV leave 3 % of them idle. An H200 at its limit of power then multiplies 1.0 to 3.1 % faster, and
 prefills .6 % faster.
 """
-MIXED_CHUNK: Final = {"cpu": None, "cuda": 256}
-"""Prompt tokens beside decode rows where few wait, unless --chunked-prefill-size is given.
-
-The decode rows wait for the chunk: with 256 tokens of a 7B model an H200 takes 1.83 times as long for a step of 128
-rows, so a stream's tokens come less than twice as far apart while others join; with 384 up to 2.02 times. Beside them
-the rows' own GEMMs are nearly free (Agrawal et al., "Sarathi-Serve", 2024).
-"""
-
 LADDER: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Batch sizes with a CUDA graph of their own."""
 MIXED_ROWS: Final = (8, 32, 64, 128, 256)
 MIXED_TOKENS: Final = (32, 128, 256)
-"""Rows and chunk tokens of the graphs for decode rows beside a chunk: jumps, short prompts, a full MIXED_CHUNK."""
+"""Rows and chunk tokens of the graphs for decode rows beside a chunk: jumps, short prompts, a full `mixed_chunk`."""
 
 SCRATCH_PAGES: Final = 1
 """Pages beside those of requests: padding rows write there."""
@@ -200,7 +192,18 @@ def ladder(largest: int) -> list[int]:
 def mixed_ladder(largest: int) -> list[tuple[int, int]]:
     """Return the (rows, chunk tokens) to capture for steps with chunks, each before those that hold more."""
     rows = [b for b in MIXED_ROWS if b < largest] + [largest]
-    return [(b, tokens) for b in rows for tokens in MIXED_TOKENS]
+    return [(b, tokens) for b in rows for tokens in sorted({*MIXED_TOKENS, mixed_chunk(b)})]
+
+
+def mixed_chunk(rows: int) -> int:
+    """Prompt tokens beside so many decode rows on a GPU where few wait, unless --chunked-prefill-size is given.
+
+    The decode rows wait for the chunk, so that a stream's tokens should come at most twice as far apart while others
+    join. With 256 tokens of a 7B model an H200 takes 1.83 times as long for a step of 128 rows, with 384 up to 2.02
+    times. More rows have longer steps themselves: more tokens then cost them as little. Beside a chunk the rows' own
+    GEMMs are nearly free (Agrawal et al., "Sarathi-Serve", 2024).
+    """
+    return 256 if rows <= 192 else 384
 
 
 def graph_bytes(spec: Spec, rows: int, itemsize: int, graphs: int) -> int:
@@ -208,7 +211,7 @@ def graph_bytes(spec: Spec, rows: int, itemsize: int, graphs: int) -> int:
     if not graphs:
         return 0
     nodes = KERNELS_PER_LAYER * spec.layers + 12
-    return activation_bytes(spec, rows + MIXED_TOKENS[-1], itemsize) + graphs * nodes * GRAPH_NODE_BYTES
+    return activation_bytes(spec, rows + mixed_chunk(rows), itemsize) + graphs * nodes * GRAPH_NODE_BYTES
 
 
 def kv_budget(total: int, fraction: float, static: int, transient: int) -> int:

@@ -20,6 +20,9 @@ from actorserve.kvstore import pins
 from actorserve.sampler.params import SamplingParams
 from examples import examples
 
+FEW = 6
+"""Decode rows beside which chunks of prompts are of the smaller size."""
+
 
 class Engine:
     """A Schedule, a simulated executor, and what every request must produce."""
@@ -28,7 +31,8 @@ class Engine:
         self, *, pages: int = 64, slots: int = 8, chunk: int = 64, mixed: int | None = None, **config: object
     ) -> None:
         self.config = EngineConfig(**{"window_ms": 0.0, **config})  # type: ignore[arg-type]
-        self.schedule = Schedule(self.config, pages, slots, chunk, self.config.window_ms or 0.0, mixed)
+        beside = None if mixed is None else lambda rows: mixed if rows <= FEW else 2 * mixed
+        self.schedule = Schedule(self.config, pages, slots, chunk, self.config.window_ms or 0.0, beside)
         self.executor = SimulatedExecutor(pages)
         self.requests: dict[int, Request] = {}
         self.live: set[int] = set()
@@ -189,11 +193,13 @@ def test_the_cache_is_flushed_only_when_idle() -> None:
     assert window is not None and [(s.request, s.cached) for s in window.admits] == [(again, 0)]
 
 
-def test_prompts_come_in_smaller_chunks_while_others_decode() -> None:
-    e = Engine(pages=128, chunk=512, mixed=32)
-    e.add(prompt_of(1, 200), max_new=40)
+@pytest.mark.parametrize(("rows", "expected"), [(1, [32] * 6 + [8]), (FEW, [32] * 6 + [8]), (FEW + 6, [64] * 3 + [8])])
+def test_prompts_come_in_smaller_chunks_while_others_decode(rows: int, expected: list[int]) -> None:
+    e = Engine(pages=256, slots=16, chunk=512, mixed=32)
+    for number in range(rows):
+        e.add(prompt_of(10 + number, 20), max_new=40)
     first = e.schedule.plan()
-    assert first is not None and [c.end - c.start for c in first.chunks] == [200]
+    assert first is not None and [c.end - c.start for c in first.chunks] == [20] * rows
     e.executor.run(first)
     e.add(prompt_of(2, 200))
     sizes = []
@@ -202,7 +208,7 @@ def test_prompts_come_in_smaller_chunks_while_others_decode() -> None:
         sizes += [c.end - c.start for c in window.chunks]
         while e.report():
             pass
-    assert sizes == [32] * 6 + [8]
+    assert sizes == expected
     assert not e.live
 
 

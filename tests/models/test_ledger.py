@@ -32,6 +32,15 @@ def total(spec: Spec, **fields: object) -> ledger.Ledger:
 # ------------------------------------------------------------------ the ledger
 
 
+@pytest.mark.parametrize("largest", [1, 100, 128, 129, 256, 400])
+def test_a_graph_holds_every_full_chunk(largest: int) -> None:
+    """Beside any number of rows that has graphs, and the row that the chunk's prompt becomes."""
+    buckets = ledger.mixed_ladder(largest)
+    assert buckets == sorted(buckets) and len(buckets) == len(set(buckets))
+    for rows in range(1, largest):
+        assert any(rows + 1 <= r and ledger.mixed_chunk(rows) <= tokens for r, tokens in buckets), rows
+
+
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_parameters_are_what_the_loader_allocates(name: str) -> None:
     spec = spec_of(tiny.build(name).config.to_dict())
