@@ -206,7 +206,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int | None,
         Meta(
             description="prompt tokens per forward; <= 0 disables chunking; default 256 on CPU, on a GPU 8448, "
-            "256 while others decode, 384 beside more than 192"
+            "while others decode 256, while more than 192 do 384"
         ),
     ] = None
     max_prefill_tokens: Annotated[Positive, Meta(description="prompt tokens per forward without chunking")] = 16384

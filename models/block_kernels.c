@@ -13,7 +13,6 @@ the number of rows, the threads, and the width of vectors. Where x has a number 
 
 #define STEPS (GROUP / 4) /* vectors of four inputs in a unit */
 #define DEPTH 18          /* groups whose rows stay in the second-level cache */
-#define ALONE 2048        /* numbers that one thread has packed before another one has come */
 #define LARGEST 32512     /* 127 * 256: its high byte is one */
 #define LEAST 1e-30f      /* what is smaller counts as zero */
 
@@ -99,9 +98,9 @@ INLINE void pack_group(enum kind kind, const float *x, struct numbers *to) {
 
 /* For each BLOCK rows [groups, rows]. */
 void pack_blocks(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
-    long first = row / BLOCK * BLOCK, count = rows - first < BLOCK ? rows - first : BLOCK, groups = inputs / GROUP;
-    struct numbers *place = (struct numbers *)packed + first * groups + row - first;
-    for (long g = from / GROUP; g < to / GROUP; g++) pack_group(kind, x + g * GROUP, place + g * count);
+    struct span block = block_of(row, rows);
+    struct numbers *place = (struct numbers *)packed + block.first * (inputs / GROUP) + row - block.first;
+    for (long g = from / GROUP; g < to / GROUP; g++) pack_group(kind, x + g * GROUP, place + g * block.count);
 }
 
 INLINE long unit_bytes(enum kind kind) {

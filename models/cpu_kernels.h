@@ -105,6 +105,7 @@ void linear(const struct map *map, const float *x, long rows, float *packed, flo
 multiples of 32. multiply: may look at x, too. */
 void pack(const struct map *map, const float *x, long row, long rows, long from, long to, float *packed);
 void pack_rows(const struct map *map, const float *x, long rows, float *packed, int threads);
+int packers(const struct map *map, long rows, int threads); /* how many threads are worth while for that */
 void multiply(const struct map *map, const float *x, long rows, const float *packed, float *y, const struct ahead *ahead,
               int threads);
 

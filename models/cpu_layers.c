@@ -35,7 +35,8 @@ static void norm_task(void *data, long row) {
 void rms_norm_for(const struct map *reader, float *packed, float *x, float *residual, const float *weight, long rows,
                   long hidden, float scale, float eps, int threads) {
     struct norm a = {x, residual, weight, rows, hidden, scale, eps, reader, packed};
-    parallel(norm_task, &a, rows, threads_for(rows * hidden, threads));
+    int packing = reader ? packers(reader, rows, threads) : 1, alone = threads_for(rows * hidden, threads);
+    parallel(norm_task, &a, rows, packing > alone ? packing : alone);
 }
 
 void rms_norm(float *x, float *residual, const float *weight, long rows, long hidden, float scale, float eps,

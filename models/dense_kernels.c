@@ -61,11 +61,9 @@ INLINE int first_rows(enum kind kind, long rows) {
 
 /* packed [inputs / CHUNK, count, CHUNK] of a tile of `count` rows: what a step of the product reads lies together. */
 float *dense_place(enum kind kind, long row, long rows, long inputs, float *packed, long *step) {
-    long from = row / BLOCK * BLOCK, left = rows - from < BLOCK ? rows - from : BLOCK;
-    long count = first_rows(kind, left);
-    for (; row - from >= count; count = next_rows(left)) from += count, left -= count;
-    *step = count * CHUNK;
-    return packed + from * inputs + (row - from) * CHUNK;
+    struct span block = block_of(row, rows), tile = tile_of(row, block, first_rows(kind, block.count), NEXT);
+    *step = tile.count * CHUNK;
+    return packed + tile.first * inputs + (row - tile.first) * CHUNK;
 }
 
 void pack_dense(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {

@@ -8,7 +8,6 @@ Invariant: a row's result does not depend on the batch that it is in, nor on the
 #include "linear.h"
 
 #define MOST_WIDTH 4 /* units side by side */
-#define ALONE 8192   /* numbers that one thread has packed before another one has come */
 
 /* sums [rows, width, LANES] of a block, its bias added. */
 static void sums_of(const struct product *a, struct block b, float *sums) {
@@ -70,10 +69,10 @@ static void product_task(void *data, long i) {
 int lanes(void) { return LANES; }
 
 static const struct way *way_of(enum kind kind) {
-    static const struct way blocks = {pack_blocks, blocks_width, blocks_sums};
-    static const struct way dense = {pack_dense, dense_width, dense_sums};
-    static const struct way pairs = {pack_pairs, pairs_width, pairs_sums};
-    static const struct way matrices = {pack_matrices, matrices_width, matrices_sums};
+    static const struct way blocks = {pack_blocks, blocks_width, blocks_sums, 2048};
+    static const struct way dense = {pack_dense, dense_width, dense_sums, 8192};
+    static const struct way pairs = {pack_pairs, pairs_width, pairs_sums, 8192};
+    static const struct way matrices = {pack_matrices, matrices_width, matrices_sums, 8192};
     if (kind < F32) return &blocks;
     if ((kind == BF16 || kind == ROUNDED) && has_matrices()) return &matrices;
     return kind == ROUNDED ? &pairs : &dense;
@@ -98,9 +97,13 @@ static void pack_task(void *data, long row) {
     pack(a->map, a->x + row * a->map->inputs, row, a->rows, 0, a->map->inputs, a->packed);
 }
 
+int packers(const struct map *map, long rows, int threads) {
+    return rows * map->inputs < way_of(map->kind)->alone ? 1 : threads;
+}
+
 void pack_rows(const struct map *map, const float *x, long rows, float *packed, int threads) {
     struct packing p = {map, x, rows, packed};
-    if (!reads_itself(map, rows)) parallel(pack_task, &p, rows, rows * map->inputs < ALONE ? 1 : threads);
+    if (!reads_itself(map, rows)) parallel(pack_task, &p, rows, packers(map, rows, threads));
 }
 
 /* `outputs` of a row in all, of which a task has so many units side by side. */

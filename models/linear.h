@@ -1,4 +1,4 @@
-/* What linear.c and its two kinds of kernels share. */
+/* What linear.c and its kinds of kernels share. */
 #include "cpu_kernels.h"
 
 #define LINE 64   /* bytes of a cache */
@@ -91,6 +91,7 @@ struct way {
     pack_function *pack;
     width_function *width;
     sums_function *sums;
+    long alone; /* numbers that one thread has packed before another one has come */
 };
 pack_function pack_dense, pack_blocks, pack_pairs, pack_matrices;
 width_function dense_width, blocks_width, pairs_width, matrices_width;
@@ -105,4 +106,23 @@ float *dense_place(enum kind kind, long row, long rows, long inputs, float *pack
 INLINE int even_tile(long rows, int most) {
     long tiles = (rows + most - 1) / most;
     return (rows + tiles - 1) / tiles;
+}
+
+/* Rows that are packed together. */
+struct span {
+    long first, count;
+};
+
+/* Those of BLOCK rows that a row is one of. */
+INLINE struct span block_of(long row, long rows) {
+    long first = row / BLOCK * BLOCK;
+    return (struct span){first, rows - first < BLOCK ? rows - first : BLOCK};
+}
+
+/* Its tile among them, the first of which has `count` rows and the others have at most `most`. */
+INLINE struct span tile_of(long row, struct span block, long count, int most) {
+    struct span tile = {block.first, count};
+    for (long left = block.count; row - tile.first >= tile.count; tile.count = even_tile(left, most))
+        tile.first += tile.count, left -= tile.count;
+    return tile;
 }

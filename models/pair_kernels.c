@@ -19,13 +19,12 @@ INLINE int next_rows(long rows) { return even_tile(rows, MOST); }
 
 /* packed [inputs / GROUP, count, PAIRS] of a tile of `count` rows. */
 void pack_pairs(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
-    long first = row / BLOCK * BLOCK, left = rows - first < BLOCK ? rows - first : BLOCK, count = next_rows(left);
+    struct span block = block_of(row, rows), tile = tile_of(row, block, next_rows(block.count), MOST);
+    uint32_t *place = (uint32_t *)packed + tile.first * inputs / 2 + (row - tile.first) * PAIRS;
     (void)kind;
-    for (; row - first >= count; count = next_rows(left)) first += count, left -= count;
-    uint32_t *place = (uint32_t *)packed + first * inputs / 2 + (row - first) * PAIRS;
     for (long i = from; i < to; i += GROUP) {
         __m512 low = _mm512_loadu_ps(x + i), high = _mm512_loadu_ps(x + i + LANES);
-        _mm512_storeu_si512(place + i / GROUP * count * PAIRS, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        _mm512_storeu_si512(place + i / GROUP * tile.count * PAIRS, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
 }
 
