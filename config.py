@@ -54,7 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(
             description="weights and activations; auto: the checkpoint's, on a CPU float32 beside weights that stay "
             "quantized or of 16 bits (experts: bfloat16 if it has instructions for it); on a CPU bfloat16 rounds what "
-            "is multiplied, nothing else"
+            "is multiplied, nothing else; on a GPU weights stay bfloat16 beneath float32"
         ),
     ] = "auto"
     quantization: Annotated[
@@ -178,8 +178,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="auto: torch on CPU; on a GPU FlashInfer prefill where installed, Triton decode"),
     ] = "auto"
     kv_cache_dtype: Annotated[
-        Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"],
-        Meta(description="8 bits halve the KV cache; fp8: fp8_e4m3; auto: as the weights"),
+        Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        Meta(
+            description="auto: as activations; 8 bits halve the KV cache of a model in 16, and 16 bits that of one in "
+            "float32, which FlashInfer then serves; fp8: fp8_e4m3"
+        ),
     ] = "auto"
     disable_cuda_graph: Annotated[bool, Meta(description="launch every kernel of a decode step by itself")] = False
     cuda_graph_max_bs: Annotated[

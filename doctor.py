@@ -272,9 +272,10 @@ def _device(config: EngineConfig, model: ModelInfo | None) -> Iterator[Finding]:
 
 def _paths(config: EngineConfig, device: Any, model: ModelInfo | None) -> Iterator[Finding]:
     """In what the model is computed; without a model, in what the embedded one's shape would be."""
+    from .models.dtypes import pick_dtype
     from .models.families import spec_of
     from .models.quantization import quantization_of
-    from .models.weights import kept_blocks, pick_dtype, stays_quantized
+    from .models.weights import kept_blocks, stays_quantized
 
     facts: dict[str, Any] = KNOWN[DEFAULT_MODEL]
     if model is not None:
@@ -347,10 +348,10 @@ def _why_dtype(config: EngineConfig, device: str, dtype: str) -> str:
 
 def _attention(config: EngineConfig, device: Any, facts: dict[str, Any], dtype: Any) -> Iterator[Finding]:
     from .models.attention import make_backend
+    from .models.dtypes import computes_on_cpu_kernels
     from .models.families import spec_of
     from .models.kv_cache import kv_dtype
     from .models.shard import sharded
-    from .models.weights import computes_on_cpu_kernels
 
     spec = sharded(spec_of(facts), config.tp_size)
     backend = make_backend(config.attention_backend, device, spec, dtype, kv_dtype(config, dtype))

@@ -62,6 +62,7 @@ class Subject:
     config: EngineConfig
     gpu: Gpu
     quantization: Quantization | None = None
+    own: str | None = None
     """The checkpoint's own."""
 
     @property
@@ -70,7 +71,7 @@ class Subject:
 
     def ledger(self) -> Ledger:
         """The memory of one GPU. Raises StartupError for a --tp-size that does not divide the model."""
-        demand = demand_of(self.spec, self.config, self.dtype, self.context_length, self.quantization)
+        demand = demand_of(self.spec, self.config, self.dtype, self.context_length, self.quantization, self.own)
         return balance(self.gpu.memory, self.fraction, demand, self.config.max_total_tokens)
 
     def changed(self, **settings: Any) -> "Subject":
@@ -129,7 +130,7 @@ def read_model(config: EngineConfig, gpu: Gpu) -> Subject:
     dtype = config.dtype if config.dtype != "auto" else own if own in ITEMSIZE else "bfloat16"
     rules = quantization_of(facts)
     spec = spec_of(facts) if model.pooling is None else pooled_spec(facts, model.pooling)
-    return Subject(model.name, spec, dtype, model.context_length, config, gpu, rules)
+    return Subject(model.name, spec, dtype, model.context_length, config, gpu, rules, own)
 
 
 def length_rows(subject: Subject, ledger: Ledger, lengths: list[int]) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from ..config import EngineConfig
 from ..errors import ActorserveError, RequestError, StartupError
 from ..models.decoder import Decoder
+from ..models.dtypes import DTYPES
 from ..models.gguf import KEPT_FILE
 from ..models.group import DistributedGroup
 from ..models.image_features import ImageFeatures, image_features
@@ -36,7 +37,7 @@ from ..models.pooler import Pooler
 from ..models.runner import ChunkWork, Runner
 from ..models.stepper import Drawer, Stepper
 from ..models.vision import VisionTower
-from ..models.weights import DTYPES, load_decoder, pick_device
+from ..models.weights import load_decoder, pick_device
 from .actor import Actor, Context
 from .desk import NOBODY
 from .device_waiter import DeviceWaiter

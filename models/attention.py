@@ -382,7 +382,10 @@ def make_backend(
 
     if not supports(spec, dtype, kv):
         if name == "flashinfer":
-            raise StartupError("--attention-backend flashinfer has no kernels for this dtype or head size; take triton")
+            more = "; or add --kv-cache-dtype float16" if dtype == kv == torch.float32 else ""
+            raise StartupError(
+                f"--attention-backend flashinfer has no kernels for this dtype or head size; take triton{more}"
+            )
         return TritonAttention(dense=dense)
     return (
         FlashInferAttention(device) if name == "flashinfer" else FlashInferPrefill(TritonAttention(dense=dense), device)

@@ -3,6 +3,7 @@
 Used by the decoder; flashinfer is imported only here. `FlashInferPrefill` leaves decode to another backend, because
 FlashInfer plans it on the host, for lengths that are true for one step only: `FlashInferAttention` therefore asks the
 runner for exact lengths (`needs_host_lengths`), and its steps neither run ahead nor in CUDA graphs.
+It computes in the dtype of the cache, 16 bits; queries of another, float32, are rounded to it.
 The cache is handed over as it is: keys and values as strided views of [pages, page_size, 2, K, D].
 Source: Ye et al., "FlashInfer: efficient and customizable attention engine for LLM inference serving", 2025.
 """
@@ -35,8 +36,12 @@ def load_flashinfer() -> Any:
 
 
 def supports(spec: Spec, dtype: torch.dtype, kv: torch.dtype) -> bool:
-    """Whether FlashInfer has kernels for the model's prefill: 16-bit, caches of the same dtype, common head_dims."""
-    return dtype in (torch.bfloat16, torch.float16) and kv == dtype and spec.head_dim in (64, 128, 256)
+    """Whether FlashInfer has kernels for a model's prefill: caches of 16 bits, common head_dims.
+
+    Of a model in 16 bits its own: another's would cost precision that the model has.
+    """
+    of_model = kv == dtype or dtype == torch.float32
+    return of_model and kv in (torch.bfloat16, torch.float16) and spec.head_dim in (64, 128, 256)
 
 
 def indptr(counts: list[int]) -> Tensor:
@@ -89,6 +94,12 @@ def paged_views(kv: KVCache, layer: int) -> tuple[Tensor, Tensor]:
     return pages[:, :, 0], pages[:, :, 1]
 
 
+def attend(wrapper: Any, q: Tensor, kv: KVCache, layer: int) -> Tensor:
+    """What a planned wrapper makes of queries [T, H, D]: [T, H * D] in their dtype."""
+    out: Tensor = wrapper.run(q.to(kv.storage.dtype).contiguous(), paged_views(kv, layer))
+    return out.to(q.dtype).flatten(1)
+
+
 @dataclass(slots=True)
 class MixedPlan:
     """Decode rows by another backend's plan, chunks by FlashInfer's."""
@@ -103,8 +114,7 @@ class MixedPlan:
     def run(self, layer: int, q: Tensor) -> Tensor:
         """See AttentionPlan."""
         wrapper = self.planned[self.spec.window(layer)]
-        queries = q[self.num_decode :].contiguous()
-        out: Tensor = wrapper.run(queries, paged_views(self.kv, layer)).flatten(1)
+        out = attend(wrapper, q[self.num_decode :], self.kv, layer)
         if self.rows is None:
             return out
         return torch.cat([self.rows.run(layer, q[: self.num_decode]), out])
@@ -150,8 +160,7 @@ class DecodePlan:
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         """See AttentionPlan."""
-        out: Tensor = self.wrapper.run(q.contiguous(), paged_views(self.kv, layer)).flatten(1)
-        return out
+        return attend(self.wrapper, q, self.kv, layer)
 
 
 class FlashInferAttention(FlashInferPrefill):

@@ -21,19 +21,23 @@ ALIGNMENT: Final = 64
 """Bytes: a cache line, as torch's own memory has it."""
 
 
-FLOAT8: Final = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FLOAT8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES: Final = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
 """By `EngineConfig.kv_cache_dtype`."""
 
 
 def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     """Resolve `EngineConfig.kv_cache_dtype` for a model of `dtype`."""
-    return FLOAT8.get(config.kv_cache_dtype, dtype)
+    return DTYPES.get(config.kv_cache_dtype, dtype)
 
 
 def saturation(dtype: torch.dtype) -> float | None:
     """Where keys and values of a cache of `dtype` are cut off; None: nowhere. Scales are 1: a float8 number's relative
     precision does not depend on one, and keys and values are far below its limit."""
-    return torch.finfo(dtype).max if dtype in FLOAT8.values() else None
+    return torch.finfo(dtype).max if dtype in FLOAT8 else None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -58,7 +62,7 @@ class KVCache:
         dtype: torch.dtype,
         read_dtype: torch.dtype | None = None,
     ) -> None:
-        """`read_dtype`: what attention computes in, where that is not the pages' own dtype (float8)."""
+        """`read_dtype`: what attention computes in, where that is not the pages' own dtype."""
         self.read_dtype = read_dtype or dtype
         self.num_pages = num_pages
         self.page_size = page_size

@@ -182,3 +182,33 @@ def act_mul_kernel(gate_up, out, width, ACT: tl.constexpr, BLOCK: tl.constexpr, 
     gate = tl.load(at, live, other=0.0).to(tl.float32)
     up = tl.load(at + width, live, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, (activate(gate, ACT) * up).to(out.dtype.element_ty), live)
+
+
+@triton.jit
+def split_kernel(x, parts, count, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """parts int16 [PARTS, count]: the bits of bfloat16 numbers whose sum is x float32 [count], the largest first.
+
+    Cut off, not rounded: what is left has as many bits less, and large numbers do not become infinite.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < count
+    rest = tl.load(x + at, live, other=0.0)
+    for _ in tl.static_range(PARTS):
+        bits = rest.to(tl.int32, bitcast=True) >> 16
+        tl.store(parts + at, bits.to(tl.int16), live)
+        rest -= (bits << 16).to(tl.float32, bitcast=True)
+        parts += count
+
+
+@triton.jit
+def join_kernel(sums, bias, out, count, width, BIAS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """out [count], rows of `width` numbers: the sum of sums [PARTS, count], the smallest, which is the last, first, and
+    bias [width]; all float32."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < count
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(sums + (PARTS - 1 - part) * count + at, live, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % width, live, other=0.0)
+    tl.store(out + at, total, live)

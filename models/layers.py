@@ -182,7 +182,7 @@ def write_rows(rows: Tensor, kv_slots: Tensor, kv_rows: Tensor) -> None:
         rounded = rows.clamp(-limit, limit).to(kv_rows.dtype)
         kv_rows.view(torch.uint8).index_copy_(0, kv_slots.long(), rounded.view(torch.uint8))
     else:
-        kv_rows.index_copy_(0, kv_slots.long(), rows)
+        kv_rows.index_copy_(0, kv_slots.long(), rows.to(kv_rows.dtype))
 
 
 def rope_and_write(

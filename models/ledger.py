@@ -143,6 +143,13 @@ def scheme_of(config: EngineConfig, quantization: Quantization | None) -> Scheme
     return quantization.usual if quantization is not None and config.quantization == "auto" else None
 
 
+def keeps_bfloat16(spec: Spec, config: EngineConfig, is_float32: bool, quantization: Quantization | None) -> bool:
+    """Whether a GPU leaves a checkpoint's bfloat16 weights as they are beneath hidden states in float32
+    (split_linear.py); what torch.compile makes has no such products."""
+    dense = spec.moe is None and quantization is None and config.quantization not in ONLINE
+    return is_float32 and dense and not config.enable_torch_compile
+
+
 def scratch_bytes(spec: Spec, itemsize: int, scheme: Scheme | None) -> int:
     """The buffer into which whole numbers are unpacked for many rows: the largest linear map."""
     if scheme is None or scheme.is_float:
@@ -236,8 +243,9 @@ class Demand:
     """As sharded: what this GPU holds."""
     vocab: int
     """Of the whole model: logits are drawn from all of it. 1 for a model without."""
+    weight_itemsize: int
     itemsize: int
-    """Bytes of a weight and of an activation."""
+    """Bytes of an activation."""
     kv_itemsize: int
     page_size: int
     slots: int
@@ -262,17 +270,27 @@ class Demand:
 
 
 def demand_of(
-    spec: Spec, config: EngineConfig, dtype: str, context_length: int, quantization: Quantization | None = None
+    spec: Spec,
+    config: EngineConfig,
+    dtype: str,
+    context_length: int,
+    quantization: Quantization | None = None,
+    own: str | None = None,
 ) -> Demand:
-    """What `config` asks of each GPU, in the model's resolved `dtype`. Raises StartupError for a bad --tp-size."""
+    """What `config` asks of each GPU, in the model's resolved `dtype`; own: the checkpoint's.
+
+    Raises StartupError for a bad --tp-size.
+    """
     slots = config.max_running_requests or SLOTS["cuda"]
     largest_graph = (
         0 if config.disable_cuda_graph or not spec.lm_head else min(slots, config.cuda_graph_max_bs or slots)
     )
     kv = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    stays = own == "bfloat16" and keeps_bfloat16(spec, config, dtype == "float32", quantization)
     return Demand(
         spec=sharded(spec, config.tp_size),
         vocab=spec.vocab if spec.lm_head else 1,
+        weight_itemsize=ITEMSIZE["bfloat16" if stays else dtype],
         itemsize=ITEMSIZE[dtype],
         kv_itemsize=ITEMSIZE[kv],
         page_size=config.page_size,
@@ -326,7 +344,7 @@ def estimate(demand: Demand) -> list[Row]:
     """The rows of a demand without its KV pages, by formula."""
     spec = demand.spec
     weights, scheme = parameters(spec), demand.scheme
-    note = f"{weights:,} of {demand.itemsize} bytes"
+    note = f"{weights:,} of {demand.weight_itemsize} bytes"
     if scheme is not None:
         of_maps = linear_parameters(spec)[0]
         note = f"{weights:,}, {of_maps:,} of them of {scheme.bits} bits and scales"
@@ -339,7 +357,7 @@ def estimate(demand: Demand) -> list[Row]:
         logits = 2 * logits + logit_bytes(spec.vocab, demand.slots)
     return [
         Row("CUDA context, libraries", libraries, "static", "reserve"),
-        Row("weights", weight_bytes(spec, demand.itemsize, scheme), "static", note),
+        Row("weights", weight_bytes(spec, demand.weight_itemsize, scheme), "static", note),
         *([Row("unpacking buffer", scratch, "static", "the largest map of 16 bits")] if scratch else []),
         Row("sampler tables", sampler_bytes(demand.vocab, demand.slots + 1), "static", "counts and masks per slot"),
         Row("slot arrays", arrays, "static", f"page tables of {demand.slots:,} slots"),

@@ -77,7 +77,8 @@ Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 
 
 
 def launch_for(head_dim: int, problems: int, itemsize: int = 2) -> Launch:
-    """Return how `problems` (row, KV head) pairs are launched. itemsize: of keys; large ones have no room ahead."""
+    """Return how `problems` (row, KV head) pairs are launched. itemsize: of keys, as they are
+    multiplied; large ones have no room ahead."""
     launches = DECODE.get(head_dim, DECODE[128 if head_dim < 128 else 256])
     if itemsize > 2:
         launches = tuple((most, launch) for most, launch in launches if not launch.ahead)
@@ -105,7 +106,8 @@ class TritonAttention:
 
     def plan(self, batch: Batch, kv: KVCache, spec: Spec) -> "TritonPlan":
         """Prepare a batch; nothing is launched for decode rows."""
-        launch = self._launch or launch_for(spec.head_dim, batch.num_decode * spec.kv_heads, kv.storage.dtype.itemsize)
+        itemsize = max(kv.storage.dtype.itemsize, kv.read_dtype.itemsize)
+        launch = self._launch or launch_for(spec.head_dim, batch.num_decode * spec.kv_heads, itemsize)
         self._reserve(spec, kv.storage.device)
         assert self._partial is not None and self._lse is not None and self._counters is not None
         workspace = (self._partial, self._lse, self._counters)

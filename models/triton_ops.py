@@ -29,6 +29,7 @@ from .packed_gemm import Scratch, pack_part
 from .packed_tiles import choices_for
 from .part_maps import map_of
 from .spec import Rope, Spec
+from .split_linear import SplitLinear
 from .tuned_gemm import TunedGemms
 from .unpack import Part
 
@@ -83,6 +84,7 @@ class Unrotated:
 
 class TritonOps:
     """See Ops. `pdl_rows`: see above; `gemms`, `fuse` (work in the GEMMs' epilogues) and `defer` are for measurements.
+    `hidden`: dtype of hidden states.
 
     `defer`: dtypes in which a norm may be cut in two. The half-normed numbers have the range of the residual times the
     norm's weight, which float16 need not hold.
@@ -96,7 +98,9 @@ class TritonOps:
         fuse: bool = True,
         defer: tuple[torch.dtype, ...] = (torch.bfloat16,),
         tuned: TunedGemms | None = None,
+        hidden: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.hidden = hidden
         self.pdl_rows = pdl_rows if has_pdl(device) else 0
         self.gemms = gemms
         self.fuse = fuse
@@ -299,10 +303,16 @@ class TritonOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         """See Ops."""
+        if self._splits(weight):
+            return SplitLinear(weight, bias)
         panels = PANELS if self.gemms else {}
         return TritonLinear(
             weight, bias, self.arrived, self.pdl_rows, gemms=self.gemms, tuned=self.tuned, panels=panels
         )
+
+    def _splits(self, weight: Tensor) -> bool:
+        """Whether it has 16 bits beneath hidden states in float32."""
+        return self.hidden == torch.float32 and weight.dtype == torch.bfloat16
 
     def quantized(self, parts: list[Part], bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
         """See Ops."""
@@ -317,4 +327,6 @@ class TritonOps:
 
     def head(self, weight: Tensor) -> LinearMap:
         """Return the map x -> x @ weight.T with float32 results, of weight [vocab, hidden]."""
+        if self._splits(weight):
+            return SplitLinear(weight, None)
         return TritonLinear(weight, None, self.arrived, self.pdl_rows, torch.float32, self.gemms, self.tuned)

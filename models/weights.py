@@ -24,15 +24,16 @@ from .assembly import Assembly, Collector, Keeper, part_pieces
 from .attention import make_backend
 from .cpu_attention import CpuAttention
 from .cpu_decoder import CpuLayers, fits
-from .cpu_kernels import cpu_kernels_or_none, kernels
+from .cpu_kernels import kernels
 from .cpu_ops import CpuOps
 from .decoder import Decoder, Weights, check_supported
+from .dtypes import check_dtype, computes_on_cpu_kernels, own_dtype, pick_dtype
 from .families import names_of, pooled_spec, spec_of
 from .gguf import KEPT_FILE, KEPT_TYPES
 from .head import Head
 from .kv_cache import kv_dtype
 from .layers import DenseMlp, Linear, LinearMap, Ops, TorchOps
-from .ledger import CHUNK
+from .ledger import CHUNK, keeps_bfloat16
 from .moe import Experts
 from .names import HEAD, SCORE, Names, layer_of, pieces
 from .parallel import Group, add_up
@@ -54,7 +55,6 @@ IGNORED = re.compile(
     r"\.(k|v|q|kv|prob)_(scale|zero_point)$"
 )
 """Buffers that old exporters wrote beside the weights; scales of an 8-bit KV cache, which ours does without."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 """By safetensors' names."""
 DUMMY_STD = 0.02
@@ -92,12 +92,14 @@ def load_decoder(
     check_dtype(spec, device, dtype)
     progress(0.0)
     scheme = scheme_of(config, quantization) if stays else None
-    ops = make_ops(config, device, spec, scheme, on_cpu_kernels, rounds)
+    ops = make_ops(config, device, spec, scheme, dtype, rounds)
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
-    keeps_halves = on_cpu_kernels and not blocks and quantization is None and spec.moe is None
-    matrices = torch.bfloat16 if rounds else source.matrix_dtype(facts) if keeps_halves else dtype
+    keeps_halves = not blocks and quantization is None and spec.moe is None
+    matrices = torch.bfloat16 if rounds else source.matrix_dtype(facts) if on_cpu_kernels and keeps_halves else dtype
+    if device.type == "cuda" and keeps_bfloat16(spec, config, dtype == torch.float32, quantization):
+        matrices = torch.bfloat16 if source.matrix_dtype(facts) == torch.bfloat16 else dtype
     weights, places = allocate(spec, device, dtype, blocks, share, keeper, matrices)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:
@@ -119,14 +121,14 @@ def load_decoder(
 
 
 def make_ops(
-    config: EngineConfig, device: torch.device, spec: Spec, scheme: Scheme | None, on_cpu_kernels: bool, rounds: bool
+    config: EngineConfig, device: torch.device, spec: Spec, scheme: Scheme | None, dtype: torch.dtype, rounds: bool
 ) -> Ops:
     """Return what forwards run on: our Triton kernels on a GPU, unless torch.compile is to make them.
 
     On a CPU our C kernels, in float32; with `rounds` their products have inputs in bfloat16. scheme: of weights that
-    stay quantized.
+    stay quantized; dtype: of hidden states.
     """
-    if on_cpu_kernels:
+    if computes_on_cpu_kernels(device, dtype):
         return CpuOps(rounds)
     if device.type != "cuda" or config.enable_torch_compile:
         return TorchOps(compiled=device.type == "cuda")
@@ -139,7 +141,7 @@ def make_ops(
     with contextlib.suppress(OSError, RuntimeError):  # without the library's own interface torch's choices stay
         tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
     wide = wide_rows(2 * spec.inter, spec.hidden, scheme, device) if scheme else 0
-    return TritonOps(device, pdl_rows(spec, scheme is None, wide), tuned=tuned)
+    return TritonOps(device, pdl_rows(spec, scheme is None, wide), tuned=tuned, hidden=dtype)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -167,48 +169,6 @@ def pick_device(name: str, rank: int = 0, ranks: int = 1) -> torch.device:
         found = torch.cuda.device_count()
         raise StartupError(f"--tp-size times --dp-size is {ranks}, which needs as many GPUs; torch finds {found}")
     return torch.device(name, rank)
-
-
-def pick_dtype(name: str, facts: dict[str, Any], device: torch.device, sparse: bool = False) -> torch.dtype:
-    """Resolve `EngineConfig.dtype`. auto: the checkpoint's on a GPU; on a CPU what it multiplies fastest.
-
-    That is float32 by our kernels, which take weights of 16 bits as they are, bfloat16 with matrix instructions (AMX).
-    Where ours do not multiply, experts (`sparse`) or no compiler, it is bfloat16 if the CPU has instructions for that.
-    bfloat16 is for ours, too: of the inputs and weights of products, between which all is float32.
-    """
-    ours = device.type == "cpu" and not sparse and cpu_kernels_or_none() is not None
-    if ours and name in ("auto", "bfloat16"):
-        return torch.float32
-    if name != "auto":
-        return DTYPES[name]
-    if device.type != "cpu":
-        return own_dtype(facts) or torch.bfloat16
-    features = cpu_features()
-    return torch.bfloat16 if features & {"amx_bf16", "avx512_bf16"} else torch.float32
-
-
-def computes_on_cpu_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model runs on our C kernels."""
-    return device.type == "cpu" and dtype == torch.float32 and cpu_kernels_or_none() is not None
-
-
-def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that config.json names."""
-    return DTYPES.get(str(facts.get("dtype") or facts.get("torch_dtype")))
-
-
-def check_dtype(spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise StartupError where torch's grouped GEMM, which experts run on, would wait for the host at each call."""
-    if spec.moe is not None and device.type == "cuda" and dtype != torch.bfloat16:
-        raise StartupError("a model with experts runs on a GPU in bfloat16 only; take --dtype bfloat16")
-
-
-def cpu_features() -> set[str]:
-    """What the CPU can do, in Linux' words; nothing where that is not known."""
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-    except (OSError, IndexError):
-        return set()
 
 
 def kept_blocks(config: EngineConfig, folder: Path, device: torch.device) -> Blocks:

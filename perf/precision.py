@@ -4,7 +4,8 @@
 [--kv-cache-dtype auto fp8_e4m3] [--enable-torch-compile] [--json FILE]`. Default model: the embedded one; a shape gets
 random weights. All engines are given the same tokens, transformers' own greedy text after a beginning (random ids with
 a shape), so that one rounding does not lead to another text. The reference is transformers in float32 on the same
-16-bit weights. Ours is measured twice: token by token with all rows in a step, as outputs are decoded, and prompts as a
+16-bit weights. With `--dtype float32` ours computes in float32, too, and weights and transformers have bfloat16.
+Ours is measured twice: token by token with all rows in a step, as outputs are decoded, and prompts as a
 whole; and again for each dtype of the KV cache, and with torch.compile's kernels. Printed: the root mean square over
 the vocabulary of a place's error, over the spread of its logits; and at how many places another token than the
 reference's is the likeliest, with the largest gap there in its logits.
@@ -79,11 +80,12 @@ def decoded(decoder: Decoder, config: EngineConfig, ids: Tensor) -> Tensor:
         runner.admit(row, np.arange(row * pages, (row + 1) * pages, dtype=np.int32), 0, FAR)
     runner.slots.flush()
     every = runner.upload_rows(np.arange(rows))
+    on_host = decoder.device.type == "cpu" or getattr(decoder.attention, "needs_host_lengths", False)
+    host = np.arange(rows) if on_host else None
     found = []
     for at in range(length):
         runner.slots.last[:rows] = ids[:, at]
         runner.slots.length[:rows] = at
-        host = np.arange(rows) if decoder.device.type == "cpu" else None
         runner.lengths[:rows] = at
         found.append(runner.decode(every, host).logits)
     return torch.stack(found, 1)
@@ -181,14 +183,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=KNOWN, help="random weights of this shape instead")
     parser.add_argument("--rows", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"])
     parser.add_argument("--enable-torch-compile", action="store_true", help="measure that, too")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, "bfloat16" if args.dtype == "float32" else args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         if args.shape:
             folder = random_model(args.shape, Path(scratch), dtype, pick_device(args.device))

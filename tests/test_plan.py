@@ -67,6 +67,9 @@ def test_settings_of_run_count(capsys: pytest.CaptureFixture[str]) -> None:
     base = as_json("--model llama-3.1-8b --gpu a100-80g", capsys)
     fp8 = as_json("--model llama-3.1-8b --gpu a100-80g --kv-cache-dtype fp8_e4m3", capsys)
     assert fp8["pages"] / base["pages"] == pytest.approx(2, rel=1e-3)
+    exact = as_json("--model llama-3.1-8b --gpu a100-80g --dtype float32 --kv-cache-dtype float16", capsys)
+    assert exact["page_bytes"] == base["page_bytes"], "weights in bfloat16 stay so, too"
+    assert [row["bytes"] for row in exact["memory"][:2]] == [row["bytes"] for row in base["memory"][:2]]
     less = as_json("--model llama-3.1-8b --gpu a100-80g --mem-fraction-static 0.5", capsys)
     assert less["pages"] < base["pages"] / 2
     short = as_json("--model llama-3.1-8b --context-length 1000 --max-running-requests 8", capsys)

@@ -261,17 +261,25 @@ def test_more_rows_than_programs_are_not_split() -> None:
         Case(spec_of(4, 8, 64), torch.bfloat16, list(range(1, 200)), []).check(TritonAttention(), 1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_float8_cache(dtype: torch.dtype) -> None:
-    case = Case(spec_of(4, 2, 64), torch.float32, [1, 30, 90], [(20, 30)])
+def narrowed(case: Case, dtype: torch.dtype) -> KVCache:
+    """The case's cache in `dtype`, to which its own is rounded."""
     wide, narrow = case.kv, KVCache(case.spec, case.kv.num_pages, PAGE, DEVICE, dtype, torch.float32)
     narrow.storage.copy_(wide.storage.nan_to_num(0.0).to(dtype))
     wide.storage.copy_(torch.where(wide.storage.isnan(), wide.storage, narrow.storage.float()))
+    return narrow
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_narrower_cache(dtype: torch.dtype) -> None:
+    """Queries in float32: what is in the cache is exact, and so is the rest."""
+    case = Case(spec_of(4, 2, 64), torch.float32, [1, 30, 90], [(20, 30)])
+    narrow = narrowed(case, dtype)
     expected = case.expected()
-    backends = [TorchAttention()] + ([TritonAttention()] if CUDA else [])  # the interpreter does not know float8
+    interpreted = dtype is torch.float16  # the only one of these that Triton's interpreter knows
+    backends = [TorchAttention()] + ([TritonAttention()] if CUDA or interpreted else [])
     for backend in backends:
         got = backend.plan(case.batch, narrow, case.spec).run(0, case.q.contiguous())
-        assert (got - expected).norm() / expected.norm() < 1e-5
+        assert got.dtype == torch.float32 and (got - expected).norm() / expected.norm() < 1e-5
 
 
 def test_the_choice_of_backend() -> None:
@@ -291,3 +299,22 @@ def test_flashinfer() -> None:
         case.batch.decode_lengths_host = case.batch.decode_lengths.cpu().numpy().astype("int64")
         for name in ("auto", "flashinfer"):
             case.check(make_backend(name, DEVICE, spec, torch.bfloat16, torch.bfloat16), 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not CUDA or importlib.util.find_spec("flashinfer") is None, reason="needs a GPU and flashinfer")
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_flashinfer_for_float32(dtype: torch.dtype, limit: float) -> None:
+    """A model in float32 with a cache of 16 bits: its queries are rounded, and its results float32 again."""
+    spec = spec_of(7, 4, 128)
+    case = Case(spec, torch.float32, [1, 33, 500], [(0, 300), (40, 77)])
+    narrow = narrowed(case, dtype)
+    expected = case.expected()
+    case.batch.decode_lengths_host = case.batch.decode_lengths.cpu().numpy().astype("int64")
+    for name in ("auto", "flashinfer"):
+        got = make_backend(name, DEVICE, spec, torch.float32, dtype).plan(case.batch, narrow, spec).run(0, case.q)
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() / expected.norm() < limit and (got - expected).abs().max() < 20 * limit
+    with pytest.raises(StartupError, match="no kernels for this dtype"):
+        make_backend("flashinfer", DEVICE, spec, torch.float32, torch.float32)

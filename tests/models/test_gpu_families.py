@@ -16,10 +16,14 @@ from torch import Tensor
 from actorserve.errors import StartupError
 from actorserve.models.batch import Batch
 from actorserve.models.decoder import Decoder
-from actorserve.models.weights import check_dtype
+from actorserve.models.dtypes import check_dtype
+from actorserve.models.families import names_of, spec_of
+from actorserve.models.places import allocate
+from actorserve.models.weights import Source, fill, linear_maps, pack, read_config
 
 pytest.importorskip("triton")
 from actorserve.models.latent_attention import LatentAttention
+from actorserve.models.split_linear import SplitLinear
 from actorserve.models.triton_attention import TritonAttention
 from actorserve.models.triton_ops import TritonOps
 
@@ -85,6 +89,45 @@ def test_bfloat16_on_a_gpu(name: str, tmp_path: Path) -> None:
     driver.forward([(request, 39)])
     logits = graphed(decoder, driver.batch([(request, 1)]), driver).cpu()
     assert (logits - expected[-1:]).norm() < allowed * expected[-1:].norm()
+
+
+@pytest.mark.skipif(CUDA, reason="below, for real")
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
+def test_bfloat16_beneath_float32_in_the_interpreter(name: str, tmp_path: Path) -> None:
+    """A checkpoint in bfloat16 that is served in float32: its weights stay, and logits are those of float32 weights."""
+    folder = tiny.save(tiny.build(name).bfloat16(), tmp_path)
+    expected = Driver.of(tiny.load(folder)).logits(tiny.prompt(LENGTH), [LENGTH])
+    facts, device = read_config(tmp_path), torch.device("cpu")
+    spec = spec_of(facts)
+    weights, places = allocate(spec, device, torch.float32, matrices=torch.bfloat16)
+    fill(places, {}, Source(tmp_path, spec, names_of(facts), None, device, False), lambda _: None, {})
+    ops = TritonOps(device, hidden=torch.float32)
+    pack(weights, ops)
+    assert all(isinstance(m, SplitLinear) and m.weight.dtype == torch.bfloat16 for m in linear_maps(weights))
+    narrow = Decoder(spec, weights, TritonAttention(), device, torch.float32, ops)
+    logits = Driver.of(narrow).logits(tiny.prompt(LENGTH), [LENGTH - 1, 1])
+    assert (logits - expected).abs().max() < 1e-5 * expected.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "llama-tied", "qwen2", "qwen3"])
+def test_bfloat16_beneath_float32_on_a_gpu(name: str, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.build(name).bfloat16(), tmp_path)
+    ids = tiny.prompt(200)
+    expected = Driver.of(tiny.load(folder)).logits(ids, [200])
+    decoder = tiny.load(folder, device="cuda", dtype="float32")
+    assert all(isinstance(linear, SplitLinear) for linear in linear_maps(decoder.weights))
+    for sizes in ([200], [150] + [1] * 50):
+        logits = Driver.of(decoder).logits(ids, sizes).cpu()
+        assert (logits - expected).norm() < 1e-5 * expected.norm()
+    driver = Driver.of(decoder)
+    request = driver.request(ids)
+    driver.forward([(request, 199)])
+    logits = graphed(decoder, driver.batch([(request, 1)]), driver).cpu()
+    assert (logits - expected[-1:]).norm() < 1e-5 * expected[-1:].norm()
+    compiled = tiny.load(folder, device="cuda", dtype="float32", enable_torch_compile=True)
+    assert not any(isinstance(linear, SplitLinear) for linear in linear_maps(compiled.weights))
 
 
 def test_experts_on_a_gpu_need_bfloat16(tmp_path: Path) -> None:

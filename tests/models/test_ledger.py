@@ -93,6 +93,19 @@ def test_a_quantized_model_takes_less() -> None:
     assert 0.3 < floor / floors.decode_seconds(QWEN, 1, 1024, H200) < 0.36
 
 
+def test_bfloat16_weights_stay_beneath_float32() -> None:
+    def rows(own: str | None, spec: Spec = QWEN, **fields: object) -> dict[str, int]:
+        config = EngineConfig(**fields)  # type: ignore[arg-type]
+        demand = ledger.demand_of(spec, config, "float32", 32768, own=own)
+        return {row.name: row.bytes for row in ledger.balance(1 << 38, 0.88, demand).rows}
+
+    wide, narrow = rows(None), rows("bfloat16")
+    assert wide["weights"] == 2 * narrow["weights"] == 4 * ledger.parameters(QWEN)
+    assert wide["activations"] == narrow["activations"]
+    assert rows("float16") == rows("bfloat16", enable_torch_compile=True) == wide
+    assert rows("bfloat16", SPECS["mixtral-8x7b"])["weights"] == 4 * ledger.parameters(SPECS["mixtral-8x7b"])
+
+
 def test_latent_pages_hold_one_row_a_token() -> None:
     lite = SPECS["deepseek-v2-lite"]
     assert ledger.page_bytes(lite, 16, 2) == 27 * 16 * 576 * 2 == KVCache.bytes_per_page(lite, 16, torch.bfloat16)

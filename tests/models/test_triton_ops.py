@@ -19,6 +19,7 @@ from actorserve.models.layers import ACTIVATIONS, TorchOps
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.shapes import KNOWN
 from actorserve.models.spec import Rope, RopeScaling, Spec
+from actorserve.models.split_linear import STACKED_ROWS, SplitLinear, split
 from actorserve.models.triton_ops import TritonOps, pdl_rows
 
 CUDA = torch.cuda.is_available()
@@ -263,3 +264,20 @@ def test_a_chain_in_a_graph(rows: int, pdl_rows: int) -> None:
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_every_activation_of_a_spec_has_a_kernel(act: str) -> None:
     assert OPS.act_mul(randn(1, 8), act).shape == (1, 4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, STACKED_ROWS + 5])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_bfloat16_weight_of_float32_inputs(rows: int, biased: bool) -> None:
+    """As exact as float32's own product, whatever the inputs' size; of few rows and of many."""
+    x = randn(rows, 300) * torch.logspace(-15, 15, 300, device=DEVICE)
+    assert torch.equal(split(x).double().sum(0), x.double())  # no bit is lost
+    weight, bias = randn(70, 300, dtype=torch.bfloat16, seed=1), randn(70, seed=2) if biased else None
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    for linear in (SplitLinear(weight, bias), TritonOps(DEVICE, hidden=torch.float32).linear(weight, bias)):
+        y = linear(x)
+        assert isinstance(linear, SplitLinear) and y.dtype == torch.float32 and y.shape == (rows, 70)
+        assert not rows or (y - exact).norm() < 1e-6 * exact.norm()
+    head = TritonOps(DEVICE, hidden=torch.float32).head(weight)
+    assert torch.equal(head(x), SplitLinear(weight, None)(x))
+    assert not isinstance(OPS.linear(weight, bias), SplitLinear)

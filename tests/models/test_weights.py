@@ -12,9 +12,10 @@ from torch import Tensor
 
 from actorserve.config import EngineConfig
 from actorserve.errors import StartupError
-from actorserve.models import weights
+from actorserve.models import dtypes
+from actorserve.models.dtypes import pick_dtype
 from actorserve.models.layers import Linear, PackedLinear, has_bfloat16
-from actorserve.models.weights import load_decoder, pick_device, pick_dtype
+from actorserve.models.weights import load_decoder, pick_device
 
 IDS = tiny.prompt(20)
 
@@ -194,8 +195,8 @@ def test_dtype_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"avx512_bf16", "amx_bf16"}, True, False, torch.float32),
         ({"amx_bf16"}, True, True, torch.bfloat16),
     ):
-        monkeypatch.setattr(weights, "cpu_features", lambda features=features: features)
-        monkeypatch.setattr(weights, "cpu_kernels_or_none", lambda ours=ours: object() if ours else None)
+        monkeypatch.setattr(dtypes, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(dtypes, "cpu_kernels_or_none", lambda ours=ours: object() if ours else None)
         assert pick_dtype("auto", {"dtype": "float16"}, cpu, sparse) == expected
         assert pick_dtype("float32", {}, cpu) == torch.float32
         rounded = ours and not sparse  # by our kernels, between whose products all is float32

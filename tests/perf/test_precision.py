@@ -43,6 +43,12 @@ def test_what_float8_pages_cost_is_seen(folder: str) -> None:
     assert 1.2 * found["auto"] < found["fp8"] < 0.8 * found["fp8_e5m2"] < 0.2
 
 
+def test_what_pages_of_16_bits_cost_a_model_in_float32(folder: str) -> None:
+    """float16 has three bits more than bfloat16."""
+    found = {kv: errors(folder, kv, "float32")["decoded"].relative for kv in ("auto", "float16", "bfloat16")}
+    assert 10 * found["auto"] < found["float16"] < 0.2 * found["bfloat16"] < 2e-3
+
+
 def test_the_error_of_known_logits() -> None:
     exact = torch.tensor([[[0.0, 2.0, 4.0], [1.0, 1.0, 4.0]]])
     off = exact + torch.tensor([0.0, 4.0, 0.0])

@@ -157,6 +157,9 @@ def layers() -> Iterator[None]:
         yield build(layer_kernels.act_mul_kernel, 4, pdl, ACT="silu", BLOCK=1024, PDL=pdl)
     parts = POINTERS | {"delta": "*fp32"}
     yield build(layer_kernels.norm_kernel, 8, pointers=parts, ADD=True, PARTS=2, BLOCK=4096, PDL=False)
+    wide = {"x": "*fp32", "parts": "*i16", "sums": "*fp32", "bias": "*fp32", "out": "*fp32"}
+    yield build(layer_kernels.split_kernel, 4, pointers=wide, BLOCK=1024, PARTS=3)
+    yield build(layer_kernels.join_kernel, 4, pointers=wide, BIAS=True, BLOCK=1024, PARTS=3)
     for interleaved, norm in ((False, False), (True, True)):
         yield build(
             layer_kernels.rope_kernel, 1, D=128, DIM=128, HALF=64, REST=0, HEADS=4, BLOCKS=9, SKIP_QUERIES=False,
