@@ -1,11 +1,11 @@
 """Decode steps and prefill on a GPU against the physical floor: the executor's stepper, without the engine around it.
 
 `python -m actorserve.perf.decode [--shape qwen2-7b | --model FOLDER] [--batch 1 32 128 256] [--context 1024]
-[--prefill 896] [--chunk 384] [--quantization none w4a16 fp8] [--tiles FILE] [--constrained] [--no-graph]
-[--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a folder is given; with several
-kinds of --quantization they are measured one after another, and compared with the first at the end. A step is forward,
-draw and advance, at temperature 1 unless said; floors are those of models/floors.py. With `--tp-size N` the same on N
-GPUs, each rank a process; floors are of a rank's part, without what the ranks tell each other.
+[--prefill 896] [--chunk 384] [--dtype float32] [--quantization none w4a16 fp8] [--tiles FILE] [--constrained]
+[--no-graph] [--attention-backend triton] [--trace] [--json FILE]`. Dummy weights of the shape unless a folder is given;
+with several kinds of --quantization they are measured one after another, and compared with the first at the end. A step
+is forward, draw and advance, at temperature 1 unless said; floors are those of models/floors.py. With `--tp-size N` the
+same on N GPUs, each rank a process; floors are of a rank's part, without what the ranks tell each other.
 """
 
 import argparse
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="tokens in one forward")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--quantization", nargs="+", choices=QUANTIZED, default=["none"], help="of dummy weights")
     parser.add_argument("--tiles", nargs="*", default=[], help="tiles for quantized weights: JSONs of perf.gemm")
@@ -269,7 +270,7 @@ def one_kind(kind: str, limits: Limits, args: argparse.Namespace, group: Distrib
             (model / "config.json").write_text(json.dumps(facts))
         config = EngineConfig(
             model=str(model), load_format="auto" if args.model else "dummy", attention_backend=args.attention_backend,
-            kv_cache_dtype=args.kv_cache_dtype, tp_size=args.tp_size,
+            dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, tp_size=args.tp_size,
         )  # fmt: skip
         started = time.perf_counter()
         decoder = load_decoder(str(model), config, lambda _: None, None, group, None if group is None else group.device)
@@ -302,7 +303,7 @@ def measure(
     prompts = max(1, args.prefill_tokens // args.prefill) if args.prefill else 0
     slots = max([*(batch + bool(args.chunk) for batch in args.batch), prompts])
     bench = Bench(decoder, config, slots, max(tokens, args.prefill), not args.no_graph)
-    weight_bytes, kv_bytes = float(decoder.dtype.itemsize), float(bench.runner.kv.storage.dtype.itemsize)
+    weight_bytes, kv_bytes = (float(t.dtype.itemsize) for t in (decoder.weights.embed, bench.runner.kv.storage))
     if args.prefill:
         seconds = bench.prefill(args.prefill, prompts, 4, params)
         floor = prompts * prefill_seconds(spec, args.prefill, limits)
