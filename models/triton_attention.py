@@ -5,7 +5,7 @@ rows alone, so a step can be replayed as a CUDA graph while lengths grow; how it
 Invariant: results are TorchAttention's, up to rounding (tests/models/test_gpu_attention.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -77,11 +77,14 @@ Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 
 
 
 def launch_for(head_dim: int, problems: int, itemsize: int = 2) -> Launch:
-    """Return how `problems` (row, KV head) pairs are launched. itemsize: of keys, as they are
-    multiplied; large ones have no room ahead."""
+    """Return how `problems` (row, KV head) pairs are launched. itemsize: of keys, as they are multiplied.
+
+    Large ones have no room ahead, and spill with fewer than four warps, with which a step took 30 times as long.
+    """
     launches = DECODE.get(head_dim, DECODE[128 if head_dim < 128 else 256])
     if itemsize > 2:
-        launches = tuple((most, launch) for most, launch in launches if not launch.ahead)
+        wide = [(most, replace(launch, warps=max(4, launch.warps))) for most, launch in launches if not launch.ahead]
+        launches = tuple(wide)
     return next((launch for most, launch in launches if problems <= most), launches[-1][1])
 
 
@@ -168,7 +171,8 @@ class TritonPlan:
             "K": spec.kv_heads, "G": spec.group, "D": spec.head_dim,
             "DP": max(16, triton.next_power_of_2(spec.head_dim)), "PAGE": self.kv.page_size,
             "WINDOW": window is not None, "SOFTCAP": spec.attn_softcap is not None,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            # Of float32: three products of a number's halves, by tensor cores, which are as exact but for the last bit.
+            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         numbers = (spec.attention_scale, spec.attn_softcap or 1.0, window or 0, q.stride(0))
         batch = self.batch
@@ -187,9 +191,9 @@ class TritonPlan:
                 **({"launch_pdl": True} if self.pdl else {}), **shared,
             )  # fmt: skip
         if self.tiles is not None:
-            large = q.dtype != torch.float32 and spec.head_dim <= 128
+            wide = q.dtype == torch.float32
             kernels.prefill[(len(self.tiles.meta), spec.heads)](
-                q, cache, self.tiles.pages, self.tiles.meta, out, *numbers, M=TILE_QUERIES, BLOCK=64 if large else 32,
-                STAGES=2, num_warps=4, **shared,
+                q, cache, self.tiles.pages, self.tiles.meta, out, *numbers, M=TILE_QUERIES,
+                BLOCK=32 if wide or spec.head_dim > 128 else 64, STAGES=2, num_warps=8 if wide else 4, **shared,
             )  # fmt: skip
         return out

@@ -246,6 +246,7 @@ def test_the_table_of_launches_is_sound() -> None:
         assert launch_for(other, 500) == launch_for(like, 500)
     assert launch_for(128, 500) != launch_for(256, 500)
     assert launch_for(128, 4).ahead and not launch_for(128, 4, itemsize=4).ahead
+    assert launch_for(128, 500).warps == 2 and launch_for(128, 500, itemsize=4).warps == 4
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11] if CUDA else [1, 11])

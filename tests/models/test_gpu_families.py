@@ -111,6 +111,7 @@ def test_bfloat16_beneath_float32_in_the_interpreter(name: str, tmp_path: Path) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "llama-tied", "qwen2", "qwen3"])
 def test_bfloat16_beneath_float32_on_a_gpu(name: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.build(name).bfloat16(), tmp_path)

@@ -40,7 +40,7 @@ from actorserve.models.packed_tiles import PACKED as QUANTIZED
 from actorserve.models.primed_gemm import HEAD, MOST_ROWS, Primed
 from actorserve.models.row_gemm import OneRow
 from actorserve.models.stream_gemm import Stream
-from actorserve.models.triton_attention import DECODE, splits_for
+from actorserve.models.triton_attention import DECODE, launch_for, splits_for
 from actorserve.models.wide_gemm import Wide
 from actorserve.perf.gemm_tiles import Case, cases
 from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
@@ -137,6 +137,15 @@ def attention() -> Iterator[None]:
             attention_kernels.prefill, 4, D=128, DP=128, M=64, BLOCK=64, STAGES=2,
             **shape | {"WINDOW": window, "SOFTCAP": cap},
         )  # fmt: skip
+    shape["PRECISION"] = "tf32x3"
+    for of_keys in ("*fp32", "*fp16"):
+        wide = POINTERS | {"q": "*fp32", "out": "*fp32", "cache": of_keys}
+        launch = launch_for(128, 1 << 20, itemsize=4)
+        yield build(
+            attention_kernels.decode, launch.warps, pointers=wide, HAS_ROWS=True, GP=16, D=128, DP=128, SPLITS=1,
+            BLOCK=launch.block, STAGES=launch.stages, AHEAD=0, PDL=False, ROTATE=False, **shape,
+        )  # fmt: skip
+        yield build(attention_kernels.prefill, 8, pointers=wide, D=128, DP=128, M=64, BLOCK=32, STAGES=2, **shape)
 
 
 def latents() -> Iterator[None]:
