@@ -79,7 +79,7 @@ Measured on an H200, Qwen2-7B shape, 1,024 tokens a row: 7.0 us for 1 row (12.9 
 def launch_for(head_dim: int, problems: int, itemsize: int = 2) -> Launch:
     """Return how `problems` (row, KV head) pairs are launched. itemsize: of keys, as they are multiplied.
 
-    Large ones have no room ahead, and spill with fewer than four warps, with which a step took 30 times as long.
+    Large ones have no room ahead, and registers spill with fewer than four warps.
     """
     launches = DECODE.get(head_dim, DECODE[128 if head_dim < 128 else 256])
     if itemsize > 2:
