@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_folder
-from .cublaslt import KERNEL, MEMSET, Algorithm, CublasLt, Plan, Product
+from .cublaslt import Algorithm, CublasLt, Plan, Product
+from .graph_nodes import KERNEL, MEMSET
 
 WORKSPACE: Final = 32 << 20
 FEWEST: Final = 768
@@ -74,6 +75,11 @@ class TunedGemms:
         self._plans: OrderedDict[Product, tuple[Plan, Algorithm] | None] = OrderedDict()
         """None: torch's."""
         self._measured = False
+        self.alone = False
+        """For measurements (perf/clearing.py): in graphs a kernel runs without what the library clears before it, where
+        it leaves that clear itself."""
+        self._spaces: list[Tensor] = []
+        """Workspaces that graphs have, and keep when plans go."""
 
     def register(self, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> None:
         """Tell of a weight that will be multiplied."""
@@ -95,7 +101,8 @@ class TunedGemms:
             return None
         plan, algorithm = chosen
         out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
-        plan.run(algorithm, x, weight, bias, out)
+        run = plan.run_kernel if plan.kernel_alone and torch.cuda.is_current_stream_capturing() else plan.run
+        run(algorithm, x, weight, bias, out)
         return out
 
     def tune_ahead(self) -> bool:
@@ -131,7 +138,7 @@ class TunedGemms:
         finally:
             torch.cuda.synchronize(self.device)
             plan.close()
-        self._forget(key)
+        self.forget(key)
 
     def _candidates(self, plan: Plan) -> list[bytes]:
         """The library's, for this many rows and for numbers around."""
@@ -144,6 +151,10 @@ class TunedGemms:
             finally:
                 near.close()
         return list(dict.fromkeys(found))
+
+    def running_alone(self) -> list[str]:
+        """The products of which graphs hold the kernel alone."""
+        return [key_of(product) for product, planned in self._plans.items() if planned and planned[0].kernel_alone]
 
     # ------------------------------------------------------------------ plans
 
@@ -158,7 +169,10 @@ class TunedGemms:
             self._close(self._plans.popitem(last=False)[1])
 
     def _plain(self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Plan, Algorithm] | None:
-        """Where the library would clear memory before its kernel: its first candidate that is one kernel, no more."""
+        """Where the library would clear memory before its kernel: its first candidate that is one kernel, no more.
+
+        Or its choice, if that is to run alone and can.
+        """
         out = torch.empty(product.rows, product.outputs, dtype=product.result, device=x.device)
         plan = Plan(self.library, product)
         for number, candidate in enumerate(plan.candidates()):
@@ -166,10 +180,44 @@ class TunedGemms:
             nodes = [] if algorithm is None else plan.nodes(algorithm, x, weight, bias, out)
             if number == 0 and MEMSET not in nodes:
                 break
-            if algorithm is not None and nodes == [KERNEL]:
+            if algorithm is None:
+                continue
+            may = self.alone and number == 0 and nodes == [MEMSET, KERNEL]
+            if may and self._leaves_clear(plan, algorithm, x, weight, bias, out):
+                return plan, algorithm
+            if nodes == [KERNEL]:
                 return plan, algorithm
         plan.close()
         return None
+
+    def _leaves_clear(self, plan: Plan, algorithm: Algorithm, x: Tensor, *others: Any) -> bool:
+        """Give a plan a workspace of its own, and find out whether its kernel leaves clear there what the library
+        clears before it, so that graphs do without: where programs tell one another what they have done, the last one
+        clears that. If not, all is as before."""
+        size = plan.workspace_of(algorithm)
+        if size is None or torch.cuda.is_current_stream_capturing():
+            return False
+        out, shared = others[-1], plan.space
+        plan.space = torch.zeros(size, dtype=torch.uint8, device=x.device)
+        results = []
+        try:
+            operands = algorithm, torch.randn_like(x), *others
+            cleared = plan.clears(*operands)
+            for run in (plan.run, plan.run_kernel, plan.run_kernel) if cleared is not None else ():
+                out.fill_(torch.nan)
+                run(*operands)
+                results.append(out.clone())
+                if cleared is None or cleared.any():
+                    break
+            plan.kernel_alone = len(results) == 3 and all(torch.equal(results[0], other) for other in results)
+        except RuntimeError:  # a driver that does not know the calls
+            plan.kernel_alone = False
+        finally:
+            if plan.kernel_alone:
+                self._spaces.append(plan.space)
+            else:
+                plan.space = shared
+        return plan.kernel_alone
 
     def _new_plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
         chosen = self._chosen.get(key_of(product), b"")
@@ -187,9 +235,9 @@ class TunedGemms:
         if planned is not None:
             planned[0].close()
 
-    def _forget(self, key: str) -> None:
-        """Plans of a choice that is new are made anew."""
-        for product in [p for p in self._plans if key_of(p) == key]:
+    def forget(self, key: str | None = None) -> None:
+        """Plans of a choice that is new, or all, are made anew."""
+        for product in [p for p in self._plans if key is None or key_of(p) == key]:
             self._close(self._plans.pop(product))
 
 
