@@ -181,7 +181,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"],
         Meta(
             description="auto: as activations; 8 bits halve the KV cache of a model in 16, and 16 bits that of one in "
-            "float32, which FlashInfer then serves; fp8: fp8_e4m3"
+            "float32, as on a CPU, which is faster with long contexts; fp8: fp8_e4m3"
         ),
     ] = "auto"
     disable_cuda_graph: Annotated[bool, Meta(description="launch every kernel of a decode step by itself")] = False

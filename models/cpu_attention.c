@@ -1,4 +1,4 @@
-/* Attention of single tokens over the pages of a float32 cache, for decode rows and chunks alike. Used by
+/* Attention of single tokens over the pages of a cache, which may have 16 bits, for decode rows and chunks alike. Used by
 cpu_attention.py.
 
 A token's keys are read BLOCK by BLOCK from the first it sees on, with a running softmax (Milakov and Gimelshein 2018).
@@ -9,7 +9,7 @@ So a product of a query and a key is added up in one order, over lanes or withou
 #include "cpu_kernels.h"
 
 #define BLOCK 64      /* keys; a multiple of LANES */
-#define LINE 16       /* numbers of a line of a cache */
+#define LINE 64       /* bytes of a line of the CPU's caches */
 #define GROUP 8       /* query heads of a KV head computed at a time */
 #define TILE 32       /* tokens */
 #define TURNED 9      /* query heads for which keys are turned */
@@ -59,11 +59,11 @@ INLINE vec shown(vec scores, int count) {
 }
 
 /* scores [group, BLOCK] of `count` keys; what is beyond them is -inf. Meanwhile their values come, if `asks`. */
-INLINE void score(const float *const *keys, long to_value, int asks, int count, const float *q, long dim, int group,
-                  float scale, float (*scores)[BLOCK]) {
+INLINE void score(const char *const *keys, long to_value, int asks, int count, const float *q, long dim, int group,
+                  float scale, float (*scores)[BLOCK], enum cached kind) {
     for (int first = 0; first < count; first += LANES) {
         for (int j = first; asks && j < first + LANES; j++)
-            for (long d = 0; d < dim; d += LINE) __builtin_prefetch(keys[j] + to_value + d);
+            for (long at = 0; at < dim * size_of(kind); at += LINE) __builtin_prefetch(keys[j] + to_value + at);
         for (int h = 0; h < group; h++) {
             vec parts[LANES];
 #pragma GCC unroll 16
@@ -71,7 +71,7 @@ INLINE void score(const float *const *keys, long to_value, int asks, int count, 
             for (long d = 0; d < dim; d += LANES) {
                 vec query = load(q + h * dim + d);
 #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) parts[j] = chained(query, load(keys[first + j] + d), parts[j]);
+                for (int j = 0; j < LANES; j++) parts[j] = chained(query, cached(keys[first + j], d, kind), parts[j]);
             }
             store(scores[h] + first, shown(sums(parts) * scale, count - first));
         }
@@ -79,13 +79,13 @@ INLINE void score(const float *const *keys, long to_value, int asks, int count, 
 }
 
 /* turned [dim, BLOCK] = the keys, of which there are a multiple of LANES. Meanwhile their values come. */
-INLINE void turn(const float *const *keys, long to_value, int count, long dim, float *turned) {
+INLINE void turn(const char *const *keys, long to_value, int count, long dim, float *turned, enum cached kind) {
     for (int first = 0; first < count; first += LANES)
         for (long d = 0; d < dim; d += LANES) {
             vec parts[LANES];
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) parts[j] = load(keys[first + j] + d);
-            for (int j = 0; j < LANES; j++) __builtin_prefetch(keys[first + j] + to_value + d);
+            for (int j = 0; j < LANES; j++) parts[j] = cached(keys[first + j], d, kind);
+            for (int j = 0; j < LANES; j++) __builtin_prefetch(keys[first + j] + to_value + d * size_of(kind));
 #pragma GCC unroll 4
             for (int step = LANES / 2; step; step /= 2)
 #pragma GCC unroll 16
@@ -136,15 +136,15 @@ INLINE void score_turned(const float *turned, int count, const float *const *q, 
 }
 
 /* out [group] of dim += weights [group, BLOCK] times the values of `count` keys. */
-INLINE void add_values(const float *const *keys, long to_value, int count, long dim, int group,
-                       const float (*weights)[BLOCK], float *const *out) {
+INLINE void add_values(const char *const *keys, long to_value, int count, long dim, int group,
+                       const float (*weights)[BLOCK], float *const *out, enum cached kind) {
     for (long d = 0; d < dim; d += 2 * LANES) {
         vec sum[GROUP][2];
         for (int h = 0; h < group; h++)
             for (int r = 0; r < 2; r++) sum[h][r] = load(out[h] + d + r * LANES);
         for (int i = 0; i < count; i++) {
-            const float *value = keys[i] + to_value + d;
-            vec v[2] = {load(value), load(value + LANES)};
+            const char *value = keys[i] + to_value;
+            vec v[2] = {cached(value, d, kind), cached(value, d + LANES, kind)};
             for (int h = 0; h < group; h++)
                 for (int r = 0; r < 2; r++) sum[h][r] = fused(v[r], weights[h][i], sum[h][r]);
         }
@@ -169,15 +169,18 @@ INLINE float soften(float *scores, int count, float *best, float *total) {
     return before;
 }
 
-/* Where the keys of tokens [from, from + count) of a KV head are. */
+/* Where the keys of tokens [from, from + count) of a KV head are; their values lie `values_of` bytes behind. */
 INLINE void find_keys(const struct attention *a, const int32_t *pages, long from, int count, long head,
-                      const float **keys) {
-    long page = from / a->page_size, offset = from % a->page_size, size = 2 * a->kv_heads * a->dim;
+                      const char **keys, enum cached kind) {
+    long page = from / a->page_size, offset = from % a->page_size, of_head = a->dim * size_of(kind);
+    long size = 2 * a->kv_heads * of_head;
     for (int i = 0; i < count; page++, offset = 0) {
-        const float *key = a->cache + (pages[page] * a->page_size + offset) * size + head * a->dim;
+        const char *key = a->cache + (pages[page] * a->page_size + offset) * size + head * of_head;
         for (; i < count && offset < a->page_size; i++, offset++, key += size) keys[i] = key;
     }
 }
+
+INLINE long values_of(const struct attention *a, enum cached kind) { return a->kv_heads * a->dim * size_of(kind); }
 
 /* Query heads that share a KV head, on their way over its keys. */
 struct heads {
@@ -208,43 +211,44 @@ INLINE int end(struct heads *h, int i, long dim) {
 }
 
 /* `group` heads of a token that share the KV head `head`. */
-INLINE void attend_group(const struct attention *a, long token, long head, const float *q, int group, float *out) {
+INLINE void attend_group(const struct attention *a, long token, long head, const float *q, int group, float *out,
+                         enum cached kind) {
     const int32_t *pages = (const int32_t *)a->pages[token];
     int asks = token + 1 == a->tokens || a->pages[token] != a->pages[token + 1]; /* else the one before has read them */
-    const float *keys[BLOCK];
+    const char *keys[BLOCK];
     float scores[GROUP][BLOCK];
     struct heads heads;
     for (int h = 0; h < group; h++) begin(&heads, h, q + h * a->dim, out + h * a->dim, a->dim);
     for (long at = a->first[token]; at < a->end[token]; at += BLOCK) {
         int count = a->end[token] - at < BLOCK ? a->end[token] - at : BLOCK;
-        find_keys(a, pages, at, count, head, keys);
+        find_keys(a, pages, at, count, head, keys, kind);
         for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
-        score(keys, a->kv_heads * a->dim, asks, count, q, a->dim, group, a->scale, scores);
+        score(keys, values_of(a, kind), asks, count, q, a->dim, group, a->scale, scores, kind);
         for (int h = 0; h < group; h++) weigh(&heads, h, scores[h], count, a->dim);
-        add_values(keys, a->kv_heads * a->dim, count, a->dim, group, scores, heads.out);
+        add_values(keys, values_of(a, kind), count, a->dim, group, scores, heads.out, kind);
     }
     for (int h = 0; h < group; h++) end(&heads, h, a->dim);
 }
 
-static void attend_token(const struct attention *a, long token, long head) {
+INLINE void attend_token(const struct attention *a, long token, long head, enum cached kind) {
     long group = a->heads / a->kv_heads;
     for (long done = 0; done < group;) {
         long left = group - done, at = (head * group + done) * a->dim;
         int count = left >= 8 ? 8 : left >= 4 ? 4 : left;
         const float *q = a->q + token * a->stride + at;
         float *out = a->out + token * a->heads * a->dim + at;
-        if (count == 8) attend_group(a, token, head, q, 8, out);
-        if (count == 4) attend_group(a, token, head, q, 4, out);
-        if (count == 3) attend_group(a, token, head, q, 3, out);
-        if (count == 2) attend_group(a, token, head, q, 2, out);
-        if (count == 1) attend_group(a, token, head, q, 1, out);
+        if (count == 8) attend_group(a, token, head, q, 8, out, kind);
+        if (count == 4) attend_group(a, token, head, q, 4, out, kind);
+        if (count == 3) attend_group(a, token, head, q, 3, out, kind);
+        if (count == 2) attend_group(a, token, head, q, 2, out, kind);
+        if (count == 1) attend_group(a, token, head, q, 1, out, kind);
         done += count;
     }
 }
 
 /* `rows` heads of a tile over a block of `count` keys from `at` on, of tokens that see keys up to ends[row]. */
 INLINE void attend_block(const struct attention *a, struct heads *heads, int rows, const long *ends, long at, int count,
-                         const float *const *keys, const float *turned) {
+                         const char *const *keys, const float *turned, enum cached kind) {
     float scores[GROUP][BLOCK];
     int seen[GROUP], widest = (count + LANES - 1) / LANES * LANES;
     for (int i = 0; i < rows; i++) {
@@ -256,15 +260,15 @@ INLINE void attend_block(const struct attention *a, struct heads *heads, int row
         if (seen[i]) weigh(heads, i, scores[i], seen[i], a->dim);
         for (int k = (seen[i] + LANES - 1) / LANES * LANES; k < widest; k += LANES) store(scores[i] + k, (vec){0});
     }
-    add_values(keys, a->kv_heads * a->dim, count, a->dim, rows, scores, heads->out);
+    add_values(keys, values_of(a, kind), count, a->dim, rows, scores, heads->out, kind);
 }
 
-/* Tokens [from, to) of a sequence that see its keys from the same one on: all heads of the KV head `head`. A value that
-is no number, which a weight of zero does not hide, is for those that see it alone: then each goes by itself. */
-static void attend_tile(const struct attention *a, long from, long to, long head) {
+/* Tokens [from, to) of a sequence that see its keys from the same one on: all heads of the KV head `head`. Returns
+whether all are numbers. */
+INLINE int attend_tile(const struct attention *a, long from, long to, long head, enum cached kind) {
     const int32_t *pages = (const int32_t *)a->pages[from];
     long group = a->heads / a->kv_heads, rows = (to - from) * group, last = 0;
-    const float *keys[BLOCK];
+    const char *keys[BLOCK];
     float turned[a->dim * BLOCK] __attribute__((aligned(64)));
     struct heads heads[(rows + GROUP - 1) / GROUP];
     long ends[rows];
@@ -276,18 +280,39 @@ static void attend_tile(const struct attention *a, long from, long to, long head
     }
     for (long at = a->first[from]; at < last; at += BLOCK) {
         int count = last - at < BLOCK ? last - at : BLOCK;
-        find_keys(a, pages, at, count, head, keys);
+        find_keys(a, pages, at, count, head, keys, kind);
         for (int i = count; i % LANES; i++) keys[i] = keys[count - 1];
-        turn(keys, a->kv_heads * a->dim, count, a->dim, turned);
+        turn(keys, values_of(a, kind), count, a->dim, turned, kind);
         for (long i = 0; i < rows; i += GROUP) {
-            if (rows - i >= GROUP) attend_block(a, heads + i / GROUP, GROUP, ends + i, at, count, keys, turned);
-            else attend_block(a, heads + i / GROUP, rows - i, ends + i, at, count, keys, turned);
+            if (rows - i >= GROUP) attend_block(a, heads + i / GROUP, GROUP, ends + i, at, count, keys, turned, kind);
+            else attend_block(a, heads + i / GROUP, rows - i, ends + i, at, count, keys, turned, kind);
         }
     }
     int whole = 1;
     for (long i = 0; i < rows; i++) whole &= end(heads + i / GROUP, i % GROUP, a->dim);
-    for (; !whole && from < to; from++) attend_token(a, from, head);
+    return whole;
 }
+
+/* For each kind of cache functions of its own, so that none is asked for within a loop. A value that is no number, which a
+weight of zero does not hide, is for those tokens that see it alone: then each goes by itself. */
+#define OF_KIND(token_of, tile_of, kind) \
+    static __attribute__((noinline)) void token_of(const struct attention *a, long token, long head) { \
+        attend_token(a, token, head, kind); \
+    } \
+    static void tile_of(const struct attention *a, long from, long to, long head) { \
+        if (!attend_tile(a, from, to, head, kind)) \
+            for (; from < to; from++) token_of(a, from, head); \
+    }
+OF_KIND(token_of_floats, tile_of_floats, CACHED_FLOATS)
+OF_KIND(token_of_halves, tile_of_halves, CACHED_HALVES)
+OF_KIND(token_of_bfloats, tile_of_bfloats, CACHED_BFLOATS)
+
+static void (*const token_of[])(const struct attention *, long, long) = {
+    token_of_floats, token_of_halves, token_of_bfloats,
+};
+static void (*const tile_of[])(const struct attention *, long, long, long) = {
+    tile_of_floats, tile_of_halves, tile_of_bfloats,
+};
 
 /* What is computed: a token by itself, or a tile of some. */
 struct tiles {
@@ -299,8 +324,8 @@ static void attend_task(void *data, long i) {
     const struct tiles *t = data;
     const struct attention *a = t->a;
     long head = i % a->kv_heads, from = t->from[i / a->kv_heads], to = t->from[i / a->kv_heads + 1];
-    if ((to - from) * a->heads >= TURNED * a->kv_heads) attend_tile(a, from, to, head);
-    else for (long token = from; token < to; token++) attend_token(a, token, head);
+    if ((to - from) * a->heads >= TURNED * a->kv_heads) tile_of[a->kind](a, from, to, head);
+    else for (long token = from; token < to; token++) token_of[a->kind](a, token, head);
     long width = a->heads / a->kv_heads * a->dim, at = head * width;
     for (; a->reader && from < to; from++)
         pack(a->reader, a->out + from * a->heads * a->dim, from, a->tokens, at, at + width, a->packed);

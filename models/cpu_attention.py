@@ -1,8 +1,9 @@
 """Attention on a CPU by our C kernel (cpu_attention.c), which reads the pages in place, for decode rows and chunks.
 
-Used by weights.py for models in float32, quantized or not. Nothing is gathered or masked: a plan is three numbers a
-token. Layers or caches that the kernel does not take go to TorchAttention, a batch at a time. Invariant: a token's
-result is the same bit for bit in every batch, and however its prompt is cut into chunks.
+Used by weights.py for models in float32, quantized or not; numbers of pages of 16 bits become float32 in registers.
+Nothing is gathered or masked: a plan is three numbers a token. Layers or caches that the kernel does not take go to
+TorchAttention, a batch at a time. Invariant: a token's result is the same bit for bit in every batch, and however its
+prompt is cut into chunks.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .attention import AttentionBackend, AttentionPlan, TorchAttention
 from .batch import Batch
-from .cpu_kernels import Attention, kernels, threads
+from .cpu_kernels import CACHED, Attention, kernels, threads
 from .kv_cache import KVCache
 from .spec import Spec
 
@@ -42,9 +43,11 @@ class CpuAttention:
         return CpuPlan(batch, kv, spec)
 
     def takes(self, kv: KVCache, spec: Spec) -> bool:
-        """Whether the kernel does: float32 in the pages, a key and a value of whole vectors, causal, plain softmax."""
+        """Whether the kernel does: float32 queries, a key and a value of whole vectors, causal, plain softmax."""
+        if kv.read_dtype != torch.float32 or kv.storage.dtype not in CACHED:
+            return False
         whole = spec.mla is None and spec.head_dim % (2 * self.kernels.lanes) == 0
-        return whole and spec.causal and spec.attn_softcap is None and kv.storage.dtype == torch.float32
+        return whole and spec.causal and spec.attn_softcap is None
 
 
 class CpuPlan:
@@ -54,6 +57,7 @@ class CpuPlan:
 
     def __init__(self, batch: Batch, kv: KVCache, spec: Spec) -> None:
         self.batch, self.cache, self.spec, self.page_size = batch, kv.rows, spec, kv.page_size
+        self.kind = CACHED[kv.storage.dtype]
         self.attend = kernels().attend
         places = np.empty((2, batch.num_decode + sum(chunk.length for chunk in batch.chunks)), np.int64)
         self.pages, self.ends = torch.from_numpy(places).unbind(0)
@@ -82,7 +86,7 @@ class CpuPlan:
         """The kernel's arguments but for what is a layer's. q [T, H, D] with whole rows, out [T, H * D]."""
         spec = self.spec
         return Attention(
-            q=q.data_ptr(), stride=q.stride(0), out=out.data_ptr(), pages=self.pages.data_ptr(),
+            q=q.data_ptr(), stride=q.stride(0), kind=self.kind, out=out.data_ptr(), pages=self.pages.data_ptr(),
             end=self.ends.data_ptr(), tokens=len(q), heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim,
             page_size=self.page_size, scale=spec.attention_scale,
         )  # fmt: skip

@@ -16,7 +16,7 @@ struct layer {
     const float *next_norm; /* what the residual stream is normalised with after this layer */
     const int64_t *first;   /* as attention.first */
     long keys;              /* as attention.keys */
-    float *cache;
+    char *cache;
     int rotates;
 };
 
@@ -50,7 +50,7 @@ void run_layers(const struct layer *layers, long count, float *x, float *residua
     struct rotation r = *rotation;
     struct attention a = *attention;
     int64_t pieces[MOST_PIECES];
-    struct ahead next = {NULL, pieces, 0, 2 * a.kv_heads * a.dim * sizeof(float)};
+    struct ahead next = {NULL, pieces, 0, 2 * a.kv_heads * a.dim * size_of(a.kind)};
     if (count > 1) next.count = seen(&a, layers->first, pieces, MOST_BYTES / next.bytes);
     float *read = packed + a.tokens * (widest + widest / 2); /* what `down` reads */
     a.packed = packed;
@@ -58,7 +58,7 @@ void run_layers(const struct layer *layers, long count, float *x, float *residua
     for (const struct layer *l = layers; l < layers + count; l++) {
         int last = l + 1 == layers + count;
         const struct ahead *ahead = last ? NULL : &next;
-        if (!last) next.base = (const char *)l[1].cache;
+        if (!last) next.base = l[1].cache;
         long tokens = a.tokens, hidden = l->o.outputs;
         multiply(&l->qkv, x, tokens, packed, r.qkv, NULL, threads);
         r.qk_norm = l->qk_norm, r.cache = l->cache;

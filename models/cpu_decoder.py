@@ -68,6 +68,7 @@ class CpuLayers:
         inner, widest = hidden.new_empty(tokens, spec.inter), max(spec.hidden, spec.heads * spec.head_dim, spec.inter)
         packed = scratch(2 * tokens, widest)
         rotation = rotation_of(qkv, None, table, spec, kv_slots)
+        rotation.kind = plan.kind
         attention = plan.arguments(qkv[:, : spec.heads], attended)
         self.run_layers(
             self.table, self.count, hidden.data_ptr(), residual.data_ptr(), rotation, attention, inner.data_ptr(),

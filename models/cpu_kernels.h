@@ -28,6 +28,27 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec all(float x) { return x - (vec){0}; }
 
+/* LANES numbers of float16, and of bfloat16, as float32; float32 to the nearest float16; the upper halves of numbers. */
+#if LANES == 16
+INLINE vec halves(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE vec bfloats(const void *p) { return (vec)((ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)) << 16); }
+INLINE void store_halves(void *p, vec v) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE void store_upper(void *p, uvec v) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16((__m512i)(v >> 16))); }
+#else
+INLINE vec halves(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE vec bfloats(const void *p) { return (vec)((ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)) << 16); }
+INLINE void store_halves(void *p, vec v) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE void store_upper(void *p, uvec v) {
+    __m256i pairs = _mm256_packus_epi32((__m256i)(v >> 16), (__m256i)(v >> 16));
+    _mm_storeu_si128(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+}
+#endif
+/* To the nearest of bfloat16, of two the one whose last bit is even; NaN stays. */
+INLINE vec rounded(vec v) {
+    uvec bits = (uvec)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u, is_nan = (uvec)(v != v);
+    return (vec)((nearest & ~is_nan) | ((bits | 0x400000) & 0xffff0000u & is_nan));
+}
+
 /* fused, chained: a * b + c, rounded once, which of operators the compiler makes one or two, as it is faster
 where they stand. */
 #if LANES == 16
@@ -120,6 +141,23 @@ void rms_norm(float *x, float *residual, const float *weight, long rows, long hi
 void rms_norm_for(const struct map *reader, float *packed, float *x, float *residual, const float *weight, long rows,
                   long hidden, float scale, float eps, int threads);
 
+/* What a cache holds. */
+enum cached { CACHED_FLOATS, CACHED_HALVES, CACHED_BFLOATS };
+
+INLINE long size_of(enum cached kind) { return kind == CACHED_FLOATS ? 4 : 2; }
+
+/* Numbers i, ..., i + LANES - 1 from p on, and their place. */
+INLINE vec cached(const char *p, long i, enum cached kind) {
+    p += i * size_of(kind);
+    return kind == CACHED_FLOATS ? load((const float *)p) : kind == CACHED_HALVES ? halves(p) : bfloats(p);
+}
+INLINE void to_cache(char *p, long i, vec v, enum cached kind) {
+    p += i * size_of(kind);
+    if (kind == CACHED_FLOATS) store((float *)p, v);
+    if (kind == CACHED_HALVES) store_halves(p, v);
+    if (kind == CACHED_BFLOATS) store_upper(p, (uvec)rounded(v));
+}
+
 /* Heads of tokens on their way to the cache. */
 struct rotation {
     float *qkv; /* [tokens, heads + 2 * kv_heads, dim]: queries and keys are normalised and rotated in place */
@@ -129,7 +167,8 @@ struct rotation {
     long rotated;
     const float *cos, *sin; /* [tokens, rotated] as rope.rotation_table's, or NULL: nothing rotates */
     const int64_t *slots;   /* [tokens] */
-    float *cache;           /* [slots, 2, kv_heads, dim]: takes keys and values */
+    char *cache;            /* [slots, 2, kv_heads, dim] of this kind: takes keys and values */
+    enum cached kind;
 };
 void rotate_and_write(const struct rotation *a, int threads);
 
@@ -137,8 +176,9 @@ void rotate_and_write(const struct rotation *a, int threads);
 struct attention {
     const float *q; /* rows of [heads, dim], `stride` apart */
     long stride;
-    const float *cache; /* [slots, 2, kv_heads, dim] */
-    float *out;         /* [tokens, heads, dim] */
+    const char *cache; /* [slots, 2, kv_heads, dim] of this kind */
+    enum cached kind;
+    float *out; /* [tokens, heads, dim] */
     const int64_t *pages, *first, *end;
     long tokens, heads, kv_heads, dim, page_size; /* dim is a multiple of 2 * LANES */
     float scale;

@@ -24,6 +24,10 @@ FILES: Final = (
 )  # fmt: skip
 
 
+CACHED: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""enum cached: dtypes of KV caches that the kernels read and write."""
+
+
 class Map(Structure):
     """struct map."""
 
@@ -36,7 +40,7 @@ class Rotation(Structure):
     _fields_ = (
         ("qkv", c_void_p), ("tokens", c_long), ("heads", c_long), ("kv_heads", c_long), ("dim", c_long),
         ("qk_norm", c_void_p), ("eps", c_float), ("rotated", c_long), ("cos", c_void_p), ("sin", c_void_p),
-        ("slots", c_void_p), ("cache", c_void_p),
+        ("slots", c_void_p), ("cache", c_void_p), ("kind", c_int),
     )  # fmt: skip
 
 
@@ -44,10 +48,10 @@ class Attention(Structure):
     """struct attention."""
 
     _fields_ = (
-        ("q", c_void_p), ("stride", c_long), ("cache", c_void_p), ("out", c_void_p), ("pages", c_void_p),
-        ("first", c_void_p), ("end", c_void_p), ("tokens", c_long), ("heads", c_long), ("kv_heads", c_long),
-        ("dim", c_long), ("page_size", c_long), ("scale", c_float), ("keys", c_long), ("reader", c_void_p),
-        ("packed", c_void_p),
+        ("q", c_void_p), ("stride", c_long), ("cache", c_void_p), ("kind", c_int), ("out", c_void_p),
+        ("pages", c_void_p), ("first", c_void_p), ("end", c_void_p), ("tokens", c_long), ("heads", c_long),
+        ("kv_heads", c_long), ("dim", c_long), ("page_size", c_long), ("scale", c_float), ("keys", c_long),
+        ("reader", c_void_p), ("packed", c_void_p),
     )  # fmt: skip
 
 

@@ -63,11 +63,12 @@ INLINE void rotate_head(const struct rotation *a, float *x, const float *weight,
 static void rotate_task(void *data, long token) {
     const struct rotation *a = data;
     long width = 2 * a->kv_heads * a->dim;
-    float *x = a->qkv + token * (a->heads * a->dim + width), *to = a->cache + a->slots[token] * width;
+    float *x = a->qkv + token * (a->heads * a->dim + width), *both = x + a->heads * a->dim;
+    char *to = a->cache + a->slots[token] * width * size_of(a->kind);
     const float *cos = a->cos ? a->cos + token * a->rotated : NULL, *sin = a->sin + token * a->rotated;
     for (long h = 0; h < a->heads + a->kv_heads; h++)
         rotate_head(a, x + h * a->dim, a->qk_norm ? a->qk_norm + h * a->dim : NULL, cos, sin);
-    for (long i = 0; i < width; i += LANES) store(to + i, load(x + a->heads * a->dim + i));
+    for (long i = 0; i < width; i += LANES) to_cache(to, i, load(both + i), a->kind);
 }
 
 void rotate_and_write(const struct rotation *a, int threads) {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_kernels import Rotation, kernels, threads
+from .cpu_kernels import CACHED, Rotation, kernels, threads
 from .layers import LinearMap, TorchOps
 from .part_maps import map_of
 from .quantized import DenseLinear, linear_of, takes_dense
@@ -71,10 +71,10 @@ class CpuOps(TorchOps):
         kv_rows: Tensor,
     ) -> Tensor:
         """See Ops."""
-        if not rotates(spec) or kv_rows.dtype != qkv.dtype:
+        if not rotates(spec) or kv_rows.dtype not in CACHED:
             return super().qk_norm_rope_and_write(qkv, qk_norm, eps, table, spec, kv_slots, kv_rows)
         arguments = rotation_of(qkv, qk_norm, table, spec, kv_slots)
-        arguments.cache = kv_rows.data_ptr()
+        arguments.cache, arguments.kind = kv_rows.data_ptr(), CACHED[kv_rows.dtype]
         self.kernels.rotate_and_write(arguments, threads())
         return qkv[:, : spec.heads]
 

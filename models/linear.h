@@ -8,13 +8,6 @@
 
 enum kind { Q4_0, Q4_1, Q8_0, Q4_Z, Q4_K, K8, F32, F16, BF16, ROUNDED }; /* as quantized.KINDS, DENSE and ROUNDED */
 
-/* LANES numbers of float16. */
-#if LANES == 16
-INLINE vec halves(const uint8_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-#else
-INLINE vec halves(const uint8_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
-#endif
-
 /* `width` units from `unit` on of at most BLOCK rows from `row` on; the next units are `coming` from there. */
 struct block {
     int width;

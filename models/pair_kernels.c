@@ -90,12 +90,6 @@ int has_pairs(void) { return 0; }
 int pairs_width(enum kind kind, long rows) { return dense_width(kind, rows); }
 void pairs_sums(const struct product *a, struct block b, float *sums) { dense_sums(a, b, sums); }
 
-/* To the nearest of bfloat16, of two the one whose last bit is even; NaN stays. */
-INLINE vec rounded(vec v) {
-    uvec bits = (uvec)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u, is_nan = (uvec)(v != v);
-    return (vec)((nearest & ~is_nan) | ((bits | 0x400000) & 0xffff0000u & is_nan));
-}
-
 void pack_pairs(enum kind kind, const float *x, long row, long rows, long inputs, long from, long to, float *packed) {
     long step;
     float *place = dense_place(kind, row, rows, inputs, packed, &step);

@@ -1,12 +1,13 @@
 """Where a step's time goes on a CPU with our C kernels, and how near the linear maps are to what a core can do.
 
     python -m actorserve.perf.cpu_parts [--rows 1 8 22 64] [--threads 1] [--steps 30] [--temperature 0]
-        [--quantization none] [--dtype bfloat16]
+        [--quantization none] [--dtype bfloat16] [--context 64] [--kv-cache-dtype auto float16]
 
 First each kind of linear map alone, its weights in the cache: GFLOP/s, best of many, beside fused multiply-adds in
 registers and nothing else (fma.c), twice as many for blocks, which are multiplied in integers. Then steps of so many
-decoding rows as the executor makes them (runner, stepper and sampler, no actors), at contexts from 72 tokens on: with
-all layers in one call, and by parts. With one thread times are the thread's own, for busy machines.
+decoding rows as the executor makes them (runner, stepper and sampler, no actors), at contexts from 8 tokens more than
+--context on: with all layers in one call, and by parts; for each dtype of the cache. With one thread times are the
+thread's own, for busy machines.
 Needs the embedded model.
 """
 
@@ -16,11 +17,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from actorserve.config import EngineConfig
 from actorserve.models.c_library import load_library
@@ -29,7 +32,7 @@ from actorserve.models.cpu_draw import cpu_race
 from actorserve.models.cpu_kernels import kernels
 from actorserve.models.decoder import Decoder
 from actorserve.models.embedded import embedded_model
-from actorserve.models.kv_cache import KVCache
+from actorserve.models.kv_cache import KVCache, kv_dtype
 from actorserve.models.quantized import DENSE, ROUNDED, KernelLinear, QuantizedLinear
 from actorserve.models.runner import ChunkWork, Runner
 from actorserve.models.stepper import Stepper
@@ -38,7 +41,8 @@ from actorserve.sampler.drawer import Drawer
 from actorserve.sampler.params import SamplingParams
 from actorserve.sampler.state import SamplerState
 
-PROMPT, ROOM, PAGE = 64, 256, 16
+ROOM, PAGE = 192, 16
+"""Tokens beside the prompt, of a page."""
 NONE = np.empty(0, np.int64)
 Clock = Callable[[], float]
 PARTS = {
@@ -118,20 +122,22 @@ def watched(target: Any, name: str, part: str, spent: dict[str, float], clock: C
 class Steps:
     """A batch that decodes."""
 
-    def __init__(self, decoder: Decoder, rows: int, temperature: float) -> None:
-        pages = ROOM // PAGE
-        kv = KVCache(decoder.spec, rows * pages + 1, PAGE, decoder.device, decoder.dtype)
+    def __init__(self, decoder: Decoder, rows: int, config: EngineConfig, args: argparse.Namespace) -> None:
+        room = args.context + ROOM
+        pages = -(-room // PAGE)
+        dtype = kv_dtype(config, decoder.dtype)
+        kv = KVCache(decoder.spec, rows * pages + 1, PAGE, decoder.device, dtype, decoder.dtype)
         state = SamplerState(rows, decoder.spec.vocab, (2,), decoder.device)
         runner = Runner(decoder, kv, rows, pages)
         self.drawer = Drawer(state, rows, cpu_race())
         self.stepper = Stepper(runner, self.drawer, None)
         self.rows = np.arange(rows)
-        ids = np.random.default_rng(0).integers(100, 40000, (rows, PROMPT)).astype(np.int32)
+        ids = np.random.default_rng(0).integers(100, 40000, (rows, args.context)).astype(np.int32)
         none = np.empty(0, np.int32)
         for row in range(rows):
-            params = SamplingParams(temperature=temperature, seed=row, max_new_tokens=ROOM, ignore_eos=True)
-            runner.admit(row, np.arange(row * pages, row * pages + pages, dtype=np.int32), 0, ROOM)
-            state.admit(row, params, none, none, PROMPT, 0)
+            params = SamplingParams(temperature=args.temperature, seed=row, max_new_tokens=room, ignore_eos=True)
+            runner.admit(row, np.arange(row * pages, row * pages + pages, dtype=np.int32), 0, room)
+            state.admit(row, params, none, none, args.context, 0)
         runner.slots.flush()
         for row in range(rows):
             self.stepper.launch(NONE, [ChunkWork(row, 0, ids[row], True)])
@@ -144,9 +150,11 @@ class Steps:
         return (clock() - start) / count
 
 
-def by_parts(decoder: Decoder, rows: int, args: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def by_parts(
+    decoder: Decoder, rows: int, config: EngineConfig, args: argparse.Namespace, clock: Clock
+) -> dict[str, float]:
     """Milliseconds a step: whole, and of its parts, made one by one."""
-    steps = Steps(decoder, rows, args.temperature)
+    steps = Steps(decoder, rows, config, args)
     steps.run(8, clock)
     whole = steps.run(args.steps, clock)
     spent: dict[str, float] = defaultdict(float)
@@ -181,6 +189,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--quantization", default="auto", help="the engine's; none: weights in float32")
     parser.add_argument("--dtype", default="auto", help="the engine's; bfloat16: inputs of products, too")
+    parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
@@ -193,11 +203,11 @@ def main() -> None:
         most = limit_of(linear, limit) * args.threads
         shares = [map_speed(linear, rows, clock) / most for rows in args.rows]
         print(f"{name:12} {linear.outputs:6} x {linear.inputs:5}: " + " ".join(f"{share:6.2f}" for share in shares))
-    for rows in args.rows:
-        parts = by_parts(decoder, rows, args, clock)
+    for rows, cache in product(args.rows, args.kv_cache_dtype):
+        parts = by_parts(decoder, rows, replace(config, kv_cache_dtype=cache), args, clock)
         rate = 1e3 * rows / parts["one call"]
         shown = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-        print(f"{rows:4} rows: {rate:7.1f} tokens/s; ms a step: {shown}", flush=True)
+        print(f"{rows:4} rows, cache {cache}: {rate:7.1f} tokens/s; ms a step: {shown}", flush=True)
 
 
 if __name__ == "__main__":

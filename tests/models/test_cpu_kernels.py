@@ -23,6 +23,7 @@ from actorserve.models.cpu_attention import CpuAttention, CpuPlan
 from actorserve.models.cpu_decoder import CpuLayers, maps_of
 from actorserve.models.cpu_ops import CpuOps
 from actorserve.models.gguf import KEPT_FILE
+from actorserve.models.kv_cache import KVCache
 from actorserve.models.layers import TorchOps
 from actorserve.models.quantized import ROUNDED, DenseLinear, QuantizedLinear, dequantise
 from actorserve.models.rope import inverse_frequencies
@@ -128,6 +129,21 @@ def test_tokens_that_share_keys(heads: int, kv_heads: int, head_dim: int) -> Non
             assert torch.equal(attend(spec, alone, kv, q[row : row + 1])[0], whole[row]), row
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 128), (7, 1, 32), (20, 1, 32)])
+def test_pages_of_16_bits(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """As the same numbers in float32, bit for bit."""
+    spec = make_spec(heads, kv_heads, head_dim)
+    batch, wide, q = case(spec, [1, 16, 65, 130], [(0, 5), (40, 101)])
+    narrow = KVCache(spec, wide.num_pages, PAGE, torch.device("cpu"), dtype, torch.float32)
+    narrow.storage.copy_(wide.storage)
+    wide.storage.copy_(narrow.storage)
+    for layer in range(spec.layers):
+        assert torch.equal(attend(spec, batch, narrow, q, layer), attend(spec, batch, wide, q, layer))
+    narrow.k[0][int(batch.chunks[1].pages[5]) * PAGE, :, 3] = float("nan")  # of token 80
+    assert attend(spec, batch, narrow, q)[9:49].isfinite().all() and attend(spec, batch, narrow, q)[49:].isnan().all()
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_no_number_reaches_tokens_before_it(wrong: float) -> None:
     """Though they share its tile: what they leave in the cache goes to other requests."""
@@ -227,6 +243,25 @@ def test_heads(rope: Rope | None, normed: bool) -> None:
         q = o.qk_norm_rope_and_write(qkv.clone(), weight, 1e-5, table, spec, slots, cache)
         results.append((q, cache))
     assert close(results[0][0], results[1][0]) and close(results[0][1], results[1][1])
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = torch.zeros(20, 2, 2, 64, dtype=dtype)
+        ops[0].qk_norm_rope_and_write(qkv.clone(), weight, 1e-5, table, spec, slots, narrow)
+        assert torch.equal(narrow, results[0][1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_are_rounded_into_the_cache(dtype: torch.dtype) -> None:
+    """As torch rounds them: ties, numbers that are too large or too small, and what is no number."""
+    spec = Spec(10, 8, 1, 2, 2, 64, 8)
+    special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 65519.0, 65520.0, 1e30, 1e-7, -3e-8, 1e-40, 3.3e38]
+    ties = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8 + 2**-20, 256.5, 257.5]
+    qkv = torch.randn(3, 6, 64) * torch.logspace(-9, 9, 64)
+    qkv[1, 3, : len(special)], qkv[2, 5, : len(ties)] = torch.tensor(special), torch.tensor(ties)
+    cache = torch.zeros(9, 2, 2, 64, dtype=dtype)
+    CpuOps().qk_norm_rope_and_write(qkv.clone(), None, 0.0, None, spec, torch.tensor([8, 0, 3]), cache)
+    expected = qkv[:, 2:].view(3, 2, 2, 64).to(dtype)
+    assert torch.allclose(cache[[8, 0, 3]], expected, rtol=0, atol=0, equal_nan=True)
+    assert not cache[[1, 2, 4, 5, 6, 7]].any()
 
 
 # ------------------------------------------------------------------ layers in one call
@@ -261,9 +296,13 @@ def test_layers(family: str, dense: bool, tmp_path: Path) -> None:
     got = Driver.of(decoder).logits(ids, [120])
     assert torch.equal(Driver.of(decoder).logits(ids, [100] + [1] * 20), got)
     assert torch.equal(Driver.of(decoder).logits(ids, [33, 87]), got)
-    decoder.layers = None
+    layers, decoder.layers = decoder.layers, None
     assert torch.equal(Driver.of(decoder).logits(ids, [120]), got)
-    decoder.ops, decoder.attention = TorchOps(), test_attention.TorchAttention()
+    narrow = Driver.of(decoder, kv=torch.float16).logits(ids, [120])
+    decoder.layers = layers
+    assert torch.equal(Driver.of(decoder, kv=torch.float16).logits(ids, [33, 67] + [1] * 20), narrow)
+    assert 0 < (narrow - got).abs().max() < 3e-3 * got.abs().max()
+    decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), test_attention.TorchAttention()
     expected = Driver.of(decoder).logits(ids, [120])
     assert (got - expected).abs().max() < (2e-5 if dense else 3e-4) * expected.abs().max()
 

@@ -191,12 +191,12 @@ class Driver:
     free: list[int]
 
     @classmethod
-    def of(cls, decoder: Decoder, num_pages: int = 64, seed: int = 0) -> "Driver":
-        """A driver whose pages are handed out in random order and hold NaN until written."""
-        kv = KVCache(decoder.spec, num_pages, PAGE, decoder.device, decoder.dtype)
-        kv.storage.fill_(float("nan"))
+    def of(cls, decoder: Decoder, num_pages: int = 64, seed: int = 0, kv: torch.dtype | None = None) -> "Driver":
+        """A driver whose pages, of dtype `kv`, are handed out in random order and hold NaN until written."""
+        cache = KVCache(decoder.spec, num_pages, PAGE, decoder.device, kv or decoder.dtype, decoder.dtype)
+        cache.storage.fill_(float("nan"))
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed))
-        return cls(decoder, kv, order.tolist())
+        return cls(decoder, cache, order.tolist())
 
     def request(self, ids: list[int], room: int = 0, shared: "Request | None" = None, pages: int = 0) -> Request:
         """Seat a sequence with room for `room` more tokens, its first `pages` pages being those of `shared`."""
