@@ -96,9 +96,12 @@ def load_decoder(
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
-    keeps_halves = not blocks and quantization is None and spec.moe is None
-    matrices = torch.bfloat16 if rounds else source.matrix_dtype(facts) if on_cpu_kernels and keeps_halves else dtype
-    if device.type == "cuda" and keeps_bfloat16(spec, config, dtype == torch.float32, quantization):
+    matrices = dtype
+    if rounds:
+        matrices = torch.bfloat16
+    elif on_cpu_kernels and not blocks and quantization is None and spec.moe is None:
+        matrices = source.matrix_dtype(facts)
+    elif device.type == "cuda" and keeps_bfloat16(spec, config, dtype == torch.float32, quantization):
         matrices = torch.bfloat16 if source.matrix_dtype(facts) == torch.bfloat16 else dtype
     weights, places = allocate(spec, device, dtype, blocks, share, keeper, matrices)
     assemblies = {} if keeper is None else keeper.assemblies
