@@ -2,11 +2,10 @@
 
 Used by Drawer. Which launches a batch needs follows from host flags alone (`mode_of`), so steps can be captured in
 CUDA graphs, one per mode, of which there are few: a scan over the logits and a finish always; edits and filters only if
-some row wants them, and then rows that do not want them leave at once. Logprobs are torch on the untouched logits.
+some row wants them, and then rows that do not want them leave at once. Logprobs are those of the untouched logits.
 Invariant: nothing is waited for; what a draw returns lives until the next draw; rows do not depend on each other.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import race_kernels, rank_kernels
+from . import logprob_kernels, race_kernels, rank_kernels
 from . import scan_kernels as kernels
 from .params import MAX_LISTED
-from .reference import Sampled, logprobs_of, most_likely
-from .state import INTS, SamplerState
+from .reference import Sampled
+from .state import SamplerState
 
 BLOCK: Final = 1024
 """Logits that a program looks at at once."""
@@ -101,6 +100,9 @@ class FusedSampler:
         self.win_weights = [numbers(max_rows, dtype=torch.float32) for _ in range(ROUNDS + 1)]
         self.aboves = [numbers(splits, dtype=torch.int64) for _ in range(ROUNDS + 1)]
         self.totals = numbers(splits, dtype=torch.int64)
+        # Of logprobs: each split's most likely tokens, its largest logit, and the sum of exp(logit - largest).
+        self.tops = numbers(splits * triton.next_power_of_2(TOP_NS[-1]), dtype=torch.int64)
+        self.peaks, self.masses = (numbers(splits, dtype=torch.float32) for _ in range(2))
         self.drawn, self.ids = numbers(max_rows), numbers(max_rows)
         self.finish = numbers(max_rows, dtype=torch.uint8)
         self.modes: set[Mode] = set()
@@ -159,7 +161,7 @@ class FusedSampler:
             STOPS=triton.next_power_of_2(s.stop_ids.shape[1]), num_warps=1,
         )  # fmt: skip
         if mode.top_n >= 0:
-            self._add_logprobs(drawn, raw, slots, mode)
+            self._add_logprobs(drawn, raw, slots, mode, splits, part)
         return drawn
 
     def _filter(
@@ -194,17 +196,24 @@ class FusedSampler:
             aboves[ROUNDS], self.drawn, vocab, stride, FAST=fast, BLOCK=BLOCK, SPLITS=splits, num_warps=WARPS,
         )  # fmt: skip
 
-    def _add_logprobs(self, drawn: Sampled, raw: Tensor, slots: Tensor, mode: Mode) -> None:
+    def _add_logprobs(self, drawn: Sampled, raw: Tensor, slots: Tensor, mode: Mode, splits: int, part: int) -> None:
         """Fill in logprobs of the raw distribution, NaN and -1 where a row did not ask."""
-        asked = self.state.ints[:, INTS.index("logprobs")].index_select(0, slots)[:, None]
-        logprobs = torch.log_softmax(raw, dim=-1, dtype=torch.float32)
-        chosen = logprobs.gather(1, drawn.ids[:, None].to(torch.int64))
-        drawn.logprobs = torch.where(asked >= 0, chosen, math.nan)[:, 0]
-        if mode.listed:
-            drawn.listed = logprobs_of(logprobs, self.state.listed_ids[:, : mode.listed].index_select(0, slots))
-        drawn.top_n = n = min(mode.top_n, raw.shape[1])
+        (rows, vocab), s, device = raw.shape, self.state, raw.device
+        drawn.top_n = n = min(mode.top_n, vocab)
+        drawn.logprobs = torch.empty(rows, dtype=torch.float32, device=device)
         if n:
-            ids = most_likely(logprobs, n)
-            beyond = torch.arange(n, device=raw.device) >= asked
-            drawn.top_ids = ids.to(torch.int32).masked_fill(beyond, -1)
-            drawn.top_logprobs = logprobs.gather(1, ids).masked_fill(beyond, math.nan)
+            drawn.top_ids = torch.empty(rows, n, dtype=torch.int32, device=device)
+            drawn.top_logprobs = torch.empty(rows, n, dtype=torch.float32, device=device)
+        named = min(mode.listed, s.listed_ids.shape[1])
+        if named:
+            drawn.listed = torch.empty(rows, named, dtype=torch.float32, device=device)
+        top = triton.next_power_of_2(n) if n else 0
+        logprob_kernels.top_pass[(rows, splits)](
+            raw, slots, s.ints, self.tops, self.peaks, self.masses, vocab, raw.stride(0), part,
+            TOP=top, COLUMN=triton.next_power_of_2(part // BLOCK), BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        logprob_kernels.settle_logprobs[(rows,)](
+            raw, slots, s.ints, drawn.ids, self.tops, self.peaks, self.masses, s.listed_ids, drawn.logprobs,
+            drawn.top_ids, drawn.top_logprobs, drawn.listed, raw.stride(0), n, named, s.listed_ids.shape[1],
+            TOP=top, NAMED=triton.next_power_of_2(named) if named else 0, SPLITS=splits, num_warps=4,
+        )  # fmt: skip

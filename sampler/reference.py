@@ -332,7 +332,8 @@ def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64],
     """Fill in the logprobs of the rows that want them; `listed` as SamplerState.listed gives it."""
     rows, vocab = logits.shape
     index = _index(wanted >= 0, logits.device)
-    logprobs = torch.log_softmax(logits.index_select(0, index), dim=-1, dtype=torch.float32)
+    wide = logits.index_select(0, index).float()
+    logprobs = torch.log_softmax(wide, dim=-1)
     chosen = logprobs.gather(1, drawn.ids.index_select(0, index)[:, None])[:, 0]
     drawn.logprobs = logprobs.new_full((rows,), math.nan).index_copy_(0, index, chosen)
     drawn.top_n = n = min(int(wanted.max()), vocab)
@@ -343,7 +344,7 @@ def _add_logprobs(drawn: Sampled, logits: Tensor, wanted: npt.NDArray[np.int64],
         drawn.listed[index] = logprobs_of(logprobs, listed.index_select(0, index))
     if not n:
         return
-    top_ids = most_likely(logprobs, n)
+    top_ids = most_likely(wide, n)  # by logits, which are further apart than logprobs, from which a sum was taken
     asked = torch.from_numpy(wanted[wanted >= 0]).to(logits.device)[:, None]
     beyond = torch.arange(n, device=logits.device) >= asked
     drawn.top_logprobs[index] = logprobs.gather(1, top_ids).masked_fill(beyond, math.nan)

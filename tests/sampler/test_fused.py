@@ -17,7 +17,7 @@ from actorserve.sampler.reference import DEAD, POISON, STOP, sample
 from actorserve.sampler.state import SamplerState
 
 pytest.importorskip("triton")
-from actorserve.sampler.fused import MOST, MOST_MODES, FusedSampler
+from actorserve.sampler.fused import BLOCK, MOST, MOST_MODES, FusedSampler
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -271,6 +271,40 @@ def test_a_mode_for_everything_draws_what_its_own_draws() -> None:
     mode = pair.fused.mode_of(pair.slots)
     assert mode.constrained and mode.masked and mode not in pair.fused.modes
     pair.check(pair.logits(0), padding=1)
+
+
+@pytest.mark.parametrize("vocab", [*VOCABS, 7])
+def test_logprobs(vocab: int) -> None:
+    """Of the drawn token, of the most likely ones, whatever ties there are, of named ones; nothing for other rows."""
+    wanted = [None, 0, 1, 3, 5, 20, 20, None]
+    named = [(), (), (vocab - 1,), (), tuple(range(7)), (3, 3, 0), (), ()]
+    rows = zip(wanted, named, strict=True)
+    pair = Pair(vocab, [SamplingParams(seed=i, logprobs=n, token_ids_logprob=t) for i, (n, t) in enumerate(rows)])
+    logits = pair.logits(0)
+    near = 20 + torch.arange(vocab) % 3 * 2.0**-19  # apart by what their logprobs cannot tell
+    few = torch.full((vocab,), -math.inf)
+    few[[vocab // 2, 1]] = torch.tensor([2.0, -1.0])
+    for x in (
+        logits,
+        logits.round(),
+        torch.zeros_like(logits),
+        -0.0 * (logits > 0),
+        near.expand(8, -1),
+        few.expand(8, -1),
+    ):
+        pair.check(x.clone(), padding=1)
+
+
+def test_logprobs_of_poison_are_no_numbers() -> None:
+    vocab = 2 * BLOCK + 5
+    pair = Pair(vocab, [SamplingParams(seed=i, logprobs=2, token_ids_logprob=(4,)) for i in range(4)])
+    logits = pair.logits(0)
+    logits[0, 3], logits[1, BLOCK + 3], logits[2] = math.nan, math.inf, -math.inf
+    expected, got = pair.draw(logits)
+    assert got.finish.tolist() == expected.finish.tolist() == [3, 3, 3, 0]
+    assert got.logprobs[:3].isnan().all() and got.top_logprobs[:3].isnan().all() and got.listed[:3].isnan().all()
+    assert got.top_ids[3].tolist()[:2] == expected.top_ids[3].tolist()
+    assert torch.allclose(got.top_logprobs[3, :2].cpu(), expected.top_logprobs[3], atol=1e-4)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

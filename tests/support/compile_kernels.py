@@ -43,7 +43,7 @@ from actorserve.models.stream_gemm import Stream
 from actorserve.models.triton_attention import DECODE, launch_for, splits_for
 from actorserve.models.wide_gemm import Wide
 from actorserve.perf.gemm_tiles import Case, cases
-from actorserve.sampler import fused, race_kernels, rank_kernels, scan_kernels
+from actorserve.sampler import fused, logprob_kernels, race_kernels, rank_kernels, scan_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 INTS = "rows_ptr length_ptr last_ptr shift_ptr done_ptr tables_ptr position_ptr ids_ptr finish_ptr limit_ptr out_ptr"
@@ -55,6 +55,10 @@ POINTERS: dict[str, str] = {
     **dict.fromkeys("candidate_ids wins new_wins tables rows lengths counters pages meta".split(), "*i32"),
     **dict.fromkeys("q cache out qkv gains kv delta residual weight new_residual gate_up".split(), "*bf16"),
     "marks": "*i16", "counter": "*i32", "finish": "*u8", "bias_values": "*fp32", **dict.fromkeys(INTS.split(), "*i32"),
+}  # fmt: skip
+LOGPROBS = POINTERS | {
+    "tops": "*i64", "listed_ids": "*i64", "top_ids": "*i32",
+    **dict.fromkeys("masses logprobs top_logprobs listed".split(), "*fp32"),
 }  # fmt: skip
 FLOATS = {"scale", "cap", "eps", "qk_eps", "factor"}
 LOOSE = {"rows", "early", "square_parts", "heads", "kv_heads"}
@@ -104,6 +108,10 @@ def sampler() -> Iterator[None]:
     for first in (True, False):
         yield build(race_kernels.mass_pass, fused.WARPS, FIRST=first, **size)
     yield build(race_kernels.settle_raced, fused.WARPS, FAST=True, **size)
+    for top, named in ((0, 0), (8, 8), (32, 64)):
+        numbers = {"TOP": top, "COLUMN": 16, "BLOCK": fused.BLOCK}
+        yield build(logprob_kernels.top_pass, fused.WARPS, pointers=LOGPROBS, **numbers)
+        yield build(logprob_kernels.settle_logprobs, 4, pointers=LOGPROBS, TOP=top, NAMED=named, SPLITS=16)
 
 
 def attention() -> Iterator[None]:
