@@ -9,16 +9,14 @@ seen to leave the counters clear (models/tuned_gemm.py). Printed: the products o
 import argparse
 import json
 import statistics
-import tempfile
 from pathlib import Path
 
 import torch
 
-from actorserve.config import EngineConfig
-from actorserve.models.shapes import KNOWN, write_shape
+from actorserve.models.shapes import KNOWN
 from actorserve.models.triton_ops import TritonOps
-from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import PAGE, Bench
+from actorserve.perf.shapes import dummy_decoder
 from actorserve.sampler.params import SamplingParams
 
 STEPS = 48
@@ -32,10 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = str(write_shape(args.shape, Path(folder)))
-        config = EngineConfig(model=model, load_format="dummy", device="cuda")
-        decoder = load_decoder(model, config, lambda _: None)
+    decoder, config = dummy_decoder(args.shape)
     assert isinstance(decoder.ops, TritonOps) and decoder.ops.tuned is not None
     tuned, params, found = decoder.ops.tuned, SamplingParams(max_new_tokens=None, seed=0, ignore_eos=True), []
     for batch in args.batch:

@@ -10,7 +10,6 @@ cost, too. Printed: milliseconds and joules by NVML's counter, watts, and joules
 import argparse
 import ctypes
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_ulonglong, c_void_p
@@ -26,10 +25,10 @@ from actorserve.models.batch import Batch
 from actorserve.models.decoder import Decoder
 from actorserve.models.layers import DenseMlp
 from actorserve.models.runner import ChunkWork
-from actorserve.models.shapes import KNOWN, write_shape
+from actorserve.models.shapes import KNOWN
 from actorserve.models.tuned_gemm import captured
-from actorserve.models.weights import load_decoder
 from actorserve.perf.decode import PAGE, Bench
+from actorserve.perf.shapes import dummy_decoder
 from actorserve.sampler.params import SamplingParams
 
 STEPS = 16
@@ -174,10 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="that each part is kept busy")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = str(write_shape(args.shape, Path(folder)))
-        config = EngineConfig(model=model, load_format="dummy", device="cuda")
-        decoder = load_decoder(model, config, lambda _: None)
+    decoder, config = dummy_decoder(args.shape)
     print(f"{torch.cuda.get_device_name(decoder.device)}, {args.shape}, {args.batch} rows of {args.context} tokens")
     found = []
     for part in measure(decoder, config, args):

@@ -11,8 +11,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from actorserve.config import EngineConfig
 from actorserve.models.shapes import KNOWN, write_shape
+
+if TYPE_CHECKING:
+    from actorserve.models.decoder import Decoder
 
 
 def shape_folder(name: str, folder: Path | None = None, fields: Sequence[str] = ()) -> Path:
@@ -36,6 +41,15 @@ def model_folder(name: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield str(write_shape(name, Path(scratch) / name))
+
+
+def dummy_decoder(name: str, device: str = "cuda") -> tuple["Decoder", EngineConfig]:
+    """A model of a known shape with random weights, and the configuration that it was made by."""
+    from actorserve.models.weights import load_decoder  # with torch, which writing a shape need not wait for
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = EngineConfig(model=str(write_shape(name, Path(folder))), load_format="dummy", device=device)
+        return load_decoder(config.model, config, lambda _: None), config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,18 +2,15 @@
 
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from actorserve.config import EngineConfig
 from actorserve.models import shapes
-from actorserve.models.shapes import write_shape
-from actorserve.models.weights import load_decoder
 from actorserve.perf import energy
 from actorserve.perf.decode import Bench
+from actorserve.perf.shapes import dummy_decoder
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 128, "vocab_size": 300}  # fmt: skip
@@ -38,7 +35,7 @@ def test_a_line_says_what_a_part_costs() -> None:
     assert "TFLOP" not in energy.Part("step", 1.0, 1.0).line()
 
 
-def test_all_parts_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_parts_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.KNOWN, "smollm2-135m", shapes.KNOWN["smollm2-135m"] | SMALL)
     clock = Clock()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -48,9 +45,7 @@ def test_all_parts_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(energy, "Bench", lambda *given, graphs: Bench(*given, graphs=False))
     monkeypatch.setattr(energy, "busy", partial(energy.busy, warm=0.01))
     monkeypatch.setattr(energy, "COPIED", 1 << 20)
-    model = str(write_shape("smollm2-135m", tmp_path))
-    config = EngineConfig(model=model, load_format="dummy", device="cpu")
-    decoder = load_decoder(model, config, lambda _: None)
+    decoder, config = dummy_decoder("smollm2-135m", "cpu")
     args = Namespace(batch=3, context=40, prefill=32, seconds=0.018)
     found = {part.name: part for part in energy.measure(decoder, config, args)}
     assert list(found) == ["copy", "step", "attention", "qkv", "o", "gate, up", "down", "prefill"]
