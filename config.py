@@ -180,8 +180,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"],
         Meta(
-            description="auto: as activations; 8 bits halve the KV cache of a model in 16, and 16 bits that of one in "
-            "float32, as on a CPU, which is faster with long contexts; fp8: fp8_e4m3"
+            description="auto: as activations; float16, bfloat16: half the KV cache of a model in float32, as most are "
+            "on a CPU, where long contexts are faster then; fp8, which is fp8_e4m3, and fp8_e5m2: half that of 16 bits"
         ),
     ] = "auto"
     disable_cuda_graph: Annotated[bool, Meta(description="launch every kernel of a decode step by itself")] = False

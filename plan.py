@@ -62,8 +62,9 @@ class Subject:
     config: EngineConfig
     gpu: Gpu
     quantization: Quantization | None = None
-    own: str | None = None
     """The checkpoint's own."""
+    own: str | None = None
+    """The checkpoint's dtype."""
 
     @property
     def fraction(self) -> float:

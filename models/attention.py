@@ -382,7 +382,7 @@ def make_backend(
 
     if not supports(spec, dtype, kv):
         if name == "flashinfer":
-            more = "; or add --kv-cache-dtype float16" if dtype == kv == torch.float32 else ""
+            more = ", or add --kv-cache-dtype float16" if dtype == kv == torch.float32 else ""
             raise StartupError(
                 f"--attention-backend flashinfer has no kernels for this dtype or head size; take triton{more}"
             )

@@ -180,16 +180,14 @@ class Plan:
 
     def clears(self, *operands: Any) -> Tensor | None:
         """The part of the workspace that `run` clears; None if that is not all that it sets."""
-        found = []
         with nodes_of(partial(self.run, *operands), self.space.device) as nodes:
-            for node in nodes:
-                if kind_of(node) == MEMSET:
-                    place, size, value = set_by(node)
-                    start = place - self.space.data_ptr()
-                    if value or not size or start < 0 or start + size > self.space.numel():
-                        return None
-                    found.append(self.space[start : start + size])
-        return found[0] if len(found) == 1 else None
+            found = [set_by(node) for node in nodes if kind_of(node) == MEMSET]
+        if len(found) != 1:
+            return None
+        place, size, value = found[0]
+        start = place - self.space.data_ptr()
+        inside = size > 0 and 0 <= start <= self.space.numel() - size
+        return self.space[start : start + size] if inside and not value else None
 
     def close(self) -> None:
         """Free what the library keeps of it."""

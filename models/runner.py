@@ -16,7 +16,7 @@ from ..sampler.upload import upload
 from .batch import Batch, Chunk
 from .decoder import Decoder
 from .kv_cache import KVCache
-from .slots import SlotArrays
+from .slots import DecodeInputs, SlotArrays
 
 NOTHING: Final = np.empty(0, dtype=np.int64)
 
@@ -61,6 +61,8 @@ class Runner:
         self.kv = kv
         self.page_size = kv.page_size
         self.device = decoder.device
+        self.exact = self.device.type == "cpu" or getattr(decoder.attention, "needs_host_lengths", False)
+        """The host is to know all lengths, and waits for each step: decode steps are given their rows on the host."""
         self.index_dtype = torch.int64 if decoder.device.type == "cpu" else torch.int32
         rope = decoder.spec.rope
         self.axes = 1 if rope is None or rope.sections is None else len(rope.sections)
@@ -97,7 +99,14 @@ class Runner:
     def decode(self, rows: Tensor, host_rows: np.ndarray | None) -> StepLogits:
         """Run one decode step of the slots `rows` [B]. Without `host_rows` nothing on the host is looked at."""
         inputs = self.slots.prepare(rows)
-        batch = Batch(
+        batch = self.decode_batch(rows, inputs)
+        if host_rows is not None:
+            self._add_host_lengths(batch, host_rows)
+        return StepLogits(self.decoder.forward(batch, self.kv), rows, inputs.draw_positions)
+
+    def decode_batch(self, rows: Tensor, inputs: DecodeInputs) -> Batch:
+        """A decode step of the slots `rows` [B] as the device knows it; inputs: what `prepare` read of them."""
+        return Batch(
             ids=inputs.ids,
             positions=inputs.positions,
             kv_slots=inputs.kv_slots,
@@ -107,9 +116,6 @@ class Runner:
             max_decode_length=self.slots.tables.shape[1] * self.page_size,
             logit_rows=None,
         )
-        if host_rows is not None:
-            self._add_host_lengths(batch, host_rows)
-        return StepLogits(self.decoder.forward(batch, self.kv), rows, inputs.draw_positions)
 
     def _add_host_lengths(self, batch: Batch, host_rows: np.ndarray) -> None:
         """Advance the host's lengths by the step's token, and let the batch be no wider than they are."""

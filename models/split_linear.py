@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from .layer_kernels import join_kernel, split_kernel
+from .tuned_gemm import by_torch
 
 PARTS: Final = 3
 """bfloat16 numbers of 8 bits that a float32 number, of 24, is the sum of."""
@@ -48,7 +49,7 @@ def added(sums: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
         product = x.float() @ weight.float().t()
         return product if sums is None else product.add_(sums)
     if sums is None:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return by_torch(x, weight, None, torch.float32)
     return torch.addmm(sums, x, weight.t(), out_dtype=torch.float32, out=sums)
 
 

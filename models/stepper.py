@@ -135,8 +135,7 @@ class Stepper:
         self.graphs = graphs
         self.pooler = pooler
         self.device = runner.device
-        self.exact = self.device.type == "cpu" or getattr(runner.decoder.attention, "needs_host_lengths", False)
-        """The host knows all lengths, because it waits for each step."""
+        self.exact = runner.exact
         self._on_launch: Callable[[Step], None] | None = None
 
     def on_launch(self, callback: Callable[[Step], None]) -> None:

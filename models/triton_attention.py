@@ -83,8 +83,7 @@ def launch_for(head_dim: int, problems: int, itemsize: int = 2) -> Launch:
     """
     launches = DECODE.get(head_dim, DECODE[128 if head_dim < 128 else 256])
     if itemsize > 2:
-        wide = [(most, replace(launch, warps=max(4, launch.warps))) for most, launch in launches if not launch.ahead]
-        launches = tuple(wide)
+        launches = tuple((most, replace(one, warps=max(4, one.warps))) for most, one in launches if not one.ahead)
     return next((launch for most, launch in launches if problems <= most), launches[-1][1])
 
 

@@ -183,40 +183,26 @@ class TunedGemms:
             if algorithm is None:
                 continue
             may = self.alone and number == 0 and nodes == [MEMSET, KERNEL]
-            if may and self._leaves_clear(plan, algorithm, x, weight, bias, out):
+            if may and self._runs_alone(plan, algorithm, x, weight, bias, out):
                 return plan, algorithm
             if nodes == [KERNEL]:
                 return plan, algorithm
         plan.close()
         return None
 
-    def _leaves_clear(self, plan: Plan, algorithm: Algorithm, x: Tensor, *others: Any) -> bool:
-        """Give a plan a workspace of its own, and find out whether its kernel leaves clear there what the library
-        clears before it, so that graphs do without: where programs tell one another what they have done, the last one
-        clears that. If not, all is as before."""
+    def _runs_alone(self, plan: Plan, algorithm: Algorithm, x: Tensor, *others: Any) -> bool:
+        """Give a plan a workspace of its own where its kernel `leaves_clear` what is cleared before it, so that graphs
+        do without that; if not, all is as before."""
         size = plan.workspace_of(algorithm)
         if size is None or torch.cuda.is_current_stream_capturing():
             return False
-        out, shared = others[-1], plan.space
-        plan.space = torch.zeros(size, dtype=torch.uint8, device=x.device)
-        results = []
-        try:
-            operands = algorithm, torch.randn_like(x), *others
-            cleared = plan.clears(*operands)
-            for run in (plan.run, plan.run_kernel, plan.run_kernel) if cleared is not None else ():
-                out.fill_(torch.nan)
-                run(*operands)
-                results.append(out.clone())
-                if cleared is None or cleared.any():
-                    break
-            plan.kernel_alone = len(results) == 3 and all(torch.equal(results[0], other) for other in results)
-        except RuntimeError:  # a driver that does not know the calls
-            plan.kernel_alone = False
-        finally:
-            if plan.kernel_alone:
-                self._spaces.append(plan.space)
-            else:
-                plan.space = shared
+        shared, plan.space = plan.space, torch.zeros(size, dtype=torch.uint8, device=x.device)
+        with contextlib.suppress(RuntimeError):  # a driver that does not know the calls
+            plan.kernel_alone = leaves_clear(plan, algorithm, torch.randn_like(x), *others)
+        if plan.kernel_alone:
+            self._spaces.append(plan.space)
+        else:
+            plan.space = shared
         return plan.kernel_alone
 
     def _new_plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
@@ -245,6 +231,22 @@ def product_of(rows: int, weight: Tensor, bias: Tensor | None, result: torch.dty
     """Return the product of `rows` rows with a weight."""
     outputs, inputs = weight.shape
     return Product(outputs, inputs, rows, bias is not None, weight.dtype, result)
+
+
+def leaves_clear(plan: Plan, *operands: Any) -> bool:
+    """Whether a plan's kernel leaves clear in its workspace what the library clears before it: where programs tell one
+    another what they have done, the last one may clear that. Then results without the library's clearing are the same.
+    """
+    cleared, out, results = plan.clears(*operands), operands[-1], []
+    if cleared is None:
+        return False
+    for run in (plan.run, plan.run_kernel, plan.run_kernel):
+        out.fill_(torch.nan)
+        run(*operands)
+        results.append(out.clone())
+        if cleared.any():
+            return False
+    return all(torch.equal(results[0], other) for other in results)
 
 
 def torch_all(x: Tensor, weights: Weights, result: torch.dtype) -> None:

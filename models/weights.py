@@ -102,7 +102,8 @@ def load_decoder(
     elif on_cpu_kernels and not blocks and quantization is None and spec.moe is None:
         matrices = source.matrix_dtype(facts)
     elif device.type == "cuda" and keeps_bfloat16(spec, config, dtype == torch.float32, quantization):
-        matrices = torch.bfloat16 if source.matrix_dtype(facts) == torch.bfloat16 else dtype
+        own = source.matrix_dtype(facts)
+        matrices = own if own == torch.bfloat16 else dtype
     weights, places = allocate(spec, device, dtype, blocks, share, keeper, matrices)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from actorserve.config import EngineConfig
-from actorserve.models.batch import Batch
 from actorserve.models.decoder import Decoder
 from actorserve.models.layers import DenseMlp
 from actorserve.models.runner import ChunkWork
 from actorserve.models.shapes import KNOWN
 from actorserve.models.tuned_gemm import captured
-from actorserve.perf.decode import PAGE, Bench
+from actorserve.perf.decode import Bench
 from actorserve.perf.shapes import dummy_decoder
 from actorserve.sampler.params import SamplingParams
 
@@ -78,7 +77,6 @@ class Meter:
 
 def busy(run: Callable[[], object], meter: Meter, seconds: float, warm: float = 0.3) -> tuple[float, float]:
     """(milliseconds, joules) of a run, of as many as keep the device busy for `seconds`, and warm before."""
-    used = 0.0
     for wanted in (warm, seconds):  # the counter moves a few times a second
         torch.cuda.synchronize()
         start, before, runs = time.perf_counter(), meter.joules(), 0
@@ -117,17 +115,6 @@ def products(decoder: Decoder, batch: int) -> Iterator[tuple[str, Callable[[], o
         yield "down", lambda: [mlp.down(inner) for mlp in mlps], numbers
 
 
-def decode_batch(bench: Bench, rows: np.ndarray) -> Batch:
-    """A decode step of the slots `rows`, as attention sees it."""
-    every = bench.runner.upload_rows(rows)
-    inputs, slots = bench.runner.slots.prepare(every), bench.runner.slots
-    return Batch(
-        ids=inputs.ids, positions=inputs.positions, kv_slots=inputs.kv_slots, decode_tables=slots.tables,
-        decode_rows=every, decode_lengths=inputs.lengths, max_decode_length=slots.tables.shape[1] * PAGE,
-        logit_rows=None,
-    )  # fmt: skip
-
-
 @torch.inference_mode()
 def measure(decoder: Decoder, config: EngineConfig, args: argparse.Namespace) -> Iterator[Part]:
     """The parts, one after another."""
@@ -145,7 +132,8 @@ def measure(decoder: Decoder, config: EngineConfig, args: argparse.Namespace) ->
 
     size, cached = decoder.dtype.itemsize, args.batch * args.context * spec.layers * 2 * spec.kv_heads * spec.head_dim
     yield Part("step", *busy(step, meter, args.seconds))
-    plan = decoder.attention.plan(decode_batch(bench, rows), bench.runner.kv, spec)
+    runner, every = bench.runner, bench.runner.upload_rows(rows)
+    plan = decoder.attention.plan(runner.decode_batch(every, runner.slots.prepare(every)), runner.kv, spec)
     q = torch.randn(args.batch, spec.heads, spec.head_dim, device=decoder.device, dtype=decoder.dtype)
     attention = captured(lambda: [plan.run(i, q) for i in range(spec.layers)])
     yield Part("attention", *busy(attention.replay, meter, args.seconds), bytes=cached * size)

@@ -80,8 +80,7 @@ def decoded(decoder: Decoder, config: EngineConfig, ids: Tensor) -> Tensor:
         runner.admit(row, np.arange(row * pages, (row + 1) * pages, dtype=np.int32), 0, FAR)
     runner.slots.flush()
     every = runner.upload_rows(np.arange(rows))
-    on_host = decoder.device.type == "cpu" or getattr(decoder.attention, "needs_host_lengths", False)
-    host = np.arange(rows) if on_host else None
+    host = np.arange(rows) if runner.exact else None
     found = []
     for at in range(length):
         runner.slots.last[:rows] = ids[:, at]

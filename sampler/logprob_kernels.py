@@ -8,7 +8,7 @@ distinct, and the largest are the most likely tokens, the lower id first among e
 import triton
 import triton.language as tl
 
-from .scan_kernels import INTS, load_clean
+from .scan_kernels import INTS, by_order, load_clean
 
 LOGPROBS = tl.constexpr(6)  # column of ints: how many most likely tokens are wanted, -1: no logprobs at all
 NO_KEY = tl.constexpr(-(1 << 63))
@@ -18,13 +18,18 @@ NO_KEY = tl.constexpr(-(1 << 63))
 def _keys(x, i, live):
     """int64 keys of float32 logits x of the tokens i; NO_KEY where not `live`."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # of two zeros one
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    return tl.where(live, (ordered << 32) | (0xFFFFFFFF - i.to(tl.int64)), NO_KEY)
+    return tl.where(live, (by_order(bits).to(tl.int64) << 32) | (0xFFFFFFFF - i.to(tl.int64)), NO_KEY)
 
 
 @triton.jit
 def _id_of(key):
     return 0xFFFFFFFF - (key & 0xFFFFFFFF)
+
+
+@triton.jit
+def _base(most):
+    """What exp is taken relative to, 0 where all logits are -inf: -inf - -inf would be no number."""
+    return tl.where(most > float("-inf"), most, 0.0)
 
 
 @triton.jit
@@ -56,15 +61,13 @@ def top_pass(
             poison |= (~(x < float("inf"))).to(tl.int32)
             x = tl.where(x < float("inf"), x, float("-inf"))
             now = tl.maximum(most, x)
-            base = tl.where(now > float("-inf"), now, 0.0)  # or -inf - -inf would be no number
-            mass = mass * tl.exp(most - base) + tl.exp(x - base)
+            mass = mass * tl.exp(most - _base(now)) + tl.exp(x - _base(now))
             most = now
             best = tl.maximum(best, _keys(x, i, i < last))
         place = row * splits + split
         peak = tl.max(most, 0)
-        base = tl.where(peak > float("-inf"), peak, 0.0)
         tl.store(largest + place, peak)
-        total = tl.sum(mass * tl.exp(most - base), 0)
+        total = tl.sum(mass * tl.exp(most - _base(peak)), 0)
         tl.store(masses + place, tl.where(tl.max(poison, 0) != 0, float("nan"), total))
         down = tl.arange(0, COLUMN) * BLOCK
         for j in range(tl.minimum(wanted, TOP)):
@@ -93,9 +96,8 @@ def settle_logprobs(
     parts = row * SPLITS + tl.arange(0, SPLITS)
     there = parts < tl.where(asks, (row + 1) * SPLITS, 0)
     peaks = tl.load(largest + parts, there, other=0.0)
-    peak = tl.max(peaks, 0)
-    base = tl.where(peak > float("-inf"), peak, 0.0)
-    shares = tl.load(masses + parts, there, other=0.0) * tl.exp(tl.where(peaks > float("-inf"), peaks, 0.0) - base)
+    base = _base(tl.max(peaks, 0))
+    shares = tl.load(masses + parts, there, other=0.0) * tl.exp(_base(peaks) - base)
     mass = tl.sum(shares, 0)
     total = tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), float("nan"))
     chosen = tl.load(x_row + tl.load(ids + row)).to(tl.float32)
@@ -112,8 +114,7 @@ def settle_logprobs(
         for j in range(n):
             top = tl.max(keys, 0)
             keys = tl.where(keys == top, NO_KEY, keys)
-            ordered = (top >> 32).to(tl.int32)
-            value = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+            value = by_order((top >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
             given = (j < wanted) & (top != NO_KEY)
             tl.store(top_ids + row * n + j, tl.where(given, _id_of(top), -1).to(tl.int32))
             tl.store(top_logprobs + row * n + j, tl.where(given, value - total, float("nan")))

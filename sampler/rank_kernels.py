@@ -21,6 +21,7 @@ from .scan_kernels import (
     TOP_K,
     TOP_P,
     WHOLE,
+    by_order,
     load_clean,
     log_times,
     row_words,
@@ -37,14 +38,13 @@ PAIRS = tl.constexpr(32)  # candidates that all are compared with at once
 @triton.jit
 def _reached(tops, top_k):
     """A value that at least top_k of `tops` reach, hardly below the largest such; found bit by bit, the sign first."""
-    bits = tops.to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # in the order of the floats
+    keys = by_order(tops.to(tl.int32, bitcast=True))
     bound = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= top_k, 0, -2147483647 - 1)
     for b in range(0, 20):
         attempt = bound | (1 << (30 - b))
         bound = tl.where(tl.sum((keys >= attempt).to(tl.int32), 0) >= top_k, attempt, bound)
     bound = tl.maximum(bound, -2139095041)  # the key of -inf: below it are those of NaN
-    return tl.where(bound < 0, bound ^ 0x7FFFFFFF, bound).to(tl.float32, bitcast=True)
+    return by_order(bound).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -90,6 +90,12 @@ def top_of(largest, row, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def by_order(bits):
+    """int32 keys in the order of the floats whose bits these are, and such keys' bits: it is its own inverse."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
 def winner_of(scores, ids):
     """(the largest score, its id, the lowest among equals)."""
     best = tl.max(scores, 0)
