@@ -9,13 +9,10 @@ Invariant: an algorithm runs on a product only after the library has said that i
 import ctypes
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
-
-from .graph_nodes import KERNEL, MEMSET, kind_of, launch, nodes_of, set_by
 
 NAMES: Final = ("libcublasLt.so.13", "libcublasLt.so.12")
 TYPES: Final = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -30,6 +27,10 @@ MAX_WORKSPACE: Final = 1
 """cublasLtMatmulPreferenceAttributes_t"""
 MOST: Final = 32
 """Candidates of one question."""
+KERNEL, MEMSET = 0, 2
+"""CUgraphNodeType"""
+THREAD_LOCAL: Final = 1
+"""CUstreamCaptureMode"""
 
 
 class Algorithm(ctypes.Structure):
@@ -92,6 +93,13 @@ def _load() -> ctypes.CDLL:
     raise OSError(f"none of {', '.join(NAMES)} can be loaded")
 
 
+def _driver(name: str, *arguments: object) -> None:
+    """Call a function of CUDA's driver; raises RuntimeError with its status if it fails."""
+    status = getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name}: status {status}")
+
+
 class Plan:
     """A product as the library knows it. To be closed."""
 
@@ -99,10 +107,6 @@ class Plan:
         p = product
         self.library = library
         self.product = product
-        self.space = library.workspace
-        """Where its kernels keep what is not done yet."""
-        self.kernel_alone = False
-        """Whether `run_kernel` does, since `space` is this product's own and left as its kernel needs it."""
         self._description, self._a, self._b, self._d = c_void_p(), c_void_p(), c_void_p(), c_void_p()
         self._one, self._zero = c_float(1.0), c_float(0.0)
         call = library.call
@@ -142,23 +146,18 @@ class Plan:
         """The candidate, if the library can run it on this product in its workspace."""
         if len(candidate) != ctypes.sizeof(Algorithm):
             return None
-        algorithm = Algorithm.from_buffer_copy(candidate)
-        size = self.workspace_of(algorithm)
-        return algorithm if size is not None and size <= self.library.workspace.numel() else None
-
-    def workspace_of(self, algorithm: Algorithm) -> int | None:
-        """Bytes of workspace that it needs; None: the library cannot run it on this product."""
-        found = Found()
+        algorithm, found = Algorithm.from_buffer_copy(candidate), Found()
         status = self.library.lib.cublasLtMatmulAlgoCheck(
             self.library.handle, self._description, self._a, self._b, self._d, self._d, byref(algorithm), byref(found)
         )
-        return int(found.workspace) if status == 0 and found.state == 0 else None
+        fits = status == 0 and found.state == 0 and found.workspace <= self.library.workspace.numel()
+        return algorithm if fits else None
 
     def run(self, algorithm: Algorithm, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Launch the product in the current stream; all tensors contiguous, as the product says."""
         if bias is not None:
             self._set(BIAS_POINTER, c_void_p(bias.data_ptr()))
-        space = self.space
+        space = self.library.workspace
         self.library.call(
             "cublasLtMatmul", self.library.handle, self._description, byref(self._one), c_void_p(weight.data_ptr()),
             self._a, c_void_p(x.data_ptr()), self._b, byref(self._zero), c_void_p(out.data_ptr()), self._d,
@@ -166,28 +165,24 @@ class Plan:
             c_void_p(torch.cuda.current_stream().cuda_stream),
         )  # fmt: skip
 
-    def nodes(self, *operands: Any) -> list[int]:
+    def nodes(self, algorithm: Algorithm, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> list[int]:
         """What `run` launches: CUgraphNodeTypes. Nothing runs."""
-        with nodes_of(partial(self.run, *operands), self.space.device) as nodes:
-            return [kind_of(node) for node in nodes]
-
-    def run_kernel(self, *operands: Any) -> None:
-        """As `run`, but what it launches beside kernels is left out."""
-        with nodes_of(partial(self.run, *operands), self.space.device) as nodes:
-            for node in nodes:
-                if kind_of(node) == KERNEL:
-                    launch(node)
-
-    def clears(self, *operands: Any) -> Tensor | None:
-        """The part of the workspace that `run` clears; None if that is not all that it sets."""
-        with nodes_of(partial(self.run, *operands), self.space.device) as nodes:
-            found = [set_by(node) for node in nodes if kind_of(node) == MEMSET]
-        if len(found) != 1:
-            return None
-        place, size, value = found[0]
-        start = place - self.space.data_ptr()
-        inside = size > 0 and 0 <= start <= self.space.numel() - size
-        return self.space[start : start + size] if inside and not value else None
+        stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        handle, graph, count, kind = c_void_p(stream.cuda_stream), c_void_p(), c_size_t(), c_int()
+        _driver("cuStreamBeginCapture_v2", handle, THREAD_LOCAL)
+        try:
+            with torch.cuda.stream(stream):
+                self.run(algorithm, x, weight, bias, out)
+        finally:
+            _driver("cuStreamEndCapture", handle, byref(graph))
+        _driver("cuGraphGetNodes", graph, None, byref(count))
+        nodes, kinds = (c_void_p * count.value)(), []
+        _driver("cuGraphGetNodes", graph, nodes, byref(count))
+        for node in nodes:
+            _driver("cuGraphNodeGetType", c_void_p(node), byref(kind))
+            kinds.append(kind.value)
+        _driver("cuGraphDestroy", graph)
+        return kinds
 
     def close(self) -> None:
         """Free what the library keeps of it."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import torch
@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_folder
-from .cublaslt import Algorithm, CublasLt, Plan, Product
-from .graph_nodes import KERNEL, MEMSET
+from .cublaslt import KERNEL, MEMSET, Algorithm, CublasLt, Plan, Product
 
 WORKSPACE: Final = 32 << 20
 FEWEST: Final = 768
@@ -75,11 +74,6 @@ class TunedGemms:
         self._plans: OrderedDict[Product, tuple[Plan, Algorithm] | None] = OrderedDict()
         """None: torch's."""
         self._measured = False
-        self.alone = False
-        """For measurements (perf/clearing.py): in graphs a kernel runs without what the library clears before it, where
-        it leaves that clear itself."""
-        self._spaces: list[Tensor] = []
-        """Workspaces that graphs have, and keep when plans go."""
 
     def register(self, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> None:
         """Tell of a weight that will be multiplied."""
@@ -101,8 +95,7 @@ class TunedGemms:
             return None
         plan, algorithm = chosen
         out = torch.empty(rows, product.outputs, dtype=result, device=x.device)
-        run = plan.run_kernel if plan.kernel_alone and torch.cuda.is_current_stream_capturing() else plan.run
-        run(algorithm, x, weight, bias, out)
+        plan.run(algorithm, x, weight, bias, out)
         return out
 
     def tune_ahead(self) -> bool:
@@ -138,7 +131,7 @@ class TunedGemms:
         finally:
             torch.cuda.synchronize(self.device)
             plan.close()
-        self.forget(key)
+        self._forget(key)
 
     def _candidates(self, plan: Plan) -> list[bytes]:
         """The library's, for this many rows and for numbers around."""
@@ -151,10 +144,6 @@ class TunedGemms:
             finally:
                 near.close()
         return list(dict.fromkeys(found))
-
-    def running_alone(self) -> list[str]:
-        """The products of which graphs hold the kernel alone."""
-        return [key_of(product) for product, planned in self._plans.items() if planned and planned[0].kernel_alone]
 
     # ------------------------------------------------------------------ plans
 
@@ -169,10 +158,7 @@ class TunedGemms:
             self._close(self._plans.popitem(last=False)[1])
 
     def _plain(self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Plan, Algorithm] | None:
-        """Where the library would clear memory before its kernel: its first candidate that is one kernel, no more.
-
-        Or its choice, if that is to run alone and can.
-        """
+        """Where the library would clear memory before its kernel: its first candidate that is one kernel, no more."""
         out = torch.empty(product.rows, product.outputs, dtype=product.result, device=x.device)
         plan = Plan(self.library, product)
         for number, candidate in enumerate(plan.candidates()):
@@ -180,30 +166,10 @@ class TunedGemms:
             nodes = [] if algorithm is None else plan.nodes(algorithm, x, weight, bias, out)
             if number == 0 and MEMSET not in nodes:
                 break
-            if algorithm is None:
-                continue
-            may = self.alone and number == 0 and nodes == [MEMSET, KERNEL]
-            if may and self._runs_alone(plan, algorithm, x, weight, bias, out):
-                return plan, algorithm
-            if nodes == [KERNEL]:
+            if algorithm is not None and nodes == [KERNEL]:
                 return plan, algorithm
         plan.close()
         return None
-
-    def _runs_alone(self, plan: Plan, algorithm: Algorithm, x: Tensor, *others: Any) -> bool:
-        """Give a plan a workspace of its own where its kernel `leaves_clear` what is cleared before it, so that graphs
-        do without that; if not, all is as before."""
-        size = plan.workspace_of(algorithm)
-        if size is None or torch.cuda.is_current_stream_capturing():
-            return False
-        shared, plan.space = plan.space, torch.zeros(size, dtype=torch.uint8, device=x.device)
-        with contextlib.suppress(RuntimeError):  # a driver that does not know the calls
-            plan.kernel_alone = leaves_clear(plan, algorithm, torch.randn_like(x), *others)
-        if plan.kernel_alone:
-            self._spaces.append(plan.space)
-        else:
-            plan.space = shared
-        return plan.kernel_alone
 
     def _new_plan(self, product: Product) -> tuple[Plan, Algorithm] | None:
         chosen = self._chosen.get(key_of(product), b"")
@@ -221,9 +187,9 @@ class TunedGemms:
         if planned is not None:
             planned[0].close()
 
-    def forget(self, key: str | None = None) -> None:
-        """Plans of a choice that is new, or all, are made anew."""
-        for product in [p for p in self._plans if key is None or key_of(p) == key]:
+    def _forget(self, key: str) -> None:
+        """Plans of a choice that is new are made anew."""
+        for product in [p for p in self._plans if key_of(p) == key]:
             self._close(self._plans.pop(product))
 
 
@@ -231,22 +197,6 @@ def product_of(rows: int, weight: Tensor, bias: Tensor | None, result: torch.dty
     """Return the product of `rows` rows with a weight."""
     outputs, inputs = weight.shape
     return Product(outputs, inputs, rows, bias is not None, weight.dtype, result)
-
-
-def leaves_clear(plan: Plan, *operands: Any) -> bool:
-    """Whether a plan's kernel leaves clear in its workspace what the library clears before it: where programs tell one
-    another what they have done, the last one may clear that. Then results without the library's clearing are the same.
-    """
-    cleared, out, results = plan.clears(*operands), operands[-1], []
-    if cleared is None:
-        return False
-    for run in (plan.run, plan.run_kernel, plan.run_kernel):
-        out.fill_(torch.nan)
-        run(*operands)
-        results.append(out.clone())
-        if cleared.any():
-            return False
-    return all(torch.equal(results[0], other) for other in results)
 
 
 def torch_all(x: Tensor, weights: Weights, result: torch.dtype) -> None:

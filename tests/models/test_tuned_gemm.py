@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actorserve.models import tuned_gemm
-from actorserve.models.cublaslt import Plan, Product
-from actorserve.models.graph_nodes import KERNEL, MEMSET
+from actorserve.models.cublaslt import KERNEL, MEMSET, Plan, Product
 from actorserve.models.tuned_gemm import DECODED, TunedGemms, bucket, key_of, read_choices, write_choices
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,53 +58,13 @@ def test_in_a_decode_step_no_memory_is_cleared(
     monkeypatch: pytest.MonkeyPatch, nodes: list[list[int] | None], chosen: int | None
 ) -> None:
     """The library's choice is torch's unless it clears memory; then its next that is one kernel. It is asked once."""
-    ran: list[tuple[str, int]] = []
-    asked: list[Product | None] = []
-    gemms = fake(monkeypatch, nodes, ran, asked)
-    for rows in (DECODED[0], DECODED[0], DECODED[0] + 1, 8):
-        out = gemms.multiply(torch.zeros(rows, 32), torch.zeros(64, 32), None, torch.float32)
-        assert (out is not None) == (chosen is not None and rows in DECODED)
-    assert ran == ([] if chosen is None else [("run", chosen)] * 2)
-    assert len([a for a in asked if a]) == 1 and (None in asked) == (chosen is None)
-
-
-@pytest.mark.parametrize("leaves", ["clear", "flags", "other numbers when it does not find it clear"])
-def test_a_kernel_that_clears_what_it_used_runs_alone_in_graphs(monkeypatch: pytest.MonkeyPatch, leaves: str) -> None:
-    """In a workspace of its own, and only if that was seen; outside of graphs all that the library launches runs."""
-    ran: list[tuple[str, int]] = []
-    gemms = fake(monkeypatch, [[MEMSET, KERNEL], [KERNEL]], ran, [], leaves)
-    alone = leaves == "clear"
-    x, weight = torch.zeros(DECODED[0], 32), torch.zeros(64, 32)
-    gemms.multiply(x, weight, None, torch.float32)
-    tried, ran[:] = list(ran), []
-    if alone:
-        assert tried == [("run", 0), ("run_kernel", 0), ("run_kernel", 0), ("run", 0)] and len(gemms._spaces) == 1
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    gemms.multiply(x, weight, None, torch.float32)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    gemms.multiply(x, weight, None, torch.float32)
-    assert ran == ([("run_kernel", 0), ("run", 0)] if alone else [("run", 1)] * 2)
-    assert alone or not gemms._spaces
-
-
-def fake(
-    monkeypatch: pytest.MonkeyPatch,
-    nodes: list[list[int] | None],
-    ran: list[tuple[str, int]],
-    asked: list[Product | None],
-    leaves: str | None = None,
-) -> TunedGemms:
-    """Gemms of a library whose candidates are these nodes, None: one that is not for a product.
-
-    `leaves`: kernels are to run alone, and this is left where memory was cleared before.
-    """
+    ran, asked = [], []
 
     class Candidates:
-        kernel_alone = False
+        """A plan; None: a candidate that is not for this product."""
 
         def __init__(self, library: object, product: Product) -> None:
             asked.append(product)
-            self.space = torch.zeros(4)
 
         def candidates(self) -> list[bytes]:
             return [bytes([i]) for i in range(len(nodes))]
@@ -113,23 +72,11 @@ def fake(
         def algorithm(self, candidate: bytes) -> int | None:
             return None if nodes[candidate[0]] is None else candidate[0]
 
-        def workspace_of(self, algorithm: int) -> int:
-            return 4
-
         def nodes(self, algorithm: int, *operands: object) -> list[int] | None:
             return nodes[algorithm]
 
-        def clears(self, *operands: object) -> torch.Tensor:
-            return self.space
-
-        def run(self, algorithm: int, *operands: torch.Tensor) -> None:
-            ran.append(("run", algorithm))
-            operands[-1].fill_(1)
-            self.space.fill_(leaves == "flags")
-
-        def run_kernel(self, algorithm: int, *operands: torch.Tensor) -> None:
-            ran.append(("run_kernel", algorithm))
-            operands[-1].fill_(1 if leaves == "clear" else 2)
+        def run(self, algorithm: int, *operands: object) -> None:
+            ran.append(algorithm)
 
         def close(self) -> None:
             asked.append(None)
@@ -137,10 +84,12 @@ def fake(
     monkeypatch.setattr(tuned_gemm, "Plan", Candidates)
     monkeypatch.setattr(tuned_gemm, "CublasLt", lambda *_: SimpleNamespace(version=1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     gemms = TunedGemms(torch.device("cpu"), folder=Path("/nonexistent"))
-    gemms.alone = leaves is not None
-    return gemms
+    for rows in (DECODED[0], DECODED[0], DECODED[0] + 1, 8):
+        out = gemms.multiply(torch.zeros(rows, 32), torch.zeros(64, 32), None, torch.float32)
+        assert (out is not None) == (chosen is not None and rows in DECODED)
+    assert ran == ([] if chosen is None else [chosen, chosen])
+    assert len([a for a in asked if a]) == 1 and (None in asked) == (chosen is None)
 
 
 def operands(rows: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -182,28 +131,17 @@ def test_every_candidate_multiplies(
 
 
 @gpu
-@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(37888, 3584), (384, 512)])
-def test_decode_steps_multiply(tmp_path: Path, outputs: int, inputs: int, alone: bool) -> None:
+def test_decode_steps_multiply(tmp_path: Path, outputs: int, inputs: int) -> None:
     """Whichever algorithm it is, the product is float32's up to rounding; it is one kernel if it is not torch's."""
     x, weight = operands(256, outputs, inputs, False, BF16)
     gemms = TunedGemms(x.device, folder=tmp_path)
-    gemms.alone = alone
     out = gemms.multiply(x, weight, None, BF16)
     if out is not None:
         exact = x.float() @ weight.float().T
         assert ((out.float() - exact).abs() / exact.abs().clamp(min=1)).max().item() < 2 * torch.finfo(BF16).eps
         plan, algorithm = next(chosen for chosen in gemms._plans.values() if chosen is not None)
-        launched = plan.nodes(algorithm, x, weight, None, out)
-        assert launched == ([MEMSET, KERNEL] if plan.kernel_alone else [KERNEL])
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = gemms.multiply(x, weight, None, BF16)
-        for _ in range(3):
-            assert captured is not None
-            captured.fill_(torch.nan)
-            graph.replay()
-            assert torch.equal(captured, out)
+        assert plan.nodes(algorithm, x, weight, None, out) == [KERNEL]
 
 
 @gpu
