@@ -42,6 +42,7 @@ ATTENTION: Final = {
     "TritonAttention": "our Triton kernels for prefill and decode",
     "FlashInferPrefill": "FlashInfer's kernels for prefill, our Triton kernels for decode",
     "FlashInferAttention": "FlashInfer's kernels for prefill and decode",
+    "TritonMeanwhile": "our Triton kernels for prefill and decode; FlashInfer's for prefill, compiled while serving",
 }
 
 

@@ -355,7 +355,7 @@ def make_backend(
 
     auto: torch on a CPU. On a GPU our Triton decode, which CUDA graphs can replay and which was as fast as FlashInfer's
     (72.8 against 73.6 us a layer: 128 rows, 1,024 tokens, Qwen2-7B on an H200), and FlashInfer's prefill where it can
-    be imported and has the kernels, else Triton's.
+    be imported and has the kernels, once they are compiled, else Triton's.
 
     Raises:
         StartupError: the backend is not there, or not for this device or dtype.
@@ -387,6 +387,11 @@ def make_backend(
                 f"--attention-backend flashinfer has no kernels for this dtype or head size; take triton{more}"
             )
         return TritonAttention(dense=dense)
-    return (
-        FlashInferAttention(device) if name == "flashinfer" else FlashInferPrefill(TritonAttention(dense=dense), device)
-    )
+    if name == "flashinfer":
+        return FlashInferAttention(device)
+    from .flashinfer_build import TritonMeanwhile, missing_kernels
+
+    triton = TritonAttention(dense=dense)
+    prefill = FlashInferPrefill(triton, device)
+    missing = missing_kernels(spec, kv, prefill.kind)
+    return TritonMeanwhile(triton, prefill, missing) if missing else prefill
