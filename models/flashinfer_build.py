@@ -75,8 +75,7 @@ class TritonMeanwhile:
         return self._thread
 
     def _compile(self) -> None:
-        # a thread of Linux has a niceness of its own, which its processes begin with
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        os.nice(NICE)  # of this thread, on Linux, and of the processes that it starts
         try:
             for kernels in self.missing:
                 kernels.build(verbose=False)
