@@ -166,7 +166,7 @@ def test_a_stopped_executor_is_replaced(stub: LiveServer) -> None:
 @pytest.mark.timeout(0)
 def test_no_false_alarms(stub: LiveServer, thorough: bool) -> None:
     """Ten busy minutes with a limit of three seconds: nobody is taken for stuck, every stream says the same."""
-    streams, before = bodies(64, 200), stub.children()
+    streams, before = bodies(64, 200 if thorough else 50), stub.children()
     undisturbed = LiveLoad(stub.url, streams).once()
     with LiveLoad(stub.url, streams) as load:
         time.sleep(600 if thorough else 5)
