@@ -79,7 +79,7 @@ class CpuLayers:
 
     def _point(self, kv: KVCache, plan: CpuPlan) -> None:
         """Enter the cache and what the tokens see in the table."""
-        places = (kv.storage.data_ptr(), *kv.storage.stride())
+        places = (kv.storage.data_ptr(), kv.storage.itemsize, *kv.storage.stride())
         if places != self.places:
             self.fields["cache"], self.places = [rows.data_ptr() for rows in kv.rows[: self.count]], places
         for window, visible in plan.visible.items():

@@ -1,5 +1,6 @@
 """The CPU's C kernels: against plain torch and float64, the same bits in every batch, on any number of threads."""
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tiny import Driver
 from torch import Tensor
 
 from actorserve.errors import StartupError
-from actorserve.models import c_library, cpu_kernels
+from actorserve.models import c_library, cpu_kernels, kv_cache
 from actorserve.models.batch import Batch, Chunk
 from actorserve.models.cpu_attention import CpuAttention, CpuPlan
 from actorserve.models.cpu_decoder import CpuLayers, maps_of
@@ -305,6 +306,22 @@ def test_layers(family: str, dense: bool, tmp_path: Path) -> None:
     decoder.layers, decoder.ops, decoder.attention = None, TorchOps(), test_attention.TorchAttention()
     expected = Driver.of(decoder).logits(ids, [120])
     assert (got - expected).abs().max() < (2e-5 if dense else 3e-4) * expected.abs().max()
+
+
+def test_a_cache_where_one_of_another_dtype_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is given out again: an address does not tell caches apart."""
+    memory = torch.zeros(4 << 20, dtype=torch.uint8)
+
+    def same_place(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    monkeypatch.setattr(kv_cache, "_zeros", same_place)
+    decoder, ids = tiny.load(quantized_model("llama-biases", tmp_path)), tiny.prompt(40)
+    for dtype in (torch.float32, torch.float16, torch.float32, torch.bfloat16):
+        driver = Driver.of(decoder, kv=dtype)
+        driver.logits(ids, [40])
+        for rows in driver.kv.rows:
+            assert rows.flatten(1).isfinite().all(1).sum() == 40
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "inter"), [(6, 16, 96), (2, 48, 160), (6, 32, 32), (2, 64, 160)])
