@@ -175,7 +175,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "cache_aware"
     attention_backend: Annotated[
         Literal["auto", "torch", "triton", "flashinfer"],
-        Meta(description="auto: torch on CPU; on a GPU Triton decode and, once it is compiled, FlashInfer prefill"),
+        Meta(description="auto: torch on CPU; on a GPU Triton, for prefill FlashInfer where installed and compiled"),
     ] = "auto"
     kv_cache_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"],

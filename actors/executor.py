@@ -198,10 +198,8 @@ class Executor(Actor):
 
     def _graphs(self, runner: Runner, drawer: Drawer, slots: int) -> Any:
         config = self.context.config
-        if runner.device.type != "cuda" or config.disable_cuda_graph:
-            return None
-        if getattr(runner.decoder.attention, "needs_host_lengths", False):
-            return None  # its decode is planned on the host before each step
+        if runner.exact or config.disable_cuda_graph:
+            return None  # a CPU's steps are none, nor are those that the host plans before each
         from ..models.graphs import StepGraphs
 
         return StepGraphs(runner, drawer, min(slots, config.cuda_graph_max_bs or slots))

@@ -391,7 +391,6 @@ def make_backend(
         return FlashInferAttention(device)
     from .flashinfer_build import TritonMeanwhile, missing_kernels
 
-    triton = TritonAttention(dense=dense)
-    prefill = FlashInferPrefill(triton, device)
+    prefill = FlashInferPrefill(TritonAttention(dense=dense), device)
     missing = missing_kernels(spec, kv, prefill.kind)
-    return TritonMeanwhile(triton, prefill, missing) if missing else prefill
+    return TritonMeanwhile(prefill, missing) if missing else prefill

@@ -17,6 +17,7 @@ import torch
 
 from .attention import AttentionBackend, AttentionPlan
 from .batch import Batch
+from .flashinfer_attention import FlashInferPrefill
 from .kv_cache import KVCache
 from .spec import Spec
 
@@ -51,10 +52,9 @@ def missing_kernels(spec: Spec, kv: torch.dtype, kind: str) -> list[Any]:
 
 @dataclass(slots=True)
 class TritonMeanwhile:
-    """`triton` until `missing` are compiled, from then on `flashinfer`. The first prompt starts that."""
+    """What `flashinfer` leaves decode to does all until `missing` are compiled. The first prompt starts that."""
 
-    triton: AttentionBackend
-    flashinfer: AttentionBackend
+    flashinfer: FlashInferPrefill
     missing: list[Any]
     """JitSpecs."""
     _thread: threading.Thread | None = None
@@ -64,7 +64,8 @@ class TritonMeanwhile:
         """See AttentionBackend."""
         if batch.chunks:
             self.start()
-        return (self.flashinfer if self._compiled.is_set() else self.triton).plan(batch, kv, spec)
+        backend = self.flashinfer if self._compiled.is_set() else self.flashinfer.decode
+        return backend.plan(batch, kv, spec)
 
     def start(self) -> threading.Thread:
         """Begin to compile, once; returns what does it."""
@@ -85,3 +86,10 @@ class TritonMeanwhile:
             return
         self._compiled.set()
         log.info("FlashInfer's prefill kernels are compiled")
+
+
+def when_compiled(backend: AttentionBackend) -> AttentionBackend:
+    """The backend, once it has the kernels that it wants: for measurements and tests of what these do."""
+    if isinstance(backend, TritonMeanwhile):
+        backend.start().join()
+    return backend

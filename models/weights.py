@@ -96,14 +96,7 @@ def load_decoder(
     names = names_of(facts, pooled=pooling is not None)
     source = Source(folder, whole, names, quantization, device, config.load_format == "dummy")
     keeper = source.keeper(config, lambda parts, bias: ops.quantized(parts, bias, dtype)) if stays else None
-    matrices = dtype
-    if rounds:
-        matrices = torch.bfloat16
-    elif on_cpu_kernels and not blocks and quantization is None and spec.moe is None:
-        matrices = source.matrix_dtype(facts)
-    elif device.type == "cuda" and keeps_bfloat16(spec, config, dtype == torch.float32, quantization):
-        own = source.matrix_dtype(facts)
-        matrices = own if own == torch.bfloat16 else dtype
+    matrices = dtype_of_matrices(source, facts, config, dtype, blocks, quantization)
     weights, places = allocate(spec, device, dtype, blocks, share, keeper, matrices)
     assemblies = {} if keeper is None else keeper.assemblies
     if source.dummy:
@@ -146,6 +139,26 @@ def make_ops(
         tuned = TunedGemms(device, tuple(max(1, chunk >> i) for i in range(4)))
     wide = wide_rows(2 * spec.inter, spec.hidden, scheme, device) if scheme else 0
     return TritonOps(device, pdl_rows(spec, scheme is None, wide), tuned=tuned, hidden=dtype)
+
+
+def dtype_of_matrices(
+    source: "Source", facts: dict[str, Any], config: EngineConfig, dtype: torch.dtype, blocks: Blocks,
+    quantization: Quantization | None,
+) -> torch.dtype:  # fmt: skip
+    """Return what dense weights are kept in beneath hidden states of `dtype`: where our kernels take them, the files'.
+
+    blocks: the weights that a CPU keeps in a GGUF file's; quantization: the checkpoint's.
+    """
+    spec = source.spec
+    if computes_on_cpu_kernels(source.device, dtype):
+        if config.dtype == "bfloat16":
+            return torch.bfloat16
+        dense = not blocks and quantization is None and spec.moe is None
+        return source.matrix_dtype(facts) if dense else dtype
+    if source.device.type == "cuda" and keeps_bfloat16(spec, config, dtype == torch.float32, quantization):
+        own = source.matrix_dtype(facts)
+        return own if own == torch.bfloat16 else dtype
+    return dtype
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from actorserve.config import EngineConfig
 from actorserve.models.decoder import Decoder
-from actorserve.models.flashinfer_build import TritonMeanwhile
+from actorserve.models.flashinfer_build import when_compiled
 from actorserve.models.floors import Limits, decode_seconds, prefill_seconds, visited
 from actorserve.models.graphs import StepGraphs
 from actorserve.models.group import DistributedGroup
@@ -146,8 +146,7 @@ class Bench:
         """Seconds of one forward over `prompts` prompts of `prompt` tokens, on an executor that had time to prepare."""
         while self.decoder.ops.tune_ahead():
             pass
-        if isinstance(self.decoder.attention, TritonMeanwhile):
-            self.decoder.attention.start().join()
+        when_compiled(self.decoder.attention)
         ids = np.random.default_rng(1).integers(0, self.decoder.whole.vocab, (prompts, prompt)).astype(np.int32)
         seconds = []
         for _ in range(times + 1):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from actorserve.config import EngineConfig
 from actorserve.models.decoder import Decoder
+from actorserve.models.flashinfer_build import when_compiled
 from actorserve.models.layers import DenseMlp
 from actorserve.models.runner import ChunkWork
 from actorserve.models.shapes import KNOWN
@@ -30,7 +31,6 @@ from actorserve.perf.decode import Bench
 from actorserve.perf.shapes import dummy_decoder
 from actorserve.sampler.params import SamplingParams
 
-STEPS = 16
 COPIED = 2 << 30
 """Bytes."""
 
@@ -144,6 +144,7 @@ def measure(decoder: Decoder, config: EngineConfig, args: argparse.Namespace) ->
     if prompts:
         ids = np.random.default_rng(1).integers(0, spec.vocab, (prompts, args.prefill)).astype(np.int32)
         none = np.empty(0, dtype=np.int64)
+        when_compiled(decoder.attention)
 
         def prefill() -> None:
             bench.seat(prompts, 0, params)

@@ -23,8 +23,8 @@ STEPS: Any = SimpleNamespace(chunks=[])
 class Backend:
     """Says which one has planned."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, decode: "Backend | None" = None) -> None:
+        self.name, self.decode = name, decode
 
     def plan(self, *_: object) -> Any:
         return self.name
@@ -50,7 +50,8 @@ class Kernels:
 
 
 def meanwhile(*missing: Kernels) -> TritonMeanwhile:
-    return TritonMeanwhile(Backend("triton"), Backend("flashinfer"), list(missing))
+    flashinfer: Any = Backend("flashinfer", decode=Backend("triton"))
+    return TritonMeanwhile(flashinfer, list(missing))
 
 
 def test_triton_serves_until_all_are_compiled(caplog: pytest.LogCaptureFixture) -> None:

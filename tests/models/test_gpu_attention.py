@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flashinfer_kernels import compiled
 
 from actorserve.errors import StartupError
 from actorserve.models.attention import TorchAttention, make_backend
 from actorserve.models.batch import Batch, Chunk
+from actorserve.models.flashinfer_build import when_compiled
 from actorserve.models.kv_cache import KVCache
 from actorserve.models.rope import inverse_frequencies
 from actorserve.models.spec import Rope, Spec
@@ -300,7 +300,7 @@ def test_flashinfer() -> None:
         case = Case(spec, torch.bfloat16, [1, 33, 500], chunks)
         case.batch.decode_lengths_host = case.batch.decode_lengths.cpu().numpy().astype("int64")
         for name in ("auto", "flashinfer"):
-            case.check(compiled(make_backend(name, DEVICE, spec, torch.bfloat16, torch.bfloat16)), 1e-2)
+            case.check(when_compiled(make_backend(name, DEVICE, spec, torch.bfloat16, torch.bfloat16)), 1e-2)
 
 
 @pytest.mark.gpu
@@ -315,7 +315,7 @@ def test_flashinfer_for_float32(dtype: torch.dtype, limit: float) -> None:
     expected = case.expected()
     case.batch.decode_lengths_host = case.batch.decode_lengths.cpu().numpy().astype("int64")
     for name in ("auto", "flashinfer"):
-        backend = compiled(make_backend(name, DEVICE, spec, torch.float32, dtype))
+        backend = when_compiled(make_backend(name, DEVICE, spec, torch.float32, dtype))
         got = backend.plan(case.batch, narrow, spec).run(0, case.q)
         assert got.dtype == torch.float32
         assert (got - expected).norm() / expected.norm() < limit and (got - expected).abs().max() < 20 * limit

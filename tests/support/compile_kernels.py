@@ -115,17 +115,14 @@ def sampler() -> Iterator[None]:
 
 
 def attention() -> Iterator[None]:
-    """Decode at every launch of the table, with many parts and few, and prefill; without TESTS_THOROUGH for a head's
-    size the last launch so, and of the others one that loads keys ahead and one that does not, with many parts."""
+    """Decode at every launch of the table, with many parts and few, and prefill; without TESTS_THOROUGH
+    one without parts for a head's size."""
     shape = {"K": 4, "G": 7, "PAGE": 16, "WINDOW": False, "SOFTCAP": False, "PRECISION": "tf32"}
-    thorough, seen, kinds = "TESTS_THOROUGH" in os.environ, set(), set()
+    seen = set()
     for head_dim, launches in DECODE.items():
         for most, launch in launches:
-            last, kind = most == launches[-1][0], (head_dim, launch.ahead > 0)
-            if not (thorough or last) and kind in kinds:
-                continue
-            kinds.add(kind)
-            for problems in (1, 3 * most) if thorough or last else (1,):
+            all_of_them = "TESTS_THOROUGH" in os.environ or most == launches[-1][0]
+            for problems in (1, 3 * most) if all_of_them else (1,):
                 splits = splits_for(problems, launch)
                 if (head_dim, launch, splits) in seen:
                     continue
@@ -133,7 +130,7 @@ def attention() -> Iterator[None]:
                 yield build(
                     attention_kernels.decode, launch.warps, pdl=True, HAS_ROWS=True, GP=16, D=head_dim, DP=head_dim,
                     BLOCK=launch.block, SPLITS=splits, STAGES=launch.stages, AHEAD=launch.ahead, PDL=True,
-                    ROTATE=problems > 1 or not (thorough or last), **shape,
+                    ROTATE=problems > 1 or not all_of_them, **shape,
                 )  # fmt: skip
     types = POINTERS | {"blocks": swizzled(primed_attention.PAGE, primed_attention.WIDTH)}
     own = {"K": 2, "G": 7, "GP": primed_attention.GROUP, "PAGE": primed_attention.PAGE}
